@@ -1,0 +1,1 @@
+"""The work: shards, decode, method, discretize, encode, write; and the engine that drives it."""

@@ -1,0 +1,90 @@
+"""The Parquet schema of a saliency dataset: one row for each (sample, target), in shard order.
+
+One file for each input shard. What is common to all rows of a file (dtype and shape of the maps, bit order of the
+masks, provenance) stands in the file's metadata under the `saltern` key, as JSON.
+"""
+
+import json
+from typing import Any
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+METADATA_KEY = b"saltern"
+
+# Statuses: what happened to a row. Only `ok` rows are complete.
+OK = "ok"
+DECODE_FAILED = "decode_failed"  # the image's bytes are no image, or a damaged one
+TOO_LARGE = "too_large"  # more pixels than are decoded safely
+MISSING_IMAGE = "missing_image"  # the sample has no image member
+MISSING_LABEL = "missing_label"  # the target is the label, and `cls` is absent, not a number or out of range
+DUPLICATE_KEY = "duplicate_key"  # the shard holds this key before: the key would no longer name one row
+NONFINITE = "nonfinite"  # the method gave NaN or infinity, or the map does not fit its stored dtype
+ZERO_MAP = "zero_map"  # the method gave zeros everywhere: a true result, with an empty mask
+STATUSES = (OK, DECODE_FAILED, TOO_LARGE, MISSING_IMAGE, MISSING_LABEL, DUPLICATE_KEY, NONFINITE, ZERO_MAP)
+
+
+def table_schema(map_bytes: int | None) -> pa.Schema:
+    """The columns, in order.
+
+    Args:
+        map_bytes: bytes of one stored map (height * width * itemsize); None where maps are not stored, the column
+            then being null throughout.
+    """
+    return pa.schema(
+        [
+            pa.field("key", pa.string(), nullable=False),  # the sample's own key
+            pa.field("shard", pa.string(), nullable=False),  # the shard's name, as in run.json
+            pa.field("index", pa.int32(), nullable=False),  # the sample's position in the shard, from 0
+            pa.field("label", pa.int32()),  # the given class (`cls`)
+            pa.field("predicted", pa.int32()),  # the class with the largest logit
+            pa.field("target", pa.int32()),  # the class explained; null for a class-agnostic method
+            pa.field("score", pa.float32()),  # softmax probability of target, in [0, 1]
+            pa.field("map", pa.binary(-1 if map_bytes is None else map_bytes)),  # row-major; dtype in the metadata
+            pa.field("map_height", pa.int16()),  # cells
+            pa.field("map_width", pa.int16()),  # cells
+            pa.field("map_lo", pa.float32()),  # uint8 maps: value = lo + u8 / 255 * (hi - lo)
+            pa.field("map_hi", pa.float32()),
+            pa.field("mask", pa.binary()),  # packed bits, row-major at input resolution, first pixel = highest bit
+            pa.field("mask_threshold", pa.float32()),  # mask = upsampled map >= threshold, in the map's own unit
+            pa.field("mask_area", pa.float32()),  # share of the input's pixels that are 1, in [0, 1]
+            pa.field("boxes", pa.list_(pa.list_(pa.int32(), 4))),  # x0 y0 x1 y1, original pixels, half-open
+            pa.field("image_height", pa.int32()),  # pixels of the upright original
+            pa.field("image_width", pa.int32()),
+            pa.field("geometry", pa.list_(pa.float32(), 4)),  # scale x, scale y, offset x, offset y: see below
+            pa.field("status", pa.string(), nullable=False),  # one of STATUSES
+            pa.field("error", pa.string()),  # the reason in words, where status is not ok
+        ]
+    )
+
+
+# geometry: a point (x, y) of the network's input, in pixels, lies in the upright original at
+# (offset_x + scale_x * x, offset_y + scale_y * y). A map covers the whole input, whatever its grid.
+
+_HF_TYPES = {"fixed_size_binary": "binary", "float": "float32"}
+
+
+def _hf_feature(kind: pa.DataType) -> dict[str, Any]:
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        length = kind.list_size if pa.types.is_fixed_size_list(kind) else -1
+        return {"feature": _hf_feature(kind.value_type), "length": length, "_type": "List"}
+    name = "binary" if pa.types.is_fixed_size_binary(kind) else _HF_TYPES.get(str(kind), str(kind))
+    return {"dtype": name, "_type": "Value"}
+
+
+def with_metadata(schema: pa.Schema, provenance: dict[str, Any]) -> pa.Schema:
+    """The schema with the provenance (any JSON) and a features entry for Hugging Face `datasets` in its metadata."""
+    features = {field.name: _hf_feature(field.type) for field in schema}
+    return schema.with_metadata(
+        {
+            METADATA_KEY: json.dumps({"schema_version": SCHEMA_VERSION, **provenance}, sort_keys=True).encode(),
+            b"huggingface": json.dumps({"info": {"features": features}}, sort_keys=True).encode(),
+        }
+    )
+
+
+def read_metadata(schema: pa.Schema) -> dict[str, Any]:
+    """The provenance that `with_metadata` wrote; an empty dict where the file is not one of ours."""
+    raw = (schema.metadata or {}).get(METADATA_KEY)
+    found: dict[str, Any] = json.loads(raw) if raw else {}
+    return found
