@@ -17,7 +17,7 @@ class Receipt:
     rows: int  # rows in the data file
     statuses: dict[str, int]  # rows by status
     digest: str  # sha256 of the data file, hex
-    bytes: int  # size of the data file
+    data_bytes: int  # size of the data file
     seconds: dict[str, float]  # thread seconds by phase (PHASES), and `total`, wall
     worker: str = ""  # host:pid
     batch_size: int = 0  # as used at the end; smaller than the run's where memory ran out

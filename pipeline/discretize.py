@@ -1,0 +1,145 @@
+"""From a real-valued map to a mask and a box, once, for every method.
+
+Shape suffixes: B batch, H W the network's input, h w a map's own grid, b rows of one batch that have a map.
+"""
+
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from schemas.errors import UserError
+
+Rule = Callable[[Tensor], Tensor]  # unit_BHW in [0, 1] -> threshold_B in [0, 1]
+
+
+def upsample(map_Bhw: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bring maps to `size` = (height, width) pixels: bilinear, align_corners False. float32 in, float32 out."""
+    if map_Bhw.shape[-2:] == size:
+        return map_Bhw
+    return F.interpolate(map_Bhw[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def _mean(alpha: float) -> Rule:
+    return lambda unit_BHW: alpha * unit_BHW.mean((1, 2))
+
+
+def _mean_std(k: float) -> Rule:
+    return lambda unit_BHW: unit_BHW.mean((1, 2)) + k * unit_BHW.flatten(1).std(1, correction=0)
+
+
+def _kth_largest(unit_BHW: Tensor, count_B: Tensor) -> Tensor:
+    ordered_BN = unit_BHW.flatten(1).sort(1, descending=True).values
+    return ordered_BN.gather(1, (count_B.clamp(1, ordered_BN.shape[1]) - 1)[:, None])[:, 0]
+
+
+def _quantile(q: float) -> Rule:
+    def rule(unit_BHW: Tensor) -> Tensor:
+        pixels = unit_BHW[0].numel()
+        kept = max(1, round((1 - q) * pixels))
+        return _kth_largest(unit_BHW, torch.full((len(unit_BHW),), kept, device=unit_BHW.device))
+
+    return rule
+
+
+def _fraction(unit_BHW: Tensor) -> Tensor:
+    return _kth_largest(unit_BHW, (unit_BHW.mean((1, 2)) * unit_BHW[0].numel()).round().long())
+
+
+def _fixed(t: float) -> Rule:
+    return lambda unit_BHW: unit_BHW.new_full((len(unit_BHW),), t)
+
+
+def _max(alpha: float) -> Rule:
+    return lambda unit_BHW: alpha * unit_BHW.amax((1, 2))
+
+
+def _otsu(unit_BHW: Tensor) -> Tensor:
+    """Otsu 1979 on 256 levels: the threshold that maximises the variance between the two classes."""
+    level_BN = (unit_BHW * 255).round().long().flatten(1)
+    hist_BL = unit_BHW.new_zeros(len(unit_BHW), 256).scatter_add_(
+        1, level_BN, torch.ones_like(level_BN, dtype=torch.float)
+    )
+    share_BL = hist_BL / hist_BL.sum(1, keepdim=True)
+    below_BL = share_BL.cumsum(1)
+    moment_BL = (share_BL * torch.arange(256, device=unit_BHW.device)).cumsum(1)
+    between_BL = (moment_BL[:, -1:] * below_BL - moment_BL) ** 2 / (below_BL * (1 - below_BL)).clamp_min(1e-12)
+    return (between_BL.argmax(1) + 0.5) / 255
+
+
+_WITH_NUMBER: dict[str, tuple[Callable[[float], Rule], float]] = {
+    "mean": (_mean, 1.0),
+    "mean-std": (_mean_std, 0.0),
+    "quantile": (_quantile, 0.9),
+    "fixed": (_fixed, 0.5),
+    "max": (_max, 0.5),
+}
+_PLAIN: dict[str, Rule] = {"fraction": _fraction, "otsu": _otsu}
+RULES = "mean:ALPHA, mean-std:K, quantile:Q, fixed:T, max:ALPHA, fraction, otsu"
+
+
+def parse_rule(text: str) -> Rule:
+    """A discretization rule by name, as `mean:1`. Raises UserError with the choices where it is none of RULES."""
+    name, colon, number = text.partition(":")
+    try:
+        if name in _PLAIN and not colon:
+            return _PLAIN[name]
+        make, default = _WITH_NUMBER[name]
+        value = float(number) if colon else default
+    except (KeyError, ValueError):
+        raise UserError(f"--discretize {text!r} is no rule; the rules are {RULES}") from None
+    limit = {"quantile": 1.0, "fixed": 1.0, "max": 1.0}.get(name)
+    if not np.isfinite(value) or (limit is not None and not 0 <= value <= limit):
+        raise UserError(f"--discretize {text!r}: the number must lie in 0..{limit or 'infinity'}")
+    return make(value)
+
+
+def discretize(map_BHW: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Masks of maps at input resolution.
+
+    The rule sees each map scaled to [0, 1] by its own minimum and maximum; the threshold it gives is brought back to
+    the map's unit, so that `mask = map >= threshold` holds to the bit.
+
+    Returns:
+        mask_BHW bool, threshold_B float32.
+    """
+    lo_B, hi_B = map_BHW.amin((1, 2)), map_BHW.amax((1, 2))
+    span_B = hi_B - lo_B
+    unit_BHW = (map_BHW - lo_B[:, None, None]) / span_B.where(span_B > 0, torch.ones_like(span_B))[:, None, None]
+    threshold_B = (lo_B + rule(unit_BHW) * span_B).float()
+    return map_BHW >= threshold_B[:, None, None], threshold_B
+
+
+def largest_box(mask_HW: np.ndarray) -> tuple[int, int, int, int] | None:
+    """Tight box of the largest 4-connected component of a bool (H, W) mask.
+
+    Returns:
+        x0, y0, x1, y1 in pixels, half-open; None for an empty mask. Of equally large components the first in
+        raster order.
+    """
+    stats = cv2.connectedComponentsWithStats(mask_HW.view(np.uint8), connectivity=4)[2]
+    if len(stats) < 2:
+        return None
+    x, y, width, height, _ = stats[1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())].tolist()
+    return x, y, x + width, y + height
+
+
+def to_original(
+    box: tuple[int, int, int, int], geometry: tuple[float, float, float, float], height: int, width: int
+) -> list[int]:
+    """A box of input pixels in the original's pixels: rounded to the nearest, inside the image, at least one pixel.
+
+    Args:
+        box: x0, y0, x1, y1, half-open, pixels of the network's input.
+        geometry: scale x, scale y, offset x, offset y (see schemas.saliency).
+        height, width: of the upright original, pixels.
+    """
+    scale_x, scale_y, offset_x, offset_y = geometry
+    x0 = min(max(round(offset_x + scale_x * box[0]), 0), width - 1)
+    y0 = min(max(round(offset_y + scale_y * box[1]), 0), height - 1)
+    x1 = min(max(round(offset_x + scale_x * box[2]), x0 + 1), width)
+    y1 = min(max(round(offset_y + scale_y * box[3]), y0 + 1), height)
+    return [x0, y0, x1, y1]

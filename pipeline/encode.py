@@ -1,0 +1,63 @@
+"""Maps and masks as bytes, and back: inverse functions side by side.
+
+Packing and quantising run on the device, so that only what is stored crosses to the host.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+CLIP_QUANTILE = 0.999  # of heavy-tailed maps: min-max alone would send 11-40 % of their pixels to zero
+_TORCH = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32}
+
+
+def quantise(map_Bhw: Tensor, dtype: str, *, heavy_tailed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Float maps as they are stored.
+
+    Args:
+        map_Bhw: float32, finite.
+        dtype: uint8 | float16 | float32.
+        heavy_tailed: for uint8, end the scale at the CLIP_QUANTILE of each map in place of its maximum.
+
+    Returns:
+        stored_Bhw of that dtype; lo_B, hi_B float32 with value = lo + u8 / 255 * (hi - lo) for uint8.
+    """
+    flat_BN = map_Bhw.flatten(1)
+    lo_B = flat_BN.amin(1)
+    if dtype != "uint8":
+        return map_Bhw.to(_TORCH[dtype]), lo_B, flat_BN.amax(1)
+    above = round((1 - CLIP_QUANTILE) * flat_BN.shape[1]) if heavy_tailed else 0
+    hi_B = flat_BN.topk(above + 1, 1).values[:, -1]
+    # A map with fewer non-zero pixels than the clip takes keeps its whole range.
+    hi_B = hi_B.where(hi_B > lo_B, flat_BN.amax(1))
+    span_B = (hi_B - lo_B).where(hi_B > lo_B, torch.ones_like(hi_B))
+    unit_Bhw = (map_Bhw - lo_B[:, None, None]) / span_B[:, None, None]
+    return (unit_Bhw.clamp(0, 1) * 255).round().to(torch.uint8), lo_B, hi_B
+
+
+def dequantise(
+    raw: bytes, dtype: str, shape: tuple[int, int], lo: float | None = None, hi: float | None = None
+) -> NDArray[np.float32]:
+    """A stored map as a float32 (height, width) array: the inverse of `quantise` up to its rounding."""
+    stored = np.frombuffer(raw, dtype).reshape(shape)
+    if dtype != "uint8":
+        return stored.astype(np.float32)
+    if lo is None or hi is None:
+        raise ValueError("a uint8 map needs its lo and hi")
+    return (np.float32(lo) + stored / np.float32(255) * np.float32(hi - lo)).astype(np.float32)
+
+
+def pack_mask(mask_BHW: Tensor) -> Tensor:
+    """Bool masks as packed bits, uint8 (B, ceil(H * W / 8)): row-major, first pixel = highest bit, zero padding."""
+    bits_BN = mask_BHW.flatten(1).to(torch.uint8)
+    bits_BN = F.pad(bits_BN, (0, -bits_BN.shape[1] % 8))
+    weight_8 = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=mask_BHW.device)
+    return (bits_BN.reshape(len(bits_BN), -1, 8) * weight_8).sum(2, dtype=torch.uint8)
+
+
+def unpack_mask(raw: bytes, shape: tuple[int, int]) -> NDArray[np.bool_]:
+    """Packed bits as a bool (height, width) array: the inverse of `pack_mask`."""
+    count = shape[0] * shape[1]
+    return np.unpackbits(np.frombuffer(raw, np.uint8), count=count).reshape(shape).astype(np.bool_)
