@@ -109,7 +109,10 @@ def discretize(map_BHW: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     lo_B, hi_B = map_BHW.amin((1, 2)), map_BHW.amax((1, 2))
     span_B = hi_B - lo_B
     unit_BHW = (map_BHW - lo_B[:, None, None]) / span_B.where(span_B > 0, torch.ones_like(span_B))[:, None, None]
-    threshold_B = (lo_B + rule(unit_BHW) * span_B).float()
+    unit_B = rule(unit_BHW)
+    chosen_BHW = torch.where(unit_BHW >= unit_B[:, None, None], map_BHW, torch.inf)
+    # The way back rounds: it must not lift the threshold above a value that the rule chose, or a plateau is lost.
+    threshold_B = (lo_B + unit_B * span_B).minimum(chosen_BHW.amin((1, 2)))
     return map_BHW >= threshold_B[:, None, None], threshold_B
 
 

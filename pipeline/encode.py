@@ -58,6 +58,8 @@ def pack_mask(mask_BHW: Tensor) -> Tensor:
 
 
 def unpack_mask(raw: bytes, shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """Packed bits as a bool (height, width) array: the inverse of `pack_mask`."""
+    """Packed bits as a bool (height, width) array: the inverse of `pack_mask`. ValueError where the size differs."""
     count = shape[0] * shape[1]
+    if len(raw) != -(-count // 8):  # numpy would cut it or fill it up, silently
+        raise ValueError(f"{len(raw)} bytes are no packed mask of {shape[0]} x {shape[1]} pixels")
     return np.unpackbits(np.frombuffer(raw, np.uint8), count=count).reshape(shape).astype(np.bool_)

@@ -7,3 +7,11 @@ class UserError(Exception):
 
 class ShardError(Exception):
     """A shard's data is broken as a whole (cut, or no tar). Retrying cannot help: the shard fails with this reason."""
+
+
+class DeviceLostError(Exception):
+    """The device does not answer in this process any more: its worker is made anew and the shard goes to another."""
+
+
+class OutputError(Exception):
+    """The run's folder takes no more (full, read-only, gone). The run stops; what stands is kept."""

@@ -98,7 +98,6 @@ class Run:
     shards: list[Shard]
     versions: dict[str, str]
     fingerprint: str
-    grid: list[int]  # height and width of a stored map
 
     def to_json(self) -> bytes:
         return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1).encode()

@@ -61,15 +61,13 @@ def table_schema(map_bytes: int | None) -> pa.Schema:
 # geometry: a point (x, y) of the network's input, in pixels, lies in the upright original at
 # (offset_x + scale_x * x, offset_y + scale_y * y). A map covers the whole input, whatever its grid.
 
-_HF_TYPES = {"fixed_size_binary": "binary", "float": "float32"}
-
 
 def _hf_feature(kind: pa.DataType) -> dict[str, Any]:
     if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
         length = kind.list_size if pa.types.is_fixed_size_list(kind) else -1
         return {"feature": _hf_feature(kind.value_type), "length": length, "_type": "List"}
-    name = "binary" if pa.types.is_fixed_size_binary(kind) else _HF_TYPES.get(str(kind), str(kind))
-    return {"dtype": name, "_type": "Value"}
+    # Arrow prints float32 as `float`; all else goes by the name that Arrow prints.
+    return {"dtype": "float32" if pa.types.is_float32(kind) else str(kind), "_type": "Value"}
 
 
 def with_metadata(schema: pa.Schema, provenance: dict[str, Any]) -> pa.Schema:

@@ -1,0 +1,56 @@
+"""The command `saltern`: one verb a file; every heavy import stands inside its command."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+# from jobs.bench import app as bench
+from jobs.demo import demo
+from jobs.extract import extract
+from jobs.listing import methods, models
+# from jobs.pack import pack
+from jobs.plan import plan
+# from jobs.show import show
+from jobs.status import status
+from jobs.submit import submit
+from jobs.verify import verify
+from schemas.errors import UserError
+
+EXIT_CODES = """Exit codes: 0 all is done; 1 some shards failed, or a check did not hold; 2 a wrong call, said in one line;
+3 an error in the code, with its traceback; 130 interrupted."""
+
+app = typer.Typer(
+    help="Harvest saliency maps, masks and boxes from whole image datasets, exactly once.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_COMMANDS: list[Callable[..., Any]] = [plan, extract, status, verify, methods, models, demo]
+for _command in _COMMANDS:
+    app.command(epilog=EXIT_CODES)(_command)
+app.command(epilog=EXIT_CODES, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(submit)
+# app.add_typer(bench, name="bench")
+
+
+def main() -> None:
+    """Run the command line. A user's error is one line on stderr and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"saltern: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("saltern: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""saltern status: how far a run is."""
+
+import typer
+
+from jobs.options import AsJson, RunFolder
+
+
+def status(run: RunFolder, as_json: AsJson = False) -> None:
+    """Show what stands of a run: shards, rows by status, failures. Exit code 1 where shards failed."""
+    import json
+    from collections import Counter
+
+    from pipeline.manifest import open_run, read_failures, read_receipts
+
+    store, found = open_run(run)
+    receipts = read_receipts(store, found)
+    failures = read_failures(store, receipts)
+    statuses = sum((Counter(receipt.statuses) for receipt in receipts.values()), Counter[str]())
+    summary = {
+        "run": run,
+        "fingerprint": found.fingerprint,
+        "model": found.config.model,
+        "method": found.config.method,
+        "shards": len(found.shards),
+        "done": len(receipts),
+        "samples": sum(receipt.samples for receipt in receipts.values()),
+        "rows": dict(statuses.most_common()),
+        "data_bytes": sum(receipt.data_bytes for receipt in receipts.values()),
+        "failures": {failure.shard: f"{failure.kind}: {failure.reason}" for failure in failures.values()},
+    }
+    if as_json:
+        typer.echo(json.dumps(summary, indent=1))
+    else:
+        rows = ", ".join(f"{count:,} {status}" for status, count in statuses.most_common()) or "none"
+        typer.echo(f"{run}: {found.config.method} of {found.config.model}, fingerprint {found.fingerprint}")
+        typer.echo(f"{len(receipts)} of {len(found.shards)} shards stand, {summary['samples']:,} samples; rows: {rows}")
+        for failure in failures.values():
+            typer.echo(f"{failure.shard}: {failure.kind}: {failure.reason}")
+    raise typer.Exit(1 if failures else 0)

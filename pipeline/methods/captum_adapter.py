@@ -1,0 +1,97 @@
+"""Any attribution of captum as a method: `captum:IntegratedGradients`.
+
+Shape suffixes: B batch, C H W the network's input, K classes.
+"""
+
+import inspect
+import warnings
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pipeline.methods.base import Maps, Method
+from pipeline.methods.options import from_text
+from pipeline.methods.scores import logits_of, pick_target
+from pipeline.methods.taps import Taps
+from pipeline.naming import nearest
+from schemas.errors import UserError
+from schemas.run import check_keys
+
+_OURS = ("self", "inputs", "target", "additional_forward_args", "kwargs")  # of attribute(); all else are options
+
+
+class Captum(Method):
+    """Base of the adapted attributions: the sum over channels of what captum gives."""
+
+    attribution: ClassVar[Any]  # captum's class
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        parameters = inspect.signature(cls.attribution.attribute).parameters.values()
+        return {p.name: None if p.default is p.empty else p.default for p in parameters if p.name not in _OURS}
+
+    @classmethod
+    def complete(cls, given: dict[str, Any]) -> dict[str, Any]:
+        defaults = cls.defaults()
+        check_keys(given, defaults, f"the options of {cls.title()}")
+        parameters = inspect.signature(cls.attribution.attribute).parameters
+        missing = [
+            name for name in defaults if parameters[name].default is inspect.Parameter.empty and name not in given
+        ]
+        if missing:
+            raise UserError(f"{cls.title()} needs the option {missing[0]!r}: -O {missing[0]}=VALUE, JSON")
+        return defaults | {name: from_text(value) for name, value in given.items()}
+
+    def prepare(self) -> None:
+        self._taps = Taps(self.model, self.layer)
+        where = [self.model.get_submodule(name) for name in self.layer]
+        self._attribution = self.attribution(self.model, *where)
+        # captum asks for tuples where JSON has lists.
+        self._kwargs = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in self.options.items()
+            if value is not None
+        }
+
+    def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
+        with torch.no_grad():
+            logits_BK = logits_of(self.model(x_BCHW))
+        target_B = pick_target(logits_BK, target_B)
+        parameters = inspect.signature(self.attribution.attribute).parameters
+        target = {"target": target_B} if "target" in parameters else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # captum announces the hooks that it sets and removes
+            found = self._attribution.attribute(x_BCHW.requires_grad_(), **target, **self._kwargs)
+        if not isinstance(found, Tensor):
+            raise UserError(
+                f"{self.title()} gives {type(found).__name__}, no map; leave out the options that add to it"
+            )
+        values_BKhw = self._taps.grid(0, found, x_BCHW.shape[2:]) if self.layer else found.float()
+        return values_BKhw.sum(1), logits_BK, target_B if target else None
+
+
+def adapt(name: str) -> type[Captum]:
+    """The method for one of captum's attribution classes. Raises UserError where it is none, or captum is missing."""
+    try:
+        import captum.attr
+    except ImportError:
+        raise UserError(f"captum:{name} needs captum; pip install 'saltern[captum]'") from None
+    classes = {key: kind for key, kind in vars(captum.attr).items() if _is_usable(kind, captum.attr.Attribution)}
+    if name not in classes:
+        raise UserError(f"unknown method 'captum:{name}'; {nearest(name, classes)}known: {', '.join(sorted(classes))}")
+    layered = "layer" in inspect.signature(classes[name]).parameters
+    on_pixels = not issubclass(classes[name], captum.attr.LayerAttribution)
+    traits = {"layered": layered, "heavy_tailed": on_pixels, "default_map_dtype": "uint8" if on_pixels else "float32"}
+    doc = f"captum's {name}, summed over channels."
+    return type(name, (Captum,), {"name": f"captum:{name}", "attribution": classes[name], "__doc__": doc, **traits})
+
+
+def _is_usable(kind: Any, base: type) -> bool:
+    # Made of a model, or of a model and a layer: no neuron to choose, no other attribution inside.
+    if not (isinstance(kind, type) and issubclass(kind, base) and "attribute" in vars(kind)):
+        return False
+    if "neuron_selector" in inspect.signature(vars(kind)["attribute"]).parameters:
+        return False
+    needed = [p.name for p in inspect.signature(kind).parameters.values() if p.default is p.empty]
+    return needed in (["forward_func"], ["model"], ["forward_func", "layer"], ["model", "layer"])

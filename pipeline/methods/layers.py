@@ -1,0 +1,110 @@
+"""Target layers by dotted name, and the default one of a model."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.naming import nearest
+from schemas.errors import UserError
+
+# The layer whose output goes into global pooling, by torchvision class.
+_LAST_STAGE = {
+    "ConvNeXt": "features",
+    "DenseNet": "features",  # before the functional ReLU
+    "EfficientNet": "features",
+    "GoogLeNet": "inception5b",
+    "Inception3": "Mixed_7c",
+    "MNASNet": "layers",
+    "MobileNetV2": "features",
+    "MobileNetV3": "features",
+    "RegNet": "trunk_output",
+    "ResNet": "layer4",
+    "ShuffleNetV2": "conv5",
+    "SqueezeNet": "features",
+    "SwinTransformer": "norm",
+}
+
+
+def resolve(model: nn.Module, layer: str | Sequence[str] | None) -> list[str]:
+    """Dotted names of target layers, checked; the model's default where none is given. Raises UserError."""
+    names = [layer] if isinstance(layer, str) else list(layer or ())
+    known = dict(model.named_modules())
+    for name in names:
+        if not name or name not in known:
+            parts = ", ".join(child for child, _ in model.named_children())
+            hint = nearest(name, known)
+            raise UserError(f"{_kind(model)} has no layer {name!r}; {hint}its layers: {parts}, and their parts (a.b)")
+    if len(set(names)) < len(names):
+        raise UserError(f"a layer is given twice: {', '.join(names)}")
+    return names or [default_layer(model)]
+
+
+def default_layer(model: nn.Module) -> str:
+    """The last layer with a grid: the output of the last stage, before global pooling.
+
+    VGG and AlexNet: the last activation before the last max pooling (14 x 14 and 13 x 13 at 224), as Grad-CAM's paper
+    has it. Transformers with a class token: the first norm of the last block, since beyond it the patches do not reach
+    the logits. Models that torchvision does not have are run once to see. Raises UserError where that finds none.
+    """
+    family = next(
+        (kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("torchvision.models")), ""
+    )
+    known: dict[str, nn.Module] = dict(model.named_modules())
+    if family in ("VGG", "AlexNet"):
+        return [name for name in known if name.startswith("features.")][-2]
+    if family == "VisionTransformer":
+        return _last_first_norm(model, known)
+    if family == "MaxVit":
+        return [name for name in known if name.startswith("blocks.") and name.count(".") == 1][-1]
+    return _LAST_STAGE[family] if family in _LAST_STAGE else _last_grid(model, known)
+
+
+def probe(model: nn.Module) -> Tensor:
+    """Two fixed random images on the model's device, at its own size where it names one, else 224."""
+    size = getattr(model, "image_size", 224)
+    size = size if isinstance(size, int) else 224
+    x_BCHW = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    weight = next(model.parameters(), None)
+    return x_BCHW if weight is None else x_BCHW.to(weight.device, weight.dtype)
+
+
+def _last_first_norm(model: nn.Module, known: dict[str, nn.Module]) -> str:
+    found = [name for name in known if name.endswith((".ln_1", ".norm1"))]
+    if not found:
+        raise UserError(
+            f"{_kind(model)} works on tokens; name the target layer (layer=), as the last block's first norm"
+        )
+    return found[-1]
+
+
+def _last_grid(model: nn.Module, known: dict[str, nn.Module]) -> str:
+    found: list[tuple[str, int]] = []
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.ndim in (3, 4) and min(output.shape[1:]) > 1:
+                found.append((name, output.ndim))
+
+        return hook
+
+    handles = [module.register_forward_hook(note(name)) for name, module in known.items() if name]
+    try:
+        with torch.no_grad():
+            model(probe(model))
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        raise UserError(
+            f"{_kind(model)} fails on a 224 x 224 probe ({error}); name the target layer (layer=)"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found:
+        raise UserError(f"{_kind(model)} has no layer with a grid (N, K, h, w); name the target layer (layer=)")
+    name, dimensions = found[-1]
+    return name if dimensions == 4 else _last_first_norm(model, known)
+
+
+def _kind(model: nn.Module) -> str:
+    return type(model).__name__

@@ -1,0 +1,30 @@
+"""Things by name: an object by `package.module:name`, and the right name nearest to a wrong one."""
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+from schemas.errors import UserError
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """`did you mean 'x'? ` with the choice nearest to name, or an empty string where none is near."""
+    near = difflib.get_close_matches(name, list(choices), 1, 0.5)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def import_object(spec: str) -> Any:
+    """What `package.module:name` names. Raises UserError where the module or the name in it is not found."""
+    module_name, _, name = spec.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(
+            f"cannot import {module_name!r} for {spec!r} ({error}); run from its folder or install it"
+        ) from error
+    try:
+        return getattr(module, name)
+    except AttributeError:
+        hint = nearest(name, vars(module))
+        raise UserError(f"module {module_name!r} has no {name!r}; {hint}give it as package.module:name") from None

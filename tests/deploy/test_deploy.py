@@ -1,0 +1,198 @@
+"""The files in deploy/ are parsed, and the words in them are tried on our own command line."""
+
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import typer
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+DEPLOY = ROOT / "deploy"
+INSTRUCTIONS = {
+    "ARG",
+    "CMD",
+    "COPY",
+    "ENTRYPOINT",
+    "ENV",
+    "EXPOSE",
+    "FROM",
+    "LABEL",
+    "RUN",
+    "USER",
+    "VOLUME",
+    "WORKDIR",
+}
+
+
+def accept(words: list[str]) -> dict[str, Any]:
+    """The parameters as our command line reads them; it raises on what it does not know."""
+    from jobs.main import app
+
+    command = typer.main.get_group(app).commands[words[0]]
+    with command.make_context(words[0], words[1:]) as ctx:
+        return dict(ctx.params)
+
+
+def dockerfile() -> list[tuple[str, str]]:
+    text = (DEPLOY / "Dockerfile").read_text().replace("\\\n", " ")
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    return [(name, rest) for name, _, rest in (line.partition(" ") for line in lines)]
+
+
+def test_the_dockerfile_is_made_of_instructions() -> None:
+    made = dockerfile()
+    assert made[0][0] == "FROM"
+    assert {name for name, _ in made} <= INSTRUCTIONS
+    assert all(rest.strip() for _, rest in made)
+
+
+def test_all_that_the_image_copies_is_there() -> None:
+    sources = [word for name, rest in dockerfile() if name == "COPY" for word in shlex.split(rest)[:-1]]
+    assert {"pyproject.toml", "constraints.txt", "schemas", "pipeline", "jobs"} <= set(sources)
+    assert [source for source in sources if not (ROOT / source).exists()] == []
+
+
+def test_the_image_installs_by_the_constraints_and_runs_without_privileges() -> None:
+    made = dockerfile()
+    (install,) = [rest for name, rest in made if name == "RUN" and "pip install" in rest]
+    words = shlex.split(install)
+    assert words[words.index("--constraint") + 1] == "constraints.txt"
+    users = [rest for name, rest in made if name == "USER"]
+    assert users
+    assert users[-1] not in ("0", "root")
+    assert made[-1] == ("ENTRYPOINT", '["saltern"]')
+
+
+@pytest.fixture(scope="module")
+def rayjob() -> dict[str, Any]:
+    made: dict[str, Any] = yaml.safe_load((DEPLOY / "rayjob.yaml").read_text())
+    return made
+
+
+def test_the_rayjob_runs_an_extract(rayjob: dict[str, Any]) -> None:
+    assert (rayjob["apiVersion"], rayjob["kind"]) == ("ray.io/v1", "RayJob")
+    words = shlex.split(rayjob["spec"]["entrypoint"])
+    assert words[:4] == ["python", "-m", "jobs.main", "extract"]
+    read = accept(words[3:])
+    assert read["engine"] == "ray"
+    assert read["out"].startswith("s3://")
+    (group,) = rayjob["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    assert read["decode_threads"] <= int(container["resources"]["requests"]["cpu"])
+
+
+def test_the_rayjob_is_closed_and_goes_when_done(rayjob: dict[str, Any]) -> None:
+    spec = rayjob["spec"]
+    assert spec["shutdownAfterJobFinishes"] is True
+    assert spec["ttlSecondsAfterFinished"] > 0
+    cluster = spec["rayClusterSpec"]
+    auth = cluster["authOptions"]
+    assert auth["mode"] == "token"
+    assert f"create secret generic {auth['secretName']}" in (DEPLOY / "rayjob.yaml").read_text()
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    containers = [container for group in groups for container in group["template"]["spec"]["containers"]]
+    assert len({container["image"] for container in containers}) == 1
+    assert all(container["securityContext"]["runAsNonRoot"] for container in containers)
+    assert all({"requests", "limits"} == set(container["resources"]) for container in containers)
+    assert containers[-1]["resources"]["limits"]["nvidia.com/gpu"] == 1
+
+
+def test_the_rayjob_names_the_ray_of_the_image(rayjob: dict[str, Any]) -> None:
+    pinned = re.search(r"^ray(?:\[.*\])?==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned is not None
+    assert rayjob["spec"]["rayClusterSpec"]["rayVersion"] == pinned[1]
+
+
+SLURM = DEPLOY / "slurm.sh"
+
+
+def test_the_slurm_script_is_bash() -> None:
+    subprocess.run(["bash", "-n", str(SLURM)], check=True)
+    assert not [line for line in SLURM.read_text().splitlines() if "ray stop" in line and not line.startswith("#")]
+
+
+def test_the_slurm_script_runs_an_extract() -> None:
+    text = SLURM.read_text()
+    (example,) = re.findall(r"^#   sbatch deploy/slurm.sh (.*)$", text, re.MULTILINE)
+    (line,) = re.findall(r"^saltern (.*)$", text, re.MULTILINE)
+    words = shlex.split(line.replace('"$@"', example).replace("$address", "node1:6379"))
+    read = accept(words)
+    assert (read["engine"], read["address"], read["out"]) == ("ray", "node1:6379", "RUN")
+
+
+STUBS = {
+    "scontrol": "echo 127.0.0.1",
+    # Its options all begin with --; what follows is the command.
+    "srun": 'stat -c %a "$RAY_AUTH_TOKEN_PATH" > mode; while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+}
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment of a job on one node. As Slurm does, all that it started ends after it."""
+    (tmp_path / "bin").mkdir()
+    for name, body in STUBS.items():
+        stub = tmp_path / "bin" / name
+        stub.write_text(f"#!/bin/bash\n{body}\n")
+        stub.chmod(0o755)
+    number = str(_job_number())
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    path = [str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
+    job = {"SLURM_JOB_ID": number, "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1"}
+    yield {**kept, **job, "SLURM_CPUS_PER_TASK": "1", "HOME": str(tmp_path), "PATH": os.pathsep.join(path)}
+    folder = f"/tmp/saltern-{number}"
+    family = [process for process in psutil.process_iter(["cmdline"]) if _belongs(process, folder)]
+    for process in family:
+        process.kill()
+    psutil.wait_procs(family, timeout=10)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _job_number() -> int:
+    """One whose port, as the script makes it, is free."""
+    for port in range(20000 + os.getpid() % 5000, 30000):
+        with socket.socket() as sock:
+            if sock.connect_ex(("127.0.0.1", port)) != 0:
+                return port - 20000
+    pytest.fail("no port is free")
+
+
+def _belongs(process: psutil.Process, folder: str) -> bool:
+    return any(folder in word for word in process.info["cmdline"] or [])
+
+
+@pytest.mark.slow
+def test_the_slurm_script_on_one_node(slurm: dict[str, str], tmp_path: Path) -> None:
+    """srun and scontrol are stand-ins; the head, its token and the run on it are real."""
+    shard = tmp_path / "a.tar"
+    with tarfile.open(shard, "w") as tar:
+        buffer = io.BytesIO()
+        Image.new("RGB", (40, 30), "red").save(buffer, "PNG")
+        info = tarfile.TarInfo("one.png")
+        info.size = buffer.tell()
+        tar.addfile(info, io.BytesIO(buffer.getvalue()))
+    words = ["--out", "run", "--model", "resnet18", "--weights", "none", "--method", "grad-cam", "--target", "top1"]
+    with (tmp_path / "log").open("wb") as log:
+        command = ["bash", str(SLURM), str(shard), *words, "--crop", "32", "--resize", "32"]
+        ended = subprocess.run(
+            command, cwd=tmp_path, env=slurm, stdout=log, stderr=log, timeout=150, check=False, start_new_session=True
+        )
+    assert ended.returncode == 0, (tmp_path / "log").read_text()
+    assert (tmp_path / "mode").read_text().strip() == "600"
+    assert not list(tmp_path.glob(".saltern-token-*"))
+    receipts = [json.loads(path.read_text()) for path in (tmp_path / "run" / "receipts").rglob("*.json")]
+    assert [receipt["rows"] for receipt in receipts] == [1]

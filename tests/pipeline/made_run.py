@@ -1,0 +1,159 @@
+"""Runs made by hand, with known maps and masks; the tars, the schema and the writer are real."""
+
+import io
+import tarfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.decode import decode
+from pipeline.discretize import discretize, largest_box, parse_rule, to_original, upsample
+from pipeline.encode import pack_mask, quantise
+from pipeline.manifest import data_name, publish_receipt
+from pipeline.store import Store
+from pipeline.writer import ShardWriter
+from schemas.receipt import Receipt
+from schemas.run import Run, RunConfig, Shard
+from schemas.saliency import DECODE_FAILED, OK, table_schema, with_metadata
+
+CROP = 32
+
+
+def config(**changes: Any) -> RunConfig:
+    made: dict[str, Any] = {
+        "model": "resnet18", "weights": "none", "weights_digest": "0" * 64, "classes": 10, "method": "grad-cam",
+        "layer": ["layer4"], "options": {}, "target": "label", "discretize": "mean:1", "map_size": "native",
+        "map_dtype": "float32", "save_map": True, "resize": 40, "crop": CROP, "squash": False,
+        "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3, "precision": "fp32", "seed": 0, "limit": None,
+        "batch_size": 4, "torch_threads": 1,
+    }  # fmt: skip
+    return RunConfig(**(made | changes))
+
+
+def picture(seed: int, width: int = 60, height: int = 44) -> bytes:
+    """A JPEG with a disc on a slope."""
+    y, x = np.mgrid[:height, :width]
+    pixels = np.stack([x * 255 // width, y * 255 // height, np.full_like(x, seed * 40 % 256)], 2).astype(np.uint8)
+    pixels[(x - width / 2) ** 2 + (y - height / 3) ** 2 < 100] = 255
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", quality=95)
+    return stream.getvalue()
+
+
+def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for key, members in samples.items():
+            for ext, content in members.items():
+                info = tarfile.TarInfo(f"{key}.{ext}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+@dataclass
+class Made:
+    """A run, and what was put in: by shard name, key and place among the sample's targets."""
+
+    path: Path
+    run: Run
+    maps: dict[tuple[str, str, int], NDArray[np.float32]] = field(default_factory=dict)
+    masks: dict[tuple[str, str, int], NDArray[np.bool_]] = field(default_factory=dict)
+
+    def data(self, shard: int) -> Path:
+        return self.path / data_name(self.run.shards[shard].name)
+
+
+def make_run(
+    folder: Path,
+    *,
+    shards: int = 3,
+    samples: int = 5,
+    targets: int = 1,
+    grid: tuple[int, int] = (4, 4),
+    broken: tuple[tuple[int, int], ...] = (),
+    json: bytes | None = None,
+    **changes: Any,
+) -> Made:
+    """A run in `folder`/run over tars in `folder`/shards; keys are unique in the run.
+
+    Args:
+        shards, samples: how many, and of each.
+        broken: (shard, sample) whose image is no image.
+        json: the samples' json member.
+        changes: to the config.
+    """
+    wanted = []
+    for number in range(shards):
+        samples_ = {}
+        for index in range(samples):
+            key = f"s{number}k{index}"
+            image = b"no image" if (number, index) in broken else picture(index)
+            samples_[key] = {"jpg": image, "cls": str(index).encode()} | ({} if json is None else {"json": json})
+        tar = folder / "shards" / f"part{number}" / "train.tar"
+        write_tar(tar, samples_)
+        wanted.append(Shard(f"part{number}/train", str(tar), tar.stat().st_size))
+    frozen = config(**changes)
+    made = Made(folder / "run", Run(frozen, wanted, {"saltern": "0"}, frozen.fingerprint()))
+    made.path.mkdir()
+    (made.path / "run.json").write_bytes(made.run.to_json())
+    for number in range(shards):
+        rows: list[tuple[Any, ...]] = []
+        for index in range(samples):
+            key = f"s{number}k{index}"
+            if (number, index) in broken:
+                rows.append((key, wanted[number].name, index, index, *[None] * 15, DECODE_FAILED, "no image"))
+            else:
+                rows += [_row(made, wanted[number].name, key, index, t, grid) for t in range(targets)]
+        write_shard(made, number, samples, rows, grid)
+    return made
+
+
+def _row(made: Made, shard: str, key: str, index: int, target: int, grid: tuple[int, int]) -> tuple[Any, ...]:
+    cfg = made.run.config
+    seed = int.from_bytes(key.encode()[-6:]) + target
+    map_1hw = torch.rand(1, *grid, generator=torch.Generator().manual_seed(seed)) * 3 - 1
+    mask_1HW, threshold = discretize(upsample(map_1hw, (CROP, CROP)), parse_rule(cfg.discretize))
+    stored, lo, hi = quantise(map_1hw, cfg.map_dtype, heavy_tailed=False)
+    preprocess = {"resize": cfg.resize, "crop": cfg.crop, "squash": cfg.squash, "interpolation": cfg.interpolation}
+    decoded = decode(picture(index), **preprocess)
+    box = largest_box(mask_1HW[0].numpy())
+    assert box is not None
+    made.maps[shard, key, target] = map_1hw[0].numpy()
+    made.masks[shard, key, target] = mask_1HW[0].numpy()
+    scale = (float(lo), float(hi)) if cfg.map_dtype == "uint8" else (None, None)
+    stored_columns = (stored.numpy().tobytes(), *grid, *scale) if cfg.save_map else (None,) * 5
+    return (
+        key, shard, index, index, (index + 1) % 10, (index + target) % 10, 1 / (1 + index + target), *stored_columns,
+        pack_mask(mask_1HW).numpy().tobytes(), float(threshold), float(mask_1HW.float().mean()),
+        [to_original(box, decoded.geometry, decoded.image_height, decoded.image_width)],
+        decoded.image_height, decoded.image_width, list(decoded.geometry), OK, None,
+    )  # fmt: skip
+
+
+def write_shard(made: Made, number: int, samples: int, rows: list[tuple[Any, ...]], grid: tuple[int, int]) -> None:
+    """Data file and receipt."""
+    shard, cfg = made.run.shards[number], made.run.config
+    size = grid[0] * grid[1] * np.dtype(cfg.map_dtype).itemsize if cfg.save_map else None
+    provenance = {
+        "fingerprint": made.run.fingerprint,
+        "config": asdict(cfg),
+        "map_dtype": cfg.map_dtype,
+        "map_shape": grid if cfg.save_map else None,
+        "input_shape": [CROP, CROP],
+        "mask_bit_order": "big",
+    }
+    store = Store(str(made.path))
+    with ShardWriter(made.path, with_metadata(table_schema(size), provenance)) as writer:
+        writer.write(rows)
+        written = writer.close()
+    store.publish(written.path, data_name(shard.name))
+    statuses = {status: sum(row[-2] == status for row in rows) for status in {row[-2] for row in rows}}
+    receipt = Receipt(
+        shard.name, shard.size, made.run.fingerprint, samples, len(rows), statuses, written.digest, written.size, {}
+    )
+    publish_receipt(store, receipt, made.path)

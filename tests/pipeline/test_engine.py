@@ -1,0 +1,182 @@
+"""The driver with both kinds of workers: what it does about each thing that goes wrong."""
+
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import toys
+
+from pipeline import engine
+from pipeline.engine import Driver, State
+from pipeline.pool import LocalPool, Pool
+from schemas.receipt import Failure, Receipt
+from schemas.run import Shard
+
+
+class Notebook:
+    """A book in memory."""
+
+    def __init__(self) -> None:
+        self.receipts: list[str] = []
+        self.failures: dict[str, Failure] = {}
+        self.elsewhere: set[str] = set()
+
+    def standing(self, shard: Shard) -> Receipt | None:
+        return toys.receipt(shard) if shard.name in self.elsewhere else None
+
+    def succeeded(self, receipt: Receipt) -> None:
+        self.receipts.append(receipt.shard)
+
+    def failed(self, failure: Failure) -> None:
+        self.failures[failure.shard] = failure
+
+
+def shards(*urls: str) -> list[Shard]:
+    return [Shard(f"{index}-{url}", url, 10) for index, url in enumerate(urls)]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "BACKOFF_S", (0.01, 0.02))
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> LocalPool:
+    return LocalPool(partial(toys.Toy, str(tmp_path)))
+
+
+@pytest.fixture
+def actors(tmp_path: Path, ray_address: str) -> Pool:
+    from pipeline.engine_ray import RayPool
+
+    folder = str(Path(__file__).parent)
+    return RayPool(partial(toys.Toy, str(tmp_path)), gpus=0, cpus=1, torch_threads=1, import_paths=[folder])
+
+
+@pytest.fixture(params=["local", "actors"])
+def pool(request: pytest.FixtureRequest) -> Pool:
+    made: Pool = request.getfixturevalue(request.param)
+    return made
+
+
+def test_every_shard_once(pool: Pool) -> None:
+    book = Notebook()
+    outcome = Driver(pool, book).run(shards(*["ok"] * 20))
+    assert sorted(book.receipts) == sorted(shard.name for shard in shards(*["ok"] * 20))
+    assert not outcome.failures
+    assert outcome.stopped is None
+
+
+def test_broken_data_fails_at_once_and_the_rest_goes_on(pool: Pool) -> None:
+    book = Notebook()
+    outcome = Driver(pool, book).run(shards("ok", "broken", "ok"))
+    assert book.receipts == ["0-ok", "2-ok"] or sorted(book.receipts) == ["0-ok", "2-ok"]
+    assert outcome.failures["1-broken"] == Failure("1-broken", "data", "cut at byte 7", 1)
+    assert book.failures == outcome.failures
+
+
+def test_a_broken_world_is_tried_three_times(pool: Pool) -> None:
+    book = Notebook()
+    outcome = Driver(pool, book).run(shards("network-once", "network", "ok"))
+    assert sorted(book.receipts) == ["0-network-once", "2-ok"]
+    failure = outcome.failures["1-network"]
+    assert (failure.kind, failure.attempts) == ("world", 3)
+    assert "the wire is gone" in failure.reason
+
+
+def test_broken_code_stops_everything(pool: Pool) -> None:
+    with pytest.raises(ZeroDivisionError, match="a slip"):
+        Driver(pool, Notebook()).run(shards("code", *["slow"] * 50))
+
+
+def test_a_full_disk_stops_with_words(pool: Pool) -> None:
+    outcome = Driver(pool, Notebook()).run(shards("full", *["slow"] * 50))
+    assert outcome.stopped == "cannot write to RUN: No space left on device"
+    assert len(outcome.receipts) < 50
+
+
+def test_max_failed_stops(pool: Pool) -> None:
+    outcome = Driver(pool, Notebook(), max_failed=1).run(shards("broken", "broken", *["slow"] * 50))
+    assert outcome.stopped is not None
+    assert "2 shards have failed" in outcome.stopped
+    assert len(outcome.receipts) < 50
+
+
+def test_a_shard_past_its_time_goes_to_a_new_worker(pool: Pool) -> None:
+    book = Notebook()
+    since = time.monotonic()
+    outcome = Driver(pool, book, timeout_s=2.0).run(shards("hang-once", "ok", "ok"))
+    assert sorted(book.receipts) == ["0-hang-once", "1-ok", "2-ok"]
+    assert not outcome.failures
+    assert time.monotonic() - since < 50  # it did not wait for the sleeper
+
+
+def test_a_shard_that_always_hangs_fails(local: LocalPool) -> None:
+    outcome = Driver(local, Notebook(), timeout_s=0.3).run(shards("hang", "ok"))
+    failure = outcome.failures["0-hang"]
+    assert (failure.kind, failure.attempts) == ("timeout", 3)
+    assert "1-ok" in outcome.receipts
+    assert local.abandoned
+
+
+def test_a_shard_done_by_another_driver_is_left_alone(pool: Pool) -> None:
+    book = Notebook()
+    book.elsewhere = {"0-ok"}
+    outcome = Driver(pool, book).run(shards("ok", "ok"))
+    assert book.receipts == ["1-ok"]
+    assert outcome.elsewhere == 1
+
+
+def test_a_lost_device_gets_a_new_worker(pool: Pool) -> None:
+    book = Notebook()
+    outcome = Driver(pool, book).run(shards("lost-once", "ok"))
+    assert sorted(book.receipts) == ["0-lost-once", "1-ok"]
+    assert not outcome.failures
+
+
+def test_an_error_while_building_is_the_users_to_see(ray_address: str) -> None:
+    from pipeline.engine_ray import RayPool
+
+    folder = str(Path(__file__).parent)
+    for pool in (
+        LocalPool(toys.Unbuildable),
+        RayPool(toys.Unbuildable, gpus=0, cpus=1, torch_threads=1, import_paths=[folder]),
+    ):
+        with pytest.raises(ValueError, match="no such model"):
+            Driver(pool, Notebook()).run(shards("ok"))
+
+
+def test_poison_is_quarantined_and_its_neighbours_are_not(actors: Pool) -> None:
+    book = Notebook()
+    outcome = Driver(actors, book, workers=2).run(shards("ok", "die", "slow", "slow", "die-once", "ok", "ok"))
+    assert list(outcome.failures) == ["1-die"]
+    assert (outcome.failures["1-die"].kind, outcome.failures["1-die"].attempts) == ("poison", 3)
+    assert sorted(book.receipts) == ["0-ok", "2-slow", "3-slow", "4-die-once", "5-ok", "6-ok"]
+
+
+def test_a_killed_actor_is_made_anew(actors: Pool) -> None:
+    killed = []
+
+    def kill_once(state: State) -> None:
+        if not killed and state.outcome.receipts:
+            killed.append(int(next(iter(state.outcome.receipts.values())).worker))
+            os.kill(killed[0], 9)
+
+    book = Notebook()
+    outcome = Driver(actors, book, tick=kill_once).run(shards(*["slow"] * 6))
+    assert killed
+    assert len(book.receipts) == 6
+    assert len({receipt.worker for receipt in outcome.receipts.values()}) == 2
+
+
+def test_workers_that_never_stand_stop_the_run(ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.engine_ray import RayPool
+
+    monkeypatch.setattr(engine, "STILLBORN", 1)
+    folder = str(Path(__file__).parent)
+    pool = RayPool(toys.Stillborn, gpus=0, cpus=1, torch_threads=1, import_paths=[folder])
+    outcome = Driver(pool, Notebook()).run(shards("ok"))
+    assert outcome.stopped is not None
+    assert "before they are ready" in outcome.stopped

@@ -1,0 +1,81 @@
+"""Small processors for the engine's tests: what each does is told by the shard's URL."""
+
+import os
+import time
+from pathlib import Path
+
+from schemas.errors import DeviceLostError, OutputError, ShardError
+from schemas.receipt import PHASES, Receipt
+from schemas.run import Shard
+
+
+def receipt(shard: Shard) -> Receipt:
+    return Receipt(
+        shard=shard.name,
+        size=shard.size,
+        fingerprint="f" * 16,
+        samples=2,
+        rows=2,
+        statuses={"ok": 2},
+        digest="",
+        data_bytes=0,
+        seconds={**dict.fromkeys(PHASES, 0.0), "total": 0.0},
+        worker=str(os.getpid()),
+    )
+
+
+class Toy:
+    """Does what the URL says: ok, broken, network, network-once, code, hang-once, hang, die, die-once, lost, full."""
+
+    def __init__(self, notes: str):
+        self.images = 0
+        self._notes = Path(notes)
+
+    def _first(self, shard: Shard) -> bool:
+        """Whether this is the first call with the shard, in whatever process."""
+        try:
+            (self._notes / shard.name).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def process(self, shard: Shard, redo: bool = False) -> Receipt:
+        what, _, once = shard.url.partition("-")
+        if not once or self._first(shard):
+            self._act(what)
+        self.images += 2
+        return receipt(shard)
+
+    def _act(self, what: str) -> None:
+        match what:
+            case "broken":
+                raise ShardError("cut at byte 7")
+            case "network":
+                raise ConnectionError("the wire is gone")
+            case "code":
+                raise ZeroDivisionError("a slip")
+            case "lost":
+                raise DeviceLostError("CUDA error: unspecified launch failure")
+            case "full":
+                raise OutputError("cannot write to RUN: No space left on device")
+            case "hang":
+                time.sleep(60)
+            case "slow":
+                time.sleep(0.3)
+            case "die":
+                time.sleep(0.2)
+                os.kill(os.getpid(), 9)
+
+
+class Unbuildable:
+    """Its processor cannot be built."""
+
+    def __init__(self) -> None:
+        raise ValueError("no such model")
+
+
+class Stillborn:
+    """Its process dies while the processor is built."""
+
+    def __init__(self) -> None:
+        os.kill(os.getpid(), 9)
