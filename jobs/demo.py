@@ -20,7 +20,9 @@ _FOLDERS = {"skimage": ("skimage", "data"), "sklearn": ("sklearn", "datasets", "
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for what is made; an earlier demo's is replaced.")] = Path("demo-out"),
+    out: Annotated[Path, typer.Option(help="Folder for what is made; an earlier demo's is replaced.")] = Path(
+        "demo-out"
+    ),
 ) -> None:
     """Pack real photographs, run Grad-CAM with a pretrained network, verify, show. Needs the extra `demo`."""
     photographs, shards, run, page = out / "photographs", out / "shards", out / "run", out / "show.html"

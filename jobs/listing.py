@@ -10,7 +10,9 @@ def methods() -> None:
     for name, kind in available().items():
         options = ", ".join(f"{key}={value}" for key, value in kind.defaults().items())
         typer.echo(f"{name:<16}{kind.summary()}" + (f" [-O {options}]" if options else ""))
-    typer.echo("package.module:Class runs a method of your own; captum:NAME any attribution of captum (extra `captum`).")
+    typer.echo(
+        "package.module:Class runs a method of your own, captum:NAME any attribution of captum (extra `captum`)."
+    )
 
 
 def models() -> None:

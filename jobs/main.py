@@ -10,16 +10,20 @@ import typer
 from jobs.demo import demo
 from jobs.extract import extract
 from jobs.listing import methods, models
+
 # from jobs.pack import pack
 from jobs.plan import plan
+
 # from jobs.show import show
 from jobs.status import status
 from jobs.submit import submit
 from jobs.verify import verify
 from schemas.errors import UserError
 
-EXIT_CODES = """Exit codes: 0 all is done; 1 some shards failed, or a check did not hold; 2 a wrong call, said in one line;
-3 an error in the code, with its traceback; 130 interrupted."""
+EXIT_CODES = (
+    "Exit codes: 0 all is done; 1 some shards failed, or a check did not hold; 2 a wrong call, said in one line; "
+    "3 an error in the code, with its traceback; 130 interrupted."
+)
 
 app = typer.Typer(
     help="Harvest saliency maps, masks and boxes from whole image datasets, exactly once.",

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from pipeline.naming import brief
 from schemas.errors import UserError
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -30,10 +31,10 @@ def read(path: Path) -> dict[str, Any]:
         held = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} needs code to be loaded, which is never run; save its state_dict as .safetensors"
+            f"{path} is damaged, or needs code of its own to be run, which is refused; save it as .safetensors"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path} is no readable weights file: {str(error).splitlines()[0]}") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path} is no readable weights file: {brief(error)}") from error
     for wrapper in _WRAPPERS:
         if isinstance(held, dict) and isinstance(held.get(wrapper), dict):
             held = held[wrapper]

@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor, nn
 
 from pipeline import checkpoints
-from pipeline.naming import import_object, nearest
+from pipeline.naming import brief, import_object, nearest
 from schemas.errors import UserError
 
 _LITE = {"efficientnet_lite0": 224, "efficientnet_lite1": 240, "efficientnet_lite2": 260}  # side of the input, pixels
@@ -185,18 +185,18 @@ def _downloaded(build: Callable[[], nn.Module], what: str) -> nn.Module:
     try:
         return build()
     except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot get {what} ({error}); pass a local file: --weights FILE.pth") from error
+        raise UserError(f"cannot get {what} ({brief(error)}); pass a local file: --weights FILE.pth") from error
 
 
 def _count_classes(model: nn.Module, side: int) -> int:
     try:
         with torch.no_grad():
             output = model(torch.zeros(1, 3, side, side))
-    except (RuntimeError, ValueError, AssertionError):
-        heads = [module for module in model.modules() if isinstance(module, nn.Linear)]  # it wants another input size
-        if heads:
-            return int(heads[-1].out_features)
-        raise
+    except (RuntimeError, ValueError, AssertionError) as error:
+        heads = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        if heads:  # it wants another input size
+            return heads[-1].out_features
+        raise UserError(f"{type(model).__name__} fails on a {side} x {side} image ({brief(error)})") from error
     if not isinstance(output, Tensor) or output.ndim != 2:
         raise UserError(f"{type(model).__name__} must return logits of shape (batch, classes); wrap it in a factory")
     return output.shape[1]

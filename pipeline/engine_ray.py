@@ -36,7 +36,7 @@ def connect(address: str | None) -> dict[str, float]:
         raise UserError(
             f"no Ray cluster at {address}: {reason}. Check --address, and RAY_AUTH_MODE=token with the cluster's token"
         ) from error
-    return {name: float(value) for name, value in ray.cluster_resources().items()}
+    return {name: float(value) for name, value in ray.cluster_resources().items()}  # type: ignore[no-untyped-call]
 
 
 class _Worker:

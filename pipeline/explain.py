@@ -51,7 +51,7 @@ class Pending:
     def _mark(self) -> Any:
         if not self._cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
@@ -158,6 +158,7 @@ class Explainer:
 
     def _map(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         map_Bhw = self.method(x_BCHW, target_B if self.method.needs_target else None)
+        assert isinstance(map_Bhw, Tensor)  # noqa: S101 - of one layer
         return map_Bhw, self.method.last.zero_B, self.method.last.nonfinite_B
 
     def _columns(

@@ -224,7 +224,7 @@ class Processor:
         """Where memory runs out, the batch is halved, for good."""
         while True:
             try:
-                parts = zip(pixels_BHWC.split(self._chunk), label_B.split(self._chunk), strict=True)
+                parts = zip(torch.split(pixels_BHWC, self._chunk), torch.split(label_B, self._chunk), strict=True)
                 return [self._explain(*part) for part in parts]
             except torch.OutOfMemoryError:
                 if self._chunk == 1:

@@ -1,4 +1,4 @@
-"""Things by name: an object by `package.module:name`, and the right name nearest to a wrong one."""
+"""Things by name: an object by `package.module:name`; and what an error says of a wrong one."""
 
 import difflib
 import importlib
@@ -14,6 +14,11 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}? " if near else ""
 
 
+def brief(error: BaseException) -> str:
+    """The first line of what an error says, or its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def import_object(spec: str) -> Any:
     """What `package.module:name` names. Raises UserError where the module or the name in it is not found."""
     module_name, _, name = spec.partition(":")
@@ -21,7 +26,7 @@ def import_object(spec: str) -> Any:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise UserError(
-            f"cannot import {module_name!r} for {spec!r} ({error}); run from its folder or install it"
+            f"cannot import {module_name!r} for {spec!r} ({brief(error)}); run from its folder or install it"
         ) from error
     try:
         return getattr(module, name)

@@ -44,8 +44,8 @@ class Store:
         """Name (relative to `folder`) and bytes of each .json file below it, from one listing."""
         names = self.listing(folder, ".json")
         if self.local:
-            read = map(self.read, (f"{folder}/{name}" for name in names))
-            yield from ((name, raw) for name, raw in zip(names, read, strict=True) if raw is not None)
+            contents = ((name, self.read(f"{folder}/{name}")) for name in names)
+            yield from ((name, raw) for name, raw in contents if raw is not None)
             return
         with ThreadPoolExecutor(32) as threads:
             read = threads.map(self.read, [f"{folder}/{name}" for name in names])

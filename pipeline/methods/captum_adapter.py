@@ -58,8 +58,7 @@ class Captum(Method):
         with torch.no_grad():
             logits_BK = logits_of(self.model(x_BCHW))
         target_B = pick_target(logits_BK, target_B)
-        parameters = inspect.signature(self.attribution.attribute).parameters
-        target = {"target": target_B} if "target" in parameters else {}
+        target = {"target": target_B} if self.needs_target else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # captum announces the hooks that it sets and removes
             found = self._attribution.attribute(x_BCHW.requires_grad_(), **target, **self._kwargs)
@@ -67,8 +66,9 @@ class Captum(Method):
             raise UserError(
                 f"{self.title()} gives {type(found).__name__}, no map; leave out the options that add to it"
             )
-        values_BKhw = self._taps.grid(0, found, x_BCHW.shape[2:]) if self.layer else found.float()
-        return values_BKhw.sum(1), logits_BK, target_B if target else None
+        on_pixels = self.heavy_tailed
+        values_BKhw = found.float() if on_pixels else self._taps.grid(0, found, x_BCHW.shape[2:])
+        return values_BKhw.sum(1), logits_BK, target_B if self.needs_target else None
 
 
 def adapt(name: str) -> type[Captum]:
@@ -80,9 +80,13 @@ def adapt(name: str) -> type[Captum]:
     classes = {key: kind for key, kind in vars(captum.attr).items() if _is_usable(kind, captum.attr.Attribution)}
     if name not in classes:
         raise UserError(f"unknown method 'captum:{name}'; {nearest(name, classes)}known: {', '.join(sorted(classes))}")
-    layered = "layer" in inspect.signature(classes[name]).parameters
     on_pixels = not issubclass(classes[name], captum.attr.LayerAttribution)
-    traits = {"layered": layered, "heavy_tailed": on_pixels, "default_map_dtype": "uint8" if on_pixels else "float32"}
+    traits = {
+        "needs_target": "target" in inspect.signature(classes[name].attribute).parameters,
+        "layered": "layer" in inspect.signature(classes[name]).parameters,
+        "heavy_tailed": on_pixels,
+        "default_map_dtype": "uint8" if on_pixels else "float32",
+    }
     doc = f"captum's {name}, summed over channels."
     return type(name, (Captum,), {"name": f"captum:{name}", "attribution": classes[name], "__doc__": doc, **traits})
 

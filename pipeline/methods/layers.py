@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.naming import nearest
+from pipeline.naming import brief, nearest
 from schemas.errors import UserError
 
 # The layer whose output goes into global pooling, by torchvision class.
@@ -95,7 +95,7 @@ def _last_grid(model: nn.Module, known: dict[str, nn.Module]) -> str:
             model(probe(model))
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise UserError(
-            f"{_kind(model)} fails on a 224 x 224 probe ({error}); name the target layer (layer=)"
+            f"{_kind(model)} fails on a 224 x 224 probe ({brief(error)}); name the target layer (layer=)"
         ) from error
     finally:
         for handle in handles:

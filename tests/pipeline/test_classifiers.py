@@ -250,7 +250,8 @@ def test_a_factory_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "own_net.py").write_text(
         "from torch import nn\n"
         "def make():\n"
-        "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 7)).double()\n"
+        "    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 7))\n"
+        "    return body.double()\n"
         "def small_images_only():\n"
         "    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 6))\n"
         "def no_logits():\n"

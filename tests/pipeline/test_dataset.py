@@ -21,6 +21,8 @@ from schemas.errors import ShardError, UserError
 from schemas.saliency import DECODE_FAILED
 
 PREPROCESS: dict[str, Any] = {"resize": 40, "crop": CROP, "squash": False, "interpolation": "bilinear"}
+# On a machine of few cores torch advises against so many workers.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
 def names(items: Any) -> list[tuple[str, int]]:

@@ -1,11 +1,14 @@
 """The gradient method against finite differences, a plain one-image loop, and captum."""
 
+import sys
+
 import captum.attr
 import pytest
 import torch
 from torch import nn
 
 from pipeline.methods import build
+from schemas.errors import UserError
 
 VALUES = {"square": torch.square, "abs": torch.abs, "signed": lambda g: g}
 REDUCES = {
@@ -81,6 +84,14 @@ def test_captum_on_a_layer(network, images):
         assert (method.layer, method.heavy_tailed, method.default_map_dtype) == (["layer3"], False, "float32")
     torch.testing.assert_close(found, build("grad-cam", model, layer="layer3")(x, target), rtol=1e-4, atol=1e-6)
 
+    with build("captum:LayerActivation", model, layer="layer3") as method:
+        torch.testing.assert_close(method(x), method._taps.forward(x)[1][0].sum(1))
+        assert not method.needs_target
+        assert method.last.target_B is None
+    with build("captum:GuidedGradCam", model, layer="layer3") as method:
+        assert method(x, target).shape == (2, 64, 64)
+        assert method.heavy_tailed
+
 
 def test_captum_window_shapes_are_lists_in_json(tiny, images):
     with build("captum:Occlusion", tiny, sliding_window_shapes="[3, 4, 4]", strides=[3, 4, 4]) as method:
@@ -94,10 +105,6 @@ def test_captum_window_shapes_are_lists_in_json(tiny, images):
 
 
 def test_captum_that_is_not_installed_names_the_extra(monkeypatch, tiny):
-    import sys
-
-    from schemas.errors import UserError
-
     monkeypatch.setitem(sys.modules, "captum.attr", None)
     with pytest.raises(UserError, match=r"saltern\[captum\]"):
         build("captum:Saliency", tiny)

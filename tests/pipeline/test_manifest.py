@@ -1,0 +1,183 @@
+"""run.json, receipts, resume."""
+
+import json
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.manifest import begin, load_run, publish_receipt, read_failures, read_receipts, receipt_name, wipe
+from pipeline.store import Store, session
+from schemas.errors import UserError
+from schemas.receipt import PHASES, Failure, Receipt
+from schemas.run import Run, RunConfig, Shard
+
+CONFIG = RunConfig(
+    model="resnet50",
+    weights="DEFAULT",
+    weights_digest="d" * 64,
+    classes=1000,
+    method="grad-cam",
+    layer=["layer4"],
+    options={},
+    target="label",
+    discretize="mean:1",
+    map_size="native",
+    map_dtype="float32",
+    save_map=True,
+    resize=256,
+    crop=224,
+    squash=False,
+    interpolation="bilinear",
+    mean=[0.5, 0.5, 0.5],
+    std=[0.2, 0.2, 0.2],
+    precision="fp32",
+    seed=0,
+    limit=None,
+    batch_size=16,
+    torch_threads=2,
+)
+
+
+def make_run(shards: int = 3, **changes: object) -> Run:
+    config = replace(CONFIG, **changes)  # type: ignore[arg-type]
+    wanted = [Shard(f"s{index:06}", f"/in/s{index:06}.tar", 1000) for index in range(shards)]
+    return Run(config, wanted, {"torch": "2"}, config.fingerprint())
+
+
+def make_receipt(run: Run, shard: Shard, **changes: object) -> Receipt:
+    made = Receipt(
+        shard=shard.name,
+        size=shard.size,
+        fingerprint=run.fingerprint,
+        samples=1000,
+        rows=1000,
+        statuses={"ok": 998, "decode_failed": 2},
+        digest="a" * 64,
+        data_bytes=600_000,
+        seconds={**dict.fromkeys(PHASES, 1.5), "total": 3.0},
+        worker="host:1",
+        batch_size=16,
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "run"))
+
+
+def test_run_json_comes_back(store: Store) -> None:
+    run = make_run()
+    with session(store) as scratch:
+        assert begin(store, run, scratch) == run
+        assert begin(store, run, scratch) == run
+    assert load_run(store) == run
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model", "vgg16"),
+        ("weights_digest", "e" * 64),
+        ("options", {"eps": 1e-6}),
+        ("target", "top1"),
+        ("crop", 192),
+        ("precision", "bf16"),
+        ("limit", 10),
+        ("batch_size", 32),
+        ("torch_threads", 1),
+    ],
+)
+def test_another_config_is_refused_by_name(store: Store, key: str, value: object) -> None:
+    with session(store) as scratch:
+        begin(store, make_run(), scratch)
+        with pytest.raises(UserError, match=rf"{key}: .*there.*asked for.*--overwrite") as caught:
+            begin(store, make_run(**{key: value}), scratch)
+    assert "\n" not in str(caught.value)
+
+
+def test_fingerprint_marks_results_and_nothing_else() -> None:
+    marked = make_run().fingerprint
+    assert make_run(discretize="otsu").fingerprint != marked
+    assert make_run(seed=1).fingerprint != marked
+    assert make_run(weights="/else/where.pth", batch_size=64, torch_threads=8).fingerprint == marked
+
+
+def test_other_shards_are_refused_and_new_sizes_are_taken(store: Store) -> None:
+    run = make_run(3)
+    with session(store) as scratch:
+        begin(store, run, scratch)
+        for shard in run.shards:
+            publish_receipt(store, make_receipt(run, shard), scratch)
+        with pytest.raises(UserError, match="shards: 1 added, 0 missing"):
+            begin(store, make_run(4), scratch)
+        grown = replace(run, shards=[replace(run.shards[0], size=2000), *run.shards[1:]])
+        assert begin(store, grown, scratch) == grown
+    assert load_run(store) == grown
+    # The tar that changed is no longer done; the others are.
+    assert sorted(read_receipts(store, grown)) == ["s000001", "s000002"]
+
+
+def test_only_whole_receipts_of_this_run_count(store: Store) -> None:
+    run = make_run(4)
+    with session(store) as scratch:
+        begin(store, run, scratch)
+        publish_receipt(store, make_receipt(run, run.shards[0]), scratch)
+        publish_receipt(store, make_receipt(run, run.shards[1], fingerprint="0" * 16), scratch)
+        damaged = scratch / "damaged"
+        damaged.write_bytes(b'{"shard": "s0000')
+        store.publish(damaged, receipt_name(run.shards[2].name))
+    assert sorted(read_receipts(store, run)) == ["s000000"]
+
+
+def test_damaged_run_json_is_said(store: Store) -> None:
+    Path(store.path).mkdir()
+    for content, words in ((b"{", "damaged"), (b'{"schema_version": 99}', "schema version 99")):
+        Path(store.full("run.json")).write_bytes(content)
+        with pytest.raises(UserError, match=words):
+            load_run(store)
+
+
+def test_unknown_config_key_names_the_nearest() -> None:
+    made = json.loads(make_run().to_json())
+    made["config"]["batchsize"] = 3
+    with pytest.raises(UserError, match="unknown key 'batchsize'.*did you mean 'batch_size'"):
+        Run.from_json(json.dumps(made))
+
+
+def test_wipe_takes_the_run_and_nothing_else(store: Store) -> None:
+    run = make_run()
+    with session(store) as scratch:
+        begin(store, run, scratch)
+        publish_receipt(store, make_receipt(run, run.shards[0]), scratch)
+    Path(store.full("notes.txt")).write_text("mine")
+    wipe(store)
+    assert store.listing("", "") == ["notes.txt"]
+
+
+def test_failures_of_done_shards_are_history(store: Store) -> None:
+    for name in ("failures/a.json", "failures/b/c.json"):
+        path = Path(store.full(name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(Failure(name[9:-5], "world", "gone", 3).to_json())
+    assert sorted(read_failures(store, ["a"])) == ["b/c"]
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_done_shards_resume(store: Store) -> None:
+    """Planning a resume reads every receipt once, in seconds (`saltern bench` says how many) and little memory."""
+    run = make_run(100_000)
+    folder = Path(store.full("receipts"))
+    folder.mkdir(parents=True)
+    raw = make_receipt(run, run.shards[0]).to_json().decode()
+    for shard in run.shards:
+        (folder / f"{shard.name}.json").write_text(raw.replace(run.shards[0].name, shard.name))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with session(store) as scratch:
+        begin(store, run, scratch)
+        standing = begin(store, run, scratch)
+        receipts = read_receipts(store, standing)
+    assert len(receipts) == 100_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # KiB
