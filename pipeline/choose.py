@@ -2,7 +2,6 @@
 
 import os
 import secrets
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -75,4 +74,4 @@ def make_pool(engine: Engine, factory: Factory, decode_threads: int, torch_threa
     from pipeline.engine_ray import RayPool
 
     cpus = decode_threads if engine.gpus else torch_threads
-    return RayPool(factory, gpus=engine.gpus, cpus=cpus, torch_threads=torch_threads, import_paths=sys.path[:1])
+    return RayPool(factory, gpus=engine.gpus, cpus=cpus, torch_threads=torch_threads, import_paths=[os.getcwd()])

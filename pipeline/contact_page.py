@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
+from schemas.saliency import OK
+
 Number = int | float | None
 FOUND, GIVEN, CROP = "found", "given", "crop"  # kinds of boxes
 
@@ -86,9 +88,11 @@ def _tools(cards: Sequence[Card]) -> str:
 
 def _card(card: Card) -> str:
     values = "".join(
-        f' data-{escape(name.replace("_", "-"))}="{value}"' for name, value in card.values.items() if value is not None
+        f' data-{escape(name.replace("_", "-"))}="{value:.6g}"'
+        for name, value in card.values.items()
+        if value is not None
     )
-    failed = "" if card.status == "ok" else f"<span class=status>{escape(card.status)}</span>"
+    failed = "" if card.status == OK else f"<span class=status>{escape(card.status)}</span>"
     return (
         f'<article data-status="{escape(card.status)}"{values}>'
         f"<h2>{escape(card.key)}{failed}<small>{escape(card.shard)}</small></h2>"

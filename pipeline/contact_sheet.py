@@ -31,6 +31,7 @@ _SORTS = [
     field.name for field in table_schema(None) if pa.types.is_integer(field.type) or pa.types.is_float32(field.type)
 ]
 _VALUES = ("score", "mask_area", "label", "predicted", "target", "index")
+_CROWDED = 0.1  # share of a picture; above it the mask is speckled
 Pixels = NDArray[np.uint8]
 
 
@@ -72,7 +73,7 @@ def _choose(run: SaliencyRun, sort: str | None, limit: int) -> list[int]:
     if sort == "status":
         # ok comes last, the others by name.
         column = pc.if_else(pc.equal(column, OK), pa.scalar(None, pa.string()), column)
-    order: list[int] = pc.sort_indices(column, null_placement="at_end")[:limit].to_pylist()
+    order: list[int] = pc.sort_indices(column)[:limit].to_pylist()
     return order
 
 
@@ -251,15 +252,17 @@ def _heat(photo_YX3: Pixels, heat_YX: NDArray[np.float32]) -> Pixels:
 
 
 def _cut_out(photo_YX3: Pixels, mask_YX: NDArray[np.bool_]) -> Pixels:
-    """The photograph, dim outside of the mask, whose outline is drawn."""
+    """The photograph, dim outside of the mask, whose outline is drawn unless it would cover the rest."""
     made = np.where(mask_YX[..., None], photo_YX3, 0.3 * photo_YX3).round().astype(np.uint8)
     inner = cv2.erode(mask_YX.astype(np.uint8), np.ones((3, 3), np.uint8), borderValue=1).astype(bool)
-    made[mask_YX & ~inner] = _INK
+    outline = mask_YX & ~inner
+    if outline.mean() < _CROWDED:
+        made[outline] = _INK
     return made
 
 
 def _encode(pixels_YX3: Pixels, words: str, boxes: Iterable[Box]) -> Picture:
     stream = io.BytesIO()
-    Image.fromarray(pixels_YX3).save(stream, "JPEG", quality=80)
+    Image.fromarray(pixels_YX3).save(stream, "JPEG", quality=75)
     height, width = pixels_YX3.shape[:2]
     return Picture(stream.getvalue(), width, height, words, tuple(boxes))

@@ -1,0 +1,309 @@
+"""The contact sheet: complete, self-contained, in the order asked for, with overlays where they belong."""
+
+import base64
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_run import Made, make_run, picture, write_shard, write_tar
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.contact_sheet import contact_sheet
+from pipeline.reader import Row, map_in_original, open_run
+from schemas.errors import UserError
+from schemas.saliency import DECODE_FAILED
+
+EVIL = '<b onload="x">\'&amp; evil'
+VOID = {"meta", "img", "input", "rect", "br"}
+
+
+@dataclass
+class Card:
+    attributes: dict[str, str | None]
+    key: str = ""
+    text: str = ""
+    images: list[dict[str, str | None]] = field(default_factory=list)
+    rectangles: list[list[dict[str, str | None]]] = field(default_factory=list)  # for each image
+
+    def pixels(self, number: int) -> NDArray[np.uint8]:
+        source = self.images[number]["src"]
+        assert source is not None
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/jpeg;base64,")))))
+
+    def boxes(self, number: int, kind: str) -> list[list[float]]:
+        """x0 y0 x1 y1 in pixels of the picture."""
+        found = [r for r in self.rectangles[number] if r["class"] == kind]
+        ends = [[float(r[name] or 0) for name in ("x", "y", "width", "height")] for r in found]
+        return [[x, y, x + width, y + height] for x, y, width, height in ends]
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page; tags must be balanced."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.cards: list[Card] = []
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.head = ""
+        self.script = ""
+        self._open: list[str] = []
+        self.feed(text)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in VOID:
+            self._open.append(tag)
+        given = dict(attrs)
+        if tag == "article":
+            self.cards.append(Card(given))
+        elif tag == "img":
+            self.cards[-1].images.append(given)
+            self.cards[-1].rectangles.append([])
+        elif tag == "rect":
+            self.cards[-1].rectangles[-1].append(given)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "article" in self._open:
+            card = self.cards[-1]
+            card.key = card.key or data
+            card.text += data + " "
+        elif "header" in self._open:
+            self.head += data + " "
+        elif "script" in self._open:
+            self.script += data
+
+
+def page_of(made: Made, sort: str | None = None, limit: int = 48) -> Page:
+    return Page(contact_sheet(open_run(str(made.path)), sort, limit))
+
+
+def members(**changes: object) -> bytes:
+    return json.dumps({"name": "disc", "boxes": [[3, 4, 30, 40]], **changes}).encode()
+
+
+def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
+    made = make_run(tmp_path, json=members())
+    text = contact_sheet(open_run(str(made.path)))
+    page = Page(text)
+    assert not page.tags & {"link", "iframe", "object", "embed", "base", "form", "audio", "video"}
+    for tag, name, value in page.attributes:
+        assert name not in ("href", "srcset", "style")
+        assert not name.startswith("on")
+        assert name != "src" or (tag == "img" and str(value).startswith("data:image/jpeg;base64,"))
+    assert not re.search(r"url\(|@import|https?:|fetch\(|import\(|eval\(", text)
+    digest = base64.b64encode(hashlib.sha256(page.script.encode()).digest()).decode()
+    policy = next(
+        value for tag, name, value in page.attributes if tag == "meta" and str(value).startswith("default-src")
+    )
+    assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+
+def test_the_header_says_where_the_maps_come_from(tmp_path: Path) -> None:
+    made = make_run(tmp_path, broken=((0, 1),), options={"eps": 0.5}, discretize="otsu")
+    page = page_of(made, limit=4)
+    for words in ["grad-cam of resnet18", "eps=0.5", "layer4", "otsu", "shorter side 40, crop 32", made.run.fingerprint,
+                  "1 decode_failed, 14 ok", "3 of 3 done", "4 of 15 rows, in shard order"]:  # fmt: skip
+        assert words in page.head
+
+
+def test_cards_come_in_shard_order_with_the_row_s_facts(tmp_path: Path) -> None:
+    made = make_run(tmp_path, targets=2, json=members())
+    page = page_of(made, limit=13)
+    rows = list(open_run(str(made.path)))[:13]
+    assert [card.key for card in page.cards] == [row.key for row in rows]
+    for card, row in zip(page.cards, rows, strict=True):
+        assert f"{row.score:.3f}" in card.text
+        assert f"{100 * row.mask_area:.1f} %" in card.text
+        assert " ".join(map(str, row.boxes[0])) in card.text
+        assert f"label {row.label} disc" in " ".join(card.text.split())
+        assert [str(image["alt"]).split()[0] for image in card.images] == [f"{row.key},", "map", "mask"]
+
+
+@pytest.mark.parametrize("column", ["score", "mask_area", "predicted"])
+def test_sorted_by_a_column_lowest_first_and_rows_without_one_last(tmp_path: Path, column: str) -> None:
+    made = make_run(tmp_path, broken=((1, 0),))
+    rows = [row for row in open_run(str(made.path)) if row.status == "ok"]
+    expected = [row.key for row in sorted(rows, key=lambda row: getattr(row, column))]
+    page = page_of(made, column)
+    assert [card.key for card in page.cards] == [*expected, "s1k0"]
+    assert f"sorted by {column}, lowest first" in page.head
+    assert [card.key for card in page_of(made, column, limit=3).cards] == expected[:3]
+
+
+def test_sorted_by_status_failed_rows_come_first(tmp_path: Path) -> None:
+    made = make_run(tmp_path, broken=((1, 2), (2, 0)))
+    page = page_of(made, "status", limit=4)
+    assert [card.key for card in page.cards] == ["s1k2", "s2k0", "s0k0", "s0k1"]
+    assert [card.attributes["data-status"] for card in page.cards] == [DECODE_FAILED, DECODE_FAILED, "ok", "ok"]
+    assert "no image" in page.cards[0].text
+    assert page.cards[0].images == []
+
+
+@pytest.mark.parametrize("column", ["nosuch", "boxes", "map", "key"])
+def test_a_column_without_an_order_lists_those_that_have_one(tmp_path: Path, column: str) -> None:
+    run = open_run(str(make_run(tmp_path, shards=1, samples=1).path))
+    with pytest.raises(UserError, match=f"--sort '{column}' .*mask_area.*score.*status"):
+        contact_sheet(run, column)
+
+
+def test_what_comes_from_the_data_is_escaped(tmp_path: Path) -> None:
+    made = make_run(tmp_path, shards=1, samples=2, json=members(name=EVIL), method=EVIL)
+    shard = made.run.shards[0]
+    rows = [(EVIL, shard.name, index, 1, *[None] * 15, EVIL, EVIL) for index in range(2)]
+    write_shard(made, 0, 2, rows, (4, 4))
+    page = page_of(made)
+    assert "b" not in page.tags
+    assert page.cards[0].key == EVIL
+    assert page.cards[0].attributes["data-status"] == EVIL
+    assert page.cards[0].text.count(EVIL) >= 3  # key, status, reason
+    assert f"{EVIL} of resnet18" in page.head
+
+
+def test_shards_that_are_gone_leave_maps_without_images(tmp_path: Path) -> None:
+    made = make_run(tmp_path, shards=2, samples=2)
+    Path(made.run.shards[1].url).unlink()
+    page = page_of(made)
+    assert "part1/train: shown without its images" in page.head
+    assert "part0/train: " not in page.head
+    for card in page.cards[2:]:
+        assert "the image cannot be read" in card.text
+        assert len(card.images) == 3
+        assert np.abs(card.pixels(0).astype(int) - 128).max() < 3  # a grey field
+        assert np.ptp(card.pixels(1).astype(int)) > 50
+
+
+def test_a_tar_of_other_samples_is_not_shown(tmp_path: Path) -> None:
+    made = make_run(tmp_path, shards=1, samples=2)
+    tar = Path(made.run.shards[0].url)
+    write_tar(tar, {key: {"jpg": picture(0), "cls": b"0"} for key in ("s0k0", "other")})
+    page = page_of(made)
+    assert "it has 'other' where the run has 's0k1'" in page.head
+    assert [("the image cannot be read" in card.text) for card in page.cards] == [False, True]
+
+
+def test_only_the_shards_that_are_shown_are_read(tmp_path: Path) -> None:
+    made = make_run(tmp_path)
+    for shard in made.run.shards[1:]:
+        Path(shard.url).unlink()
+    page = page_of(made, limit=5)
+    assert "cannot be read" not in page.head
+    assert all(len(card.images) == 3 for card in page.cards)
+
+
+def test_boxes_found_and_given_are_drawn_in_their_places(tmp_path: Path) -> None:
+    made = make_run(tmp_path, shards=1, json=members())
+    scale = 320 / 60
+    for card, row in zip(page_of(made).cards, open_run(str(made.path)), strict=True):
+        for number in (0, 2):
+            assert card.boxes(number, "given")[0] == pytest.approx(
+                [3 * scale, 4 * scale, 31 * scale, 41 * scale], abs=0.2
+            )
+            assert card.boxes(number, "found")[0] == pytest.approx([end * scale for end in row.boxes[0]], abs=0.2)
+        x, y, crop = row.geometry[2], row.geometry[3], 32 * row.geometry[0]
+        assert card.boxes(1, "crop")[0] == pytest.approx([v * scale for v in (x, y, x + crop, y + crop)], abs=0.2)
+
+
+@pytest.mark.parametrize("boxes", ["none", [[1, 2]], [["a"] * 4], {"x": 1}, None])
+def test_given_boxes_of_another_kind_are_left_out(tmp_path: Path, boxes: object) -> None:
+    made = make_run(tmp_path, shards=1, samples=1, json=members(boxes=boxes))
+    assert page_of(made).cards[0].boxes(0, "given") == []
+
+
+@pytest.mark.parametrize("raw", [b"[1]", b"{", b"\xff\xfe"])
+def test_json_of_another_kind_is_left_out(tmp_path: Path, raw: bytes) -> None:
+    assert len(page_of(make_run(tmp_path, shards=1, samples=1, json=raw)).cards[0].images) == 3
+
+
+def at_thumbnail(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """An original-sized map at the thumbnail's pixels, by the nearest."""
+    ys, xs = np.arange(235) * 44 // 235, np.arange(320) * 60 // 320
+    return values[ys][:, xs]
+
+
+def _compare(made: Made, check: Callable[[Card, Row, NDArray[np.float32]], None]) -> None:
+    for card, row in zip(page_of(made).cards, open_run(str(made.path)), strict=True):
+        assert card.pixels(0).shape == (235, 320, 3)
+        check(card, row, at_thumbnail(map_in_original(row)))
+
+
+def test_the_map_lies_over_the_photograph(tmp_path: Path) -> None:
+    def check(card: Card, row: Row, map_YX: NDArray[np.float32]) -> None:
+        photo, heat = card.pixels(0).astype(float), card.pixels(1).astype(float)
+        outside = np.isnan(map_YX)
+        assert np.abs(heat - 0.3 * photo)[outside].mean() < 6  # dim; the rest is JPEG
+        colours = (heat - 0.4 * photo).sum(2)[~outside]
+        assert np.corrcoef(colours, map_YX[~outside])[0, 1] > 0.95  # inferno grows brighter from end to end
+
+    _compare(make_run(tmp_path, shards=1), check)
+
+
+def test_the_mask_cuts_the_photograph_out(tmp_path: Path) -> None:
+    def check(card: Card, row: Row, map_YX: NDArray[np.float32]) -> None:
+        photo, cut = card.pixels(0).astype(float), card.pixels(2).astype(float)
+        inside = np.nan_to_num(map_YX, nan=-9) >= row.mask_threshold
+        assert np.median(np.abs(cut - photo)[inside]) < 4
+        assert np.median(np.abs(cut - 0.3 * photo)[~inside]) < 4
+
+    _compare(make_run(tmp_path, shards=1), check)
+
+
+def test_a_run_without_maps_shows_masks(tmp_path: Path) -> None:
+    page = page_of(make_run(tmp_path, shards=1, samples=1, save_map=False))
+    assert [str(image["alt"]).split()[0] for image in page.cards[0].images] == ["s0k0,", "mask"]
+    assert "not stored" in page.head
+
+
+def test_a_run_with_nothing_done(tmp_path: Path) -> None:
+    made = make_run(tmp_path, shards=1)
+    (made.path / "receipts/part0/train.json").unlink()
+    for sort in (None, "score"):
+        page = page_of(made, sort)
+        assert page.cards == []
+        assert "0 of 1 done" in page.head
+
+
+def test_48_photographs_stay_below_5_mb(shared_data: Path, tmp_path: Path) -> None:
+    """Of full size, at the worst: maps and masks of noise."""
+    tar = next(iter(sorted((shared_data / "imagenet-sample").glob("*.tar"))))
+    made = make_run(tmp_path, shards=1, samples=48, grid=(32, 32))
+    members_ = {}
+    for number, sample in enumerate(_photographs(tar, 48)):
+        members_[f"s0k{number}"] = {"jpg": sample, "cls": b"1"}
+    write_tar(Path(made.run.shards[0].url), members_)
+    text = contact_sheet(open_run(str(_resized(made).path)))
+    assert "cannot be read" not in text
+    assert 1_000_000 < len(text) < 5_000_000
+
+
+def _photographs(tar: Path, count: int) -> list[bytes]:
+    from pipeline.shards import read_samples
+    from schemas.run import Shard
+
+    found = read_samples(Shard("x", str(tar), tar.stat().st_size, take=count))
+    return [sample.image for sample in found if sample.image]
+
+
+def _resized(made: Made) -> Made:
+    """Let run.json and the receipt believe that the tar was always as large as it is now."""
+    old, new = made.run.shards[0].size, Path(made.run.shards[0].url).stat().st_size
+    for name in ("run.json", "receipts/part0/train.json"):
+        file = made.path / name
+        file.write_text(file.read_text().replace(f'"size": {old}', f'"size": {new}'))
+    return made

@@ -1,0 +1,427 @@
+"""Reading shards: what webdataset reads, and each defect of a tar made for real."""
+
+import gzip
+import io
+import struct
+import tarfile
+from pathlib import Path
+
+import pytest
+import webdataset
+from tars import Members, samples, shard_at, tar_bytes
+
+from pipeline import shards
+from pipeline.shards import Sample, filesystem, list_keys, read_samples
+from schemas.errors import ShardError, UserError
+from schemas.run import Shard
+from schemas.saliency import DUPLICATE_KEY, MISSING_IMAGE, TOO_LARGE
+
+BLOCK = 512
+
+
+def read(shard: Shard) -> list[Sample]:
+    """All samples, after a check that the keys alone are the same."""
+    found = list(read_samples(shard))
+    assert list_keys(shard) == [sample.key for sample in found]
+    assert [sample.index for sample in found] == list(range(len(found)))
+    return found
+
+
+def fails(shard: Shard, *words: str) -> str:
+    """The reason of the ShardError that both ways to read a shard raise; it names the shard and the words."""
+    with pytest.raises(ShardError) as read_error:
+        list(read_samples(shard))
+    with pytest.raises(ShardError) as keys_error:
+        list_keys(shard)
+    reason = str(read_error.value)
+    assert reason == str(keys_error.value)
+    assert reason.startswith(shard.url)
+    assert "\n" not in reason
+    for word in words:
+        assert word in reason
+    return reason
+
+
+def header_at(content: bytes, member: str) -> int:
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        return tar.getmember(member).offset
+
+
+def test_samples_are_those_of_webdataset(shared_data: Path) -> None:
+    path = shared_data / "tiny-imagenet" / "val-000000.tar"
+    found = read(shard_at(path))
+    theirs = webdataset.DataPipeline(webdataset.SimpleShardList([str(path)]), webdataset.tarfile_to_samples())
+    count = 0
+    for ours, other in zip(found, theirs, strict=True):
+        assert ours.key == other["__key__"]
+        assert ours.members == {ext: other[ext] for ext in ("jpg", "cls", "json")}
+        assert ours.image == other["jpg"]
+        assert ours.label == int(other["cls"])
+        assert ours.problem is None
+        count += 1
+    assert count == 500
+
+
+def test_only_wanted_members_are_kept(tmp_path: Path) -> None:
+    members = [("a/b.JPG", b"I"), ("a/b.cls", b" 7\n"), ("a/b.json", b"{}"), ("a/b.txt", b"x"), ("a/b.seg.png", b"y")]
+    (sample,) = read(shard_at(tmp_path / "x.tar", tar_bytes(members)))
+    assert (sample.key, sample.image, sample.label, sample.problem) == ("a/b", b"I", 7, None)
+    assert sorted(sample.members) == ["cls", "jpg", "json"]
+
+
+@pytest.mark.parametrize("ext", ["jpg", "jpeg", "jpe", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "PGM", "Pnm"])
+def test_image_extensions(tmp_path: Path, ext: str) -> None:
+    (sample,) = read(shard_at(tmp_path / "x.tar", tar_bytes([(f"a.{ext}", b"I")])))
+    assert sample.image == b"I"
+
+
+@pytest.mark.parametrize("cls", [b"", b"cat", b"1.5", b"\xff", b"99999999999", b"9" * 5000])
+def test_a_label_that_is_no_number(tmp_path: Path, cls: bytes) -> None:
+    (sample,) = read(shard_at(tmp_path / "x.tar", tar_bytes([("a.jpg", b"I"), ("a.cls", cls)])))
+    assert sample.label is None
+    assert sample.problem is None
+
+
+def test_no_label(tmp_path: Path) -> None:
+    (sample,) = read(shard_at(tmp_path / "x.tar", tar_bytes([("a.jpg", b"I")])))
+    assert sample.label is None
+
+
+def test_a_sample_without_an_image_is_a_sample(tmp_path: Path) -> None:
+    members = [("a.txt", b"t"), ("b.cls", b"1"), ("c.jpg", b"I"), ("d.v2.jpg", b"I"), ("e.npy", b"n")]
+    found = read(shard_at(tmp_path / "x.tar", tar_bytes(members)))
+    assert [sample.key for sample in found] == ["a", "b", "c", "d", "e"]
+    assert [sample.problem is None for sample in found] == [False, False, True, False, False]
+    for sample, has in zip(found, (".txt", ".cls", "", ".v2.jpg", ".npy"), strict=True):
+        if sample.problem:
+            status, reason = sample.problem
+            assert status == MISSING_IMAGE
+            assert has in reason
+
+
+def test_what_is_no_member_of_a_sample_is_passed_over(tmp_path: Path) -> None:
+    members = [
+        ("__meta__.json", b"{}"),
+        ("README", b"r"),
+        ("._a.jpg", b"mac"),
+        ("d/._a.jpg", b"mac"),
+        ("__MACOSX/a.jpg", b"mac"),
+        ("d/.DS_Store", b"mac"),
+        ("a.jpg", b"I"),
+    ]
+    (sample,) = read(shard_at(tmp_path / "x.tar", tar_bytes(members)))
+    assert (sample.key, sample.image) == ("a", b"I")
+
+
+def test_folders_are_no_members(tmp_path: Path) -> None:
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as tar:
+        folder = tarfile.TarInfo("d.jpg")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        info = tarfile.TarInfo("d.jpg/a.png")
+        info.size = 1
+        tar.addfile(info, io.BytesIO(b"I"))
+    (sample,) = read(shard_at(tmp_path / "x.tar", made.getvalue()))
+    assert sample.key == "d.jpg/a"
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names_in_each_format(tmp_path: Path, format: int) -> None:
+    key = "/".join(["folder" * 8] * 4) + "/" + "n" * 90
+    members = [(f"{key}{i}.{ext}", b"I%d" % i) for i in range(3) for ext in ("cls", "jpg")]
+    found = read(shard_at(tmp_path / "x.tar", tar_bytes(members, format=format)))
+    assert [(sample.key, sample.image) for sample in found] == [(f"{key}{i}", b"I%d" % i) for i in range(3)]
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_beyond_ascii(tmp_path: Path, format: int) -> None:
+    members = [("è/日本.jpg", b"I"), (b"\xe9t\xe9.jpg".decode("utf-8", "surrogateescape"), b"J")]
+    found = read(shard_at(tmp_path / "x.tar", tar_bytes(members, format=format)))
+    # The second name is Latin-1: kept apart from others, and storable.
+    assert [sample.key for sample in found] == ["è/日本", r"\xe9t\xe9"]
+
+
+@pytest.mark.parametrize("ending", ["tar.gz", "tgz"])
+def test_gzip(tmp_path: Path, ending: str) -> None:
+    found = read(shard_at(tmp_path / f"x.{ending}", gzip.compress(tar_bytes(samples(3)))))
+    assert [sample.label for sample in found] == [0, 1, 2]
+
+
+def test_take_ends_early_and_does_not_look_at_what_follows(tmp_path: Path) -> None:
+    content = tar_bytes(samples(5))
+    shard = shard_at(tmp_path / "x.tar", content[: header_at(content, "s4.jpg")], take=3)
+    assert [sample.key for sample in read(shard)] == ["s0", "s1", "s2"]
+
+
+def test_an_empty_tar_holds_no_samples(tmp_path: Path) -> None:
+    assert read(shard_at(tmp_path / "x.tar", tar_bytes([]))) == []
+
+
+def test_one_end_block_is_enough(tmp_path: Path) -> None:
+    content = tar_bytes(samples(2)).rstrip(b"\0")
+    content += bytes(-len(content) % BLOCK + BLOCK)
+    assert len(read(shard_at(tmp_path / "x.tar", content))) == 2
+
+
+# Keys that repeat
+
+REPEATS: list[tuple[str, Members, list[str], dict[int, int]]] = [
+    ("side by side", [("a.cls", b"0"), ("a.jpg", b"I"), ("a.cls", b"1"), ("a.jpg", b"J")], ["a", "a"], {1: 0}),
+    ("apart", [("a.jpg", b"I"), ("b.jpg", b"I"), ("a.jpg", b"J"), ("a.cls", b"0")], ["a", "b", "a"], {2: 0}),
+    ("not contiguous", [("a.jpg", b"I"), ("b.jpg", b"I"), ("a.cls", b"0")], ["a", "b", "a"], {2: 0}),
+    ("twice one name", [("z.jpg", b"I"), ("a.jpg", b"I"), ("a.jpg", b"J")], ["z", "a", "a"], {2: 1}),
+    ("case of the ending", [("a.jpg", b"I"), ("a.JPG", b"J")], ["a", "a"], {1: 0}),
+    ("unwanted member twice", [("a.txt", b"1"), ("a.jpg", b"I"), ("a.txt", b"2")], ["a", "a"], {1: 0}),
+    ("three times", [("a.jpg", b"I")] * 3, ["a", "a", "a"], {1: 0, 2: 0}),
+]
+
+
+@pytest.mark.parametrize(("members", "keys", "repeats"), [case[1:] for case in REPEATS], ids=[c[0] for c in REPEATS])
+def test_repeated_keys_are_samples_with_a_problem(
+    tmp_path: Path, members: Members, keys: list[str], repeats: dict[int, int]
+) -> None:
+    found = read(shard_at(tmp_path / "x.tar", tar_bytes(members)))
+    assert [sample.key for sample in found] == keys
+    for sample in found:
+        if sample.index not in repeats:
+            assert sample.problem is None
+            continue
+        assert sample.problem is not None
+        assert sample.problem[0] == DUPLICATE_KEY
+        assert f"sample {repeats[sample.index]} " in sample.problem[1]
+        assert "saltern pack" in sample.problem[1]
+
+
+# Members too large to read
+
+
+def test_a_member_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "MAX_MEMBER", 1000)
+    members = [("a.jpg", bytes(1000)), ("b.jpg", bytes(1001)), ("b.cls", b"1"), ("c.txt", bytes(5000)), ("c.jpg", b"I")]
+    found = read(shard_at(tmp_path / "x.tar", tar_bytes(members)))
+    assert [sample.problem and sample.problem[0] for sample in found] == [None, TOO_LARGE, None]
+    assert found[1].members == {"cls": b"1"}
+    assert found[1].problem is not None
+    assert "1001 bytes" in found[1].problem[1]
+
+
+def test_a_real_member_too_large_takes_no_memory(tmp_path: Path) -> None:
+    import tracemalloc
+
+    path = tmp_path / "x.tar"
+    info = tarfile.TarInfo("a.jpg")
+    info.size = shards.MAX_MEMBER + 1
+    with open(path, "wb") as file:  # sparse: takes no disk
+        file.write(info.tobuf())
+        file.truncate(BLOCK + info.size + -info.size % BLOCK)
+        file.seek(0, 2)
+        file.write(tar_bytes(samples(1)))
+    tracemalloc.start()
+    try:
+        first, second = read_samples(shard_at(path))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert first.problem is not None
+    assert first.problem[0] == TOO_LARGE
+    assert second.problem is None
+    assert peak < 2**24
+
+
+# Shards whose data is broken as a whole
+
+
+@pytest.mark.parametrize("at", [1, 100, BLOCK, 700, BLOCK + 5000])
+def test_cut_inside_a_member(tmp_path: Path, at: int) -> None:
+    content = tar_bytes(samples(3, bytes(10_000)))
+    cut = content[: header_at(content, "s1.jpg") + at]
+    words = ("after member 's0.cls'",) if at < BLOCK else ("inside member 's1.jpg'", f"byte {len(cut)}")
+    fails(shard_at(tmp_path / "x.tar", cut), "cut", "copy the shard again", *words)
+
+
+@pytest.mark.parametrize("member", ["s0.cls", "s1.jpg", "s2.cls"])
+def test_cut_between_two_members(tmp_path: Path, member: str) -> None:
+    content = tar_bytes(samples(3))
+    at = header_at(content, member)
+    with tarfile.open(fileobj=io.BytesIO(content[:at])) as tar:
+        assert len(tar.getmembers()) == {"s0.cls": 1, "s1.jpg": 2, "s2.cls": 5}[member]  # tarfile says nothing
+    fails(shard_at(tmp_path / "x.tar", content[:at]), "without end-of-archive blocks", f"byte {at}", "copy")
+
+
+def test_cut_before_the_end_blocks(tmp_path: Path) -> None:
+    content = tar_bytes(samples(3))
+    at = header_at(content, "s2.cls") + 2 * BLOCK
+    fails(shard_at(tmp_path / "x.tar", content[:at]), "without end-of-archive blocks", "after member 's2.cls'")
+
+
+def test_cut_in_a_long_name(tmp_path: Path) -> None:
+    content = tar_bytes([("a.jpg", b"I"), ("d/" * 100 + "b.jpg", b"I")], format=tarfile.GNU_FORMAT)
+    fails(shard_at(tmp_path / "x.tar", content[: 3 * BLOCK]), "cut")
+    fails(shard_at(tmp_path / "y.tar", content[: 4 * BLOCK]), "cut")
+
+
+def test_two_tars_in_one_file(tmp_path: Path) -> None:
+    one, two = tar_bytes(samples(2)), tar_bytes(samples(4))
+    fails(shard_at(tmp_path / "x.tar", one + two), "data after the end of the archive", "--ignore-zeros", "'s1.cls'")
+
+
+def test_garbage_after_the_end(tmp_path: Path) -> None:
+    fails(shard_at(tmp_path / "x.tar", tar_bytes(samples(2)) + bytes(3_000_000) + b"x"), "data after the end")
+
+
+@pytest.mark.parametrize("offset", [0, 124, 148, 156, 300])
+def test_a_damaged_header_in_the_middle(tmp_path: Path, offset: int) -> None:
+    content = bytearray(tar_bytes(samples(3)))
+    at = header_at(bytes(content), "s1.jpg")
+    content[at + offset] ^= 0x55
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        assert len(tar.getmembers()) == 2  # tarfile says nothing
+    fails(shard_at(tmp_path / "x.tar", bytes(content)), f"damaged tar header at byte {at}", "after member 's0.cls'")
+
+
+def test_data_overwritten_by_zeros_in_the_middle(tmp_path: Path) -> None:
+    content = bytearray(tar_bytes(samples(5)))
+    at = header_at(bytes(content), "s1.jpg")
+    content[at : at + 2 * BLOCK] = bytes(2 * BLOCK)
+    fails(shard_at(tmp_path / "x.tar", bytes(content)), "data after the end of the archive")
+
+
+def header(size: bytes, kind: bytes) -> bytes:
+    """A header with a right checksum and whatever size field and type."""
+    block = bytearray(tarfile.TarInfo("a.jpg").tobuf(tarfile.GNU_FORMAT))
+    block[124:136], block[156:157] = size, kind
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+@pytest.mark.parametrize(
+    ("size", "kind", "word"),
+    [
+        (b"\xff" * 12, tarfile.REGTYPE, "a size of -1 bytes"),
+        (b"\x80" + struct.pack(">3xq", 2**62), tarfile.REGTYPE, "cut"),
+        (b"77777777777\0", tarfile.XHDTYPE, "a size of 8589934591 bytes"),
+        (b"77777777777\0", tarfile.GNUTYPE_LONGNAME, "a size of 8589934591 bytes"),
+        (b"00000000000\0", tarfile.GNUTYPE_SPARSE, "sparse"),
+        (b"zzzzzzzzzzz\0", tarfile.REGTYPE, "no tar"),
+    ],
+)
+def test_hostile_headers(tmp_path: Path, size: bytes, kind: bytes, word: str) -> None:
+    fails(shard_at(tmp_path / "x.tar", header(size, kind) + bytes(9 * BLOCK)), word)
+
+
+def test_a_header_that_tarfile_and_the_tape_read_differently(tmp_path: Path) -> None:
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.size, info.pax_headers = 1, {"size": "1024"}
+        tar.addfile(info, io.BytesIO(b"I"))
+        info = tarfile.TarInfo("b.jpg")
+        info.size = 1
+        tar.addfile(info, io.BytesIO(b"I"))
+    fails(shard_at(tmp_path / "x.tar", made.getvalue()))
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_a_link_in_place_of_an_image(tmp_path: Path, kind: bytes) -> None:
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.type, info.linkname = kind, "b.jpg"
+        tar.addfile(info)
+    fails(shard_at(tmp_path / "x.tar", made.getvalue()), "'a.jpg' is a link", "-h")
+
+
+def test_an_empty_file(tmp_path: Path) -> None:
+    fails(shard_at(tmp_path / "x.tar", b""), "empty", "copy the shard again")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xd8\xff\xe0 a jpeg" * 100, b"x", b"<html>404</html>" * 99])
+def test_a_file_that_is_no_tar(tmp_path: Path, content: bytes) -> None:
+    fails(shard_at(tmp_path / "x.tar", content), "no tar", content[:1].hex(), "saltern pack")
+
+
+def test_gzip_under_the_name_of_a_tar(tmp_path: Path) -> None:
+    fails(shard_at(tmp_path / "x.tar", gzip.compress(tar_bytes(samples(1)))), "gzip", ".tar.gz")
+
+
+def test_a_gzip_name_without_gzip(tmp_path: Path) -> None:
+    fails(shard_at(tmp_path / "x.tar.gz", tar_bytes(samples(1))), "gzip stream is damaged")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
+def test_gzip_cut(tmp_path: Path, share: float) -> None:
+    import random
+
+    content = gzip.compress(tar_bytes(samples(5, random.Random(0).randbytes(5000))))
+    fails(shard_at(tmp_path / "x.tar.gz", content[: int(share * len(content))]), "gzip stream is cut")
+
+
+def test_gzip_damaged(tmp_path: Path) -> None:
+    import random
+
+    content = bytearray(gzip.compress(tar_bytes(samples(5, random.Random(0).randbytes(5000)))))
+    content[len(content) // 2] ^= 0xFF
+    fails(shard_at(tmp_path / "x.tar.gz", bytes(content)), "gzip stream is damaged")
+
+
+def test_gzip_of_an_empty_stream(tmp_path: Path) -> None:
+    fails(shard_at(tmp_path / "x.tar.gz", gzip.compress(b"")), "empty")
+
+
+def test_a_shard_that_changed_since_the_plan(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    shard = shard_at(path, tar_bytes(samples(2)))
+    path.write_bytes(tar_bytes(samples(50)))
+    fails(shard, f"had {shard.size} when the run was planned", "plan a new run")
+
+
+# The world
+
+
+def test_a_deleted_shard(tmp_path: Path) -> None:
+    shard = shard_at(tmp_path / "x.tar", tar_bytes(samples(2)))
+    (tmp_path / "x.tar").unlink()
+    for read_it in (lambda: list(read_samples(shard)), lambda: list_keys(shard)):
+        with pytest.raises(FileNotFoundError):
+            read_it()
+
+
+def test_a_stream_that_simply_ends_is_a_broken_connection(tmp_path: Path) -> None:
+    from pipeline.tape import Source
+
+    source = Source(io.BytesIO(b"x" * 700), "s3://b/x.tar", 1000)
+    assert source.read(700)
+    with pytest.raises(ConnectionError, match=r"s3://b/x.tar: the stream ended at byte 700 of 1000"):
+        source.read(10)
+
+
+def test_a_closed_reader_leaves_no_open_file(tmp_path: Path) -> None:
+    import os
+
+    shard = shard_at(tmp_path / "x.tar", tar_bytes(samples(50, bytes(9999))))
+    before = len(os.listdir("/proc/self/fd"))
+    reader = read_samples(shard)
+    next(reader)
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    reader.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("url", ["http://host/x.tar", "pipe:cat x.tar", "hdfs://a/b", "file:///x.tar", "ftp://a/b"])
+def test_other_schemes_are_refused(url: str) -> None:
+    with pytest.raises(UserError, match="s3:// or a gs:// URL"):
+        filesystem(url)
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3:///x.tar", "s3://key:secret@bucket/x.tar"])
+def test_urls_that_name_no_bucket_or_carry_secrets(url: str) -> None:
+    with pytest.raises(UserError, match="BUCKET/PATH") as error:
+        filesystem(url)
+    assert "secret" not in str(error.value)
+
+
+def test_local_paths() -> None:
+    store, path = filesystem("/a/b c:d.tar")
+    assert (store.type_name, path) == ("local", "/a/b c:d.tar")
