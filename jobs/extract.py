@@ -34,7 +34,9 @@ def extract(
         str | None, typer.Option(help="Ray cluster to join; default: $RAY_ADDRESS, or one of our own.")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Ray actors; default: one for each GPU.")] = None,
-    gpus_per_worker: Annotated[float, typer.Option(min=0, help="GPUs of an actor; fractions allowed.")] = 1.0,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0, help="GPUs of an actor; fractions allowed; default: 1, on a CPU 0.")
+    ] = None,
     decode_threads: Annotated[int | None, typer.Option(min=1, help="Of each worker.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images; default 16 on a CPU, 128 on a GPU.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

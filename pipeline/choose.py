@@ -26,7 +26,7 @@ class Engine:
         return f"engine {kind} ({self.why}): {self.workers} worker{'s' * (self.workers > 1)} on {self.device}"
 
 
-def choose(engine: str, device: str, address: str | None, workers: int | None, gpus_per_worker: float) -> Engine:
+def choose(engine: str, device: str, address: str | None, workers: int | None, gpus_per_worker: float | None) -> Engine:
     """Local for one device and no cluster, else Ray, whose cluster is joined or started.
 
     Raises:
@@ -45,7 +45,7 @@ def choose(engine: str, device: str, address: str | None, workers: int | None, g
 
     found = connect(address)
     device = pick_device(device, found.get("GPU", 0.0))
-    gpus = gpus_per_worker if device == "cuda" else 0.0
+    gpus = float(device == "cuda") if gpus_per_worker is None else gpus_per_worker
     return Engine(True, device, workers or max(1, int(found.get("GPU", 0.0) / gpus) if gpus else 1), gpus, why)
 
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from schemas.saliency import DECODE_FAILED, TOO_LARGE
 
 MAX_PIXELS = 2**27  # 512 MiB once decoded; read from the header, before any pixel is
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM")  # none that runs a program
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM")  # none that runs a program
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 

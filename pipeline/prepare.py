@@ -78,10 +78,16 @@ def resolve(request: Request, standing: Run | None, device: str, workers: int) -
     pinned = {key: getattr(standing.config, key) for key in PINNED} if standing else {}
     pinned = {key: getattr(request, key) or pinned.get(key) for key in PINNED}
     pinned["batch_size"] = pinned["batch_size"] or BATCH_SIZE[device]
-    pinned["torch_threads"] = pinned["torch_threads"] or (max(1, cores() // workers) if device == "cpu" else 1)
+    pinned["torch_threads"] = pinned["torch_threads"] or _torch_threads(device, workers)
     config = _config(request, pinned)
     versions = {name: version(name) for name in ("saltern", "torch", "torchvision", "pyarrow", "pillow", "numpy")}
     return Run(config, shards, versions, config.fingerprint()), hints
+
+
+def _torch_threads(device: str, workers: int) -> int:
+    if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+        return int(os.environ["OMP_NUM_THREADS"])
+    return max(1, cores() // workers) if device == "cpu" else 1
 
 
 def limited(shards: list[Shard], limit: int | None) -> list[Shard]:

@@ -42,7 +42,7 @@ class Settings:
     engine: str = "auto"  # auto | local | ray
     address: str | None = None
     workers: int | None = None
-    gpus_per_worker: float = 1.0
+    gpus_per_worker: float | None = None
     decode_threads: int | None = None
     device: str = "auto"
     overwrite: bool = False

@@ -63,6 +63,7 @@ class Tape:
         self._at = 0  # bytes given out
         self._next = 0  # where the next header stands
         self._member = ""  # the name in the last header
+        self._extension = False  # the last header's data belong to the next header: a long name
         self.size = 0  # bytes of the member whose header was read last
         self.ended = False  # the end-of-archive blocks were seen, and nothing after them
 
@@ -79,7 +80,7 @@ class Tape:
         if self._at == self._next:
             return b"" if self.ended else self._header()
         wanted = min(size, self._next - self._at)
-        data = bytes(wanted) if self._hollow else self._fetch(wanted)
+        data = bytes(wanted) if self._hollow and not self._extension else self._fetch(wanted)
         self._at += len(data)
         if len(data) < wanted:
             raise TapeError(f"the tar is cut at byte {self._at}, inside member {self._member!r}; {REPAIR}")
@@ -114,7 +115,8 @@ class Tape:
         self._at += BLOCK
         self._next = self._at + (0 if info.type in _DATALESS else -(-info.size // BLOCK) * BLOCK)
         self.size = info.size
-        if info.type not in _EXTENSIONS:
+        self._extension = info.type in _EXTENSIONS
+        if not self._extension:
             self._member = info.name
         if self._total is not None and self._next > self._total:
             raise TapeError(f"the tar is cut at byte {self._total}, inside member {info.name!r}; {REPAIR}")

@@ -76,7 +76,7 @@ def with_metadata(schema: pa.Schema, provenance: dict[str, Any]) -> pa.Schema:
     return schema.with_metadata(
         {
             METADATA_KEY: json.dumps({"schema_version": SCHEMA_VERSION, **provenance}, sort_keys=True).encode(),
-            b"huggingface": json.dumps({"info": {"features": features}}, sort_keys=True).encode(),
+            b"huggingface": json.dumps({"info": {"features": features}}).encode(),
         }
     )
 

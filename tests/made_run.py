@@ -1,15 +1,13 @@
 """Runs made by hand, with known maps and masks; the tars, the schema and the writer are real."""
 
-import io
-import tarfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from making import Members, picture, write_tar
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipeline.decode import decode
 from pipeline.discretize import discretize, largest_box, parse_rule, to_original, upsample
@@ -22,6 +20,7 @@ from schemas.run import Run, RunConfig, Shard
 from schemas.saliency import DECODE_FAILED, OK, table_schema, with_metadata
 
 CROP = 32
+SIZE = (44, 60)  # height and width of the photographs
 
 
 def config(**changes: Any) -> RunConfig:
@@ -33,26 +32,6 @@ def config(**changes: Any) -> RunConfig:
         "batch_size": 4, "torch_threads": 1,
     }  # fmt: skip
     return RunConfig(**(made | changes))
-
-
-def picture(seed: int, width: int = 60, height: int = 44) -> bytes:
-    """A JPEG with a disc on a slope."""
-    y, x = np.mgrid[:height, :width]
-    pixels = np.stack([x * 255 // width, y * 255 // height, np.full_like(x, seed * 40 % 256)], 2).astype(np.uint8)
-    pixels[(x - width / 2) ** 2 + (y - height / 3) ** 2 < 100] = 255
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "JPEG", quality=95)
-    return stream.getvalue()
-
-
-def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for key, members in samples.items():
-            for ext, content in members.items():
-                info = tarfile.TarInfo(f"{key}.{ext}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
 
 
 @dataclass
@@ -89,13 +68,13 @@ def make_run(
     """
     wanted = []
     for number in range(shards):
-        samples_ = {}
+        samples_: dict[str, Members] = {}
         for index in range(samples):
             key = f"s{number}k{index}"
-            image = b"no image" if (number, index) in broken else picture(index)
+            image = b"no image" if (number, index) in broken else picture(index, *SIZE)
             samples_[key] = {"jpg": image, "cls": str(index).encode()} | ({} if json is None else {"json": json})
         tar = folder / "shards" / f"part{number}" / "train.tar"
-        write_tar(tar, samples_)
+        write_tar(tar, samples_.items())
         wanted.append(Shard(f"part{number}/train", str(tar), tar.stat().st_size))
     frozen = config(**changes)
     made = Made(folder / "run", Run(frozen, wanted, {"saltern": "0"}, frozen.fingerprint()))
@@ -120,7 +99,7 @@ def _row(made: Made, shard: str, key: str, index: int, target: int, grid: tuple[
     mask_1HW, threshold = discretize(upsample(map_1hw, (CROP, CROP)), parse_rule(cfg.discretize))
     stored, lo, hi = quantise(map_1hw, cfg.map_dtype, heavy_tailed=False)
     preprocess = {"resize": cfg.resize, "crop": cfg.crop, "squash": cfg.squash, "interpolation": cfg.interpolation}
-    decoded = decode(picture(index), **preprocess)
+    decoded = decode(picture(index, *SIZE), **preprocess)
     box = largest_box(mask_1HW[0].numpy())
     assert box is not None
     made.maps[shard, key, target] = map_1hw[0].numpy()

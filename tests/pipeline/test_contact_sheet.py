@@ -12,13 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_run import Made, make_run, picture, write_shard, write_tar
+from made_run import Made, make_run, write_shard
+from making import picture, write_tar
 from numpy.typing import NDArray
 from PIL import Image
+from scipy import ndimage
 
 from pipeline.contact_sheet import contact_sheet
 from pipeline.reader import Row, map_in_original, open_run
+from pipeline.shards import read_samples
 from schemas.errors import UserError
+from schemas.run import Shard
 from schemas.saliency import DECODE_FAILED
 
 EVIL = '<b onload="x">\'&amp; evil'
@@ -192,7 +196,7 @@ def test_shards_that_are_gone_leave_maps_without_images(tmp_path: Path) -> None:
 def test_a_tar_of_other_samples_is_not_shown(tmp_path: Path) -> None:
     made = make_run(tmp_path, shards=1, samples=2)
     tar = Path(made.run.shards[0].url)
-    write_tar(tar, {key: {"jpg": picture(0), "cls": b"0"} for key in ("s0k0", "other")})
+    write_tar(tar, [(key, {"jpg": picture(0), "cls": b"0"}) for key in ("s0k0", "other")])
     page = page_of(made)
     assert "it has 'other' where the run has 's0k1'" in page.head
     assert [("the image cannot be read" in card.text) for card in page.cards] == [False, True]
@@ -213,11 +217,13 @@ def test_boxes_found_and_given_are_drawn_in_their_places(tmp_path: Path) -> None
     for card, row in zip(page_of(made).cards, open_run(str(made.path)), strict=True):
         for number in (0, 2):
             assert card.boxes(number, "given")[0] == pytest.approx(
-                [3 * scale, 4 * scale, 31 * scale, 41 * scale], abs=0.2
+                [3 * scale, 4 * scale, 31 * scale, 41 * scale], abs=0.4
             )
-            assert card.boxes(number, "found")[0] == pytest.approx([end * scale for end in row.boxes[0]], abs=0.2)
-        x, y, crop = row.geometry[2], row.geometry[3], 32 * row.geometry[0]
-        assert card.boxes(1, "crop")[0] == pytest.approx([v * scale for v in (x, y, x + crop, y + crop)], abs=0.2)
+            assert card.boxes(number, "found")[0] == pytest.approx([end * scale for end in row.boxes[0]], abs=0.4)
+        scale_x, scale_y, x, y = row.geometry
+        assert card.boxes(1, "crop")[0] == pytest.approx(
+            [v * scale for v in (x, y, x + 32 * scale_x, y + 32 * scale_y)], abs=0.4
+        )
 
 
 @pytest.mark.parametrize("boxes", ["none", [[1, 2]], [["a"] * 4], {"x": 1}, None])
@@ -246,10 +252,11 @@ def _compare(made: Made, check: Callable[[Card, Row, NDArray[np.float32]], None]
 def test_the_map_lies_over_the_photograph(tmp_path: Path) -> None:
     def check(card: Card, row: Row, map_YX: NDArray[np.float32]) -> None:
         photo, heat = card.pixels(0).astype(float), card.pixels(1).astype(float)
-        outside = np.isnan(map_YX)
-        assert np.abs(heat - 0.3 * photo)[outside].mean() < 6  # dim; the rest is JPEG
-        colours = (heat - 0.4 * photo).sum(2)[~outside]
-        assert np.corrcoef(colours, map_YX[~outside])[0, 1] > 0.95  # inferno grows brighter from end to end
+        seen = np.isfinite(map_YX)
+        inside, outside = (ndimage.binary_erosion(part, iterations=5) for part in (seen, ~seen))
+        assert np.abs(heat - 0.3 * photo)[outside].mean() < 3  # dim; the rest is JPEG
+        colours = ((heat - 0.4 * photo) @ [0.299, 0.587, 0.114])[inside]
+        assert np.corrcoef(colours, map_YX[inside])[0, 1] > 0.98  # inferno grows brighter from end to end
 
     _compare(make_run(tmp_path, shards=1), check)
 
@@ -283,19 +290,14 @@ def test_48_photographs_stay_below_5_mb(shared_data: Path, tmp_path: Path) -> No
     """Of full size, at the worst: maps and masks of noise."""
     tar = next(iter(sorted((shared_data / "imagenet-sample").glob("*.tar"))))
     made = make_run(tmp_path, shards=1, samples=48, grid=(32, 32))
-    members_ = {}
-    for number, sample in enumerate(_photographs(tar, 48)):
-        members_[f"s0k{number}"] = {"jpg": sample, "cls": b"1"}
-    write_tar(Path(made.run.shards[0].url), members_)
+    photographs = enumerate(_photographs(tar, 48))
+    write_tar(Path(made.run.shards[0].url), [(f"s0k{index}", {"jpg": photo}) for index, photo in photographs])
     text = contact_sheet(open_run(str(_resized(made).path)))
     assert "cannot be read" not in text
     assert 1_000_000 < len(text) < 5_000_000
 
 
 def _photographs(tar: Path, count: int) -> list[bytes]:
-    from pipeline.shards import read_samples
-    from schemas.run import Shard
-
     found = read_samples(Shard("x", str(tar), tar.stat().st_size, take=count))
     return [sample.image for sample in found if sample.image]
 

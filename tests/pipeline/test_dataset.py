@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made_run import CROP, make_run, picture, write_tar
+from made_run import CROP, SIZE, make_run
+from making import picture, write_tar
 from torch import distributed
 from torch.utils.data import DataLoader
 
@@ -42,7 +43,7 @@ def test_items_are_the_rows_with_their_images(tmp_path: Path) -> None:
             row.status,
         )
         assert [item[name] for name in ("label", "predicted", "target")] == [row.label, row.predicted, row.target]
-        pixels = decode(picture(row.index), **PREPROCESS).pixels_HWC
+        pixels = decode(picture(row.index, *SIZE), **PREPROCESS).pixels_HWC
         assert item["image"].dtype == torch.uint8
         assert np.array_equal(item["image"].permute(1, 2, 0).numpy(), pixels)
         assert torch.equal(item["map"], torch.from_numpy(row.map("input")))
@@ -134,7 +135,7 @@ def test_a_tar_that_no_longer_fits_is_named(tmp_path: Path) -> None:
     made = make_run(tmp_path, shards=1, samples=2)
     tar = Path(made.run.shards[0].url)
     size = tar.stat().st_size
-    write_tar(tar, {key: {"jpg": picture(index), "cls": b"0"} for index, key in enumerate(["s0k0", "renamed"])})
+    write_tar(tar, [(key, {"jpg": picture(index), "cls": b"0"}) for index, key in enumerate(["s0k0", "renamed"])])
     os.truncate(tar, size)
     with pytest.raises(
         ShardError, match=r"part0/train\.parquet does not fit .*'renamed' at 1.*'s0k1' at 1.*saltern verify"

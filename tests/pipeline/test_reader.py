@@ -6,14 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_run import CROP, make_run, picture, write_shard, write_tar
+from made_run import CROP, SIZE, make_run, write_shard
+from making import picture, write_shards, write_tar
 from numpy.typing import NDArray
 from pyarrow import fs
 
+from pipeline.dataset import SaliencyDataset
 from pipeline.decode import decode
 from pipeline.discretize import to_original, upsample
 from pipeline.manifest import read_receipts
+from pipeline.prepare import Request
 from pipeline.reader import SaliencyRun, map_in_original, open_run, over_frame
+from pipeline.run import Settings, extract_run
 from pipeline.store import Store
 from schemas.errors import ShardError, UserError
 from schemas.saliency import DECODE_FAILED, OK
@@ -175,7 +179,7 @@ def test_joined_gives_each_sample_its_rows(tmp_path: Path) -> None:
     joined = list(open_run(str(made.path)).joined(made.run.shards[0]))
     assert [(sample.key, len(rows)) for sample, rows in joined] == [(f"s0k{k}", 1 if k == 1 else 2) for k in range(5)]
     assert all(sample.key == row.key for sample, rows in joined for row in rows)
-    assert joined[0][0].image == picture(0)
+    assert joined[0][0].image == picture(0, *SIZE)
 
 
 @pytest.mark.parametrize("keys", [["a", "x", "c"], ["a", "b"], ["a", "b", "c", "d"]], ids=["renamed", "fewer", "more"])
@@ -185,7 +189,7 @@ def test_a_tar_of_other_samples_is_named(tmp_path: Path, keys: list[str]) -> Non
     rows = [(key, shard.name, index, *[None] * 16, DECODE_FAILED, "") for index, key in enumerate("abc")]
     write_shard(made, 0, 3, rows, (4, 4))
     # Small members, so that each of these tars has one record's 10,240 bytes: the size does not tell.
-    write_tar(Path(shard.url), {key: {"jpg": b"x"} for key in keys})
+    write_tar(Path(shard.url), [(key, {"jpg": b"x"}) for key in keys])
     resized = made.path / "run.json"
     resized.write_text(resized.read_text().replace(f'"size": {shard.size}', '"size": 10240'))
     receipt = made.path / "receipts/part0/train.json"
@@ -195,13 +199,30 @@ def test_a_tar_of_other_samples_is_named(tmp_path: Path, keys: list[str]) -> Non
         list(run.joined(run.shards[0]))
 
 
+def test_what_the_extractor_writes_is_read_back(tmp_path: Path) -> None:
+    request = Request(
+        shards=[str(write_shards(tmp_path / "shards", 2, 6))],
+        model="making:tiny", method="grad-cam", layer="body", target="top:2", resize=40, crop=32, batch_size=4,
+        map_dtype="float32", torch_threads=1,
+    )  # fmt: skip
+    assert extract_run(request, Settings(str(tmp_path / "run"), device="cpu", engine="local")).code == 0
+    run = open_run(str(tmp_path / "run"))
+    rows = [row for row in run if row.status == OK]
+    assert len(rows) > 12
+    for row in rows:
+        assert row.map().shape == (4, 4)
+        assert np.array_equal(row.map("input") >= np.float32(row.mask_threshold), row.mask())
+    items = list(SaliencyDataset(run.path))
+    assert [(item["key"], item["target"]) for item in items] == [(row.key, row.target) for row in rows]
+
+
 # Maps over their originals.
 
 
 def test_a_map_of_places_lands_on_the_places(tmp_path: Path) -> None:
     """A map that holds each input pixel's own x in the original must, put back, hold each original pixel's x."""
     for width, height, squash in [(60, 44, False), (44, 61, False), (300, 200, False), (40, 40, False), (90, 33, True)]:
-        decoded = decode(picture(0, width, height), resize=40, crop=32, squash=squash, interpolation="bilinear")
+        decoded = decode(picture(0, height, width), resize=40, crop=32, squash=squash, interpolation="bilinear")
         scale_x, scale_y, offset_x, offset_y = decoded.geometry
         x_HW, y_HW = np.meshgrid((np.arange(32) + 0.5) * scale_x + offset_x, (np.arange(32) + 0.5) * scale_y + offset_y)
         for found, scale, places in [
@@ -218,7 +239,7 @@ def test_a_map_of_places_lands_on_the_places(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("squash", [False, True])
 def test_outside_of_the_crop_is_nan(squash: bool) -> None:
-    geometry = decode(picture(0, 60, 44), resize=40, crop=32, squash=squash, interpolation="bilinear").geometry
+    geometry = decode(picture(0, 44, 60), resize=40, crop=32, squash=squash, interpolation="bilinear").geometry
     found = over_frame(np.ones((4, 4), np.float32), (32, 32), list(geometry), 44, 60)
     y_44, x_60 = np.arange(44) + 0.5, np.arange(60) + 0.5
     inside = np.outer(

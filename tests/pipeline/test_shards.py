@@ -7,8 +7,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import webdataset
 from tars import Members, samples, shard_at, tar_bytes
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipeline import shards
 from pipeline.shards import Sample, filesystem, list_keys, read_samples
@@ -50,16 +50,13 @@ def header_at(content: bytes, member: str) -> int:
 def test_samples_are_those_of_webdataset(shared_data: Path) -> None:
     path = shared_data / "tiny-imagenet" / "val-000000.tar"
     found = read(shard_at(path))
-    theirs = webdataset.DataPipeline(webdataset.SimpleShardList([str(path)]), webdataset.tarfile_to_samples())
-    count = 0
+    with open(path, "rb") as stream:
+        theirs = list(group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}])))
+    assert len(found) == len(theirs) == 500
     for ours, other in zip(found, theirs, strict=True):
         assert ours.key == other["__key__"]
         assert ours.members == {ext: other[ext] for ext in ("jpg", "cls", "json")}
-        assert ours.image == other["jpg"]
-        assert ours.label == int(other["cls"])
-        assert ours.problem is None
-        count += 1
-    assert count == 500
+        assert (ours.image, ours.label, ours.problem) == (other["jpg"], int(other["cls"]), None)
 
 
 def test_only_wanted_members_are_kept(tmp_path: Path) -> None:
@@ -101,7 +98,8 @@ def test_a_sample_without_an_image_is_a_sample(tmp_path: Path) -> None:
 
 def test_what_is_no_member_of_a_sample_is_passed_over(tmp_path: Path) -> None:
     members = [
-        ("__meta__.json", b"{}"),
+        ("__meta__", b"{}"),
+        ("__meta__/b.jpg", b"I"),
         ("README", b"r"),
         ("._a.jpg", b"mac"),
         ("d/._a.jpg", b"mac"),
@@ -128,7 +126,7 @@ def test_folders_are_no_members(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_names_in_each_format(tmp_path: Path, format: int) -> None:
-    key = "/".join(["folder" * 8] * 4) + "/" + "n" * 90
+    key = "/".join(["folder" * 8] * 3) + "/" + "n" * 90
     members = [(f"{key}{i}.{ext}", b"I%d" % i) for i in range(3) for ext in ("cls", "jpg")]
     found = read(shard_at(tmp_path / "x.tar", tar_bytes(members, format=format)))
     assert [(sample.key, sample.image) for sample in found] == [(f"{key}{i}", b"I%d" % i) for i in range(3)]
@@ -320,7 +318,7 @@ def test_a_header_that_tarfile_and_the_tape_read_differently(tmp_path: Path) -> 
         info = tarfile.TarInfo("b.jpg")
         info.size = 1
         tar.addfile(info, io.BytesIO(b"I"))
-    fails(shard_at(tmp_path / "x.tar", made.getvalue()))
+    fails(shard_at(tmp_path / "x.tar", made.getvalue()), "cannot be followed")
 
 
 @pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])

@@ -1,0 +1,95 @@
+"""An object store on loopback that speaks as much S3 as reading shards takes; it can cut its answers short."""
+
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+BUCKET = "bucket"
+_DATED = {"Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT", "ETag": '"tag"'}
+
+
+class S3(ThreadingHTTPServer):
+    """One bucket."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.objects: dict[str, bytes] = {}
+        self.requests: list[str] = []  # as "GET key" or "LIST prefix"
+        self.cut = False  # close the connection in the middle of each object
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: S3
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def _answer(self, code: int, body: bytes, headers: dict[str, str], length: int | None = None) -> None:
+        self.send_response(code)
+        for name, value in {**headers, "Content-Length": str(len(body) if length is None else length)}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        bucket, _, key = unquote(url.path).lstrip("/").partition("/")
+        query = {name: values[0] for name, values in parse_qs(url.query).items()}
+        if bucket != BUCKET:
+            self._answer(404, b"<Error><Code>NoSuchBucket</Code></Error>", {})
+        elif not key and self.command == "GET":
+            self._list(query.get("prefix", ""), query.get("delimiter"))
+        elif not key:
+            self._answer(200, b"", {"x-amz-bucket-region": "us-east-1"})
+        else:
+            self._object(key)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def _list(self, prefix: str, delimiter: str | None) -> None:
+        self.server.requests.append(f"LIST {prefix}")
+        keys = [key for key in sorted(self.server.objects) if key.startswith(prefix)]
+        folders: set[str] = set()
+        if delimiter:
+            below = [key for key in keys if delimiter in key[len(prefix) :]]
+            folders = {prefix + key[len(prefix) :].partition(delimiter)[0] + delimiter for key in below}
+            keys = [key for key in keys if key not in below]
+        dated = "<LastModified>2015-10-21T07:28:00.000Z</LastModified><ETag>tag</ETag>"
+        body = "".join(
+            f"<Contents><Key>{key}</Key>{dated}<Size>{len(self.server.objects[key])}</Size></Contents>" for key in keys
+        )
+        body += "".join(f"<CommonPrefixes><Prefix>{folder}</Prefix></CommonPrefixes>" for folder in sorted(folders))
+        body = f"<Name>{BUCKET}</Name><KeyCount>{len(keys)}</KeyCount><IsTruncated>false</IsTruncated>{body}"
+        self._answer(200, f'<?xml version="1.0"?><ListBucketResult>{body}</ListBucketResult>'.encode(), {})
+
+    def _object(self, key: str) -> None:
+        self.server.requests.append(f"{self.command} {key}")
+        whole = self.server.objects.get(key)
+        if whole is None:
+            self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>", {})
+            return
+        wanted = re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+        first, last = (int(wanted[1]), min(int(wanted[2]), len(whole) - 1)) if wanted else (0, len(whole) - 1)
+        body = whole[first : last + 1]
+        ranged = {"Content-Range": f"bytes {first}-{last}/{len(whole)}"} if wanted else {}
+        given = body[: len(body) // 2] if self.server.cut else body
+        self._answer(206 if wanted else 200, given, {**_DATED, **ranged}, len(body))
+        self.close_connection = self.server.cut
+
+
+@contextmanager
+def s3_server() -> Iterator[S3]:
+    """A store that serves until the block ends."""
+    with S3() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()

@@ -1,0 +1,303 @@
+"""Each fault is caused; afterwards the run equals an undisturbed one, byte for byte, and nothing stale is left."""
+
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from making import TINY, files, picture, write_shards, write_tar
+from PIL import Image
+
+from pipeline.manifest import open_run, read_failures, read_receipts
+from pipeline.verify import verify
+
+pytestmark = pytest.mark.slow
+TESTS = Path(__file__).parents[1]
+SHARDS, EACH = 8, 6
+METHOD = ("--method", "odd_methods:Slow", "--map-dtype", "float32", "--target", "top1", "--batch-size", "4")
+MODEL = tuple(word for word in TINY if word not in ("--layer", "body"))
+
+
+def command(shards: Path, out: Path, *words: str, method: tuple[str, ...] = METHOD) -> list[str]:
+    return [sys.executable, "-m", "jobs.main", "extract", str(shards), "--out", str(out), *MODEL, *method, *words]
+
+
+def start(line: list[str], slow: float = 0.1, **more: object) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS / "pipeline"), str(TESTS.parent)]),
+        "OMP_NUM_THREADS": "1",
+        "SLOW": str(slow),
+    }
+    return subprocess.Popen(
+        line, env=environment, cwd=TESTS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more
+    )  # type: ignore[call-overload,no-any-return]
+
+
+def finish(running: subprocess.Popen[str], timeout_s: float = 120) -> tuple[int, str]:
+    with running:
+        said, _ = running.communicate(timeout=timeout_s)
+    return running.returncode, said
+
+
+def run(line: list[str], slow: float = 0.0, **more: object) -> tuple[int, str]:
+    return finish(start(line, slow, **more))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("in"), SHARDS, EACH)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("out") / "run"
+    code, said = run(command(shards, out, "--engine", "local"))
+    assert code == 0, said
+    return files(out)
+
+
+def equals(out: Path, undisturbed: dict[str, bytes]) -> None:
+    assert files(out) == undisturbed
+    verdict = verify(*open_run(str(out)))
+    assert verdict.findings == []
+    assert (verdict.rows, verdict.recounted) == (SHARDS * EACH, SHARDS)
+    assert not [path for path in out.rglob("*") if path.name.startswith(("_tmp-", "."))]
+
+
+def until(condition: Callable[[], bool], running: subprocess.Popen[str], timeout_s: float = 60) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert running.poll() is None, running.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def done(out: Path) -> int:
+    return len(list(out.glob("receipts/*.json")))
+
+
+def actors_of(driver: int) -> list[psutil.Process]:
+    """Live actors that hold a processor, of the cluster that has one job at a time."""
+    return [process for process in psutil.process_iter() if _is_actor(process)]
+
+
+def _is_actor(process: psutil.Process) -> bool:
+    try:
+        return process.name().startswith("ray::_Worker") and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_actors_write_the_same_bytes(
+    shards: Path, undisturbed: dict[str, bytes], tmp_path: Path, ray_address: str, workers: int
+) -> None:
+    line = command(shards, tmp_path / "run", "--engine", "ray", "--address", ray_address, "--workers", str(workers))
+    code, said = run(line)
+    assert code == 0, said
+    equals(tmp_path / "run", undisturbed)
+    receipts = read_receipts(*open_run(str(tmp_path / "run"))).values()
+    assert len({receipt.worker for receipt in receipts}) == workers
+
+
+def test_a_killed_actor(shards: Path, undisturbed: dict[str, bytes], tmp_path: Path, ray_address: str) -> None:
+    out = tmp_path / "run"
+    running = start(command(shards, out, "--engine", "ray", "--address", ray_address, "--workers", "2"))
+    until(lambda: 1 <= done(out) < SHARDS - 2, running)
+    victims = actors_of(running.pid)
+    assert victims
+    victims[0].kill()
+    code, said = finish(running)
+    assert code == 0, said
+    assert "a worker is gone" in said
+    equals(out, undisturbed)
+
+
+@pytest.mark.parametrize("moment", ["at the start", "after one shard", "late"])
+def test_a_killed_driver(shards: Path, undisturbed: dict[str, bytes], tmp_path: Path, moment: str) -> None:
+    out = tmp_path / "run"
+    running = start(command(shards, out, "--engine", "local"))
+    wanted = {"at the start": 0, "after one shard": 1, "late": SHARDS - 2}[moment]
+    until(lambda: (out / "run.json").exists() and done(out) >= wanted, running)
+    running.kill()
+    finish(running)
+    assert done(out) < SHARDS
+    code, said = run(command(shards, out, "--engine", "local"))
+    assert code == 0, said
+    assert re.search(rf"{done(out)}/{SHARDS} shards stand", said)
+    equals(out, undisturbed)
+
+
+def test_a_killed_driver_of_actors(
+    shards: Path, undisturbed: dict[str, bytes], tmp_path: Path, ray_address: str
+) -> None:
+    out = tmp_path / "run"
+    line = command(shards, out, "--engine", "ray", "--address", ray_address, "--workers", "2")
+    running = start(line)
+    until(lambda: done(out) >= 2, running)
+    running.kill()
+    finish(running)
+    code, said = run(line)
+    assert code == 0, said
+    equals(out, undisturbed)
+
+
+def test_a_lost_node_without_replacement(shards: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    from ray.cluster_utils import Cluster
+
+    out = tmp_path / "run"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0, "include_dashboard": False})
+    try:
+        nodes = [cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=80_000_000) for _ in range(2)]
+        line = command(shards, out, "--engine", "ray", "--address", cluster.address, "--gpus-per-worker", "1")
+        running = start(line, slow=0.3)
+        until(lambda: done(out) >= 2, running)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        code, said = finish(running)
+        assert code == 0, said
+        assert "its machine is gone" in said
+        equals(out, undisturbed)
+    finally:
+        cluster.shutdown()
+
+
+def black() -> bytes:
+    import io
+
+    stream = io.BytesIO()
+    Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture
+def spoiled(tmp_path: Path) -> Path:
+    """Four shards; the third holds a black image, which kills or stops some methods."""
+    folder = write_shards(tmp_path / "in", 4, 4)
+    write_tar(folder / "part-000002.tar", [("a", {"jpg": picture(1)}), ("b", {"png": black()})])
+    return folder
+
+
+def test_a_poison_shard(spoiled: Path, tmp_path: Path, ray_address: str) -> None:
+    out = tmp_path / "run"
+    deadly = ("--method", "odd_methods:Deadly", "--target", "top1")
+    line = command(spoiled, out, "--engine", "ray", "--address", ray_address, "--workers", "2", method=deadly)
+    code, said = run(line)
+    assert code == 1, said
+    store, made = open_run(str(out))
+    assert sorted(read_receipts(store, made)) == ["part-000000", "part-000001", "part-000003"]
+    (failure,) = read_failures(store, []).values()
+    assert (failure.shard, failure.kind, failure.attempts) == ("part-000002", "poison", 3)
+    assert "part-000002: poison" in said
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_a_shard_past_its_time(spoiled: Path, tmp_path: Path, ray_address: str, engine: str) -> None:
+    out = tmp_path / "run"
+    stuck = ("--method", "odd_methods:Stuck", "--target", "top1")
+    where = ("--engine", "local") if engine == "local" else ("--engine", "ray", "--address", ray_address)
+    code, said = run(command(spoiled, out, *where, "--shard-timeout", "2", method=stuck))
+    assert code == 1, said
+    store, made = open_run(str(out))
+    assert sorted(read_receipts(store, made)) == ["part-000000", "part-000001", "part-000003"]
+    assert "part-000002: timeout: not done after --shard-timeout 2 s" in said
+    assert not [path.name for path in out.iterdir() if path.name.startswith("_tmp-")]
+
+
+def test_two_drivers_on_one_folder(shards: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    both = [start(command(shards, out, "--engine", "local")) for _ in range(2)]
+    for code, said in [finish(running) for running in both]:
+        assert code == 0, said
+    equals(out, undisturbed)
+
+
+def test_a_limit_on_file_sizes(shards: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (7000, 7000))  # run.json fits, no data file does
+
+    code, said = run(command(shards, out, "--engine", "local"), preexec_fn=limit)
+    assert code == 1, said
+    assert "cannot write to" in said
+    assert "Traceback" not in said
+    assert files(out) == {}
+    code, said = run(command(shards, out, "--engine", "local"))
+    assert code == 0, said
+    equals(out, undisturbed)
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "saltern-test", folder], capture_output=True)
+    if made.returncode:
+        pytest.skip(f"needs the right to mount a small disk: {made.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk(shards: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        out = disk / "run"
+        code, said = run(command(shards, out, "--engine", "local"))
+        assert code == 1, said
+        assert "No space left on device" in said
+        assert "Traceback" not in said
+        assert 0 < done(out) < SHARDS
+        subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
+        code, said = run(command(shards, out, "--engine", "local"))
+        assert code == 0, said
+        equals(out, undisturbed)
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt(
+    shards: Path,
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+    ray_address: str,
+    engine: str,
+    how: signal.Signals,
+) -> None:
+    out = tmp_path / "run"
+    where = ("--engine", "local") if engine == "local" else ("--engine", "ray", "--address", ray_address)
+    running = start(command(shards, out, *where))
+    until(lambda: done(out) >= 1, running)
+    running.send_signal(how)
+    code, said = finish(running)
+    assert code == 130, said
+    assert "Traceback" not in said
+    assert "interrupted; what stands is kept: the same command again goes on from here" in said
+    assert not [path.name for path in out.iterdir() if path.name.startswith("_tmp-")]
+    assert 1 <= done(out) < SHARDS
+    code, said = run(command(shards, out, *where))
+    assert code == 0, said
+    equals(out, undisturbed)
+
+
+def test_another_config_is_refused_in_one_line(shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code, said = run(command(shards, out, "--engine", "local", "--limit", "3"))
+    assert code == 0, said
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    code, said = run(command(shards, out, "--engine", "local", "--limit", "3", "--discretize", "otsu"))
+    assert code == 2
+    assert "discretize: 'mean:1' there, 'otsu' asked for" in said.splitlines()[-1]
+    assert "Traceback" not in said
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    shutil.rmtree(out)
