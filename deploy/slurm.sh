@@ -43,4 +43,6 @@ if ((workers > 0)); then
         "${ray_start[@]}" --address="$address" &
 fi
 
-saltern extract "$@" --engine ray --address "$address"
+# All workers are asked for; work begins with the first that is ready.
+count=$((SLURM_JOB_NUM_NODES * ${SLURM_GPUS_ON_NODE:-1}))
+saltern extract "$@" --engine ray --address "$address" --workers "$count"

@@ -23,11 +23,14 @@ def show(
     """Make a page of images with their maps, masks and boxes: one HTML file that needs nothing else."""
     from pipeline.contact_sheet import contact_sheet
     from pipeline.reader import open_run
-    from schemas.errors import UserError
+    from schemas.errors import ShardError, UserError
 
     found = open_run(run)
     page = out or (Path(run) if found.store.local else Path()) / "show.html"
-    made = contact_sheet(found, sort, limit)
+    try:
+        made = contact_sheet(found, sort, limit)
+    except ShardError as error:
+        raise UserError(str(error)) from error
     try:
         page.write_text(made, encoding="utf-8")
     except OSError as error:

@@ -39,8 +39,10 @@ class Decoded:
 def decode(data: bytes, *, resize: int, crop: int, squash: bool, interpolation: str) -> Decoded:
     """Decodes, turns upright, resizes and crops.
 
-    Pixels are those of torchvision's preset, Resize(resize) on the PIL image, then CenterCrop(crop). Both are one
-    resampling of the crop's region alone, so that a strip of 1 x 5000 pixels never becomes 256 x 1,280,000.
+    Pixels are those of torchvision's preset, Resize(resize) on the PIL image, then CenterCrop(crop), but for one level
+    in a few values of a thousand. (More may differ in an image more than twice as high as wide, as Pillow 13 takes its
+    two passes in the other order there.) Both steps are one resampling of the crop's region alone, so that a strip of
+    1 x 5000 pixels never becomes 256 x 1,280,000.
 
     Args:
         data: the image file.

@@ -153,7 +153,7 @@ def _keyed(folder: Path, names: list[str], label: int | None) -> Iterator[_Image
         if taken.setdefault(key, name) != name:
             raise UserError(f"{folder}: {taken[key]} and {name} would both have the key {key!r}; rename one of them")
         if ext is None or split_name(f"{key}.{ext}") != (key, ext) or re.match(r"__[^/]*__/", key):
-            raise UserError(f"{folder / name}: its name makes no webdataset key; rename the file or its folder")
+            raise UserError(f"{str(folder / name)!r} makes no webdataset key; rename the file or its folder")
         yield _Image(folder / name, key, ext, label)
 
 

@@ -108,27 +108,27 @@ class Tape:
             self._finish()
             return block
         try:
-            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            name, kind, size = _parse(block)
         except (tarfile.HeaderError, ValueError) as error:
             raise self._no_header(block) from error
-        self._check(info)
+        self._check(name, kind, size)
         self._at += BLOCK
-        self._next = self._at + (0 if info.type in _DATALESS else -(-info.size // BLOCK) * BLOCK)
-        self.size = info.size
-        self._extension = info.type in _EXTENSIONS
+        self._next = self._at + (0 if kind in _DATALESS else -(-size // BLOCK) * BLOCK)
+        self.size = size
+        self._extension = kind in _EXTENSIONS
         if not self._extension:
-            self._member = info.name
+            self._member = name
         if self._total is not None and self._next > self._total:
-            raise TapeError(f"the tar is cut at byte {self._total}, inside member {info.name!r}; {REPAIR}")
+            raise TapeError(f"the tar is cut at byte {self._total}, inside member {name!r}; {REPAIR}")
         return block
 
-    def _check(self, info: tarfile.TarInfo) -> None:
-        if info.size < 0 or (info.type in _EXTENSIONS and info.size > _MAX_EXTENSION):
-            raise self.error(f"tar header with a size of {info.size} bytes")
-        if info.type == tarfile.GNUTYPE_SPARSE:
-            raise self.error(f"sparse member {info.name!r}, which holds no plain bytes,")
-        if info.type in _LINKS and info.name.lower().endswith(IMAGES):
-            raise self.error(f"{info.name!r} is a link to {info.linkname!r} and holds no bytes (tar needs -h)")
+    def _check(self, name: str, kind: bytes, size: int) -> None:
+        if size < 0 or (kind in _EXTENSIONS and size > _MAX_EXTENSION):
+            raise self.error(f"tar header with a size of {size} bytes")
+        if kind == tarfile.GNUTYPE_SPARSE:
+            raise self.error(f"sparse member {name!r}, which holds no plain bytes,")
+        if kind in _LINKS and name.lower().endswith(IMAGES):
+            raise self.error(f"{name!r} is a link and holds no bytes (tar needs -h)")
 
     def _cut(self, block: bytes) -> TapeError:
         if not self._at and not block:
@@ -153,3 +153,17 @@ class Tape:
                     "unpack them with `tar --ignore-zeros -xf`)"
                 )
         self.ended = True
+
+
+def _parse(block: bytes) -> tuple[str, bytes, int]:
+    """Name, type and size in a header, of a plain file at a third of the cost. Raises HeaderError or ValueError."""
+    try:
+        plain = int(block[148:154], 8) == sum(block) - sum(block[148:156]) + 8 * ord(" ")
+        size = int(block[124:136].rstrip(b"\0"), 8)
+    except ValueError:
+        plain = False
+    kind = block[156:157]
+    if plain and kind == tarfile.REGTYPE:
+        return block[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape"), kind, size
+    info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    return info.name, info.type, info.size

@@ -6,7 +6,6 @@ Shape suffixes: B batch, C H W the network's input, K channels of a layer (class
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pipeline.methods.scores import logits_of, score_gradients
@@ -34,8 +33,8 @@ class Taps:
     def forward(self, x_BCHW: Tensor, *, differentiable: bool = False) -> tuple[Tensor, list[Tensor]]:
         """Logits and the layers' outputs, as the layers gave them (see `grid`), in the order of the names.
 
-        What runs before the first target layer records nothing for a backward pass; what follows does where
-        differentiable, and only there do the logits depend on the outputs.
+        Where differentiable, the first target layer's output is the first tensor that requires a gradient (the
+        parameters being frozen): what runs before records nothing for a backward pass.
 
         Raises:
             UserError: a layer that does not run, or whose output holds no tensor.
@@ -47,8 +46,7 @@ class Taps:
             for index, module in enumerate(self._modules)
         ]
         try:
-            with torch.no_grad():  # up to the first target layer: there the hook turns gradients on
-                logits_BK = logits_of(self.model(x_BCHW))
+            logits_BK = logits_of(self.model(x_BCHW))
         finally:
             for handle in handles:
                 handle.remove()
@@ -68,9 +66,8 @@ class Taps:
             if calls[index] < self._last_call[index]:
                 return None
             given = _tensor_of(output, self.names[index])
-            if differentiable:
-                torch.set_grad_enabled(True)
-                given = given if given.requires_grad else given.detach().requires_grad_()
+            if differentiable and not given.requires_grad:
+                given = given.detach().requires_grad_()
             outputs[index] = given
             # The model goes on with a copy: an in-place ReLU that follows must not change what is kept.
             return _with_tensor(output, given.clone())

@@ -88,11 +88,12 @@ def test_the_rayjob_runs_an_extract(rayjob: dict[str, Any]) -> None:
     words = shlex.split(rayjob["spec"]["entrypoint"])
     assert words[:4] == ["python", "-m", "jobs.main", "extract"]
     read = accept(words[3:])
-    assert read["engine"] == "ray"
+    assert (read["engine"], read["device"]) == ("ray", "cuda")
     assert read["out"].startswith("s3://")
     (group,) = rayjob["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     (container,) = group["template"]["spec"]["containers"]
     assert read["decode_threads"] <= int(container["resources"]["requests"]["cpu"])
+    assert read["workers"] == group["replicas"]
 
 
 def test_the_rayjob_is_closed_and_goes_when_done(rayjob: dict[str, Any]) -> None:
@@ -129,9 +130,9 @@ def test_the_slurm_script_runs_an_extract() -> None:
     text = SLURM.read_text()
     (example,) = re.findall(r"^#   sbatch deploy/slurm.sh (.*)$", text, re.MULTILINE)
     (line,) = re.findall(r"^saltern (.*)$", text, re.MULTILINE)
-    words = shlex.split(line.replace('"$@"', example).replace("$address", "node1:6379"))
+    words = shlex.split(line.replace('"$@"', example).replace("$address", "node1:6379").replace("$count", "8"))
     read = accept(words)
-    assert (read["engine"], read["address"], read["out"]) == ("ray", "node1:6379", "RUN")
+    assert (read["engine"], read["address"], read["out"], read["workers"]) == ("ray", "node1:6379", "RUN", 8)
 
 
 STUBS = {

@@ -39,3 +39,7 @@ def test_errors_name_the_fix(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=fix):
             run(*words)
+    made.data(0).unlink()
+    with pytest.raises(UserError, match="saltern verify"):
+        run(str(made.path))
+    assert not (made.path / "show.html").exists()

@@ -168,7 +168,7 @@ def test_a_column_without_an_order_lists_those_that_have_one(tmp_path: Path, col
 
 
 def test_what_comes_from_the_data_is_escaped(tmp_path: Path) -> None:
-    made = make_run(tmp_path, shards=1, samples=2, json=members(name=EVIL), method=EVIL)
+    made = make_run(tmp_path, shards=2, samples=2, json=members(name=EVIL), method=EVIL)
     shard = made.run.shards[0]
     rows = [(EVIL, shard.name, index, 1, *[None] * 15, EVIL, EVIL) for index in range(2)]
     write_shard(made, 0, 2, rows, (4, 4))
@@ -177,6 +177,7 @@ def test_what_comes_from_the_data_is_escaped(tmp_path: Path) -> None:
     assert page.cards[0].key == EVIL
     assert page.cards[0].attributes["data-status"] == EVIL
     assert page.cards[0].text.count(EVIL) >= 3  # key, status, reason
+    assert [image["alt"] for image in page.cards[2].images][:2] == [f"s1k0, 0 {EVIL}", f"map of s1k0 for 0 {EVIL}"]
     assert f"{EVIL} of resnet18" in page.head
 
 

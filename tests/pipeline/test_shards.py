@@ -278,6 +278,21 @@ def test_a_damaged_header_in_the_middle(tmp_path: Path, offset: int) -> None:
     fails(shard_at(tmp_path / "x.tar", bytes(content)), f"damaged tar header at byte {at}", "after member 's0.cls'")
 
 
+def test_no_flipped_header_byte_loses_a_sample(tmp_path: Path) -> None:
+    content = tar_bytes(samples(3))
+    at = header_at(content, "s1.jpg")
+    whole = [sample.key for sample in read(shard_at(tmp_path / "x.tar", content))]
+    failed = 0
+    for offset in range(BLOCK):
+        flipped = bytearray(content)
+        flipped[at + offset] ^= 0x11
+        try:
+            assert list_keys(shard_at(tmp_path / "x.tar", bytes(flipped))) == whole
+        except ShardError:
+            failed += 1
+    assert failed >= BLOCK - 2  # the checksum's own padding alone may change
+
+
 def test_data_overwritten_by_zeros_in_the_middle(tmp_path: Path) -> None:
     content = bytearray(tar_bytes(samples(5)))
     at = header_at(bytes(content), "s1.jpg")

@@ -218,9 +218,37 @@ def test_in_place_relu_after_the_layer_does_not_change_its_activation(tiny, imag
 def test_a_module_that_runs_several_times_counts_with_its_last_run(network, images):
     x = images(2, 64)
     expected = build("grad-cam", network("resnet18"), layer="layer4")(x)
+    recorded = []
+    inner = network("resnet18").layer4[1].conv2  # between the two runs of the block's one ReLU
+    handle = inner.register_forward_hook(lambda module, args, output: recorded.append(output.requires_grad))
     with build("grad-cam", network("resnet18"), layer="layer4.1.relu") as method:
-        for _ in range(2):  # how often it runs is learnt in the first call
+        for _ in range(2):
             torch.testing.assert_close(method(x), expected)
+    handle.remove()
+    assert recorded == [True, False]  # how often it runs is learnt in the first call
+
+
+def test_a_module_that_runs_more_and_less_often_from_call_to_call(tiny, images):
+    class Repeating(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.mix, self.times = tiny, nn.Conv2d(3, 3, 1), 1
+
+        def forward(self, x):
+            for _ in range(self.times):
+                x = self.mix(x)
+            return self.net(x)
+
+    def fresh(times):
+        model.times = times
+        return build("grad-cam", model, layer="mix")(images(2, 16))
+
+    model = Repeating()
+    expected = {times: fresh(times) for times in (1, 2, 3)}
+    with build("grad-cam", model, layer="mix") as method:
+        for model.times in (1, 3, 1, 2, 2):
+            torch.testing.assert_close(method(images(2, 16)), expected[model.times])
+    assert not torch.allclose(expected[1], expected[3], rtol=1e-2)
 
 
 def test_a_layer_that_gives_a_tuple(tiny, images):

@@ -1,0 +1,140 @@
+"""Shards to measure on, workers that outlive a drive, and one timed drive."""
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import cycle
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from webdataset.writer import TarWriter
+
+from pipeline.engine import Driver
+from pipeline.extractor import Spec
+from pipeline.pool import Died, Event, Pool, Raised, Ready
+from pipeline.prepare import Request, resolve
+from pipeline.shards import list_keys
+from pipeline.store import Store, session
+from schemas.errors import UserError
+from schemas.receipt import Failure, Receipt
+from schemas.run import Shard
+
+HEIGHT, WIDTH, QUALITY = 375, 500, 92  # as ImageNet's, about 110 kB a photograph
+
+
+def make_shards(folder: Path, shards: int, each: int, height: int = HEIGHT, width: int = WIDTH) -> None:
+    """Shards of `each` JPEGs that cost as much as photographs: crops of noise with their 1/f spectrum."""
+    rng = np.random.default_rng(0)
+    scene_HWC = _scene(rng, 2 * height, 2 * width)
+    folder.mkdir(parents=True)
+    for shard in range(shards):
+        with TarWriter(str(folder / f"shard-{shard:06}.tar"), encoder=False, mtime=0) as tar:
+            for number in range(shard * each, (shard + 1) * each):
+                y, x = rng.integers(height), rng.integers(width)
+                stream = io.BytesIO()
+                Image.fromarray(scene_HWC[y : y + height, x : x + width]).save(stream, "JPEG", quality=QUALITY)
+                tar.write({"__key__": f"{number:08}", "jpg": stream.getvalue(), "cls": str(number % 1000).encode()})
+
+
+def _scene(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
+    frequency_HW = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
+    frequency_HW[0, 0] = np.inf
+    # Channels of a photograph are much alike: the shared part first, then a third as much of each by itself.
+    planes_CHW = [np.fft.ifft2(np.fft.fft2(rng.standard_normal((height, width))) / frequency_HW).real for _ in range(4)]
+    mixed_HWC = np.stack([planes_CHW[0] + plane / 3 for plane in planes_CHW[1:]], 2)
+    return (128 + 50 * mixed_HWC / mixed_HWC.std()).clip(0, 255).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Shards with their numbers of samples; any amount of work is made by going round them."""
+
+    shards: list[Shard]
+    samples: list[int]
+
+    @classmethod
+    def of(cls, shards: Sequence[Shard]) -> "Work":
+        return cls(list(shards), [len(list_keys(shard)) for shard in shards])
+
+    def images(self, count: float) -> list[Shard]:
+        """Whole shards that hold at least so many images, each under a name of its own."""
+        if not any(self.samples):
+            raise UserError("the shards to measure on hold no samples")
+        wanted: list[Shard] = []
+        for shard, samples in cycle(zip(self.shards, self.samples, strict=True)):
+            wanted.append(replace(shard, name=f"{len(wanted):06}"))
+            count -= samples
+            if count <= 0:
+                break
+        return wanted
+
+
+@contextmanager
+def spec_for(request: Request, device: str, decode_threads: int, **pinned: Any) -> Iterator[Spec]:
+    """A processor's spec for a run in a temporary folder."""
+    run, _ = resolve(replace(request, **pinned), None, device, 1)
+    with TemporaryDirectory(prefix="saltern-bench-") as root, session(Store(root)) as scratch:
+        yield Spec(run, root, str(scratch), device, decode_threads)
+
+
+class Blank:
+    """A book in which nothing stands and nothing is written."""
+
+    def standing(self, shard: Shard) -> Receipt | None:
+        return None
+
+    def succeeded(self, receipt: Receipt) -> None: ...
+
+    def failed(self, failure: Failure) -> None: ...
+
+
+class Resident:
+    """Workers that stand before a drive begins and outlive it, so that no start-up is timed."""
+
+    def __init__(self, pool: Pool, workers: int = 1):
+        self._pool = pool
+        self._numbers = [pool.start() for _ in range(workers)]
+        self._begun: list[int] = []
+        self._ready: list[Event] = []
+        waiting = set(self._numbers)
+        while waiting:
+            for event in pool.wait(1.0):
+                if isinstance(event, Raised):
+                    raise event.error
+                if isinstance(event, Died):
+                    raise UserError(f"a worker died before it was ready: {event.reason}")
+                waiting.discard(event.worker)
+        self.submit, self.images, self.shut = pool.submit, pool.images, pool.close
+
+    def start(self) -> int:
+        number = self._numbers[len(self._begun)]
+        self._begun.append(number)
+        self._ready.append(Ready(number))
+        return number
+
+    def wait(self, timeout_s: float) -> list[Event]:
+        events, self._ready = self._ready, []
+        return events or self._pool.wait(timeout_s)
+
+    def kill(self, worker: int) -> None:
+        raise UserError("a worker died while it was measured")
+
+    def close(self) -> None:
+        self._begun = []
+
+
+def drive(pool: Resident, shards: Sequence[Shard], workers: int = 1) -> list[Receipt]:
+    """All shards through workers that stand. Raises UserError where one fails."""
+    outcome = Driver(pool, Blank(), workers=workers).run(shards)
+    for failure in outcome.failures.values():
+        raise UserError(f"cannot measure on {failure.shard}: {failure.reason}")
+    return list(outcome.receipts.values())
+
+
+def images(receipts: Sequence[Receipt]) -> int:
+    return sum(receipt.samples for receipt in receipts)

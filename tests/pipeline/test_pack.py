@@ -1,0 +1,298 @@
+"""Packing an image folder, read back by saltern's own reader and by webdataset."""
+
+import json
+import os
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from pipeline.expand import expand
+from pipeline.pack import Packed, pack, read_annotation
+from pipeline.shards import Sample, read_samples
+from schemas.errors import UserError
+
+Touch = Callable[..., Path]
+
+
+@pytest.fixture
+def touch(tmp_path: Path) -> Touch:
+    """Makes files in tmp_path/images, each with its name as content; gives the folder."""
+
+    def make(*names: str) -> Path:
+        folder = tmp_path / "images"
+        folder.mkdir(exist_ok=True)
+        for name in names:
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(name.encode())
+        return folder
+
+    return make
+
+
+def samples(out: Path) -> list[Sample]:
+    shards, _ = expand([str(out)])
+    found = [sample for shard in shards for sample in read_samples(shard)]
+    assert [sample.problem for sample in found] == [None] * len(found)
+    return found
+
+
+def refused(folder: Path, out: Path, **options: Any) -> str:
+    with pytest.raises(UserError) as error:
+        pack(folder, out, **options)
+    assert not [path for path in out.glob("*") if path.suffix == ".tar" or path.name.startswith(".")] or out == folder
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_one_folder_a_class(tmp_path: Path, touch: Touch) -> None:
+    folder = touch("b/2.jpg", "b/1.JPEG", "a/x.png", "c/deep/er/y.webp", "a/notes.txt", "b/.hidden.jpg", "list.csv")
+    (folder / "aa").mkdir()
+    out = tmp_path / "out"
+    packed = pack(folder, out, per_shard=3)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    assert packed == Packed(shards=2, samples=4, classes=4, bytes=size, skipped=2, unboxed=0)
+    assert sorted(path.name for path in out.iterdir()) == ["shard-000000.tar", "shard-000001.tar"]
+    found = samples(out)
+    # Class aa holds nothing and still counts, as in torchvision's ImageFolder.
+    assert [(sample.key, sample.label) for sample in found] == [("a/x", 0), ("b/1", 2), ("b/2", 2), ("c/deep/er/y", 3)]
+    assert [sample.image for sample in found] == [b"a/x.png", b"b/1.JPEG", b"b/2.jpg", b"c/deep/er/y.webp"]
+    assert [json.loads(sample.members["json"]) for sample in found] == [{"name": name} for name in "abbc"]
+
+
+def test_a_flat_folder_has_no_classes(tmp_path: Path, touch: Touch) -> None:
+    packed = pack(touch("b.jpg", "a.png"), tmp_path / "out")
+    assert (packed.samples, packed.classes) == (2, 0)
+    assert [(sample.key, sorted(sample.members)) for sample in samples(tmp_path / "out")] == [
+        ("a", ["png"]),
+        ("b", ["jpg"]),
+    ]
+
+
+def test_webdataset_reads_the_same(tmp_path: Path, touch: Touch) -> None:
+    pack(touch("k.1/a.v1.jpg", "k.1/é.jpg", f"k.1/{'n' * 200}.jpg"), tmp_path / "out")
+    path = tmp_path / "out" / "shard-000000.tar"
+    with open(path, "rb") as stream:
+        theirs = list(group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}])))
+    assert [(other["__key__"], other["jpg"], other["cls"]) for other in theirs] == [
+        (sample.key, sample.image, b"0") for sample in samples(tmp_path / "out")
+    ]
+    assert [other["__key__"] for other in theirs] == ["k.1/a-v1", f"k.1/{'n' * 200}", "k.1/é"]
+
+
+def test_the_same_folder_gives_the_same_bytes(tmp_path: Path, touch: Touch) -> None:
+    folder = touch(*(f"{name}/{i}.jpg" for name in "ab" for i in range(5)))
+    pack(folder, tmp_path / "one", per_shard=4)
+    for path in folder.rglob("*.jpg"):
+        os.utime(path, (1, 1))
+        path.chmod(0o600)
+    pack(folder, tmp_path / "two", per_shard=4)
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert len(names) == 3
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+        with tarfile.open(tmp_path / "one" / name) as tar:
+            assert {(member.mtime, member.uname, member.uid) for member in tar} == {(0, "bigdata", 0)}
+
+
+def test_real_photographs(tmp_path: Path, shared_data: Path) -> None:
+    source = shared_data / "imagenet-sample" / "imagenet-sample-000000.tar"
+    (given,), _ = expand([str(source)])
+    originals = {}
+    for sample in read_samples(given):
+        known = json.loads(sample.members["json"])
+        path = tmp_path / "images" / known["wnid"] / f"{sample.key}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        assert sample.image is not None
+        path.write_bytes(sample.image)
+        originals[f"{known['wnid']}/{sample.key}"] = sample.image
+    packed = pack(tmp_path / "images", tmp_path / "out", per_shard=30)
+    assert (packed.samples, packed.shards, packed.classes) == (100, 4, 100)
+    assert {sample.key: sample.image for sample in samples(tmp_path / "out")} == originals
+
+
+# Keys
+
+
+@pytest.mark.parametrize(
+    ("names", "keys"),
+    [
+        (["a.jpg", "a.png"], ["a-jpg", "a-png"]),
+        (["a.jpg", "a.jpeg", "b.jpg"], ["a-jpeg", "a-jpg", "b"]),
+        (["a.b.jpg", "a.c.jpg"], ["a-b", "a-c"]),
+        (["a.b.jpg", "a-b.png"], ["a-b-png", "a-b-jpg"]),
+        (["x/a.jpg", "y/a.jpg"], ["x/a", "y/a"]),
+        (["a..jpg", "b b.jpg", "ü.jpg"], ["a-", "b b", "ü"]),
+    ],
+)
+def test_keys_are_unique(tmp_path: Path, touch: Touch, names: Sequence[str], keys: list[str]) -> None:
+    pack(touch(*names), tmp_path / "out")
+    assert [sample.key for sample in samples(tmp_path / "out")] == keys
+
+
+@pytest.mark.parametrize("names", [("a.jpg", "a.png", "a-jpg.jpg"), ("a.jpg", "a.JPG")])
+def test_keys_that_cannot_be_told_apart(tmp_path: Path, touch: Touch, names: tuple[str, ...]) -> None:
+    reason = refused(touch(*names), tmp_path / "out")
+    assert names[-1] in reason
+    assert "'a-jpg'" in reason
+
+
+@pytest.mark.parametrize("name", ["__x__/a.jpg", os.fsdecode(b"\xff.jpg"), "a\n.d/b\n.jpg"])
+def test_names_that_make_no_key(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "images" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    assert "rename" in refused(tmp_path / "images", tmp_path / "out")
+
+
+# Links
+
+
+def test_symbolic_links_are_followed_but_not_in_circles(tmp_path: Path, touch: Touch) -> None:
+    folder = touch("a/1.jpg")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "2.jpg").write_bytes(b"2")
+    (folder / "b").symlink_to(tmp_path / "elsewhere")
+    (folder / "a" / "up").symlink_to(folder)
+    (folder / "a" / "loop").symlink_to(folder / "a")
+    (folder / "a" / "3.jpg").symlink_to(tmp_path / "elsewhere" / "2.jpg")
+    pack(folder, tmp_path / "out")
+    assert [(sample.key, sample.image) for sample in samples(tmp_path / "out")] == [
+        ("a/1", b"a/1.jpg"),
+        ("a/3", b"2"),
+        ("b/2", b"2"),
+    ]
+
+
+def test_a_link_to_nowhere_is_named(tmp_path: Path, touch: Touch) -> None:
+    folder = touch("a/1.jpg")
+    (folder / "a" / "2.jpg").symlink_to(tmp_path / "gone")
+    assert "2.jpg" in refused(folder, tmp_path / "out")
+
+
+# Boxes
+
+XML = """<annotation><folder>val</folder><filename>x</filename><size><width>500</width><height>375</height>
+<depth>3</depth></size>{}</annotation>"""
+CORNERS = "<xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax>"
+OBJECT = f"<object><name>n01751748</name><bndbox>{CORNERS}</bndbox></object>"
+
+
+def annotate(path: Path, *boxes: tuple[int, int, int, int]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(XML.format("".join(OBJECT.format(*box) for box in boxes)))
+
+
+@pytest.mark.parametrize("place", ["Annotation/{0}", "{0}", "", "Annotation"])
+def test_boxes_from_each_layout(tmp_path: Path, touch: Touch, place: str) -> None:
+    folder, boxes = touch("n1/a.b.JPEG", "n2/c.JPEG", "n2/d.JPEG"), tmp_path / "boxes"
+    annotate(boxes / place.format("n1") / "a.b.xml", (1, 2, 30, 40), (5, 6, 499, 374))
+    annotate(boxes / place.format("n2") / "c.xml")
+    packed = pack(folder, tmp_path / "out", boxes=boxes)
+    assert packed.unboxed == 1
+    assert [json.loads(sample.members["json"]) for sample in samples(tmp_path / "out")] == [
+        {"name": "n1", "boxes": [[1, 2, 30, 40], [5, 6, 499, 374]], "height": 375, "width": 500},
+        {"name": "n2", "boxes": [], "height": 375, "width": 500},
+        {"name": "n2"},
+    ]
+
+
+def test_boxes_of_a_flat_folder(tmp_path: Path, touch: Touch) -> None:
+    annotate(tmp_path / "boxes" / "a.xml", (1, 2, 3, 4))
+    pack(touch("a.jpg", "b.jpg"), tmp_path / "out", boxes=tmp_path / "boxes")
+    first, second = samples(tmp_path / "out")
+    assert json.loads(first.members["json"])["boxes"] == [[1, 2, 3, 4]]
+    assert "json" not in second.members
+
+
+BOMB = '<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b "bb">]><annotation>&b;</annotation>'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "<annotation>",
+        "not xml",
+        "<annotation/>",
+        XML.format("<object><name>x</name></object>"),
+        XML.format(OBJECT.format(1, 2, "x", 4)),
+        XML.format(OBJECT.format(1, 2, "1e999", 4)),
+        XML.format(OBJECT.format(1, 2, "nan", 4)),
+        BOMB,
+        XML.format(" " * 2**20),
+        '<?xml version="1.0" encoding="utf-16"?>' + XML.format("\0"),
+        '<?xml version="1.0" encoding="no-such"?>' + XML.format(""),
+    ],
+)
+def test_a_damaged_annotation(tmp_path: Path, touch: Touch, text: str) -> None:
+    path = tmp_path / "boxes" / "b.xml"
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"b\.xml"):
+        read_annotation(path)
+    out = tmp_path / "out"
+    assert str(path) in refused(touch(*(f"{name}.jpg" for name in "abc")), out, boxes=path.parent, per_shard=1)
+    assert list(out.iterdir()) == []
+
+
+# What is refused
+
+
+def test_an_output_folder_with_shards(tmp_path: Path, touch: Touch) -> None:
+    folder, out = touch("a.jpg"), tmp_path / "out"
+    pack(folder, out)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    with pytest.raises(UserError, match=r"shard-000000\.tar.*another folder"):
+        pack(folder, out)
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_other_files_in_the_output_folder_stay(tmp_path: Path, touch: Touch) -> None:
+    out = tmp_path / "out"
+    (out / ".tmp-pack").mkdir(parents=True)  # of an attempt that was killed
+    (out / ".tmp-pack" / "shard-000009.tar").write_bytes(b"")
+    (out / "README").write_text("mine")
+    pack(touch("a.jpg"), out)
+    assert sorted(path.name for path in out.iterdir()) == ["README", "shard-000000.tar"]
+
+
+def test_a_folder_without_images(tmp_path: Path, touch: Touch) -> None:
+    assert "no image in 2 files" in refused(touch("a.txt", "k/b.jpg.txt"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_beside_class_folders(tmp_path: Path, touch: Touch) -> None:
+    assert "1 images (z.jpg, ...) beside 2 folders" in refused(touch("a/1.jpg", "b/2.jpg", "z.jpg"), tmp_path / "out")
+
+
+def test_wrong_folders(tmp_path: Path, touch: Touch) -> None:
+    folder = touch("a.jpg")
+    assert "no such folder" in refused(tmp_path / "none", tmp_path / "out")
+    assert "no such folder" in refused(folder, tmp_path / "out", boxes=tmp_path / "none")
+    assert "no .xml" in refused(folder, tmp_path / "out", boxes=folder)
+    assert "lies in" in refused(folder, folder)
+    assert "lies in" in refused(folder, folder / "out")
+    assert "--per-shard 0" in refused(folder, tmp_path / "out", per_shard=0)
+    (tmp_path / "file").write_text("")
+    assert "not a folder" in refused(folder, tmp_path / "file")
+
+
+def test_an_interruption_leaves_nothing(tmp_path: Path, touch: Touch, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, out = touch(*(f"{i}.jpg" for i in range(9))), tmp_path / "out"
+    read_bytes, calls = Path.read_bytes, []
+
+    def interrupted(path: Path) -> bytes:
+        calls.append(path)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pack(folder, out, per_shard=2)
+    assert list(out.iterdir()) == []
