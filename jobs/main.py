@@ -10,11 +10,9 @@ import typer
 from jobs.demo import demo
 from jobs.extract import extract
 from jobs.listing import methods, models
-
-# from jobs.pack import pack
+from jobs.pack import pack
 from jobs.plan import plan
-
-# from jobs.show import show
+from jobs.show import show
 from jobs.status import status
 from jobs.submit import submit
 from jobs.verify import verify
@@ -34,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_COMMANDS: list[Callable[..., Any]] = [plan, extract, status, verify, methods, models, demo]
+_COMMANDS: list[Callable[..., Any]] = [pack, plan, extract, status, verify, show, methods, models, demo]
 for _command in _COMMANDS:
     app.command(epilog=EXIT_CODES)(_command)
 app.command(epilog=EXIT_CODES, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(submit)

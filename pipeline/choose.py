@@ -44,7 +44,8 @@ def choose(engine: str, device: str, address: str | None, workers: int | None, g
     from pipeline.engine_ray import connect
 
     found = connect(address)
-    device = pick_device(device, found.get("GPU", 0.0))
+    if device == "auto":
+        device = "cuda" if found.get("GPU") else "cpu"
     gpus = float(device == "cuda") if gpus_per_worker is None else gpus_per_worker
     return Engine(True, device, workers or max(1, int(found.get("GPU", 0.0) / gpus) if gpus else 1), gpus, why)
 

@@ -93,6 +93,7 @@ class Driver:
         self._flights: dict[int, dict[str, _Flight]] = {}  # by ready worker
         self._attempts: dict[str, int] = {}
         self._kills: dict[str, int] = {}
+        self._living: set[int] = set()
         self._image_base = 0
         self._stillborn = 0  # workers that died before they were ready, in a row
 
@@ -105,12 +106,12 @@ class Driver:
         self._queue.extend(shards)
         self.state = State(Outcome(), len(self._queue), wanted=self._workers)
         try:
-            for _ in range(self._workers):
-                self._pool.start()
+            self._living = {self._pool.start() for _ in range(self._workers)}
             while self._unfinished() and self.state.outcome.stopped is None:
                 self._assign()
-                for event in self._pool.wait(TICK_S if self._unfinished() else 0):
-                    self._handle(event)
+                for event in self._pool.wait(TICK_S):
+                    if event.worker in self._living:  # one event may tell of the end of a worker that another is of
+                        self._handle(event)
                 self._expire()
                 self.state.workers = len(self._flights)
                 self.state.images = max(self.state.images, self._image_base + self._pool.images())
@@ -204,8 +205,9 @@ class Driver:
         if self._stillborn > STILLBORN:
             self.state.outcome.stopped = f"workers die before they are ready: {reason}"
         flights = self._flights.pop(worker, {})
+        self._living.remove(worker)
         self._pool.kill(worker)
-        self._pool.start()
+        self._living.add(self._pool.start())
         names = ", ".join(flights) or "nothing"
         self._say(f"a worker is gone ({reason}) with {names} in flight; made anew")
         for flight in flights.values():

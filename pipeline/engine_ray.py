@@ -39,6 +39,11 @@ def connect(address: str | None) -> dict[str, float]:
     return {name: float(value) for name, value in ray.cluster_resources().items()}  # type: ignore[no-untyped-call]
 
 
+def _alive() -> dict[str, dict[str, float]]:
+    """Resources of the living nodes, by node."""
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+
+
 class _Worker:
     """The actor. Its processor is built by a call, so that an error in it comes back as it is."""
 
@@ -65,6 +70,9 @@ class RayPool:
 
     def __init__(self, factory: Factory, *, gpus: float, cpus: float, torch_threads: int, import_paths: list[str]):
         self._factory = factory
+        # An actor that wants more cores than any node has would wait for ever.
+        fit = [node.get("CPU", 0.0) for node in _alive().values() if node.get("GPU", 0.0) >= gpus]
+        cpus = min(cpus, max(fit, default=0.0) or cpus)
         environment = {
             "OMP_NUM_THREADS": str(torch_threads),
             "PYTHONPATH": os.pathsep.join([*import_paths, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
@@ -121,13 +129,11 @@ class RayPool:
         return Done(worker, shard, value)
 
     def _died(self, worker: int, error: Exception) -> Died:
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
-        node = self._nodes.get(worker)
-        if node is not None and node not in alive:
-            return Died(worker, "its machine is gone", blame=False)
+        """Only a process that ended on a machine that lives on is blamed on what it was doing."""
         text = " ".join(str(error).split())
-        cause = text.split("The actor is dead because", 1)[-1].split(". ")[0].strip()
-        return Died(worker, cause[:200], blame=True)
+        if "worker process has died" not in text or self._nodes.get(worker) not in {None, *_alive()}:
+            return Died(worker, "its machine is gone or cannot be reached", blame=False)
+        return Died(worker, text.split("Worker exit detail: ")[-1].split(". ")[0][:200], blame=True)
 
     def kill(self, worker: int) -> None:
         with contextlib.suppress(Exception):  # it may be dead already, in any of many ways

@@ -20,7 +20,7 @@ from schemas.errors import UserError
 from schemas.run import RunConfig
 from schemas.saliency import NONFINITE, OK, ZERO_MAP
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _STATUS = (OK, ZERO_MAP, NONFINITE)
 
 
@@ -127,7 +127,7 @@ class Explainer:
         pending = Pending(self.device)
         x_BCHW = self._normalise(pixels_BHWC.to(self.device, non_blocking=True))
         label_B = label_B.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, _AUTOCAST.get(self.config.precision), self.config.precision in _AUTOCAST):
+        with torch.autocast(self.device.type, AUTOCAST.get(self.config.precision), self.config.precision in AUTOCAST):
             maps_Bhw, targets_B, logits_BK = self._maps(x_BCHW, label_B)
         probability_BK = logits_BK.float().softmax(1)
         parts = [self._columns(*found, probability_BK) for found in zip(maps_Bhw, targets_B, strict=True)]

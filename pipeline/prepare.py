@@ -113,6 +113,8 @@ def _config(request: Request, pinned: dict[str, Any]) -> RunConfig:
     parse_target(request.target, classifier.classes)
     method = build(request.method, classifier.model, layer=request.layer, **request.options)
     method.close()
+    if len(method.layer) > 1:
+        raise UserError(f"{request.method} was built on {len(method.layer)} layers; a run stores one map: give --layer")
     usual = classifier.preprocess
     config = RunConfig(
         model=request.model,
@@ -165,9 +167,9 @@ def _check(config: RunConfig) -> None:
         raise UserError("--batch-size must be at least 1")
 
 
-def pick_device(device: str, cluster_gpus: float | None = None) -> str:
-    """`auto` as cpu or cuda, on this machine or a cluster with so many GPUs. Raises UserError for cuda without one."""
-    there = torch.cuda.is_available() if cluster_gpus is None else cluster_gpus > 0
+def pick_device(device: str) -> str:
+    """`auto` as cpu or cuda, whichever this machine has. Raises UserError for cuda without one."""
+    there = torch.cuda.is_available()
     if device == "cuda" and not there:
         raise UserError("--device cuda, but no CUDA device is visible; --device cpu runs without one")
     return "cuda" if there and device != "cpu" else "cpu"

@@ -12,6 +12,7 @@ from pipeline.engine import State
 from schemas.receipt import PHASES, Receipt
 
 PLAIN_EVERY_S = 10.0
+WAITING_S = 30.0
 
 
 def spent(receipts: Iterable[Receipt]) -> str:
@@ -45,6 +46,7 @@ class Progress:
         console = Console(stderr=True)
         self._live = Live(console=console, refresh_per_second=4, transient=True) if sys.stderr.isatty() else None
         self._workers = 0
+        self._waiting = True
 
     def __enter__(self) -> "Progress":
         if self._live:
@@ -66,6 +68,10 @@ class Progress:
         if state.workers != self._workers and state.wanted > 1:
             self._workers = state.workers
             self.say(f"{state.workers} of {state.wanted} workers ready")
+        if self._waiting and (state.workers or time.monotonic() - self._started > WAITING_S):
+            self._waiting = False
+            if not state.workers:
+                self.say(f"no worker of {state.wanted} is ready yet; waiting for the cluster's resources")
         while state.says:
             self.say(state.says.pop(0))
         if self._live:

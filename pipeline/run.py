@@ -166,7 +166,7 @@ def _expected(pending: Sequence[Shard], receipts: dict[str, Receipt]) -> int | N
     first = pending[0]
     if not size and "://" not in first.url:
         with contextlib.suppress(OSError, ShardError):
-            size, samples = first.size, len(list_keys(first)[: first.take])
+            size, samples = first.size, len(list_keys(first))
     return round(samples / size * sum(shard.size for shard in pending)) if size else None
 
 

@@ -62,7 +62,7 @@ def _keys(shard: Shard) -> list[str] | None:
     if "://" in shard.url:
         return None
     try:
-        return list_keys(shard)[: shard.take]
+        return list_keys(shard)
     except (OSError, ShardError):
         return None
 

@@ -1,18 +1,19 @@
-"""End-to-end rates against their limits: the method alone, and reading + decoding alone."""
+"""End-to-end rates against their limits, the method alone and reading + decoding alone; bytes stored."""
 
 import contextlib
-import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pyarrow.parquet as pq
 import torch
 
 from pipeline import classifiers
 from pipeline.bench.figures import Figure, Side, by_turns, ratio
-from pipeline.bench.settings import NOOP, Layout, Settings
+from pipeline.bench.settings import Layout, Settings, layouts
 from pipeline.bench.workload import Resident, Work, drive, images, spec_for
 from pipeline.decode import Decoded, DecodeError, decode
 from pipeline.explain import AUTOCAST
@@ -20,13 +21,14 @@ from pipeline.extractor import Processor, Spec
 from pipeline.manifest import data_name
 from pipeline.methods import build
 from pipeline.pool import LocalPool
+from pipeline.prepare import cores
 from pipeline.shards import read_samples
-from pipeline.writer import ShardWriter, read_rows
+from pipeline.writer import Row, ShardWriter, read_rows
 from schemas.run import RunConfig, Shard
 
 IMAGENET = 1_281_167  # images of its training set
-PER_SHARD = 1000  # rows a file, as `saltern pack` makes them
-_DECODING = 64  # images read ahead of the slowest decoding
+GPU_GOAL = 5000.0  # images/s end to end
+_AHEAD = 64  # images being decoded, at most
 
 
 class MethodAlone:
@@ -39,36 +41,125 @@ class MethodAlone:
 
     def _build(self) -> None:
         config = self._config
-        model = classifiers.load(config.model, config.weights, seed=config.seed).model.to(self._device)
-        self._x_BCHW = torch.randn(config.batch_size, 3, config.crop, config.crop, device=self._device)
-        if config.precision != "fp32":
-            model = model.to(memory_format=torch.channels_last)
-            self._x_BCHW = self._x_BCHW.contiguous(memory_format=torch.channels_last)
+        layout = torch.contiguous_format if config.precision == "fp32" else torch.channels_last
+        model = classifiers.load(config.model, config.weights, seed=config.seed).model
+        model = model.to(self._device).to(memory_format=layout)
+        x_BCHW = torch.randn(config.batch_size, 3, config.crop, config.crop, device=self._device)
+        self._x_BCHW = x_BCHW.contiguous(memory_format=layout)
         self._method = build(config.method, model, layer=next(iter(config.layer), None), **config.options)
 
-    def __call__(self, images: float) -> int:
-        """As many batches as hold so many images; returns how many they hold."""
-        return self._thread.submit(self._run, max(1, round(images / self._config.batch_size))).result()
+    def __call__(self, count: float) -> int:
+        """Batches that hold about `count` images; returns how many they hold."""
+        batches = max(1, round(count / self._config.batch_size))
+        self._thread.submit(self._run, batches).result()
+        return batches * self._config.batch_size
 
-    def _run(self, batches: int) -> int:
-        kind, precision = self._device.type, self._config.precision
-        with torch.autocast(kind, AUTOCAST.get(precision), precision in AUTOCAST):
+    def _run(self, batches: int) -> None:
+        kind, dtype = self._device.type, AUTOCAST.get(self._config.precision)
+        with torch.autocast(kind, dtype, dtype is not None):
             for _ in range(batches):
                 self._method(self._x_BCHW)
         if kind == "cuda":
             torch.cuda.synchronize()
-        return batches * self._config.batch_size
 
 
-def model_bound(settings: Settings, work: Work, layout: Layout) -> Figure:
-    """A run of one worker ÷ its method alone."""
-    with spec_for(settings, work, layout) as spec:
-        pool = Resident(LocalPool(lambda: Processor(spec)))
-        alone = MethodAlone(spec.run.config, spec.device)
-        alone(2 * settings.batch)
-        count = Side(lambda: alone(2 * settings.batch))() * settings.seconds
-        whole, part = Side(lambda: images(drive(pool, work.images(count)))), Side(lambda: alone(count))
-        drive(pool, work.images(settings.batch))
-        rates = by_turns(settings.rounds, whole, part)
-    title = f"extract, model-bound, {layout.name}"
-    return _compare(title, 0.95, rates, whole, part, f"{settings.method} of {settings.model} alone")
+class DecodeAlone:
+    """Reading in this thread, decoding in `threads`, and nothing else."""
+
+    def __init__(self, config: RunConfig, threads: int):
+        self._config, self._pool = config, ThreadPoolExecutor(threads)
+
+    def __call__(self, shards: Sequence[Shard]) -> int:
+        waiting: deque[Future[Decoded]] = deque()
+        count = 0
+        for sample in (sample for shard in shards for sample in read_samples(shard)):
+            count += 1
+            if sample.image is not None:
+                waiting.append(self._pool.submit(self._decode, sample.image))
+            if len(waiting) > _AHEAD:
+                self._settle(waiting.popleft())
+        for decoding in waiting:
+            self._settle(decoding)
+        return count
+
+    def _decode(self, data: bytes) -> Decoded:
+        how = self._config
+        return decode(data, resize=how.resize, crop=how.crop, squash=how.squash, interpolation=how.interpolation)
+
+    def _settle(self, decoding: Future[Decoded]) -> None:
+        with contextlib.suppress(DecodeError):
+            decoding.result()
+
+
+def model_bound(settings: Settings, work: Work) -> list[Figure]:
+    """A run of one worker ÷ its method alone on preloaded batches."""
+    found = []
+    for layout in layouts(settings.device, "model"):
+        with spec_for(settings.request(), settings.device, layout) as spec:
+            name = f"end to end ÷ method alone, {layout.name}"
+            limit = MethodAlone(spec.run.config, spec.device)
+            found.append(_against(name, 0.95, settings, work, spec, limit))
+    return found + ([_gpu_rate(settings, found[0])] if settings.device == "cuda" else [])
+
+
+def decode_bound(settings: Settings, work: Work) -> list[Figure]:
+    """A run with a no-op method ÷ reading + decoding alone in as many threads."""
+    found = []
+    for layout in layouts(settings.device, "decode"):
+        with spec_for(settings.noop(), settings.device, layout) as spec:
+            name = f"end to end with a no-op method ÷ reading + decoding alone, {layout.name}"
+            alone = DecodeAlone(spec.run.config, layout.decode_threads)
+            found.append(_against(name, 0.90, settings, work, spec, lambda count: alone(work.images(count))))  # noqa: B023
+    return found
+
+
+def _against(
+    name: str, goal: float, settings: Settings, work: Work, spec: Spec, limit: Callable[[float], int]
+) -> Figure:
+    """A run of one worker, that stands when the clock starts, ÷ what limits it."""
+    pool = Resident(LocalPool(lambda: Processor(spec)))
+    drive(pool, work.images(2 * settings.batch))
+    limit(2 * settings.batch)
+    count = settings.seconds * Side(lambda: limit(4 * settings.batch))()
+    whole, part = Side(lambda: images(drive(pool, work.images(count)))), Side(lambda: limit(count))
+    rates = by_turns(settings.rounds, whole, part)
+    costs = f"{whole.cost:.2f} and {part.cost:.2f} core-ms an image"
+    note = f"{median(rates[0]):.1f} ÷ {median(rates[1]):.1f} images/s; {costs}"
+    ceiling = part.cost / whole.cost
+    miss = f"the {cores()} cores are shared, and by core time alone {ceiling:.3f} could be had: {costs}"
+    return Figure(name, ratio(*rates), goal, "x", True, note, miss, {"end to end": rates[0], "limit": rates[1]})
+
+
+def _gpu_rate(settings: Settings, model: Figure) -> Figure:
+    """The absolute rate, which only a GPU is held to."""
+    rates = model.rounds["end to end"]
+    note = f"{torch.cuda.get_device_name()}, {settings.precision}; ImageNet in {IMAGENET / median(rates) / 60:.1f} min"
+    miss = f"the method alone gives {median(model.rounds['limit']):.0f} images/s; see the rate of decoding"
+    return Figure("end to end on this GPU", median(rates), GPU_GOAL, "images/s", True, note, miss)
+
+
+def stored(settings: Settings, work: Work) -> Figure:
+    """Bytes of masks and native maps an image, in one data file of all the images."""
+    every = cores()
+    with spec_for(settings.request(), settings.device, Layout("", every, every)) as spec:
+        processor = Processor(spec)
+        rows: list[Row] = []
+        for shard in work.shards:
+            left = settings.stored_images - len(rows)
+            if left > 0:
+                processor.process(replace(shard, take=left))
+                path = Path(spec.root, data_name(shard.name))
+                rows += [row for found in read_rows(path).values() for row in found]
+        with ShardWriter(Path(spec.scratch), pq.read_schema(path)) as writer:
+            writer.write(rows)
+            each = writer.close().size / len(rows)
+    note = f"{each:.0f} bytes an image in a file of {len(rows)} rows, x {IMAGENET:,}; {_pictures(settings)}"
+    miss = f"the masks alone may take {1e9 / IMAGENET:.0f} bytes"
+    return Figure(
+        "stored, ImageNet's training set, masks + native maps", each * IMAGENET / 1e9, 1.0, "GB", False, note, miss
+    )
+
+
+def _pictures(settings: Settings) -> str:
+    weights = "random weights" if settings.weights == "none" else f"weights {settings.weights}"
+    return f"{settings.method} of {settings.model}, {weights}, {'made pictures' if settings.made else 'photographs'}"

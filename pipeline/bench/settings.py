@@ -1,4 +1,4 @@
-"""What a bench measures on."""
+"""What a bench measures, on what, and who gets the cores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,9 +8,11 @@ from pipeline.prepare import BATCH_SIZE, Request, cores
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the work; the defaults take about eight minutes on two cores."""
+    """The defaults take about nine minutes on two cores."""
 
     command: Sequence[str]  # that runs `saltern`
+    shards: Sequence[str] = ()  # as `extract` takes them
+    made: bool = False  # they hold made pictures, no photographs
     model: str = "resnet50"
     weights: str = "none"
     method: str = "grad-cam"
@@ -23,16 +25,16 @@ class Settings:
     few_shards: int = 10  # memory: few against many
     many_shards: int = 200
     done_shards: int = 100_000  # resume
-    loop_shards: int = 5_000  # of the driver's loop, a round
+    loop_shards: int = 5_000  # of the driver's loop, each round
 
     @property
     def batch(self) -> int:
         return self.batch_size or BATCH_SIZE[self.device]
 
     def request(self) -> Request:
-        """The run that is measured, on shards that are given later."""
+        """The run that is measured."""
         return Request(
-            shards=(),
+            shards=self.shards,
             model=self.model,
             method=self.method,
             weights=self.weights,
@@ -41,8 +43,15 @@ class Settings:
             batch_size=self.batch,
         )
 
-
-NOOP = Request(shards=(), model="pipeline.bench.noop:net", method="pipeline.bench.noop:Noop", target="top1")
+    def noop(self) -> Request:
+        """The same on a model and a method that do next to nothing."""
+        return Request(
+            shards=self.shards,
+            model="pipeline.bench.noop:net",
+            method="pipeline.bench.noop:Noop",
+            target="top1",
+            batch_size=self.batch,
+        )
 
 
 @dataclass(frozen=True)
@@ -55,18 +64,20 @@ class Layout:
 
 
 def layouts(device: str, bound: str) -> list[Layout]:
-    """One core left to the other side of the pipeline, and all cores to both; a GPU needs no cores.
+    """One core left to the rest of the pipeline, and all cores to what it waits for.
 
     Args:
-        device: cpu | cuda.
-        bound: model | decode, the side that the run waits for.
+        device: cpu | cuda; a GPU needs no cores.
+        bound: model | decode, what the run waits for.
     """
     every = cores()
-    spared = max(1, every - 1)
+    threads = min(16, every)
     if device == "cuda" and bound == "model":
-        return [Layout("on the GPU", 1, min(16, every))]
-    found = [Layout(f"both on all {every} cores", every if bound == "model" else 1, every)]
-    if spared < every:
-        threads = (spared, every - spared) if bound == "model" else (1, spared)
-        found.insert(0, Layout(f"one of {every} cores left to the rest", *threads))
-    return found
+        return [Layout("GPU", 1, threads)]
+    if bound == "model":
+        shared = Layout(f"{every} torch threads on {every} cores", every, threads)
+        spared = Layout(f"{every - 1} torch threads on {every} cores", every - 1, 1)
+    else:
+        shared = Layout(f"{every} decode threads on {every} cores", 1, every)
+        spared = Layout(f"{every - 1} decode threads on {every} cores", 1, every - 1)
+    return [spared, shared] if every > 1 else [shared]

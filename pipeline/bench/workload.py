@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from webdataset.writer import TarWriter
 
+from pipeline.bench.settings import Layout
 from pipeline.engine import Driver
+from pipeline.expand import expand
 from pipeline.extractor import Spec
 from pipeline.pool import Died, Event, Pool, Raised, Ready
 from pipeline.prepare import Request, resolve
@@ -47,7 +48,8 @@ def _scene(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint
     # Channels of a photograph are much alike: the shared part first, then a third as much of each by itself.
     planes_CHW = [np.fft.ifft2(np.fft.fft2(rng.standard_normal((height, width))) / frequency_HW).real for _ in range(4)]
     mixed_HWC = np.stack([planes_CHW[0] + plane / 3 for plane in planes_CHW[1:]], 2)
-    return (128 + 50 * mixed_HWC / mixed_HWC.std()).clip(0, 255).astype(np.uint8)
+    bytes_HWC: NDArray[np.uint8] = (128 + 50 * mixed_HWC / mixed_HWC.std()).clip(0, 255).astype(np.uint8)
+    return bytes_HWC
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,16 @@ class Work:
     samples: list[int]
 
     @classmethod
-    def of(cls, shards: Sequence[Shard]) -> "Work":
-        return cls(list(shards), [len(list_keys(shard)) for shard in shards])
+    def of(cls, patterns: Sequence[str]) -> "Work":
+        """The shards that the patterns name. Raises UserError where they hold no samples."""
+        shards, _ = expand(patterns)
+        samples = [len(list_keys(shard)) for shard in shards]
+        if not any(samples):
+            raise UserError("the shards to measure on hold no samples")
+        return cls(shards, samples)
 
     def images(self, count: float) -> list[Shard]:
         """Whole shards that hold at least so many images, each under a name of its own."""
-        if not any(self.samples):
-            raise UserError("the shards to measure on hold no samples")
         wanted: list[Shard] = []
         for shard, samples in cycle(zip(self.shards, self.samples, strict=True)):
             wanted.append(replace(shard, name=f"{len(wanted):06}"))
@@ -75,11 +80,11 @@ class Work:
 
 
 @contextmanager
-def spec_for(request: Request, device: str, decode_threads: int, **pinned: Any) -> Iterator[Spec]:
+def spec_for(request: Request, device: str, layout: Layout) -> Iterator[Spec]:
     """A processor's spec for a run in a temporary folder."""
-    run, _ = resolve(replace(request, **pinned), None, device, 1)
+    run, _ = resolve(replace(request, torch_threads=layout.torch_threads), None, device, 1)
     with TemporaryDirectory(prefix="saltern-bench-") as root, session(Store(root)) as scratch:
-        yield Spec(run, root, str(scratch), device, decode_threads)
+        yield Spec(run, root, str(scratch), device, layout.decode_threads)
 
 
 class Blank:
@@ -109,7 +114,7 @@ class Resident:
                 if isinstance(event, Died):
                     raise UserError(f"a worker died before it was ready: {event.reason}")
                 waiting.discard(event.worker)
-        self.submit, self.images, self.shut = pool.submit, pool.images, pool.close
+        self.submit, self.images = pool.submit, pool.images
 
     def start(self) -> int:
         number = self._numbers[len(self._begun)]
@@ -125,7 +130,11 @@ class Resident:
         raise UserError("a worker died while it was measured")
 
     def close(self) -> None:
+        """The drive is over; the workers stay until `end`."""
         self._begun = []
+
+    def end(self) -> None:
+        self._pool.close()
 
 
 def drive(pool: Resident, shards: Sequence[Shard], workers: int = 1) -> list[Receipt]:

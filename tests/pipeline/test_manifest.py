@@ -143,7 +143,7 @@ def test_damaged_run_json_is_said(store: Store) -> None:
 def test_unknown_config_key_names_the_nearest() -> None:
     made = json.loads(make_run().to_json())
     made["config"]["batchsize"] = 3
-    with pytest.raises(UserError, match="unknown key 'batchsize'.*did you mean 'batch_size'"):
+    with pytest.raises(UserError, match=r"unknown key 'batchsize'.*did you mean 'batch_size'"):
         Run.from_json(json.dumps(made))
 
 

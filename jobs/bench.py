@@ -1,0 +1,58 @@
+"""saltern bench: rates, memory and sizes against what each is held to."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Measure, against the limit that each figure is held to.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Makes a group of the app even while it has one command."""
+
+
+@app.command()
+def extract(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for extract.json and extract.md.")] = Path("bench"),
+    shards: Annotated[
+        list[str] | None, typer.Option(help="Shards to measure on, as for extract; default: some are made.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="As for extract.")] = "resnet50",
+    weights: Annotated[str, typer.Option(help="As for extract; random ones take as long.")] = "none",
+    method: Annotated[str, typer.Option(help="As for extract.")] = "grad-cam",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images; default 16 on a CPU, 128 on a GPU.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    rounds: Annotated[int, typer.Option(min=1, help="Of each figure; its value is of the medians.")] = 5,
+) -> None:
+    """The whole run against its limits, the engines, memory, resume, bytes. About ten minutes on two cores."""
+    from dataclasses import asdict
+
+    from pipeline.bench.extract import measure
+    from pipeline.bench.figures import as_json, as_markdown, describe_machine
+    from pipeline.bench.settings import Settings
+    from pipeline.choose import choose
+    from pipeline.prepare import pick_device
+
+    settings = Settings(
+        command=[sys.executable, "-m", "jobs.main"],
+        shards=shards or [],
+        model=model,
+        weights=weights,
+        method=method,
+        precision=precision,
+        batch_size=batch_size,
+        device=pick_device(device),
+        rounds=rounds,
+    )
+    machine = describe_machine()
+    figures = measure(settings, lambda: choose("ray", "cpu", None, 2, 0.0))
+    table = as_markdown(figures, machine)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "extract.json").write_text(as_json(figures, asdict(settings), machine))
+    (out / "extract.md").write_text(table)
+    typer.echo(table)
+    typer.echo(f"{out}/extract.json and .md hold the same, with every round", err=True)

@@ -1,0 +1,147 @@
+"""What a run costs beside its images: memory, resume, the driver's loop, the start of the command."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from pipeline.bench.figures import Figure, by_turns, ratio
+from pipeline.bench.settings import Settings
+from pipeline.bench.workload import Blank, make_shards
+from pipeline.engine import Driver
+from pipeline.manifest import receipt_name
+from pipeline.pool import LocalPool
+from pipeline.prepare import resolve
+from schemas.errors import UserError
+from schemas.receipt import PHASES, Receipt
+from schemas.run import Shard
+
+HEAVY = ("torch", "ray", "pyarrow", "webdataset")
+# A parent's peak is inherited through exec: what starts the command must be small itself.
+_LAUNCH = """
+import json, os, subprocess, sys, time
+since = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+said = process.stderr.read()
+_, status, used = os.wait4(process.pid, 0)
+print(json.dumps([time.perf_counter() - since, used.ru_maxrss, status, said.decode()[-300:]]))
+"""
+
+
+def timed(words: Sequence[str]) -> tuple[float, float]:
+    """Runs a command to its end. Returns its seconds and its peak resident memory, MB. UserError where it fails."""
+    ended = subprocess.run([sys.executable, "-c", _LAUNCH, *words], check=True, capture_output=True)
+    seconds, peak_kb, status, said = json.loads(ended.stdout)
+    if status:
+        raise UserError(f"cannot measure: `{' '.join(words)}` failed: {said}")
+    return seconds, peak_kb * 1024 / 1e6
+
+
+def _extract(settings: Settings, shards: Path, out: Path) -> list[str]:
+    noop = settings.noop()
+    words = ["extract", str(shards), "--out", str(out), "--model", noop.model, "--method", noop.method]
+    return [*settings.command, *words, "--target", noop.target, "--engine", "local", "--device", "cpu"]
+
+
+def memory(settings: Settings) -> Figure:
+    """Peak of a run over many shards ÷ that over few."""
+    few, many = settings.few_shards, settings.many_shards
+    with TemporaryDirectory(prefix="saltern-bench-") as folder:
+        make_shards(Path(folder, "few"), few, 16)
+        Path(folder, "many").mkdir()
+        for number in range(many):  # copies, as two links to one file are one shard
+            shutil.copyfile(
+                Path(folder, "few", f"shard-{number % few:06}.tar"), Path(folder, "many", f"{number:06}.tar")
+            )
+
+        def peak(shards: str) -> float:
+            with TemporaryDirectory(dir=folder) as out:
+                return timed(_extract(settings, Path(folder, shards), Path(out, "run")))[1]
+
+        peaks = by_turns(settings.rounds, lambda: peak("many"), lambda: peak("few"))
+    note = f"{median(peaks[0]):.0f} ÷ {median(peaks[1]):.0f} MB, whole `saltern extract` with a no-op method"
+    name = f"peak memory, {many} shards ÷ {few} shards"
+    miss = f"{median(peaks[0]) - median(peaks[1]):.0f} MB more over {many - few} shards"
+    return Figure(name, ratio(*peaks), 1.05, "x", False, note, miss, {"many": peaks[0], "few": peaks[1]})
+
+
+def resume(settings: Settings) -> list[Figure]:
+    """Seconds and memory of `saltern extract` on a run whose shards are all done."""
+    count = settings.done_shards
+    with TemporaryDirectory(prefix="saltern-bench-") as folder:
+        shards, out = Path(folder, "shards"), Path(folder, "run")
+        _make_done(settings, shards, out, count)
+        taken = [timed(_extract(settings, shards, out)) for _ in range(settings.rounds)]
+    seconds, peaks = [list(values) for values in zip(*taken, strict=True)]
+    name = f"plan and resume {count:,} done shards"
+    note = "whole `saltern extract`, imports included"
+    miss = "the listing of shards, the receipts and the start of torch add up"
+    return [
+        Figure(name, median(seconds), 10.0, "s", False, note, miss, {"s": seconds}),
+        Figure(f"{name}, peak memory", median(peaks) / 1e3, 1.0, "GB", False, note, miss, {"MB": peaks}),
+    ]
+
+
+def _make_done(settings: Settings, shards: Path, out: Path, count: int) -> None:
+    """As many tars, which are only listed, with their receipts."""
+    for number in range(count):
+        path = shards / f"{number // 1000:03}" / f"{number:06}.tar"
+        if number % 1000 == 0:
+            path.parent.mkdir(parents=True)
+        path.write_bytes(b"\0")
+    run, _ = resolve(replace(settings.noop(), shards=[str(shards)], batch_size=None), None, "cpu", 1)
+    for shard in run.shards:
+        path = out / receipt_name(shard.name)
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True)
+        path.write_bytes(_receipt(shard, run.fingerprint).to_json())
+    (out / "run.json").write_bytes(run.to_json())
+
+
+def _receipt(shard: Shard, fingerprint: str = "") -> Receipt:
+    seconds = {**dict.fromkeys(PHASES, 1.0), "total": 4.0}
+    return Receipt(
+        shard.name, shard.size, fingerprint, 1000, 1000, {"ok": 1000}, "0" * 64, 700_000, seconds, "host:1", 16
+    )
+
+
+class _Idle:
+    """A processor that does nothing."""
+
+    images = 0
+
+    def process(self, shard: Shard, redo: bool = False) -> Receipt:
+        return _receipt(shard)
+
+
+def driver_loop(settings: Settings) -> Figure:
+    """The driver and the pool of threads, a shard, with nothing to do in it."""
+    shards = [Shard(f"{number:06}", "", 0) for number in range(settings.loop_shards)]
+
+    def loop() -> float:
+        since = time.perf_counter()
+        Driver(LocalPool(_Idle), Blank()).run(shards)
+        return 1000 * (time.perf_counter() - since) / len(shards)
+
+    (each,) = by_turns(settings.rounds, loop)
+    note = f"{len(shards):,} shards, local engine"
+    miss = "a thread is started for each shard, and the driver wakes for each"
+    return Figure("driver loop, a shard", median(each), 1.0, "ms", False, note, miss, {"ms": each})
+
+
+def start(settings: Settings) -> Figure:
+    """`saltern --help`."""
+    python, *rest = settings.command
+    (seconds,) = by_turns(settings.rounds, lambda: timed([python, *rest, "--help"])[0])
+    ended = subprocess.run([python, "-X", "importtime", *rest, "--help"], check=True, capture_output=True, text=True)
+    imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
+    heavy = [name for name in HEAVY if name in imported]
+    note = f"imports {', '.join(heavy) or 'none of ' + ', '.join(HEAVY)}"
+    miss = f"the interpreter and typer take it; {note}"
+    return Figure("`saltern --help`", median(seconds), 0.3, "s", False, note, miss, {"s": seconds})
