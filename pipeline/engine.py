@@ -89,7 +89,8 @@ class Driver:
         self._timeout_s, self._max_failed, self._redo, self._tick = timeout_s, max_failed, redo, tick
         self._queue: deque[Shard] = deque()
         self._later: list[tuple[float, Shard]] = []
-        self._suspects: deque[Shard] = deque()  # had a worker die under them: each runs alone
+        self._suspects: deque[Shard] = deque()  # of those suspected, the ones that wait
+        self._suspected: set[str] = set()  # their worker died or hung: each runs alone, so that no neighbour is blamed
         self._flights: dict[int, dict[str, _Flight]] = {}  # by ready worker
         self._attempts: dict[str, int] = {}
         self._kills: dict[str, int] = {}
@@ -125,7 +126,9 @@ class Driver:
 
     def _assign(self) -> None:
         now = time.monotonic()
-        self._queue.extendleft(shard for due, shard in self._later if due <= now)
+        for due, shard in self._later:
+            if due <= now:
+                (self._suspects if shard.name in self._suspected else self._queue).append(shard)
         self._later = [(due, shard) for due, shard in self._later if due > now]
         for slots in range(IN_FLIGHT):  # the first of every worker before the second of any
             for worker, flights in self._flights.items():
@@ -136,7 +139,7 @@ class Driver:
                         self._pool.submit(worker, shard, self._redo)
 
     def _alone(self, flights: dict[str, _Flight]) -> bool:
-        return any(name in self._kills for name in flights)
+        return not self._suspected.isdisjoint(flights)
 
     def _next(self, alone: bool) -> Shard | None:
         """The next shard that still needs doing; one under suspicion only for a worker that has nothing else."""
@@ -215,6 +218,7 @@ class Driver:
             if not blame:
                 self._queue.appendleft(flight.shard)
                 continue
+            self._suspected.add(name)
             self._kills[name] = self._kills.get(name, 0) + 1
             if self._kills[name] >= ATTEMPTS:
                 self._fail(flight.shard, "poison", f"killed its worker {self._kills[name]} times: {reason}")
@@ -230,6 +234,7 @@ class Driver:
             late = [flight.shard for flight in flights.values() if now - flight.since > self._timeout_s]
             for shard in late:
                 del flights[shard.name]
+                self._suspected.add(shard.name)
                 self._again(shard, "timeout", f"not done after --shard-timeout {self._timeout_s:g} s")
             if late:
                 self._replace(worker, "a shard ran out of time", blame=False)
