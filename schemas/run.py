@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from schemas.errors import UserError
-from schemas.saliency import SCHEMA_VERSION
 
+SCHEMA_VERSION = 1  # of all that stands in a run's folder
 # Kept in run.json and reused by a resume, since they move last bits; not part of the fingerprint.
 PINNED = ("batch_size", "torch_threads")
 # Where a thing comes from, not what it is: weights are known by their digest.

@@ -9,7 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+from schemas.run import SCHEMA_VERSION
+
 METADATA_KEY = b"saltern"
 
 # Statuses: what happened to a row. Only `ok` rows are complete.

@@ -1,0 +1,82 @@
+"""Dependencies run one way: schemas <- pipeline <- jobs; and only the engine's files know Ray."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BELOW = {"schemas": set(), "pipeline": {"schemas"}, "jobs": {"schemas", "pipeline"}}
+RAY = {"pipeline/engine_ray.py", "pipeline/submission.py"}
+HEAVY = ("torch", "ray", "pyarrow", "webdataset", "numpy")
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imported(path: Path, *, inside: bool) -> Iterator[str]:
+    """Modules that a file imports: those at its top, and with `inside` those in its functions too."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if inside else tree.body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            yield node.module or ""
+
+
+@pytest.mark.parametrize("package", BELOW)
+def test_no_import_goes_up(package: str) -> None:
+    assert sources(package)
+    for path in sources(package):
+        for module in imported(path, inside=True):
+            top = module.split(".")[0]
+            assert top not in BELOW or top == package or top in BELOW[package], f"{path} imports {module}"
+            assert top not in {"tests", "deploy"}, f"{path} imports {module}"
+
+
+def test_schemas_need_pyarrow_and_the_standard_library_alone() -> None:
+    for path in sources("schemas"):
+        for module in imported(path, inside=True):
+            top = module.split(".")[0]
+            assert top in sys.stdlib_module_names | {"pyarrow", "schemas"}, f"{path} imports {module}"
+
+
+def test_only_the_engines_files_know_ray() -> None:
+    for package in BELOW:
+        for path in sources(package):
+            name = path.relative_to(ROOT).as_posix()
+            tops = {module.split(".")[0] for module in imported(path, inside=True)}
+            assert "ray" not in tops or name in RAY, f"{path} imports ray"
+
+
+def test_jobs_import_nothing_heavy_at_the_top() -> None:
+    for path in sources("jobs"):
+        for module in imported(path, inside=False):
+            assert module.split(".")[0] not in HEAVY, f"{path} imports {module} before it is needed"
+
+
+def test_methods_and_classifiers_run_without_ray() -> None:
+    code = "import sys; sys.modules['ray'] = None; import pipeline.classifiers, pipeline.methods, pipeline.extractor"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, contextlib\n"
+        "from jobs.main import app\n"
+        "with contextlib.suppress(SystemExit): app(['--help'])\n"
+        f"loaded = [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def test_files_stay_small() -> None:
+    for package in BELOW:
+        for path in sources(package):
+            assert len(path.read_text().splitlines()) <= 350, f"{path} is past 350 lines"
