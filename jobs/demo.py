@@ -63,10 +63,11 @@ def _saltern(*words: str | Path) -> None:
 
 def _tell(run: Path) -> None:
     """What was found, in words."""
-    import pyarrow.dataset as ds
-    from torchvision.models import ResNet50_Weights
+    import json
 
-    names = ResNet50_Weights.DEFAULT.meta["categories"]
+    import pyarrow.dataset as ds
+
+    names = json.loads((run / "run.json").read_text())["class_names"]
     columns = ["key", "predicted", "score", "boxes", "mask_area", "status", "image_width", "image_height"]
     typer.echo("\nWhat Grad-CAM found:")
     for row in ds.dataset(run / "data").to_table(columns=columns).to_pylist():

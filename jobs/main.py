@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-# from jobs.bench import app as bench
+from jobs.bench import app as bench
 from jobs.demo import demo
 from jobs.extract import extract
 from jobs.listing import methods, models
@@ -36,7 +36,7 @@ _COMMANDS: list[Callable[..., Any]] = [pack, plan, extract, status, verify, show
 for _command in _COMMANDS:
     app.command(epilog=EXIT_CODES)(_command)
 app.command(epilog=EXIT_CODES, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(submit)
-# app.add_typer(bench, name="bench")
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

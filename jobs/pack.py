@@ -20,7 +20,7 @@ def pack(
     from pipeline.pack import pack as write
 
     packed = write(folder, out, per_shard=per_shard, boxes=boxes)
-    line = f"{packed.samples:,} images of {packed.classes or 'no'} classes, {packed.bytes / 1e6:,.1f} MB"
+    line = f"{packed.samples:,} images of {packed.classes or 'unknown'} classes, {packed.bytes / 1e6:,.1f} MB"
     line += f", in {packed.shards} shards in {out}"
     if packed.skipped:
         line += f"; {packed.skipped:,} other files skipped"

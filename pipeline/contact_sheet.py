@@ -80,7 +80,7 @@ def _choose(run: SaliencyRun, sort: str | None, limit: int) -> list[int]:
 def _samples(run: SaliencyRun, rows: Iterable[Row]) -> tuple[dict[tuple[str, int], Sample], dict[int, str], list[str]]:
     """The rows' samples by (shard, index), class names as far as they were met, and what could not be read."""
     samples: dict[tuple[str, int], Sample] = {}
-    names: dict[int, str] = {}
+    names = dict(enumerate(run.run.class_names or []))
     gone: list[str] = []
     shards = {shard.name: shard for shard in run.shards}
     for name, group in groupby(rows, lambda row: row.shard):

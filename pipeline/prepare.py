@@ -79,9 +79,9 @@ def resolve(request: Request, standing: Run | None, device: str, workers: int) -
     pinned = {key: getattr(request, key) or pinned.get(key) for key in PINNED}
     pinned["batch_size"] = pinned["batch_size"] or BATCH_SIZE[device]
     pinned["torch_threads"] = pinned["torch_threads"] or _torch_threads(device, workers)
-    config = _config(request, pinned)
+    config, class_names = _config(request, pinned)
     versions = {name: version(name) for name in ("saltern", "torch", "torchvision", "pyarrow", "pillow", "numpy")}
-    return Run(config, shards, versions, config.fingerprint()), hints
+    return Run(config, shards, versions, config.fingerprint(), class_names), hints
 
 
 def _torch_threads(device: str, workers: int) -> int:
@@ -106,7 +106,7 @@ def limited(shards: list[Shard], limit: int | None) -> list[Shard]:
     return wanted
 
 
-def _config(request: Request, pinned: dict[str, Any]) -> RunConfig:
+def _config(request: Request, pinned: dict[str, Any]) -> tuple[RunConfig, list[str] | None]:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # where a user's own `package.module:factory` is
     classifier = classifiers.load(request.model, request.weights, seed=request.seed)
@@ -141,7 +141,7 @@ def _config(request: Request, pinned: dict[str, Any]) -> RunConfig:
         **pinned,
     )
     _check(config)
-    return config
+    return config, classifier.class_names
 
 
 def _absolute(weights: str) -> str:

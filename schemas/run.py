@@ -98,6 +98,7 @@ class Run:
     shards: list[Shard]
     versions: dict[str, str]
     fingerprint: str
+    class_names: list[str] | None = None  # by class, where the model's are known
 
     def to_json(self) -> bytes:
         return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1).encode()
