@@ -16,6 +16,7 @@ from jobs.show import show
 from jobs.status import status
 from jobs.submit import submit
 from jobs.verify import verify
+from pipeline.allocator import keep_memory
 from schemas.errors import UserError
 
 EXIT_CODES = (
@@ -41,6 +42,7 @@ app.add_typer(bench, name="bench")
 
 def main() -> None:
     """Run the command line. A user's error is one line on stderr and exit code 2."""
+    keep_memory()
     try:
         app()
     except UserError as error:

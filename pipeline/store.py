@@ -63,8 +63,12 @@ class Store:
         """Make a finished scratch file visible under its name, whole, in place of what is there."""
         target = self.full(name)
         if not self.local:
+            content = made.read_bytes()
             with self.fs.open_output_stream(target) as stream:
-                stream.write(made.read_bytes())
+                stream.write(content)
+            arrived = self.fs.get_file_info(target).size
+            if arrived != len(content):
+                raise ConnectionError(f"{target} arrived with {arrived} of its {len(content)} bytes")
             made.unlink()
             return
         os.makedirs(os.path.dirname(target), exist_ok=True)

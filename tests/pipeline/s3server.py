@@ -1,4 +1,4 @@
-"""An object store on loopback that speaks as much S3 as reading shards takes; it can cut its answers short."""
+"""An object store on loopback that speaks as much S3 as a run takes; it can cut its answers short."""
 
 import re
 import threading
@@ -18,6 +18,7 @@ class S3(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []  # as "GET key" or "LIST prefix"
+        self.parts: dict[str, dict[int, bytes]] = {}  # of unfinished uploads, by upload
         self.cut = False  # close the connection in the middle of each object
 
 
@@ -33,7 +34,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(body) if length is None else length)}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
 
     def do_GET(self) -> None:
@@ -50,6 +51,66 @@ class _Handler(BaseHTTPRequestHandler):
             self._object(key)
 
     do_HEAD = do_GET  # noqa: N815
+
+    def do_PUT(self) -> None:
+        key, query = self._target()
+        body = self._body()
+        if "uploadId" in query:
+            self.server.parts[query["uploadId"]][int(query["partNumber"])] = body
+        else:
+            self.server.objects[key] = body
+        self.server.requests.append(f"PUT {key}")
+        self._answer(200, b"", _DATED)
+
+    def do_POST(self) -> None:
+        """Begin or complete an upload in parts; or delete several objects."""
+        key, query = self._target()
+        body = self._body()
+        answer = ""
+        if "delete" in query:
+            for name in re.findall(rb"<Key>(.*?)</Key>", body):
+                self.server.objects.pop(name.decode(), None)
+            answer = "<DeleteResult></DeleteResult>"
+        elif "uploads" in query:
+            self.server.parts[key] = {}
+            names = f"<Bucket>{BUCKET}</Bucket><Key>{key}</Key><UploadId>{key}</UploadId>"
+            answer = f"<InitiateMultipartUploadResult>{names}</InitiateMultipartUploadResult>"
+        else:
+            parts = self.server.parts.pop(query["uploadId"])
+            self.server.objects[key] = b"".join(parts[number] for number in sorted(parts))
+            done = f"<Bucket>{BUCKET}</Bucket><Key>{key}</Key><ETag>tag</ETag>"
+            answer = f"<CompleteMultipartUploadResult>{done}</CompleteMultipartUploadResult>"
+        self._answer(200, answer.encode(), {})
+
+    def do_DELETE(self) -> None:
+        key, _ = self._target()
+        self.server.objects.pop(key, None)
+        self._answer(204, b"", {})
+
+    def _target(self) -> tuple[str, dict[str, str]]:
+        url = urlsplit(self.path)
+        query = {name: values[0] for name, values in parse_qs(url.query, keep_blank_values=True).items()}
+        return unquote(url.path).lstrip("/").partition("/")[2], query
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            raw = b""
+            while length := int(self.rfile.readline().split(b";")[0], 16):
+                raw += self.rfile.read(length)
+                self.rfile.readline()
+            self.rfile.readline()
+        else:
+            raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if "aws-chunked" not in (self.headers.get("Content-Encoding") or ""):
+            return raw
+        body = b""
+        while raw:
+            size, _, raw = raw.partition(b"\r\n")
+            length = int(size.split(b";")[0], 16)
+            if length == 0:
+                break
+            body, raw = body + raw[:length], raw[length + 2 :]
+        return body
 
     def _list(self, prefix: str, delimiter: str | None) -> None:
         self.server.requests.append(f"LIST {prefix}")

@@ -1,0 +1,46 @@
+"""A run from shards in an object store into another folder of it: resume, verify, nothing left over."""
+
+from pathlib import Path
+
+import pytest
+from making import files, write_shards
+from s3server import BUCKET, S3, s3_server
+from test_extractor import REQUEST, extract
+
+from pipeline.manifest import open_run
+from pipeline.prepare import Request
+from pipeline.run import Settings, extract_run
+from pipeline.verify import verify
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> object:
+    with s3_server() as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        yield server
+
+
+def test_a_run_in_a_bucket_equals_one_on_a_disk(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    write_shards(tmp_path / "in", 3, 5)
+    assert extract(tmp_path / "in", tmp_path / "run") == 0
+    for path in (tmp_path / "in").iterdir():
+        s3.objects[f"in/{path.name}"] = path.read_bytes()
+    request = Request(**{**vars(REQUEST), "shards": [f"s3://{BUCKET}/in"], "torch_threads": 1})
+    settings = Settings(f"s3://{BUCKET}/run", device="cpu", engine="local")
+    assert extract_run(request, settings).code == 0
+    stored = {name.removeprefix("run/"): raw for name, raw in s3.objects.items() if name.startswith("run/data/")}
+    assert stored == files(tmp_path / "run")
+    assert not [name for name in s3.objects if "_tmp-" in name]
+    # A lost receipt: that shard alone is read and written again.
+    del s3.objects["run/receipts/part-000001.json"]
+    s3.requests.clear()
+    assert extract_run(request, settings).code == 0
+    assert [name for name in s3.requests if name.startswith("PUT run/data")] == ["PUT run/data/part-000001.parquet"]
+    assert not [name for name in s3.requests if name.startswith("GET in/") and "part-000001" not in name]
+    verdict = verify(*open_run(settings.out))
+    assert (verdict.findings, verdict.rows) == ([], 15)
