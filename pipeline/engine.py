@@ -133,10 +133,10 @@ class Driver:
         for slots in range(IN_FLIGHT):  # the first of every worker before the second of any
             for worker, flights in self._flights.items():
                 if len(flights) == slots and not self._alone(flights):
-                    shard = self._next(alone=not flights)
-                    if shard is not None:
-                        flights[shard.name] = _Flight(shard, now)
-                        self._pool.submit(worker, shard, self._redo)
+                    found = self._next(alone=not flights)
+                    if found is not None:
+                        flights[found.name] = _Flight(found, now)
+                        self._pool.submit(worker, found, self._redo)
 
     def _alone(self, flights: dict[str, _Flight]) -> bool:
         return not self._suspected.isdisjoint(flights)

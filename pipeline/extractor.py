@@ -225,15 +225,12 @@ class Processor:
         while True:
             try:
                 parts = zip(torch.split(pixels_BHWC, self._chunk), torch.split(label_B, self._chunk), strict=True)
-                return [self._explain(*part) for part in parts]
-            except torch.OutOfMemoryError:
+                with _losses():
+                    return [self._explain(*part) for part in parts]
+            except torch.OutOfMemoryError as error:
                 if self._chunk == 1:
-                    raise
+                    raise MemoryError("one image does not fit in the device's memory") from error
                 self._chunk //= 2
-            except RuntimeError as error:
-                if "CUDA error" in str(error) or "CUBLAS" in str(error):
-                    raise DeviceLostError(str(error).splitlines()[0]) from error
-                raise
             torch.cuda.empty_cache()
 
     def _write(
@@ -241,7 +238,8 @@ class Processor:
     ) -> None:
         found = None
         if running is not None:
-            parts = [pending.wait() for pending in running.result()]
+            with _losses():
+                parts = [pending.wait() for pending in running.result()]
             tally.seconds["compute"] += sum(seconds for _, seconds in parts)
             found = Explained.concatenate([part for part, _ in parts])
         with self._writing(tally):
@@ -281,6 +279,19 @@ class Processor:
             worker=f"{socket.gethostname()}:{os.getpid()}",
             batch_size=min(self._chunk, self.config.batch_size),
         )
+
+
+@contextlib.contextmanager
+def _losses() -> Iterator[None]:
+    """A CUDA error leaves the process unusable: said as what it means."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if "CUDA error" in str(error) or "CUBLAS" in str(error):
+            raise DeviceLostError(str(error).splitlines()[0]) from error
+        raise
 
 
 def _decode(data: bytes, config: RunConfig) -> tuple[Decoded, float]:
