@@ -75,7 +75,7 @@ class Progress:
         while state.says:
             self.say(state.says.pop(0))
         if self._live:
-            self._live.update(Text(self.line(state), no_wrap=True, overflow="ellipsis"))
+            self._live.update(Text(self.line(state)))
         elif time.monotonic() - self._last >= PLAIN_EVERY_S:
             self._last = time.monotonic()
             self.say(self.line(state))

@@ -67,21 +67,19 @@ def _cost(settings: Settings, work: Work, make: MakePool, core: Sequence[int]) -
 
 def _scaling(settings: Settings, work: Work, make: MakePool, cores: Sequence[int]) -> Figure:
     with spec_for(settings.request(), "cpu", _LAYOUT) as spec, _actors(spec, make, cores) as actors:
-        drive(actors, work.images(len(work.shards)), 2)
-        rate = Side(lambda: images(drive(actors, work.images(2 * settings.batch))))()
-        count = rate * settings.seconds
-        sides = [partial(_work, actors, work, number * count, number) for number in (2, 1)]
-        rates = by_turns(settings.rounds, *map(Side, sides))
+        batch = settings.batch
+        drive(actors, work.images(4 * batch, batch), 2)
+        rate = Side(lambda: images(drive(actors, work.images(2 * batch, batch))))()
+        shards = max(1, round(rate * settings.seconds / batch))
+        two = Side(lambda: images(drive(actors, work.images(2 * shards * batch, batch), 2)))
+        one = Side(lambda: images(drive(actors, work.images(shards * batch, batch))))
+        rates = by_turns(settings.rounds, two, one)
     note = (
         f"{median(rates[0]):.2f} ÷ {median(rates[1]):.2f} images/s, {settings.method} of {settings.model}, from the "
         "first shard handed out to the last receipt, actors that stand"
     )
     miss = f"the driver, Ray's daemons and the load of others ({os.getloadavg()[0]:.1f}) take their share of the cores"
     return Figure(_SCALING[0], ratio(*rates), *_SCALING[1:], note, miss, {"2 actors": rates[0], "1 actor": rates[1]})
-
-
-def _work(pool: Resident, work: Work, count: float, workers: int) -> int:
-    return images(drive(pool, work.images(count), workers))
 
 
 @contextlib.contextmanager

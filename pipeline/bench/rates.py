@@ -120,7 +120,8 @@ def _against(
     pool = Resident(LocalPool(lambda: Processor(spec)))
     drive(pool, work.images(2 * settings.batch))
     limit(2 * settings.batch)
-    count = settings.seconds * Side(lambda: limit(4 * settings.batch))()
+    rate = Side(lambda: limit(4 * settings.batch))()
+    count = settings.batch * max(1, round(rate * settings.seconds / settings.batch))  # whole batches, for both sides
     whole, part = Side(lambda: images(drive(pool, work.images(count)))), Side(lambda: limit(count))
     rates = by_turns(settings.rounds, whole, part)
     costs = f"{whole.cost:.2f} and {part.cost:.2f} core-ms an image"

@@ -68,13 +68,14 @@ class Work:
             raise UserError("the shards to measure on hold no samples")
         return cls(shards, samples)
 
-    def images(self, count: float) -> list[Shard]:
-        """Whole shards that hold at least so many images, each under a name of its own."""
-        wanted: list[Shard] = []
+    def images(self, count: float, each: int | None = None) -> list[Shard]:
+        """Shards that hold so many images, at most `each` a shard, every one under a name of its own."""
+        left, wanted = max(1, round(count)), list[Shard]()
         for shard, samples in cycle(zip(self.shards, self.samples, strict=True)):
-            wanted.append(replace(shard, name=f"{len(wanted):06}"))
-            count -= samples
-            if count <= 0:
+            take = min(left, samples, each or samples)
+            wanted.append(replace(shard, name=f"{len(wanted):06}", take=take))
+            left -= take
+            if not left:
                 break
         return wanted
 

@@ -158,15 +158,19 @@ def test_a_killed_driver_of_actors(
     equals(out, undisturbed)
 
 
-def test_a_lost_node_without_replacement(shards: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_lost_node_without_replacement(
+    shards: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ray.cluster_utils import Cluster
 
+    # An orphaned actor lives on for a moment, in which it must not finish. Actors have their node's environment.
+    monkeypatch.setenv("SLOW", "1.0")
     out = tmp_path / "run"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0, "include_dashboard": False})
     try:
         nodes = [cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=80_000_000) for _ in range(2)]
         line = command(shards, out, "--engine", "ray", "--address", cluster.address, "--gpus-per-worker", "1")
-        running = start(line, slow=0.3)
+        running = start(line)
         until(lambda: workers_of(out) == 2, running)
         cluster.remove_node(nodes[0], allow_graceful=False)
         code, said = finish(running)
