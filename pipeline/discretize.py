@@ -123,10 +123,15 @@ def largest_box(mask_HW: np.ndarray) -> tuple[int, int, int, int] | None:
         x0, y0, x1, y1 in pixels, half-open; None for an empty mask. Of equally large components the first in
         raster order.
     """
-    stats = cv2.connectedComponentsWithStats(mask_HW.view(np.uint8), connectivity=4)[2]
-    if len(stats) < 2:
+    x, y, width, height = cv2.boundingRect(mask_HW.view(np.uint8))
+    if not width:
         return None
-    x, y, width, height, _ = stats[1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())].tolist()
+    inside_HW = mask_HW[y : y + height, x : x + width].view(np.uint8)
+    count, label_HW = cv2.connectedComponents(inside_HW, connectivity=4)
+    if count > 2:  # several; sizes are counted only here, as it takes longer than the labels
+        largest = 1 + np.bincount(label_HW.ravel())[1:].argmax()
+        left, top, width, height = cv2.boundingRect((label_HW == largest).view(np.uint8))
+        x, y = x + left, y + top
     return x, y, x + width, y + height
 
 

@@ -52,7 +52,7 @@ def _cost(settings: Settings, work: Work, make: MakePool, core: Sequence[int]) -
             used = process.cpu_times()
             return time.process_time() + float(used.user + used.system)
 
-        count = settings.seconds * Side(lambda: images(drive(local, work.images(8 * settings.batch))))()
+        count = settings.seconds / 2 * Side(lambda: images(drive(local, work.images(8 * settings.batch))))()
         ray = Side(lambda: images(drive(actor, work.images(count))), cpu_s)
         here = Side(lambda: images(drive(local, work.images(count))), cpu_s)
         by_turns(settings.rounds, ray, here)

@@ -1,10 +1,11 @@
 """End-to-end rates against their limits, the method alone and reading + decoding alone; bytes stored."""
 
 import contextlib
+import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -24,7 +25,7 @@ from pipeline.pool import LocalPool
 from pipeline.prepare import cores
 from pipeline.shards import read_samples
 from pipeline.writer import Row, ShardWriter, read_rows
-from schemas.run import RunConfig, Shard
+from schemas.run import RunConfig
 
 IMAGENET = 1_281_167  # images of its training set
 GPU_GOAL = 5000.0  # images/s end to end
@@ -66,21 +67,22 @@ class MethodAlone:
 class DecodeAlone:
     """Reading in this thread, decoding in `threads`, and nothing else."""
 
-    def __init__(self, config: RunConfig, threads: int):
-        self._config, self._pool = config, ThreadPoolExecutor(threads)
+    def __init__(self, config: RunConfig, threads: int, work: Work):
+        self._config, self._pool, self._work = config, ThreadPoolExecutor(threads), work
 
-    def __call__(self, shards: Sequence[Shard]) -> int:
+    def __call__(self, count: float) -> int:
+        """About `count` images; returns how many."""
         waiting: deque[Future[Decoded]] = deque()
-        count = 0
-        for sample in (sample for shard in shards for sample in read_samples(shard)):
-            count += 1
+        done = 0
+        for sample in (sample for shard in self._work.images(count) for sample in read_samples(shard)):
+            done += 1
             if sample.image is not None:
                 waiting.append(self._pool.submit(self._decode, sample.image))
             if len(waiting) > _AHEAD:
                 self._settle(waiting.popleft())
         for decoding in waiting:
             self._settle(decoding)
-        return count
+        return done
 
     def _decode(self, data: bytes) -> Decoded:
         how = self._config
@@ -91,14 +93,24 @@ class DecodeAlone:
             decoding.result()
 
 
+@dataclass(frozen=True)
+class _Held:
+    """What a run is held to."""
+
+    name: str
+    goal: float
+    seconds: float  # of each side in each round, about
+    rest: str  # what the run does beside its limit
+
+
 def model_bound(settings: Settings, work: Work) -> list[Figure]:
     """A run of one worker ÷ its method alone on preloaded batches."""
     found = []
     for layout in layouts(settings.device, "model"):
         with spec_for(settings.request(), settings.device, layout) as spec:
             name = f"end to end ÷ method alone, {layout.name}"
-            limit = MethodAlone(spec.run.config, spec.device)
-            found.append(_against(name, 0.95, settings, work, spec, limit))
+            held = _Held(name, 0.95, settings.seconds, "reading, decoding, mask, box and row")
+            found.append(_against(held, settings.rounds, work, spec, MethodAlone(spec.run.config, spec.device)))
     return found + ([_gpu_rate(settings, found[0])] if settings.device == "cuda" else [])
 
 
@@ -108,34 +120,37 @@ def decode_bound(settings: Settings, work: Work) -> list[Figure]:
     for layout in layouts(settings.device, "decode"):
         with spec_for(settings.noop(), settings.device, layout) as spec:
             name = f"end to end with a no-op method ÷ reading + decoding alone, {layout.name}"
-            alone = DecodeAlone(spec.run.config, layout.decode_threads)
-            found.append(_against(name, 0.90, settings, work, spec, lambda count: alone(work.images(count))))  # noqa: B023
+            held = _Held(name, 0.90, settings.seconds / 2, "normalising, mask, box and row")
+            limit = DecodeAlone(spec.run.config, layout.decode_threads, work)
+            found.append(_against(held, settings.rounds, work, spec, limit))
     return found
 
 
-def _against(
-    name: str, goal: float, settings: Settings, work: Work, spec: Spec, limit: Callable[[float], int]
-) -> Figure:
+def _against(held: _Held, rounds: int, work: Work, spec: Spec, limit: Callable[[float], int]) -> Figure:
     """A run of one worker, that stands when the clock starts, ÷ what limits it."""
+    batch = spec.run.config.batch_size
     pool = Resident(LocalPool(lambda: Processor(spec)))
-    drive(pool, work.images(2 * settings.batch))
-    limit(2 * settings.batch)
-    rate = Side(lambda: limit(4 * settings.batch))()
-    count = settings.batch * max(1, round(rate * settings.seconds / settings.batch))  # whole batches, for both sides
+    drive(pool, work.images(2 * batch))
+    limit(2 * batch)
+    rate = Side(lambda: limit(4 * batch))()
+    count = batch * max(1, round(rate * held.seconds / batch))  # whole batches, for both sides
     whole, part = Side(lambda: images(drive(pool, work.images(count)))), Side(lambda: limit(count))
-    rates = by_turns(settings.rounds, whole, part)
-    costs = f"{whole.cost:.2f} and {part.cost:.2f} core-ms an image"
-    note = f"{median(rates[0]):.1f} ÷ {median(rates[1]):.1f} images/s; {costs}"
-    ceiling = part.cost / whole.cost
-    miss = f"the {cores()} cores are shared, and by core time alone {ceiling:.3f} could be had: {costs}"
-    return Figure(name, ratio(*rates), goal, "x", True, note, miss, {"end to end": rates[0], "limit": rates[1]})
+    rates = by_turns(rounds, whole, part)
+    end, alone = map(median, rates)
+    note = f"{end:.1f} ÷ {alone:.1f} images/s; {whole.cost:.2f} and {part.cost:.2f} core-ms an image"
+    miss = (
+        f"{held.rest} take {whole.cost - part.cost:.2f} core-ms an image more; {end * whole.cost / 1000:.2f} "
+        f"of {cores()} cores were had at a load of {os.getloadavg()[0]:.1f}"
+    )
+    sides = {"end to end": rates[0], "alone": rates[1]}
+    return Figure(held.name, ratio(*rates), held.goal, "x", True, note, miss, sides)
 
 
 def _gpu_rate(settings: Settings, model: Figure) -> Figure:
     """The absolute rate, which only a GPU is held to."""
     rates = model.rounds["end to end"]
     note = f"{torch.cuda.get_device_name()}, {settings.precision}; ImageNet in {IMAGENET / median(rates) / 60:.1f} min"
-    miss = f"the method alone gives {median(model.rounds['limit']):.0f} images/s; see the rate of decoding"
+    miss = f"the method alone gives {median(model.rounds['alone']):.0f} images/s; see the rate of decoding"
     return Figure("end to end on this GPU", median(rates), GPU_GOAL, "images/s", True, note, miss)
 
 

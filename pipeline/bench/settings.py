@@ -20,7 +20,7 @@ class Settings:
     batch_size: int | None = None
     device: str = "cpu"  # cpu | cuda
     rounds: int = 5
-    seconds: float = 6.0  # of each side in each round, about
+    seconds: float = 6.0  # of each side in each round, about; half of it with the no-op method
     stored_images: int = 512  # at most, whose bytes are counted
     few_shards: int = 10  # memory: few against many
     many_shards: int = 200
@@ -75,9 +75,9 @@ def layouts(device: str, bound: str) -> list[Layout]:
     if device == "cuda" and bound == "model":
         return [Layout("GPU", 1, threads)]
     if bound == "model":
-        shared = Layout(f"{every} torch threads on {every} cores", every, threads)
-        spared = Layout(f"{every - 1} torch threads on {every} cores", every - 1, 1)
+        shared = Layout(f"torch on {every} of {every} cores", every, threads)
+        spared = Layout(f"torch on {every - 1} of {every} cores", every - 1, 1)
     else:
-        shared = Layout(f"{every} decode threads on {every} cores", 1, every)
-        spared = Layout(f"{every - 1} decode threads on {every} cores", 1, every - 1)
+        shared = Layout(f"decode threads: {every} on {every} cores", 1, every)
+        spared = Layout(f"decode threads: {every - 1} on {every} cores", 1, every - 1)
     return [spared, shared] if every > 1 else [shared]
