@@ -8,7 +8,7 @@ import contextlib
 import ctypes
 
 _HELD = 2**31 - 1  # bytes that may lie free at the heap's end
-# For a process that is yet to start. More than one heap would bring the giving back again: glibc trims all but the first.
+# For a process that is yet to start. One heap alone: glibc trims all but the first, which brings the giving back again.
 ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(_HELD)}
 _MALLOPT = {"M_ARENA_MAX": (-8, 1), "M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, _HELD)}
 
