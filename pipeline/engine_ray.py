@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import logging
 import os
+import time
 from typing import Any
 
 import ray
@@ -104,6 +105,9 @@ class RayPool:
         self._calls[self._actors[worker].process.remote(shard, redo)] = (worker, shard)
 
     def wait(self, timeout_s: float) -> list[Event]:
+        if not self._calls:  # all that is left waits for its next attempt
+            time.sleep(timeout_s)
+            return []
         ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
         if ready:
             ready, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
