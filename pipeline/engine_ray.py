@@ -16,6 +16,7 @@ from schemas.errors import UserError
 from schemas.receipt import Receipt
 from schemas.run import Shard
 
+COUNT_EVERY_S = 2.0  # progress asks every actor, and each question costs core time on both sides
 STORE_BYTES = 80_000_000  # the object store of a cluster of our own: receipts are all that crosses it
 
 
@@ -94,6 +95,7 @@ class RayPool:
         self._nodes: dict[int, str] = {}
         self._counting: dict[Any, int] = {}
         self._counts: dict[int, int] = {}
+        self._asked = -COUNT_EVERY_S
 
     def start(self) -> int:
         number = next(self._numbers)
@@ -158,7 +160,8 @@ class RayPool:
                 with contextlib.suppress(ray.exceptions.RayError):
                     self._counts[self._counting[reference]] = ray.get(reference)
                 del self._counting[reference]
-        if not self._counting:
+        if not self._counting and time.monotonic() - self._asked > COUNT_EVERY_S:
+            self._asked = time.monotonic()
             self._counting = {self._actors[number].images.remote(): number for number in self._nodes}
         return sum(self._counts.values())
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 PHASES = ("read", "decode", "compute", "write")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Receipt:
     """One finished shard."""
 

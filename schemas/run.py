@@ -16,7 +16,7 @@ PINNED = ("batch_size", "torch_threads")
 UNMARKED = ("weights", *PINNED)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """One wanted input tar."""
 

@@ -4,10 +4,12 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from pipeline.bench.figures import Figure, Side, by_turns, ratio, skipped
 from pipeline.bench.settings import Layout, Settings
@@ -28,25 +30,27 @@ def engines(settings: Settings, work: Work, connect: Callable[[], object]) -> li
     Args:
         connect: joins or starts a Ray cluster with 2 CPUs.
     """
-    two = sorted(os.sched_getaffinity(0))[:2]
+    settings, two = replace(settings, device="cpu", precision="fp32"), sorted(os.sched_getaffinity(0))[:2]
     try:
+        import psutil  # type: ignore[import-untyped]
+
         connect()
         from pipeline.engine_ray import RayPool
     except (ImportError, UserError) as error:
         return [skipped(*_COST, str(error)), skipped(*_SCALING, str(error))]
     make = partial(RayPool, gpus=0, cpus=1, torch_threads=1, import_paths=[])
     scaling = _scaling(settings, work, make, two) if len(two) == 2 else skipped(*_SCALING, "there is one core")
-    return [_cost(settings, work, make, two[:1]), scaling]
+    return [_cost(settings, work, make, two[:1], psutil.Process), scaling]
 
 
-def _cost(settings: Settings, work: Work, make: MakePool, core: Sequence[int]) -> Figure:
+def _cost(
+    settings: Settings, work: Work, make: MakePool, core: Sequence[int], process_of: Callable[[int], Any]
+) -> Figure:
     """With a no-op method, as the least work is the hardest to hold an engine against."""
-    import psutil  # type: ignore[import-untyped]
-
     with spec_for(settings.noop(), "cpu", _LAYOUT) as spec, _actors(spec, make, core) as actor, _on(core):
         local = Resident(LocalPool(partial(Processor, spec)))
         worker = drive(actor, work.images(settings.batch))[0].worker
-        process = psutil.Process(int(worker.rpartition(":")[2]))
+        process = process_of(int(worker.rpartition(":")[2]))
 
         def cpu_s() -> float:
             used = process.cpu_times()
