@@ -1,7 +1,7 @@
 """What one finished shard reports. Its receipt is written last: where it stands, the shard's data file is whole."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 PHASES = ("read", "decode", "compute", "write")
 
@@ -21,7 +21,6 @@ class Receipt:
     seconds: dict[str, float]  # thread seconds by phase (PHASES), and `total`, wall
     worker: str = ""  # host:pid
     batch_size: int = 0  # as used at the end; smaller than the run's where memory ran out
-    warnings: tuple[str, ...] = field(default=())
 
     @property
     def failed(self) -> int:
@@ -34,9 +33,7 @@ class Receipt:
     @classmethod
     def from_json(cls, raw: bytes | str) -> "Receipt":
         """Raises ValueError or TypeError where the bytes are no receipt."""
-        made = json.loads(raw)
-        made["warnings"] = tuple(made.get("warnings", ()))
-        return cls(**made)
+        return cls(**json.loads(raw))
 
 
 @dataclass(frozen=True)
