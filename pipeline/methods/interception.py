@@ -1,0 +1,49 @@
+"""A forward pass in which functions of torch are swapped, so that its backward pass follows other rules.
+
+It sees what modules, functions and operators end in, so that in-place activations, modules that run several times and
+functional calls need no care of their own.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from schemas.errors import UserError
+
+Swap = Callable[..., Any]
+
+
+class Interception(TorchFunctionMode):
+    """While entered, a call of a function in `swaps` goes to what stands beside it, with the same arguments.
+
+    Args:
+        swaps: by function (`F.relu`, `torch.Tensor.add_`).
+        otherwise: called with (function, args, kwargs) for every other function of torch; None = the function itself.
+    """
+
+    def __init__(
+        self,
+        swaps: Mapping[Callable[..., Any], Swap],
+        otherwise: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any] | None = None,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._swaps, self._otherwise = swaps, otherwise
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        swap = self._swaps.get(func)
+        if swap is None and self._otherwise is not None:
+            return self._otherwise(func, args, kwargs or {})
+        return (swap or func)(*args, **(kwargs or {}))
+
+
+def check_visible(model: nn.Module, method: str) -> None:
+    """Raises UserError where parts of the model are compiled: nothing of what they run can be swapped."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
+            raise UserError(
+                f"{method} swaps functions inside the model, and {name or type(model).__name__} is compiled; "
+                "give the model as it was before torch.compile or torch.jit"
+            )

@@ -1,0 +1,24 @@
+"""How a map is held to an independent reference, and the largest deviation seen from each."""
+
+from collections import defaultdict
+
+from torch import Tensor
+
+# Largest deviation by (reference, model), printed at the end of the test run.
+SEEN: dict[tuple[str, str], float] = defaultdict(float)
+
+
+def agree(found: Tensor, expected: Tensor, reference: str, model: str = "", rtol: float = 1e-4) -> None:
+    """Every map of a batch (first dimension) lies within rtol of the expected map's largest magnitude, everywhere.
+
+    A map that is constant or zero would agree with too much: it fails.
+    """
+    assert found.shape == expected.shape
+    found, expected = found.detach().double().flatten(1), expected.detach().double().flatten(1)
+    assert found.isfinite().all()
+    scale_B = expected.abs().amax(1)
+    assert (scale_B > 0).all(), "the expected map is zero"
+    assert (expected.std(1) > 1e-3 * scale_B).all(), "the expected map is constant"
+    deviation = float(((found - expected).abs().amax(1) / scale_B).max())
+    SEEN[reference, model] = max(SEEN[reference, model], deviation)
+    assert deviation <= rtol, f"{reference} on {model}: {deviation:.2e} of the largest value, {rtol:.0e} allowed"
