@@ -117,18 +117,20 @@ class Explainer:
         """Rows of a sample."""
         return self._target[1] if self._target[0] == "top" and self.method.needs_target else 1
 
-    def __call__(self, pixels_BHWC: Tensor, label_B: Tensor) -> Pending:
+    def __call__(self, pixels_BHWC: Tensor, label_B: Tensor, seed_B: Tensor | None = None) -> Pending:
         """Explain one batch.
 
         Args:
             pixels_BHWC: uint8, on the host (pinned, for a GPU).
             label_B: int64, on the host; read only where the target is the label.
+            seed_B: int64, on the host: what the noise of each sample follows; None = zeros.
         """
         pending = Pending(self.device)
         x_BCHW = self._normalise(pixels_BHWC.to(self.device, non_blocking=True))
         label_B = label_B.to(self.device, non_blocking=True)
+        seed_B = None if seed_B is None else seed_B.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, AUTOCAST.get(self.config.precision), self.config.precision in AUTOCAST):
-            maps_Bhw, targets_B, logits_BK = self._maps(x_BCHW, label_B)
+            maps_Bhw, targets_B, logits_BK = self._maps(x_BCHW, label_B, seed_B)
         probability_BK = logits_BK.float().softmax(1)
         parts = [self._columns(*found, probability_BK) for found in zip(maps_Bhw, targets_B, strict=True)]
         for part in parts:
@@ -143,21 +145,21 @@ class Explainer:
         return x_BCHW.div_(255).sub_(self._mean).div_(self._std)  # in place: a third of the time on a CPU
 
     def _maps(
-        self, x_BCHW: Tensor, label_B: Tensor
+        self, x_BCHW: Tensor, label_B: Tensor, seed_B: Tensor | None
     ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], list[Tensor | None], Tensor]:
         """For each target: (map_Bhw, zero_B, nonfinite_B) and target_B; then the logits."""
         kind, number = self._target
         target_B: Tensor | None = {"label": label_B, "class": torch.full_like(label_B, number)}.get(kind)
-        maps, targets = [self._map(x_BCHW, target_B)], [self.method.last.target_B]
+        maps, targets = [self._map(x_BCHW, target_B, seed_B)], [self.method.last.target_B]
         logits_BK = self.method.last.logits_BK
         if self.rows_each > 1:
             top_BR = logits_BK.topk(number, 1).indices
             targets += top_BR.unbind(1)[1:]
-            maps += [self._map(x_BCHW, target) for target in targets[1:]]
+            maps += [self._map(x_BCHW, target, seed_B) for target in targets[1:]]
         return maps, targets, logits_BK
 
-    def _map(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        map_Bhw = self.method(x_BCHW, target_B if self.method.needs_target else None)
+    def _map(self, x_BCHW: Tensor, target_B: Tensor | None, seed_B: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        map_Bhw = self.method(x_BCHW, target_B if self.method.needs_target else None, seed_B)
         assert isinstance(map_Bhw, Tensor)  # noqa: S101 - of one layer
         return map_Bhw, self.method.last.zero_B, self.method.last.nonfinite_B
 

@@ -6,7 +6,16 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.methods import cam, gradient  # noqa: F401  (they register themselves)
+from pipeline.methods import (  # noqa: F401  (they register themselves)
+    cam,
+    cam_scores,
+    cameras,
+    gradient,
+    occlusion,
+    paths,
+    rectified,
+    relevance,
+)
 from pipeline.methods.base import METHODS, Last, Method
 from pipeline.methods.captum_adapter import adapt
 from pipeline.naming import import_object, nearest

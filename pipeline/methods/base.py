@@ -57,6 +57,7 @@ class Method:
     layer: list[str]  # target layers by dotted name; empty where the method has none
     options: dict[str, Any]  # full, as JSON values
     last: Last  # from the first call on
+    seed_B: Tensor  # int64, on the device: of the call under way
 
     def __init__(self, model: nn.Module, *, layer: str | Sequence[str] | None = None, **given: Any) -> None:
         self.model = model
@@ -101,17 +102,20 @@ class Method:
         """
         raise NotImplementedError
 
-    def __call__(self, x_BCHW: Tensor, target_B: Tensor | None = None) -> Maps:
+    def __call__(self, x_BCHW: Tensor, target_B: Tensor | None = None, seed_B: Tensor | None = None) -> Maps:
         """Raw maps of a batch.
 
         Args:
             x_BCHW: normalised images, floating, on the model's device.
             target_B: int64, the class to explain for each sample; None = each sample's top-1.
+            seed_B: int64, what each sample's noise follows, where the method draws any; None = zeros.
 
         Returns:
             map_Bhw float32 on the device; of several layers a tuple of them, in the order of `layer`.
         """
-        _check(x_BCHW, target_B)
+        _check(x_BCHW, target_B, seed_B)
+        zeros = torch.zeros(len(x_BCHW), dtype=torch.int64, device=x_BCHW.device)
+        self.seed_B = zeros if seed_B is None else seed_B.to(x_BCHW.device)
         with torch.inference_mode(False), torch.enable_grad(), frozen(self.model):
             # A tensor made under inference mode can take part in no gradient.
             x_BCHW = x_BCHW.clone() if x_BCHW.is_inference() else x_BCHW.detach()
@@ -129,7 +133,8 @@ class Method:
 
     def close(self) -> None:
         """Let go of what the method holds on the device."""
-        self.__dict__.pop("last", None)
+        for held in ("last", "seed_B"):
+            self.__dict__.pop(held, None)
 
     def __enter__(self) -> Self:
         return self
@@ -158,13 +163,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _check(x_BCHW: Tensor, target_B: Tensor | None) -> None:
+def _check(x_BCHW: Tensor, target_B: Tensor | None, seed_B: Tensor | None) -> None:
     if x_BCHW.ndim != 4 or not x_BCHW.is_floating_point():
         raise UserError(f"images must be floating, (B, C, H, W), not {x_BCHW.dtype} {tuple(x_BCHW.shape)}")
-    if target_B is not None and (target_B.dtype != torch.int64 or target_B.shape != x_BCHW.shape[:1]):
-        raise UserError(
-            f"targets must be int64, one a sample ({len(x_BCHW)}), not {target_B.dtype} {tuple(target_B.shape)}"
-        )
+    for what, given_B in (("targets", target_B), ("seeds", seed_B)):
+        if given_B is not None and (given_B.dtype != torch.int64 or given_B.shape != x_BCHW.shape[:1]):
+            raise UserError(
+                f"{what} must be int64, one a sample ({len(x_BCHW)}), not {given_B.dtype} {tuple(given_B.shape)}"
+            )
 
 
 METHODS: dict[str, type[Method]] = {}

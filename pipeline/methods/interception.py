@@ -29,7 +29,7 @@ class Interception(TorchFunctionMode):
         swaps: Mapping[Callable[..., Any], Swap],
         otherwise: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any] | None = None,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._swaps, self._otherwise = swaps, otherwise
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -50,6 +50,7 @@ def from_text(value: Any) -> Any:
 
 
 def _checked(value: Any, hint: Any, what: str) -> Any:
+    value = list(value) if isinstance(value, tuple) else value
     for candidate in (value, from_text(value)):
         if _fits(candidate, hint):
             return float(candidate) if hint is float else candidate

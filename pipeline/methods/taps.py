@@ -65,14 +65,29 @@ class Taps:
             calls[index] += 1
             if calls[index] < self._last_call[index]:
                 return None
-            given = _tensor_of(output, self.names[index])
+            given = tensor_of(output, self.names[index])
             if differentiable and not given.requires_grad:
                 given = given.detach().requires_grad_()
             outputs[index] = given
             # The model goes on with a copy: an in-place ReLU that follows must not change what is kept.
-            return _with_tensor(output, given.clone())
+            return with_tensor(output, given.clone())
 
         return keep
+
+    def replaced(self, x_BCHW: Tensor, output: Tensor) -> Tensor:
+        """Logits of a forward pass in which the first layer gives another output. `forward` must have run before."""
+        calls = 0
+
+        def replace(module: nn.Module, args: Any, given: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return with_tensor(given, output) if calls == self._last_call[0] else None
+
+        handle = self._modules[0].register_forward_hook(replace)
+        try:
+            return logits_of(self.model(x_BCHW))
+        finally:
+            handle.remove()
 
     def gradients(self, logits_BK: Tensor, target_B: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
         """dz_c / d output of every layer. Raises UserError where the logits do not depend on a layer."""
@@ -95,8 +110,7 @@ class Taps:
         """
         output = output.detach().float()
         if output.ndim == 4:
-            is_norm = type(self._modules[index]) is nn.LayerNorm  # normalises the last dimension: that is K
-            return output.permute(0, 3, 1, 2) if is_norm or self._channels_last(output, image) else output
+            return output.movedim(self.channel_dimension(index, output, image), 1)
         layout = _token_grid(output.shape[1], image) if output.ndim == 3 else None
         if layout is None:
             raise UserError(
@@ -104,6 +118,11 @@ class Taps:
             )
         patches_BTK = output[:, -layout[0] * layout[1] :]
         return patches_BTK.transpose(1, 2).reshape(len(output), -1, *layout)
+
+    def channel_dimension(self, index: int, output: Tensor, image: Sequence[int]) -> int:
+        """Where a layer's output has its channels: dimension 1, or the last one of tokens and channels-last grids."""
+        is_norm = type(self._modules[index]) is nn.LayerNorm  # normalises the last dimension: that is K
+        return -1 if output.ndim == 3 or is_norm or self._channels_last(output, image) else 1
 
     def _channels_last(self, output: Tensor, image: Sequence[int]) -> bool:
         first, last = _is_scaled(output.shape[2:], image), _is_scaled(output.shape[1:3], image)
@@ -124,12 +143,14 @@ def _token_grid(tokens: int, image: Sequence[int]) -> tuple[int, int] | None:
     return None
 
 
-def _tensor_of(output: Any, name: str) -> Tensor:
+def tensor_of(output: Any, name: str) -> Tensor:
+    """The tensor that counts of what a layer gave: of several, the first. Raises UserError where there is none."""
     found = output[0] if isinstance(output, tuple | list) and output else output
     if not isinstance(found, Tensor) or not found.is_floating_point():
         raise UserError(f"layer {name!r} gives {type(output).__name__}, no tensor; choose another")
     return found
 
 
-def _with_tensor(output: Any, replacement: Tensor) -> Any:
+def with_tensor(output: Any, replacement: Tensor) -> Any:
+    """What a layer gave, with another tensor in place of the one that counts."""
     return type(output)([replacement, *output[1:]]) if isinstance(output, tuple | list) else replacement

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from pipeline.classifiers import load
 
+torch.set_num_threads(1)
+
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """Fresh BatchNorm would be the identity in eval mode, and a zero head would give zero gradients: neither tests."""

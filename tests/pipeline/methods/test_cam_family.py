@@ -1,11 +1,14 @@
-"""Grad-CAM against captum's and pytorch-grad-cam's raw maps (before their scaling), CAM against Grad-CAM."""
+"""The CAMs of one pass against captum's and pytorch-grad-cam's raw maps, before their scaling; CAM against Grad-CAM."""
+
+import copy
 
 import captum.attr
 import numpy as np
 import pytest
+import pytorch_grad_cam as theirs
 import torch
-from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from references import agree
 from torch import nn
 
 from pipeline.methods import build
@@ -28,24 +31,65 @@ CONVOLUTIONAL = [
 TARGET = torch.tensor([7, 500, 7])
 
 
-def close(found, expected):
-    scale = float(expected.abs().max())
-    assert scale > 0
-    assert expected.std() > 1e-3 * scale  # a constant map would agree with too much
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * scale)
+PEERS = {
+    "grad-cam": theirs.GradCAM,
+    "grad-cam++": theirs.GradCAMPlusPlus,
+    "layer-cam": theirs.LayerCAM,
+    "hires-cam": theirs.HiResCAM,
+    "xgrad-cam": theirs.XGradCAM,
+    "eigen-cam": theirs.EigenCAM,
+}
+NEW = [name for name in PEERS if name != "grad-cam"]
 
 
-def reference(model, layer, x, reshape=None):
-    """pytorch-grad-cam's map on the layer's grid: its weighted sum and ReLU, without its min-max scaling and resize."""
-    target = [ClassifierOutputTarget(int(c)) for c in TARGET]
-    with GradCAM(model, [layer], reshape_transform=reshape) as cam:
+@pytest.fixture(autouse=True)
+def _thin_svd(monkeypatch):
+    """pytorch-grad-cam asks for all 2048 singular vectors, in seconds, and uses the first."""
+    whole = np.linalg.svd
+    monkeypatch.setattr(np.linalg, "svd", lambda matrix, full_matrices: whole(matrix, full_matrices=False))
+
+
+def reference(model, layers, x, reshape=None, name="grad-cam", target=TARGET):
+    """pytorch-grad-cam's maps on the layers' grids: its weighted sums, without its min-max scaling and resize.
+
+    Of eigen-cam without its ReLU too; the sign is as it happens.
+    """
+    target = [ClassifierOutputTarget(int(c)) for c in target]
+    with PEERS[name](model, layers, reshape_transform=reshape) as cam:
         cam(x, target)
         A, G = (
-            held[0].numpy() for held in (cam.activations_and_grads.activations, cam.activations_and_grads.gradients)
+            [kept.numpy() for kept in held]
+            for held in (cam.activations_and_grads.activations, cam.activations_and_grads.gradients)
         )
-        raw = cam.get_cam_image(x, layer, target, A, G, False)
+        G = G or [None] * len(A)  # eigen-cam takes none
+        raw = [cam.get_cam_image(x, layer, target, a, g, False) for layer, a, g in zip(layers, A, G, strict=True)]
     model.zero_grad(set_to_none=True)
-    return torch.from_numpy(np.maximum(raw, 0))
+    if name == "eigen-cam":
+        return [torch.from_numpy(one) for one in raw]
+    return [torch.from_numpy(np.maximum(one, 0)) for one in raw]
+
+
+def rectified_agree(found, expected, name, network_name, rtol=1e-4):
+    """Maps that are zero after the ReLU are zero in both, and not all of them are."""
+    alive = expected.flatten(1).any(1)
+    assert alive.any()
+    assert not found[~alive].any()
+    agree(found[alive], expected[alive], name, network_name, rtol)
+
+
+def compare(name, network_name, model, layers, x, reshape=None, rtol=1e-4):
+    """One call on all layers against the peer's, for classes that the network finds likely.
+
+    Less likely ones would often give maps below zero everywhere, and so nothing to compare after the ReLU.
+    """
+    with torch.no_grad():
+        target = model(x).topk(2).indices[[0, 1, 2], [0, 1, 0]]
+    found = build(name, model, layer=layers)(x, target)
+    expected = reference(model, [model.get_submodule(layer) for layer in layers], x, reshape, name, target)
+    for one, other in zip(found if isinstance(found, tuple) else (found,), expected, strict=True):
+        if name == "eigen-cam":
+            other = other * (one * other).sum((1, 2), keepdim=True).sign()
+        rectified_agree(one, other, f"pytorch-grad-cam {name}", network_name, rtol)
 
 
 @pytest.mark.parametrize(("name", "side", "layer", "grid"), CONVOLUTIONAL)
@@ -55,17 +99,21 @@ def test_grad_cam_equals_the_published_libraries(name, side, layer, grid, networ
         found = method(x, TARGET)
         target_layer = model.get_submodule(method.layer[0])
     assert found.shape == (3, grid, grid)
-    close(found, reference(model, target_layer, x))
-    theirs = captum.attr.LayerGradCam(model, target_layer).attribute(x, TARGET, relu_attributions=True)
-    close(found, theirs[:, 0].detach())
+    rectified_agree(found, reference(model, [target_layer], x)[0], "pytorch-grad-cam grad-cam", name)
+    expected = captum.attr.LayerGradCam(model, target_layer).attribute(x, TARGET, relu_attributions=True)
+    rectified_agree(found, expected[:, 0], "captum LayerGradCam", name)
 
 
 def test_grad_cam_on_densenets_last_stage_takes_the_activation_before_the_functional_relu(network, images):
     # pytorch-grad-cam reads this activation after the in-place ReLU has changed it; captum copies it before, as we do.
     model, x = network("densenet121"), images(3, 96)
     found = build("grad-cam", model)(x, TARGET)
-    theirs = captum.attr.LayerGradCam(model, model.features).attribute(x, TARGET, relu_attributions=True)
-    close(found, theirs[:, 0].detach())
+    expected = captum.attr.LayerGradCam(model, model.features).attribute(x, TARGET, relu_attributions=True)
+    rectified_agree(found, expected[:, 0], "captum LayerGradCam", "densenet121")
+
+
+def patches(tokens_BTK):
+    return tokens_BTK[:, 1:].reshape(len(tokens_BTK), 14, 14, -1).permute(0, 3, 1, 2)
 
 
 def test_grad_cam_on_vit_leaves_the_class_token_out(network, images):
@@ -74,18 +122,48 @@ def test_grad_cam_on_vit_leaves_the_class_token_out(network, images):
         found = method(x, TARGET)
         assert method.layer == ["encoder.layers.encoder_layer_11.ln_1"]
 
-    def reshape(tokens_BTK):
-        return tokens_BTK[:, 1:].reshape(len(tokens_BTK), 14, 14, -1).permute(0, 3, 1, 2)
-
-    close(found, reference(model, model.encoder.layers[-1].ln_1, x, reshape))
+    (expected,) = reference(model, [model.encoder.layers[-1].ln_1], x, patches)
+    rectified_agree(found, expected, "pytorch-grad-cam grad-cam", "vit_b_16")
 
 
 @pytest.mark.parametrize("layer", ["norm", "features.7.1.norm1", "features.5"])
 def test_grad_cam_on_swin_reads_channels_last(layer, network, images):
     model, x = network("swin_t"), images(3, 96)
     found = build("grad-cam", model, layer=layer)(x, TARGET)
-    theirs = reference(model, model.get_submodule(layer), x, lambda out: out.permute(0, 3, 1, 2))
-    close(found, theirs)
+    (expected,) = reference(model, [model.get_submodule(layer)], x, lambda out: out.permute(0, 3, 1, 2))
+    rectified_agree(found, expected, "pytorch-grad-cam grad-cam", "swin_t")
+
+
+# Rectified layers, several in one call: where an activation's sum over the cells comes near 0, xgrad-cam divides by it.
+SEVERAL = [
+    ("resnet18", ["layer1", "layer2", "layer4"]),
+    ("resnet50", ["layer2", "layer4.0"]),
+    ("vgg16_bn", ["features.22", "features.42"]),
+    ("densenet121", ["features.transition1.relu", "features.transition3.relu"]),
+    ("mobilenet_v2", ["features.8.conv.0.2", "features.18"]),
+    ("googlenet", ["maxpool3", "inception4c", "inception5b"]),
+    ("efficientnet_lite0", ["_blocks.10", "_blocks.15"]),
+]
+
+
+@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize(("network_name", "layers"), SEVERAL)
+def test_weighted_cams_equal_pytorch_grad_cam(name, network_name, layers, network, images):
+    compare(name, network_name, network(network_name), layers, images(3, 96))
+
+
+@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize(
+    ("network_name", "side", "layers", "reshape"),
+    [
+        ("vit_b_16", 224, ["encoder.layers.encoder_layer_8.ln_1", "encoder.layers.encoder_layer_11.ln_1"], patches),
+        ("swin_t", 96, ["features.1", "features.5", "features.7.1.mlp.1"], lambda out: out.permute(0, 3, 1, 2)),
+    ],
+)
+def test_weighted_cams_of_tokens_equal_pytorch_grad_cam(name, network_name, side, layers, reshape, network, images):
+    if (name, network_name) == ("grad-cam++", "swin_t"):
+        layers = layers[-1:]  # of signed activations, 2 + S * G may be nearly 0: rounding in float32 then shows (7e-3)
+    compare(name, network_name, network(network_name), layers, images(3, side), reshape)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +176,7 @@ def test_relu_of_cam_is_hw_times_grad_cam(name, side, network, images):
         signed, found = cam(x, TARGET), grad_cam(x, TARGET)
         assert cam.layer == grad_cam.layer
     assert signed.min() < 0
-    close(signed.relu(), found[0].numel() * found)
+    rectified_agree(signed.relu(), found[0].numel() * found, "hw times grad-cam", name)
 
 
 def test_mean_of_cam_plus_bias_is_the_logit(network, images):
@@ -185,3 +263,73 @@ def test_swin_is_channels_last_even_where_the_shape_could_be_either(network):
     cube = torch.arange(96**3).float().reshape(1, 96, 96, 96)
     found = Taps(network("swin_t"), ["features.1"]).grid(0, cube, (384, 384))
     assert torch.equal(found, cube.permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("eps", [0, 1e-6, 1e-3])
+def test_alphas_follow_their_formula_element_by_element(eps, tiny, images):
+    model, x, target = copy.deepcopy(tiny).double(), images(2, 16).double(), torch.tensor([1, 4])
+    with build("grad-cam++", model, layer="stage1", eps=eps) as method:
+        found = method(x, target)
+    for b in range(2):
+        A = model.stage1(model.stem(x[b : b + 1]))[0].detach().requires_grad_()
+        (G,) = torch.autograd.grad(model.fc(model.stage2(A[None]).mean((2, 3)))[0, target[b]], A)
+        expected = torch.zeros(8, 8, dtype=torch.float64)
+        for k in range(len(A)):
+            alpha = [
+                g**2 / (2 * g**2 + float(A[k].detach().sum()) * g**3 + eps) if g else 0 for g in G[k].flatten().tolist()
+            ]
+            weight = sum(max(g, 0) * a for g, a in zip(G[k].flatten().tolist(), alpha, strict=True))
+            expected += weight * A[k].detach()
+        agree(found[b : b + 1], expected.relu()[None], "grad-cam++ from its formula, float64", "tiny")
+
+
+def test_options_of_grad_cam_plus_plus(tiny):
+    for wrong in (-1e-9, float("inf"), float("nan")):
+        with pytest.raises(UserError, match="0 or more"):
+            build("grad-cam++", tiny, eps=wrong)
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_an_activation_of_zeros_gives_a_map_of_zeros(name, tiny, images):
+    with torch.no_grad():
+        tiny.stage2[1].weight.zero_()
+        tiny.stage2[1].bias.fill_(-1)
+    with build(name, tiny, layer=["stage1", "stage2"]) as method:
+        first, second = method(images(2, 16))
+        assert method.last.zero_B.all()
+        assert not method.last.nonfinite_B.any()
+    assert not second.any()
+    assert first.any() == (name == "eigen-cam")  # nothing of stage1 reaches the logits
+
+
+def test_eigen_cam_takes_no_class_and_turns_along_the_mean_activation(network, images):
+    model, x = network("resnet18"), images(3, 96)
+    with build("eigen-cam", model, layer="layer3") as method:
+        found = method(x, TARGET)
+        assert method.last.target_B is None
+        assert torch.equal(found, method(x, TARGET + 1))
+    assert not method.needs_target
+    A = torch.nn.Sequential(*list(model.children())[:7])(x).detach()
+    assert ((found * A.mean(1)).sum((1, 2)) > 0).all()
+    assert not (found.amax((1, 2)) > -found.amin((1, 2))).all()  # the other rule would turn one
+    torch.testing.assert_close(found.sum((1, 2)), torch.zeros(3), rtol=0, atol=1e-4 * float(found.abs().max()))
+
+
+def test_eigen_cam_of_channels_that_sum_to_zero_is_turned_by_its_peak(network, images):
+    model, x = network("swin_t"), images(3, 96)
+    with build("eigen-cam", model, layer="norm") as method:
+        found = method(x)
+        assert (found.amax((1, 2)) > -found.amin((1, 2))).all()
+        for i in range(3):
+            torch.testing.assert_close(method(x[i : i + 1])[0], found[i], rtol=1e-4, atol=1e-4)
+
+
+def test_eigen_cam_keeps_a_sample_that_is_not_finite_to_itself(tiny, images):
+    x = images(4, 16)
+    x[2, 0, 3, 3] = float("nan")
+    for layer in ("stem", "stage2"):  # fewer channels than cells
+        with build("eigen-cam", tiny, layer=layer) as method:
+            found = method(x)
+            assert method.last.nonfinite_B.tolist() == [False, False, True, False]
+            torch.testing.assert_close(found[3:], method(x[3:]))
+        assert not found[2].any()

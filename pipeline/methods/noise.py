@@ -1,0 +1,52 @@
+"""Noise that depends on a sample's seed alone: not on its batch, nor on what was drawn before.
+
+Shape suffixes: B batch, S draws, N elements of an image.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as signed integers: products and sums wrap around
+_FIRST = 0xBF58476D1CE4E5B9 - 2**64
+_SECOND = 0x94D049BB133111EB - 2**64
+_LOW = 2**32 - 1
+
+
+def gaussian(seed_B: Tensor, draws: range, elements: int) -> Tensor:
+    """Standard normal noise_SBN, float32, on the seeds' device.
+
+    A value is a function of its seed, draw and element: SplitMix64 (Steele 2014) as a counter, then Box-Muller. It is
+    the same on every device up to float rounding.
+
+    Args:
+        seed_B: int64, one a sample.
+        draws: numbers of the draws.
+        elements: values in a draw.
+    """
+    device, half = seed_B.device, (elements + 1) // 2
+    draw_S1 = torch.arange(draws.start, draws.stop, device=device)[:, None]
+    stream_SB1 = mixed(mixed(seed_B * _GOLDEN)[None] + draw_S1 * _GOLDEN)[..., None]
+    bits_SBN = mixed(stream_SB1 + torch.arange(1, half + 1, device=device) * _GOLDEN)
+    angle_SBN = (bits_SBN & _LOW).float().mul_(2 * math.pi / 2**32)
+    # Half a step above zero, whose logarithm is infinite.
+    radius_SBN = ((bits_SBN >> 32) & _LOW).float().add_(0.5).mul_(2**-32).log_().mul_(-2).sqrt_()
+    del bits_SBN  # eight bytes each
+    noise_SBN = radius_SBN.new_empty(*radius_SBN.shape[:2], elements)
+    torch.mul(radius_SBN, angle_SBN.cos(), out=noise_SBN[..., :half])
+    rest = elements - half
+    torch.mul(radius_SBN[..., :rest], angle_SBN[..., :rest].sin(), out=noise_SBN[..., half:])
+    return noise_SBN
+
+
+def mixed(bits: Tensor) -> Tensor:
+    """SplitMix64's finaliser of int64 values."""
+    bits = (bits ^ _shifted(bits, 30)).mul_(_FIRST)
+    bits = bits.bitwise_xor_(_shifted(bits, 27)).mul_(_SECOND)
+    return bits.bitwise_xor_(_shifted(bits, 31))
+
+
+def _shifted(bits: Tensor, by: int) -> Tensor:
+    # Without the copies of the sign that a shift of signed integers moves in.
+    return (bits >> by).bitwise_and_((1 << (64 - by)) - 1)

@@ -1,0 +1,365 @@
+"""Score-CAM and Ablation-CAM against pytorch-grad-cam and naive loops; the forward pass from a layer on; memory."""
+
+import copy
+import weakref
+from functools import partial
+
+import pytest
+import pytorch_grad_cam
+import torch
+import torch.nn.functional as F
+from pytorch_grad_cam.ablation_layer import AblationLayerVit
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from references import agree
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pipeline.methods import build
+from schemas.errors import UserError
+
+TARGET = torch.tensor([3, 1, 3])
+
+
+@pytest.fixture
+def small(network):
+    """A ResNet with few channels, in float64: the weights are small differences of logits."""
+    return copy.deepcopy(network("resnet18")).double()
+
+
+def peer(kind, model, layer, x, monkeypatch, reshape=None, **given):
+    """pytorch-grad-cam's map on the layer's grid, before its scaling."""
+    monkeypatch.setattr("tqdm.tqdm", lambda steps: steps)
+    # Ours enlarges as the other methods do, with align_corners False.
+    enlarge = partial(nn.Upsample, mode="bilinear", align_corners=False)
+    monkeypatch.setattr(nn, "UpsamplingBilinear2d", lambda size: enlarge(size=size))
+    target = [ClassifierOutputTarget(int(c)) for c in TARGET]
+    raw = []
+    image = kind.get_cam_image
+    monkeypatch.setattr(kind, "get_cam_image", lambda *args: raw.append(image(*args)) or raw[0])
+    with kind(model, [layer], reshape_transform=reshape, **given) as cam:
+        cam(x, target)
+    return torch.from_numpy(raw[0]).relu()
+
+
+@pytest.mark.parametrize("layer", ["layer1", "layer1.0.conv2"])
+def test_score_cam_equals_pytorch_grad_cam(layer, small, images, monkeypatch):
+    x = images(3, 32).double()
+    found = build("score-cam", small, layer=layer)(x, TARGET)
+    expected = peer(pytorch_grad_cam.ScoreCAM, small, small.get_submodule(layer), x, monkeypatch)
+    agree(found, expected, "pytorch-grad-cam score-cam (align_corners False)", "resnet18")
+
+
+@pytest.mark.parametrize("layer", ["layer1", "layer1.0"])
+def test_ablation_cam_equals_pytorch_grad_cam(layer, small, images, monkeypatch):
+    x = images(3, 32).double()
+    with build("ablation-cam", small, layer=layer) as method:
+        found = method(x, TARGET)
+        assert method._tail.traced
+    expected = peer(pytorch_grad_cam.AblationCAM, small, small.get_submodule(layer), x, monkeypatch)
+    agree(found, expected, "pytorch-grad-cam ablation-cam", "resnet18")
+
+
+class Tokens(nn.Module):
+    """A small transformer: a class token, 4 x 4 patches of rectified features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 12, 4, 4)
+        self.token = nn.Parameter(torch.randn(1, 1, 12))
+        self.attend = nn.MultiheadAttention(12, 2, batch_first=True)
+        self.mix = nn.Sequential(nn.Linear(12, 12), nn.ReLU())
+        self.norm = nn.LayerNorm(12)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        n, size = x.shape[0], x.shape
+        tokens = self.embed(x).reshape(n, 12, size[2] // 4 * (size[3] // 4)).transpose(1, 2)
+        tokens = torch.cat([self.token.expand(n, -1, -1), tokens], 1)
+        tokens = self.mix(tokens) + 1e-3
+        tokens = tokens + self.attend(tokens, tokens, tokens)[0]
+        return self.head(self.norm(tokens).view(n, -1, 12)[:, 0])
+
+
+@pytest.fixture
+def transformer():
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return Tokens().eval().double()
+
+
+def naive_score(model, grid, x, target):
+    """From the formula, an image and a channel at a time."""
+    maps = []
+    for image, c in zip(x, target, strict=True):
+        A = grid(image[None])[0]
+        scores = []
+        for channel in A:
+            mask = F.interpolate(channel[None, None], image.shape[1:], mode="bilinear")[0, 0]
+            span = mask.max() - mask.min()
+            mask = (mask - mask.min()) / span if span > 0 else torch.zeros_like(mask)
+            scores.append(model((image * mask)[None])[0, c])
+        maps.append(torch.einsum("k,khw->hw", torch.stack(scores).softmax(0), A).relu())
+    return torch.stack(maps)
+
+
+def naive_ablation(model, layer, grid, channel_dim, x, target):
+    """From the formula, an image and a channel at a time, by a hook on whole passes."""
+    maps = []
+    for image, c in zip(x, target, strict=True):
+        A, whole = grid(image[None])[0], model(image[None])[0, c]
+        weights = []
+        for k in range(len(A)):
+
+            def ablate(module, args, output, k=k):
+                return output.index_fill(channel_dim, torch.tensor([k]), 0)
+
+            handle = layer.register_forward_hook(ablate)
+            weights.append((whole - model(image[None])[0, c]) / whole)
+            handle.remove()
+        maps.append(torch.einsum("k,khw->hw", torch.stack(weights), A).relu())
+    return torch.stack(maps)
+
+
+def layout(side):
+    return lambda tokens_BTK: tokens_BTK[:, 1:].transpose(1, 2).reshape(len(tokens_BTK), -1, side, side)
+
+
+@torch.no_grad()
+def test_tokens_lose_a_feature_everywhere_the_class_token_too(transformer, images, monkeypatch):
+    x = images(3, 16).double()
+    outputs = []
+    transformer.mix[1].register_forward_hook(lambda module, args, output: outputs.append(output))
+
+    def grid(image):
+        transformer(image)
+        return layout(4)(outputs[-1])
+
+    expected = naive_ablation(transformer, transformer.mix[1], grid, 2, x, TARGET)
+    with build("ablation-cam", transformer, layer="mix.1", chunk=5) as method:
+        agree(method(x, TARGET), expected, "ablation-cam by naive float64", "small transformer")
+        assert method._tail.traced
+    theirs = peer(pytorch_grad_cam.AblationCAM, transformer, transformer.mix[1], x, monkeypatch, layout(4),
+                  ablation_layer=AblationLayerVit())  # fmt: skip
+    agree(expected, theirs, "pytorch-grad-cam ablation-cam", "small transformer")
+    expected = naive_score(transformer, grid, x, TARGET)
+    found = build("score-cam", transformer, layer="mix.1")(x, TARGET)
+    agree(found, expected, "score-cam by naive float64", "small transformer")
+
+
+@torch.no_grad()
+def test_swin_has_its_channels_last(network, images):
+    model = copy.deepcopy(network("swin_t")).double()
+    x, module = images(3, 32)[:1].double(), model.get_submodule("features.1.1.norm1")
+
+    def grid(image):
+        outputs = []
+        handle = module.register_forward_hook(lambda module, args, output: outputs.append(output))
+        model(image)
+        handle.remove()
+        return outputs[0].permute(0, 3, 1, 2)
+
+    with build("ablation-cam", model, layer="features.1.1.norm1") as method:
+        found = method(x, TARGET[:1])
+        assert method._tail.traced
+    expected = naive_ablation(model, module, grid, 3, x, TARGET[:1])
+    agree(found, expected, "ablation-cam by naive float64", "swin_t")
+
+
+def forced_whole(model, layer):
+    method = build("ablation-cam", model, layer=layer)
+    method._tail._steps = None
+    return method
+
+
+@pytest.mark.parametrize("layer", ["layer1.0.downsample", "layer1.0.bn1", "layer1.0.relu", "layer1.0", "layer1"])
+def test_from_the_layer_on_and_whole_passes_give_the_same(layer, images):
+    model = Residual().eval().double()
+    x, before = images(3, 16).double(), set(vars(model))
+    with build("ablation-cam", model, layer=layer) as method, forced_whole(model, layer) as whole:
+        found = method(x, TARGET)
+        assert method._tail.traced
+        assert not whole._tail.traced
+        agree(found, whole(x, TARGET), "ablation-cam by whole passes", "small residual network")
+        torch.testing.assert_close(method(x, TARGET), found)  # checked shape: straight from the trace
+        torch.testing.assert_close(method.last.logits_BK, model(x))
+    assert set(vars(model)) == before
+
+
+def test_on_resnet18_too(small, images):
+    x = images(3, 32).double()
+    with build("ablation-cam", small, layer="layer3") as method, forced_whole(small, "layer3") as whole:
+        found = method(x[:1], TARGET[:1])
+        assert method._tail.traced
+        agree(found, whole(x[:1], TARGET[:1]), "ablation-cam by whole passes", "resnet18")
+
+
+class Residual(nn.Module):
+    """A block whose ReLU is used twice and in place, its shortcut added in place, and a layer that gives a tuple."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(6, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1)
+            self.bn1, self.relu = nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+            self.downsample = nn.Conv2d(6, 8, 1, 2)
+
+        def forward(self, x):
+            out = self.conv2(self.relu(self.bn1(self.conv1(x))))
+            out += self.downsample(x)
+            return self.relu(out)
+
+    class Pair(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x), x
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            self.stem = nn.Conv2d(3, 6, 3, 1, 1)
+            self.layer1 = nn.Sequential(self.Block())
+            self.pair = self.Pair(nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU()))
+            self.fc = nn.Linear(8, 5)
+
+    def forward(self, x, *, flag=False, extra=None):
+        n, x = x.size(0), self.layer1(self.stem(x))
+        a, b = self.pair(x)
+        if flag or extra is not None:
+            raise AssertionError
+        return self.fc((a * b.mean((2, 3), keepdim=True)).view(n, 8, -1).mean(2))
+
+
+def test_a_layer_that_gives_a_tuple(images):
+    model = Residual().eval().double()
+    x = images(3, 16).double()
+    with build("ablation-cam", model, layer="pair") as method, forced_whole(model, "pair") as whole:
+        target = torch.tensor([0, 4, 2])
+        agree(method(x, target), whole(x, target), "ablation-cam by whole passes", "small residual network")
+        assert method._tail.traced
+
+
+class Odd(nn.Module):
+    """Models that cannot be traced, or whose trace would be wrong."""
+
+    def __init__(self, kind, inner):
+        super().__init__()
+        self.kind, self.inner = kind, inner
+
+    def forward(self, x):
+        if self.kind == "branches" and x.mean() > -1e9:
+            return self.inner(x)
+        if self.kind == "types" and isinstance(x, torch.Tensor):
+            x = x + 1
+        if self.kind == "constant":
+            x = x * torch.tensor([1.0, 0.5, 2.0])[:, None, None]
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("kind", ["branches", "types", "constant"])
+def test_models_that_cannot_be_traced_run_whole(kind, tiny, images):
+    model, x = Odd(kind, tiny), images(3, 16)
+    before = set(vars(model))
+    with build("ablation-cam", model, layer="inner.stage1") as method:
+        found, _ = method(x, TARGET), method(x, TARGET)
+        assert not method._tail.traced
+        assert set(vars(model)) == before
+        if kind == "branches":
+            with build("ablation-cam", tiny, layer="stage1") as traced:
+                torch.testing.assert_close(traced(x, TARGET), found)
+                assert traced._tail.traced
+
+
+def test_nothing_before_the_layer_runs_again(tiny, images):
+    ran = dict.fromkeys(("stem", "stage1", "stage2", "fc"), 0)
+    for name in ran:
+
+        def note(module, args, output, name=name):
+            ran[name] += len(output)
+
+        getattr(tiny, name).register_forward_hook(note)
+    with build("ablation-cam", tiny, layer="stage1", chunk=6) as method:
+        method(images(3, 16))  # compares the trace with the model
+        ran.update(dict.fromkeys(ran, 0))
+        method(images(3, 16))
+    # The logits, the score that they are compared with, and 8 channels.
+    assert ran == {"stem": 3, "stage1": 3, "stage2": 3 + 3 + 3 * 8, "fc": 3 + 3 + 3 * 8}
+
+
+@pytest.mark.parametrize("name", ["score-cam", "ablation-cam"])
+def test_chunks_do_not_matter(name, tiny, images):
+    x = images(3, 16)
+    expected = build(name, tiny, layer="stage1")(x, TARGET)
+    for chunk in (1, 7, 24):
+        torch.testing.assert_close(build(name, tiny, layer="stage1", chunk=chunk)(x, TARGET), expected)
+    with pytest.raises(UserError, match="at least 1"):
+        build(name, tiny, chunk=0)
+
+
+@pytest.mark.parametrize("name", ["score-cam", "ablation-cam"])
+def test_an_activation_of_zeros_gives_a_map_of_zeros(name, tiny, images):
+    with torch.no_grad():
+        tiny.stage2[1].weight.zero_()
+        tiny.stage2[1].bias.fill_(-1)
+    with build(name, tiny) as method:
+        assert not method(images(2, 16)).any()
+        assert method.last.zero_B.all()
+
+
+def test_a_logit_of_zero_gives_weights_of_zero(tiny, images):
+    with torch.no_grad():
+        tiny.fc.weight[2] = 0
+        tiny.fc.bias[2] = 0
+    with build("ablation-cam", tiny) as method:
+        found = method(images(2, 16), torch.tensor([2, 1]))
+        assert method.last.zero_B.tolist() == [True, False]
+    assert found[1].any()
+
+
+def test_ablation_under_autocast_is_as_exact_as_the_activation(tiny, images):
+    # A channel's share of the logit is less than what bfloat16 keeps of it.
+    x = images(3, 16)
+    for method in (build("ablation-cam", tiny, layer="stage1"), forced_whole(tiny, "stage1")):
+        exact = method(x, TARGET)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rough = method(x, TARGET)
+            assert method.last.logits_BK.dtype == torch.bfloat16
+        assert 0 < (rough - exact).norm() < 0.02 * exact.norm()
+
+
+class Peak(TorchDispatchMode):
+    """Largest number of bytes of storages that were made while entered, and lived at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.most = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                self.live[storage._cdata] = (weakref.ref(storage), storage.nbytes())
+        self.live = {key: held for key, held in self.live.items() if held[0]() is not None}
+        self.most = max(self.most, sum(size for _, size in self.live.values()))
+        return made
+
+
+@pytest.mark.parametrize("name", ["score-cam", "ablation-cam"])
+@pytest.mark.parametrize("channels", [64, 2048])
+def test_memory_is_that_of_a_forward_pass_of_one_chunk(name, channels, images):
+    body = nn.Sequential(nn.Conv2d(3, channels, 1, 16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = nn.Sequential(*body, nn.Linear(channels, 5)).eval()
+    x, chunk = images(2, 64), 16
+    with torch.no_grad(), Peak() as one_pass:
+        model(images(chunk, 64))
+    with build(name, model, layer="1", chunk=chunk) as method:
+        method(x)  # compares the trace with the model
+        with Peak() as seen:
+            method(x)
+    # Beside the pass: its images, their masks and the batch's own maps. All channels at once: 8 and 256 times as much.
+    assert seen.most < 1.1 * one_pass.most + 3 * chunk * 4 * 64 * 64 * 4
