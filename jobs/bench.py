@@ -9,11 +9,6 @@ import typer
 app = typer.Typer(help="Measure, against the limit that each figure is held to.", no_args_is_help=True)
 
 
-@app.callback()
-def _group() -> None:
-    """Makes a group of the app even while it has one command."""
-
-
 @app.command()
 def extract(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for extract.json and extract.md.")] = Path("bench"),
@@ -56,3 +51,34 @@ def extract(
     (out / "extract.md").write_text(table)
     typer.echo(table)
     typer.echo(f"{out}/extract.json and .md hold the same, with every round", err=True)
+
+
+@app.command()
+def methods(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for methods.json and methods.md.")] = Path("bench"),
+    model: Annotated[str, typer.Option(help="As for extract, with random weights.")] = "resnet50",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images; costly methods take fewer.")] = 16,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    only: Annotated[list[str] | None, typer.Option(help="Only this method; repeatable.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Of each side; figures are of the medians.")] = 5,
+) -> None:
+    """Every method against its forwards and backwards, its peers, and in bf16. About half an hour on two cores."""
+    import json
+
+    from pipeline.bench.figures import describe_machine
+    from pipeline.bench.methods import Bench, as_table, measure
+    from pipeline.methods import find
+    from pipeline.prepare import pick_device
+
+    for name in only or ():
+        find(name)
+    machine = describe_machine()
+    bench = Bench(model, pick_device(device), batch_size, rounds, tuple(only or ()))
+    entries = measure(bench, lambda line: typer.echo(line, err=True))
+    where = f"{machine['gpu'] or machine['cpu']}, torch {machine['versions']['torch']}, {machine['date']}"
+    table = f"{where}; {model}, batch {batch_size}, float32, 224 x 224\n\n{as_table(entries)}"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "methods.json").write_text(json.dumps({"machine": machine, "cases": entries}, indent=1))
+    (out / "methods.md").write_text(table)
+    typer.echo(table)
+    typer.echo(f"{out}/methods.json and .md hold the same, with every round", err=True)

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from pipeline.prepare import cores
-
 
 @dataclass(frozen=True)
 class Figure:
@@ -93,7 +91,7 @@ def describe_machine() -> dict[str, Any]:
     """The machine, versions and the load that others put on it."""
     return {
         "cpu": _cpu_model(),
-        "cores": cores(),
+        "cores": len(os.sched_getaffinity(0)),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load_average": list(os.getloadavg()),
         "versions": {name: _version(name) for name in ("saltern", "torch", "torchvision", "ray", "pyarrow", "pillow")},
