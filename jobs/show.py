@@ -5,14 +5,20 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import RunFolder
-
 
 def show(
-    run: RunFolder,
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...", help="Folders or URLs of runs; of several, the maps side by side.", show_default=False
+        ),
+    ],
     out: Annotated[
         Path | None,
-        typer.Option(metavar="PAGE.html", help="Where the page goes; default: RUN/show.html, ./show.html for a URL."),
+        typer.Option(
+            metavar="PAGE.html",
+            help="Where the page goes; default: show.html in the run, ./show.html for several or a URL.",
+        ),
     ] = None,
     sort: Annotated[
         str | None,
@@ -20,15 +26,18 @@ def show(
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 48,
 ) -> None:
-    """Make a page of images with their maps, masks and boxes: one HTML file that needs nothing else."""
-    from pipeline.contact_sheet import contact_sheet
+    """Make a page of images with their maps, masks and boxes: one HTML file that needs nothing else.
+
+    Of several runs, one image a line under all their maps.
+    """
+    from pipeline.contact_sheet import comparison, contact_sheet
     from pipeline.reader import open_run
     from schemas.errors import ShardError, UserError
 
-    found = open_run(run)
-    page = out or (Path(run) if found.store.local else Path()) / "show.html"
+    found = [open_run(run) for run in runs]
+    page = out or (Path(runs[0]) if len(runs) == 1 and found[0].store.local else Path()) / "show.html"
     try:
-        made = contact_sheet(found, sort, limit)
+        made = contact_sheet(found[0], sort, limit) if len(runs) == 1 else comparison(found, sort, limit)
     except ShardError as error:
         raise UserError(str(error)) from error
     try:

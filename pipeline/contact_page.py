@@ -30,16 +30,17 @@ class Box:
 class Picture:
     """A JPEG with the boxes that are drawn over it."""
 
-    jpeg: bytes
+    jpeg: bytes  # empty: there is none, and the words say why
     width: int
     height: int
     words: str  # what a reader who does not see it should know
     boxes: tuple[Box, ...] = ()
+    caption: str = ""
 
 
 @dataclass(frozen=True)
 class View:
-    """What one run found in an image."""
+    """What was found in an image."""
 
     pictures: Sequence[Picture]
     facts: Sequence[tuple[str, str]]
@@ -104,17 +105,22 @@ def _view(view: View) -> str:
     pictures = "".join(map(_picture, view.pictures))
     trouble = f"<p class=trouble>{escape(view.trouble)}</p>" if view.trouble else ""
     facts = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in view.facts)
-    return f"<div class=pictures>{pictures}</div>{trouble}<dl>{facts}</dl>"
+    many = " many" if any(picture.caption for picture in view.pictures) else ""
+    return f'<div class="pictures{many}">{pictures}</div>{trouble}<dl>{facts}</dl>'
 
 
 def _picture(picture: Picture) -> str:
-    data = base64.b64encode(picture.jpeg).decode()
     width, height = picture.width, picture.height
+    caption = f"<p>{escape(picture.caption)}</p>" if picture.caption else ""
+    if not picture.jpeg:
+        gap = f"<div class=gap>{escape(picture.words)}</div>"
+        return f"<div class=picture>{gap}{caption}</div>"
+    data = base64.b64encode(picture.jpeg).decode()
     boxes = "".join(_rectangle(box, width, height) for box in picture.boxes)
     drawn = f'<svg viewBox="0 0 {width} {height}" aria-hidden=true>{boxes}</svg>' if boxes else ""
     return (
         f'<div class=picture><img src="data:image/jpeg;base64,{data}" width={width} height={height} '
-        f'alt="{escape(picture.words)}">{drawn}</div>'
+        f'alt="{escape(picture.words)}">{drawn}{caption}</div>'
     )
 
 
@@ -156,8 +162,12 @@ h2{font-size:1rem;margin:0 0 .4rem;overflow-wrap:anywhere}
 h2 small{font-weight:400;color:var(--dim);margin-left:.6rem}
 .status{color:var(--bad);margin-left:.6rem}.trouble{color:var(--bad);margin:.2rem 0 .4rem;overflow-wrap:anywhere}
 .pictures{display:grid;grid-template-columns:repeat(3,1fr);gap:.4rem;margin-bottom:.4rem;align-items:start}
+.many{grid-template-columns:repeat(auto-fill,minmax(9rem,1fr))}article:has(.many){grid-column:1/-1}
+.picture p{margin:.1rem 0 0;color:var(--dim);overflow-wrap:anywhere;line-height:1.25}
+.gap{display:grid;place-content:center;min-height:6rem;padding:.4rem;border:1px dashed var(--line);color:var(--bad);
+text-align:center;overflow-wrap:anywhere}
 .picture{position:relative}.picture img{display:block;width:100%;height:auto;border-radius:3px}
-.picture svg{position:absolute;inset:0;width:100%;height:100%;overflow:visible}
+.picture svg{position:absolute;inset:0 0 auto 0;width:100%;height:auto;overflow:visible}
 rect{fill:none;vector-effect:non-scaling-stroke}
 rect.casing{stroke:#000;stroke-opacity:.55;stroke-width:4}rect.found{stroke:#2de2ff;stroke-width:2}
 rect.given{stroke:#ffd60a;stroke-width:2;stroke-dasharray:6 4}
