@@ -1,12 +1,12 @@
 """saltern extract: shards in, a saliency dataset out."""
 
-import os
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from jobs import driving
 from jobs.options import Shards, parse_floats, parse_options, read_config
 
 
@@ -29,17 +29,13 @@ def extract(
     map_size: Annotated[str, typer.Option(help="native (the method's grid) or input (upsampled).")] = "native",
     map_dtype: Annotated[str | None, typer.Option(help="uint8, float16 or float32; default: the method's.")] = None,
     no_map: Annotated[bool, typer.Option("--no-map", help="Store masks and boxes only.")] = False,
-    engine: Annotated[str, typer.Option(help="local (this process), ray (actors) or auto.")] = "auto",
-    address: Annotated[
-        str | None, typer.Option(help="Ray cluster to join; default: $RAY_ADDRESS, or one of our own.")
-    ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Ray actors; default: one for each GPU.")] = None,
-    gpus_per_worker: Annotated[
-        float | None, typer.Option(min=0, help="GPUs of an actor; fractions allowed; default: 1, on a CPU 0.")
-    ] = None,
+    engine: driving.Engine = "auto",
+    address: driving.Address = None,
+    workers: driving.Workers = None,
+    gpus_per_worker: driving.GpusPerWorker = None,
     decode_threads: Annotated[int | None, typer.Option(min=1, help="Of each worker.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images; default 16 on a CPU, 128 on a GPU.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: driving.Device = "auto",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 (autocast, channels last).")] = "fp32",
     resize: Annotated[
         int | None, typer.Option(min=1, help="Shorter side before the crop; default: the weights'.")
@@ -49,18 +45,19 @@ def extract(
     mean: Annotated[str | None, typer.Option(metavar="R,G,B", help="Of RGB in 0..1; default: the weights'.")] = None,
     std: Annotated[str | None, typer.Option(metavar="R,G,B", help="Of RGB in 0..1; default: the weights'.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many samples.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run that stands in RUN first.")] = False,
+    overwrite: driving.Overwrite = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Redo samples that are not ok.")] = False,
-    shard_timeout: Annotated[float | None, typer.Option(min=0, help="Seconds a shard may take.")] = None,
-    max_failed_shards: Annotated[int | None, typer.Option(min=0, help="Stop when more have failed.")] = None,
+    shard_timeout: driving.ShardTimeout = None,
+    max_failed_shards: driving.MaxFailedShards = None,
     config: Annotated[
         Path | None, typer.Option(callback=read_config, is_eager=True, help="TOML file with the same keys.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of random weights and random methods.")] = 0,
 ) -> None:
     """Extract saliency maps, masks and boxes. The same command again goes on where the last one ended."""
-    from pipeline.prepare import Request
-    from pipeline.run import Settings, extract_run
+    from pipeline.extractor import Processor
+    from pipeline.prepare import Request, resolve
+    from pipeline.run import Job
 
     request = Request(
         shards=shards,
@@ -84,7 +81,8 @@ def extract(
         limit=limit,
         batch_size=batch_size,
     )
-    settings = Settings(
+    driving.drive(
+        Job(partial(resolve, request), Processor),
         out=out,
         engine=engine,
         address=address,
@@ -97,9 +95,3 @@ def extract(
         shard_timeout_s=shard_timeout,
         max_failed_shards=max_failed_shards,
     )
-    ended = extract_run(request, settings)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if ended.stuck:
-        os._exit(ended.code)  # a thread is stuck in a shard: an ordinary exit would wait for it
-    raise typer.Exit(ended.code)

@@ -6,8 +6,10 @@ from typing import Any
 
 import typer
 
+from jobs.attack import attack
 from jobs.bench import app as bench
 from jobs.demo import demo
+from jobs.evaluate import evaluate
 from jobs.extract import extract
 from jobs.listing import methods, models
 from jobs.pack import pack
@@ -16,6 +18,7 @@ from jobs.show import show
 from jobs.status import status
 from jobs.submit import submit
 from jobs.verify import verify
+from jobs.visualize_class import visualize_class
 from pipeline.allocator import keep_memory
 from schemas.errors import UserError
 
@@ -33,7 +36,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_COMMANDS: list[Callable[..., Any]] = [pack, plan, extract, status, verify, show, methods, models, demo]
+_COMMANDS: list[Callable[..., Any]] = [
+    pack,
+    plan,
+    extract,
+    attack,
+    visualize_class,
+    status,
+    verify,
+    show,
+    evaluate,
+    methods,
+    models,
+    demo,
+]
 for _command in _COMMANDS:
     app.command(epilog=EXIT_CODES)(_command)
 app.command(epilog=EXIT_CODES, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(submit)

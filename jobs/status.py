@@ -10,7 +10,9 @@ def status(run: RunFolder, as_json: AsJson = False) -> None:
     import json
     from collections import Counter
 
+    from pipeline.attack_report import in_words, means
     from pipeline.manifest import open_run, read_failures, read_receipts
+    from schemas.run import ATTACK, EXTRACT
 
     store, found = open_run(run)
     receipts = read_receipts(store, found)
@@ -19,6 +21,7 @@ def status(run: RunFolder, as_json: AsJson = False) -> None:
     summary = {
         "run": run,
         "fingerprint": found.fingerprint,
+        "job": found.config.job,
         "model": found.config.model,
         "method": found.config.method,
         "shards": len(found.shards),
@@ -28,12 +31,19 @@ def status(run: RunFolder, as_json: AsJson = False) -> None:
         "data_bytes": sum(receipt.data_bytes for receipt in receipts.values()),
         "failures": {failure.shard: f"{failure.kind}: {failure.reason}" for failure in failures.values()},
     }
+    attacked = means(store, found) if found.config.job == ATTACK else {}
+    if attacked:
+        summary["means"] = attacked
     if as_json:
         typer.echo(json.dumps(summary, indent=1))
     else:
         rows = ", ".join(f"{count:,} {status}" for status, count in statuses.most_common()) or "none"
-        typer.echo(f"{run}: {found.config.method} of {found.config.model}, fingerprint {found.fingerprint}")
+        named = {EXTRACT: found.config.method, ATTACK: f"attack guided by {found.config.method}"}
+        what = named.get(found.config.job, found.config.job)
+        typer.echo(f"{run}: {what} of {found.config.model}, fingerprint {found.fingerprint}")
         typer.echo(f"{len(receipts)} of {len(found.shards)} shards stand, {summary['samples']:,} samples; rows: {rows}")
+        if attacked:
+            typer.echo(in_words(attacked))
         for failure in failures.values():
             typer.echo(f"{failure.shard}: {failure.kind}: {failure.reason}")
     raise typer.Exit(1 if failures else 0)

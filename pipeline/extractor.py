@@ -1,90 +1,58 @@
 """The shard processor: built once for a device, then `shard -> Receipt`, any number of times, two at once.
 
-read -> decode -> explain -> write, each in threads of its own: a reader for each shard in flight, a pool that decodes,
+read -> decode -> work -> write, each in threads of its own: a reader for each shard in flight, a pool that decodes,
 one thread that owns the device (so that a batch's bits do not depend on what else runs), and the caller, who writes.
 """
 
 import contextlib
-import errno
-import os
-import socket
 import time
-from collections import Counter, deque
-from collections.abc import Generator, Iterator
+import zlib
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline import classifiers
 from pipeline.decode import Decoded, decode
-from pipeline.explain import Explained, Explainer, Pending
-from pipeline.manifest import data_name, publish_receipt
-from pipeline.methods import build
+from pipeline.explain import Explained, Pending
+from pipeline.extraction import Extraction, Work
+from pipeline.manifest import data_name
+from pipeline.outlet import Outlet, Spec, Tally
 from pipeline.prefetch import prefetch
-from pipeline.rows import Item, Storage, assemble
+from pipeline.rows import Item
 from pipeline.shards import Sample, read_samples
-from pipeline.store import Store
-from pipeline.writer import ROW_GROUP, Row, ShardWriter, Written, read_rows
-from schemas.errors import DeviceLostError, OutputError, UserError
-from schemas.receipt import PHASES, Receipt
-from schemas.run import UNMARKED, Run, RunConfig, Shard
-from schemas.saliency import MISSING_LABEL, OK, table_schema, with_metadata
+from pipeline.writer import ROW_GROUP, Row, ShardWriter, read_rows
+from schemas.errors import DeviceLostError
+from schemas.receipt import Receipt
+from schemas.run import RunConfig, Shard
+from schemas.saliency import OK
+
+__all__ = ["Processor", "Spec", "device_losses"]
 
 AHEAD = 2  # batches explained before the oldest is written; as many again are being decoded
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-
 
 Running = Future[list[Pending]]
 
 
-@dataclass(frozen=True)
-class Spec:
-    """What a worker needs to build its processor. Travels to other machines."""
-
-    run: Run
-    root: str  # the run's folder
-    scratch: str  # this session's folder for unfinished files
-    device: str
-    decode_threads: int
-
-
-@dataclass
-class Tally:
-    """What one shard's receipt will say."""
-
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    statuses: Counter[str] = field(default_factory=Counter)
-    samples: int = 0
-    started: float = field(default_factory=time.perf_counter)
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        since = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - since
-
-
 class Processor:
-    """Extracts shards with a resident classifier. `process` may run in two threads at once.
+    """Takes shards through a resident classifier. `process` may run in two threads at once.
+
+    Args:
+        spec: of the run.
+        work: what is done with the samples.
 
     Raises:
         UserError: the model, its weights or the method cannot be had here, or the weights are not the driver's.
     """
 
-    def __init__(self, spec: Spec):
-        self.config, self.fingerprint = spec.run.config, spec.run.fingerprint
+    def __init__(self, spec: Spec, work: Callable[[Spec, torch.device], Work] = Extraction):
+        self.config = spec.run.config
         self.images = 0  # samples whose rows were handed to a writer, for progress
-        self._store, self._scratch = Store(spec.root), Path(spec.scratch)
-        if not self._store.local:
-            self._scratch.mkdir(parents=True, exist_ok=True)  # the driver's lies on the driver's machine
+        self._outlet = Outlet(spec)
         self._device = torch.device(spec.device)
         self._chunk = self.config.batch_size
         cv2.setNumThreads(1)  # its pool would fight with ours over small masks
@@ -93,44 +61,7 @@ class Processor:
         self._compute = ThreadPoolExecutor(
             1, "saltern-device", lambda: torch.set_num_threads(self.config.torch_threads)
         )
-        self._explain = self._compute.submit(self._build).result()
-        self._schema, self._storage = self._layout(spec.run)
-
-    def _build(self) -> Explainer:
-        classifier = classifiers.load(self.config.model, self.config.weights, seed=self.config.seed)
-        if classifier.digest != self.config.weights_digest:
-            raise UserError(
-                f"the weights of {self.config.model} on {socket.gethostname()} are not the run's "
-                f"(digest {classifier.digest[:12]}, the run has {self.config.weights_digest[:12]}): "
-                "give the same file everywhere with --weights, or seed your factory"
-            )
-        model = classifier.model.to(self._device)
-        if self.config.precision != "fp32":
-            model = model.to(memory_format=torch.channels_last)
-        method = build(self.config.method, model, layer=next(iter(self.config.layer), None), **self.config.options)
-        return Explainer(method, self.config, self._device)
-
-    def _layout(self, run: Run) -> tuple[pa.Schema, Storage]:
-        """The file's schema: the grid of the maps comes from explaining one grey image."""
-        crop = self.config.crop
-        grey_BHWC = torch.full((1, crop, crop, 3), 127, dtype=torch.uint8)
-        pending = self._compute.submit(self._explain, grey_BHWC, torch.zeros(1, dtype=torch.long)).result()
-        stored = pending.wait()[0].columns.get("map")
-        shape = None if stored is None else (int(stored.shape[1]), int(stored.shape[2]))
-        schema = table_schema(None if stored is None else stored[0].nbytes)
-        config = {key: value for key, value in asdict(run.config).items() if key not in UNMARKED}
-        provenance = {
-            "fingerprint": run.fingerprint,
-            "config": config,
-            "versions": run.versions,
-            "map_dtype": self.config.map_dtype,
-            "map_shape": shape,
-            "map_clip_quantile": self._explain.clip_quantile,
-            "input_shape": [crop, crop],
-            "mask_bit_order": "big",
-        }
-        storage = Storage("", shape, self.config.map_dtype == "uint8", (crop, crop))
-        return with_metadata(schema, provenance), storage
+        self._work = self._compute.submit(work, spec, self._device).result()
 
     def process(self, shard: Shard, redo: bool = False) -> Receipt:
         """Extract one shard: its data file, then its receipt, each whole or not at all.
@@ -147,9 +78,10 @@ class Processor:
         """
         tally = Tally()
         kept = self._ok_rows(shard) if redo else {}
-        with self._writing(tally):
-            writer = ShardWriter(self._scratch, self._schema)
-        with writer, contextlib.closing(self._batches(shard, kept, tally)) as batches:
+        with (
+            self._outlet.open(self._work.schema, tally) as writer,
+            contextlib.closing(self._batches(shard, kept, tally)) as batches,
+        ):
             pending: deque[tuple[list[Item], Running | None]] = deque()
             for batch in batches:
                 pending.append((batch, self._submit(batch)))
@@ -157,13 +89,8 @@ class Processor:
                     self._write(writer, shard, *pending.popleft(), tally)
             while pending:
                 self._write(writer, shard, *pending.popleft(), tally)
-            with self._writing(tally):
-                written = writer.close()
-                self._store.publish(written.path, data_name(shard.name))
-        receipt = self._receipt(shard, written, tally)
-        with self._writing(tally):
-            publish_receipt(self._store, receipt, self._scratch)
-        return receipt
+            written = self._outlet.close(shard, writer, tally)
+        return self._outlet.hand_in(shard, written, tally, min(self._chunk, self.config.batch_size))
 
     def _batches(self, shard: Shard, kept: dict[int, list[Row]], tally: Tally) -> Generator[list[Item], None, None]:
         """Settled items in shard order, `batch_size` decoded ones at a time, so that no batch depends on time."""
@@ -194,39 +121,33 @@ class Processor:
     def _item(self, sample: Sample, kept: dict[int, list[Row]]) -> Item:
         if sample.index in kept:
             return Item(sample, kept=kept[sample.index])
-        problem = sample.problem or self._label_problem(sample)
+        problem = sample.problem or self._work.problem(sample)
         if problem is not None or sample.image is None:
             return Item(sample, problem=problem)
         return Item(sample, self._decoders.submit(_decode, sample.image, self.config))
-
-    def _label_problem(self, sample: Sample) -> tuple[str, str] | None:
-        if self.config.target != "label" or not self._explain.method.needs_target:
-            return None
-        if sample.label is None:
-            return MISSING_LABEL, "the target is the label, and the sample has no `cls` that is a number"
-        if not 0 <= sample.label < self.config.classes:
-            return MISSING_LABEL, f"label {sample.label} lies outside the model's classes 0..{self.config.classes - 1}"
-        return None
 
     def _submit(self, batch: list[Item]) -> Running | None:
         """Start explaining what was decoded, on the device's thread."""
         pixels = [item.decoded.pixels_HWC for item in batch if item.decoded is not None]
         if not pixels:
             return None
-        pixels_BHWC = torch.from_numpy(np.stack(pixels))
-        labels = [item.sample.label for item in batch if item.decoded is not None]
-        label_B = torch.tensor([-1 if label is None else label for label in labels])
+        samples = [item.sample for item in batch if item.decoded is not None]
+        given = [
+            torch.from_numpy(np.stack(pixels)),
+            torch.tensor([-1 if sample.label is None else sample.label for sample in samples]),
+            torch.tensor([zlib.crc32(f"{self.config.seed}/{sample.key}".encode()) for sample in samples]),
+        ]
         if self._device.type == "cuda":
-            pixels_BHWC, label_B = pixels_BHWC.pin_memory(), label_B.pin_memory()
-        return self._compute.submit(self._run, pixels_BHWC, label_B)
+            given = [tensor.pin_memory() for tensor in given]
+        return self._compute.submit(self._run, *given)
 
-    def _run(self, pixels_BHWC: torch.Tensor, label_B: torch.Tensor) -> list[Pending]:
+    def _run(self, *given: torch.Tensor) -> list[Pending]:
         """Where memory runs out, the batch is halved, for good."""
         while True:
             try:
-                parts = zip(torch.split(pixels_BHWC, self._chunk), torch.split(label_B, self._chunk), strict=True)
-                with _losses():
-                    return [self._explain(*part) for part in parts]
+                parts = zip(*(torch.split(tensor, self._chunk) for tensor in given), strict=True)
+                with device_losses():
+                    return [self._work(*part) for part in parts]
             except torch.OutOfMemoryError as error:
                 if self._chunk == 1:
                     raise MemoryError("one image does not fit in the device's memory") from error
@@ -238,51 +159,25 @@ class Processor:
     ) -> None:
         found = None
         if running is not None:
-            with _losses():
+            with device_losses():
                 parts = [pending.wait() for pending in running.result()]
             tally.seconds["compute"] += sum(seconds for _, seconds in parts)
             found = Explained.concatenate([part for part, _ in parts])
-        with self._writing(tally):
-            rows = assemble(batch, found, self._explain.rows_each, replace(self._storage, shard=shard.name))
+        with self._outlet.writing(tally):
+            rows = self._work.rows(shard, batch, found)
             writer.write(rows)
-        tally.samples += len(batch)
-        tally.statuses.update(row[-2] for row in rows)
+        tally.count(len(batch), rows)
         self.images += len(batch)
-
-    @contextlib.contextmanager
-    def _writing(self, tally: Tally) -> Iterator[None]:
-        try:
-            with tally.phase("write"):
-                yield
-        except OSError as error:
-            if error.errno in _FULL:
-                raise OutputError(f"cannot write to {self._store.path}: {os.strerror(error.errno)}") from error
-            raise
 
     def _ok_rows(self, shard: Shard) -> dict[int, list[Row]]:
         """Rows of the standing data file by sample, where all rows of the sample are ok."""
-        raw = self._store.read(data_name(shard.name))
+        raw = self._outlet.store.read(data_name(shard.name))
         rows = {} if raw is None else read_rows(pa.BufferReader(raw))
         return {index: found for index, found in rows.items() if all(row[-2] == OK for row in found)}
 
-    def _receipt(self, shard: Shard, written: Written, tally: Tally) -> Receipt:
-        return Receipt(
-            shard=shard.name,
-            size=shard.size,
-            fingerprint=self.fingerprint,
-            samples=tally.samples,
-            rows=written.rows,
-            statuses=dict(sorted(tally.statuses.items())),
-            digest=written.digest,
-            data_bytes=written.size,
-            seconds={**tally.seconds, "total": time.perf_counter() - tally.started},
-            worker=f"{socket.gethostname()}:{os.getpid()}",
-            batch_size=min(self._chunk, self.config.batch_size),
-        )
-
 
 @contextlib.contextmanager
-def _losses() -> Iterator[None]:
+def device_losses() -> Iterator[None]:
     """A CUDA error leaves the process unusable: said as what it means."""
     try:
         yield

@@ -29,18 +29,24 @@ def load_run(store: Store) -> Run | None:
     return None if raw is None else Run.from_json(raw)
 
 
-def open_run(root: str) -> tuple[Store, Run]:
-    """Raises UserError where the folder holds no run."""
+def open_run(root: str, job: str | None = None) -> tuple[Store, Run]:
+    """Raises UserError where the folder holds no run, or one of another job than the one that is wanted."""
     store = Store(root)
     run = load_run(store)
     if run is None:
         raise UserError(f"{root} holds no run (no run.json); `saltern extract ... --out {root}` makes one")
+    if job is not None and run.config.job != job:
+        raise UserError(
+            f"{root} is a run of {run.config.job}, which holds no saliency dataset: look at its pictures, or open its "
+            "Parquet files with any reader"
+        )
     return store, run
 
 
 def wipe(store: Store) -> None:
     """Remove a run, so that a kill at any moment leaves a run or none: the receipts go first, run.json last."""
-    for name in ("receipts", "failures", "data", "run.json"):
+    made_of_it = ("metrics", "pictures", "pictures.png", "attack.png", "show.html")
+    for name in ("receipts", "failures", *made_of_it, "data", "run.json"):
         store.remove(name)
 
 

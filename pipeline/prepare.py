@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
@@ -16,7 +16,7 @@ from pipeline.explain import parse_target
 from pipeline.methods import Method, build
 from pipeline.shards import list_keys
 from schemas.errors import UserError
-from schemas.run import PINNED, Run, RunConfig, Shard
+from schemas.run import EXTRACT, PINNED, Run, RunConfig, Shard
 
 BATCH_SIZE = {"cpu": 16, "cuda": 128}
 _CHOICES = {
@@ -51,6 +51,8 @@ class Request:
     limit: int | None = None
     batch_size: int | None = None
     torch_threads: int | None = None
+    job: str = EXTRACT
+    job_options: dict[str, Any] = field(default_factory=dict)  # complete
 
 
 def cores() -> int:
@@ -75,13 +77,31 @@ def resolve(request: Request, standing: Run | None, device: str, workers: int) -
     parse_rule(request.discretize)
     shards, hints = expand(request.shards)
     shards = limited(shards, request.limit)
-    pinned = {key: getattr(standing.config, key) for key in PINNED} if standing else {}
-    pinned = {key: getattr(request, key) or pinned.get(key) for key in PINNED}
-    pinned["batch_size"] = pinned["batch_size"] or BATCH_SIZE[device]
+    given = {key: getattr(request, key) for key in PINNED}
+    config, class_names = _config(request, pin(given, standing, device, workers))
+    return new_run(config, shards, class_names), hints
+
+
+def pin(
+    given: Mapping[str, int | None],
+    standing: Run | None,
+    device: str,
+    workers: int,
+    usual: Mapping[str, int] = BATCH_SIZE,
+) -> dict[str, Any]:
+    """Batch size and torch threads: as given, else those of the standing run, else the usual size on such
+    a device, and the threads that this machine has."""
+    there = {key: getattr(standing.config, key) for key in PINNED} if standing else {}
+    pinned = {key: given.get(key) or there.get(key) for key in PINNED}
+    pinned["batch_size"] = pinned["batch_size"] or usual[device]
     pinned["torch_threads"] = pinned["torch_threads"] or _torch_threads(device, workers)
-    config, class_names = _config(request, pinned)
+    return pinned
+
+
+def new_run(config: RunConfig, shards: list[Shard], class_names: list[str] | None) -> Run:
+    """The run with its fingerprint and the versions that it is made with."""
     versions = {name: version(name) for name in ("saltern", "torch", "torchvision", "pyarrow", "pillow", "numpy")}
-    return Run(config, shards, versions, config.fingerprint(), class_names), hints
+    return Run(config, shards, versions, config.fingerprint(), class_names)
 
 
 def _torch_threads(device: str, workers: int) -> int:
@@ -107,8 +127,7 @@ def limited(shards: list[Shard], limit: int | None) -> list[Shard]:
 
 
 def _config(request: Request, pinned: dict[str, Any]) -> tuple[RunConfig, list[str] | None]:
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # where a user's own `package.module:factory` is
+    see_own_modules()
     classifier = classifiers.load(request.model, request.weights, seed=request.seed)
     parse_target(request.target, classifier.classes)
     method = build(request.method, classifier.model, layer=request.layer, **request.options)
@@ -118,7 +137,7 @@ def _config(request: Request, pinned: dict[str, Any]) -> tuple[RunConfig, list[s
     usual = classifier.preprocess
     config = RunConfig(
         model=request.model,
-        weights=_absolute(request.weights),
+        weights=absolute(request.weights),
         weights_digest=classifier.digest,
         classes=classifier.classes,
         method=request.method,
@@ -138,13 +157,21 @@ def _config(request: Request, pinned: dict[str, Any]) -> tuple[RunConfig, list[s
         precision=request.precision,
         seed=request.seed,
         limit=request.limit,
+        job=request.job,
+        job_options=request.job_options,
         **pinned,
     )
     _check(config)
     return config, classifier.class_names
 
 
-def _absolute(weights: str) -> str:
+def see_own_modules() -> None:
+    """Make a user's own `package.module:factory` in the current folder one that can be imported."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
+def absolute(weights: str) -> str:
     """A file is found from any folder; a name stays as it is."""
     return os.path.abspath(weights) if os.path.isfile(weights) else weights
 

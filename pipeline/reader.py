@@ -24,7 +24,7 @@ from pipeline.shards import Sample, read_samples
 from pipeline.store import Store
 from schemas.errors import ShardError
 from schemas.receipt import Receipt
-from schemas.run import Run, Shard
+from schemas.run import EXTRACT, Run, Shard
 from schemas.saliency import read_metadata
 
 _AT_ONCE = 64  # rows decoded at a time: 13 MB of 224 x 224 float32 maps
@@ -133,7 +133,7 @@ def _lines(map_hw: NDArray[np.float32], share: NDArray[np.floating[Any]]) -> NDA
 
 def open_run(path: str) -> "SaliencyRun":
     """The run in a folder or under an object store's URL. Raises UserError where there is none."""
-    store, run = manifest.open_run(path)
+    store, run = manifest.open_run(path, EXTRACT)
     return SaliencyRun(path, store, run, manifest.read_receipts(store, run))
 
 

@@ -1,4 +1,4 @@
-"""One call of `extract`, from the request to the last line: choose the engine, resume, drive, report."""
+"""One call of a job, from the request to the last line: choose the engine, resume, drive, report."""
 
 import contextlib
 import os
@@ -6,14 +6,14 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from pipeline.choose import Engine, choose, make_pool
 from pipeline.engine import Driver, Outcome
-from pipeline.extractor import Processor, Spec
+from pipeline.extractor import Processor
 from pipeline.manifest import (
     begin,
     failure_name,
@@ -24,7 +24,9 @@ from pipeline.manifest import (
     read_receipts,
     wipe,
 )
-from pipeline.pool import LocalPool
+from pipeline.outlet import Spec
+from pipeline.pool import Factory, LocalPool
+from pipeline.pool import Processor as AnyProcessor
 from pipeline.prepare import Request, cores, resolve
 from pipeline.progress import Progress, clock, spent
 from pipeline.shards import list_keys
@@ -79,8 +81,29 @@ class Book:
         publish_failure(self.store, failure, self.scratch)
 
 
+@dataclass(frozen=True)
+class Job:
+    """What differs between one job and another.
+
+    Args:
+        plan: the run that is asked for and hints in words, from the standing run, the device and the workers.
+        processor: what a worker holds.
+        close: called where every shard stands or has failed, with what has been done so far: makes what is for looking
+            at, from the data files alone.
+    """
+
+    plan: Callable[[Run | None, str, int], tuple[Run, list[str]]]
+    processor: Callable[[Spec], AnyProcessor]
+    close: Callable[[Store, Run, Path], None] = lambda store, run, scratch: None
+
+
 def extract_run(request: Request, settings: Settings) -> Exit:
-    """Extract, or go on with, the run that is asked for.
+    """Extract, or go on with, the run that is asked for. Raises UserError as `conduct` does."""
+    return conduct(Job(partial(resolve, request), Processor), settings)
+
+
+def conduct(job: Job, settings: Settings) -> Exit:
+    """Do the job, or go on with it.
 
     Raises:
         UserError: the request cannot be met; nothing was started.
@@ -89,16 +112,18 @@ def extract_run(request: Request, settings: Settings) -> Exit:
     store = Store(root)
     engine = choose(settings.engine, settings.device, settings.address, settings.workers, settings.gpus_per_worker)
     standing = None if settings.overwrite else load_run(store)
-    run, hints = resolve(request, standing, engine.device, engine.workers)
+    run, hints = job.plan(standing, engine.device, engine.workers)
     for line in (*hints, str(engine)):
         print(line, file=sys.stderr)
     if settings.overwrite:
         _wipe(store, settings.out)
     with session(store) as scratch, _sigterm_as_interrupt():
         run = begin(store, run, scratch)
-        return _drive(
-            store, run, Spec(run, root, str(scratch), engine.device, _threads(settings, engine)), settings, engine
-        )
+        spec = Spec(run, root, str(scratch), engine.device, _threads(settings, engine))
+        ended = _drive(store, spec, partial(job.processor, spec), settings, engine)
+        if ended.code in (0, 1):
+            job.close(store, run, scratch)
+        return ended
 
 
 def _threads(settings: Settings, engine: Engine) -> int:
@@ -125,7 +150,8 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _drive(store: Store, run: Run, spec: Spec, settings: Settings, engine: Engine) -> Exit:
+def _drive(store: Store, spec: Spec, factory: Factory, settings: Settings, engine: Engine) -> Exit:
+    run = spec.run
     receipts = read_receipts(store, run)
     book = Book(store, run, Path(spec.scratch), set(read_failures(store, receipts)))
     redo = {name for name, receipt in receipts.items() if settings.retry_failed and receipt.failed}
@@ -135,7 +161,7 @@ def _drive(store: Store, run: Run, spec: Spec, settings: Settings, engine: Engin
     if not pending:
         print(f"nothing to do: {spec.root} is whole")
         return Exit(0)
-    pool = make_pool(engine, partial(Processor, spec), spec.decode_threads, run.config.torch_threads)
+    pool = make_pool(engine, factory, spec.decode_threads, run.config.torch_threads)
     started = time.monotonic()
     with Progress(standing, len(run.shards), _expected(pending, receipts)) as progress:
         driver = Driver(

@@ -12,7 +12,7 @@ from pipeline.shards import list_keys
 from pipeline.store import SCRATCH, Store
 from schemas.errors import ShardError
 from schemas.receipt import Receipt
-from schemas.run import Run, Shard
+from schemas.run import CLASSES, VISUALIZE, Run, Shard
 from schemas.saliency import read_metadata
 
 
@@ -50,15 +50,17 @@ def verify(store: Store, run: Run) -> Verdict:
             continue
         verdict.samples += receipt.samples
         verdict.rows += receipt.rows
-        keys = _keys(shard)
+        keys = _keys(run, shard)
         verdict.recounted += keys is not None
         verdict.findings += [Finding(shard.name, reason) for reason in _check(store, run, shard, receipt, keys)]
     verdict.findings += _strangers(store, run)
     return verdict
 
 
-def _keys(shard: Shard) -> list[str] | None:
-    """The keys of the tar where it can be had at little cost; None where not."""
+def _keys(run: Run, shard: Shard) -> list[str] | None:
+    """The keys of the tar, or the classes, where they can be had at little cost; None where not."""
+    if run.config.job == VISUALIZE:
+        return shard.url.removeprefix(CLASSES).split(",")
     if "://" in shard.url:
         return None
     try:

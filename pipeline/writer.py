@@ -33,7 +33,8 @@ class ShardWriter:
         self._schema = schema
         self._rows: list[Row] = []
         self._count = 0
-        plain = ("map", "mask")  # every value differs: a dictionary would only cost
+        # Every map, mask and picture differs: a dictionary would only cost.
+        plain = [field.name for field in schema if _is_bytes(field.type)]
         self._file = pq.ParquetWriter(
             self._path,
             schema,
@@ -88,3 +89,7 @@ def read_rows(path: Path | pa.BufferReader) -> dict[int, list[Row]]:
     for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
         rows.setdefault(row[2], []).append(row)
     return rows
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_fixed_size_binary(kind))

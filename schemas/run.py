@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from schemas.errors import UserError
@@ -14,11 +14,13 @@ SCHEMA_VERSION = 1  # of all that stands in a run's folder
 PINNED = ("batch_size", "torch_threads")
 # Where a thing comes from, not what it is: weights are known by their digest.
 UNMARKED = ("weights", *PINNED)
+EXTRACT, ATTACK, VISUALIZE = JOBS = ("extract", "attack", "visualize-class")
+CLASSES = "classes://"  # begins the url of a shard that is a batch of classes
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One wanted input tar."""
+    """One wanted input tar; for visualize-class a batch of classes, `classes://243,281`, whose size is their number."""
 
     name: str  # path relative to the common root, without .tar; names the output files
     url: str  # path or object-store URL
@@ -53,30 +55,46 @@ class RunConfig:
     limit: int | None  # samples of the whole run
     batch_size: int
     torch_threads: int  # of each worker
+    job: str = EXTRACT  # one of JOBS; what a job does not use stands empty above
+    job_options: dict[str, Any] = field(default_factory=dict)  # of the job itself; extract has none
 
     def fingerprint(self) -> str:
         """16 hex digits over all that changes results and nothing else."""
-        marked = {key: value for key, value in asdict(self).items() if key not in UNMARKED}
+        marked = self.marked()
         raw = json.dumps({"schema_version": SCHEMA_VERSION, **marked}, sort_keys=True)
         return hashlib.sha256(raw.encode()).hexdigest()[:16]
 
+    def marked(self) -> dict[str, Any]:
+        """What the fingerprint is over. The job is left out of an extraction, so that older runs keep theirs."""
+        left_out = (*UNMARKED, *(("job", "job_options") if self.job == EXTRACT else ()))
+        return {key: value for key, value in asdict(self).items() if key not in left_out}
+
     def differences(self, other: "RunConfig") -> list[str]:
         """One line a differing key, `key: mine here, other there`; where weights come from does not count."""
-        mine, theirs = asdict(self), asdict(other)
+        mine, theirs = self._flat(), other._flat()
         return [
-            f"{key}: {mine[key]!r} there, {theirs[key]!r} asked for"
-            for key in mine
-            if key != "weights" and mine[key] != theirs[key]
+            f"{key}: {mine.get(key)!r} there, {theirs.get(key)!r} asked for"
+            for key in {**mine, **theirs}
+            if key != "weights" and mine.get(key) != theirs.get(key)
         ]
+
+    def _flat(self) -> dict[str, Any]:
+        """All keys, those of the job beside the others."""
+        flat = asdict(self)
+        of_job = flat.pop("job_options")
+        return {**flat, **of_job}
 
     @classmethod
     def from_dict(cls, made: Mapping[str, Any]) -> "RunConfig":
         """Raises UserError on an unknown or missing key."""
-        known = [field.name for field in fields(cls)]
+        known = [item.name for item in fields(cls)]
         check_keys(made, known, "the run's config")
-        missing = [key for key in known if key not in made]
+        needed = [item.name for item in fields(cls) if item.default is MISSING and item.default_factory is MISSING]
+        missing = [key for key in needed if key not in made]
         if missing:
             raise UserError(f"the run's config lacks {', '.join(missing)}")
+        if made.get("job", EXTRACT) not in JOBS:
+            raise UserError(f"the run's job {made['job']!r} is none of {', '.join(JOBS)}")
         return cls(**made)
 
 

@@ -213,6 +213,22 @@ def test_maps_are_stored_as_asked(tmp_path: Path, dtype: str, size: str) -> None
         assert row["mask"] == exact["mask"]  # made before the map was rounded
 
 
+def test_noise_follows_the_seed_and_the_key_not_the_batch(tmp_path: Path) -> None:
+    write_shards(tmp_path / "in", 2, 5)
+    weights = str(tmp_path / "tiny.pth")
+    torch.save(load("making:tiny").model.state_dict(), weights)  # else they follow the seed, too
+    smooth: dict[str, Any] = {"method": "smoothgrad", "layer": None, "map_dtype": "float32", "weights": weights}
+    for name, wishes in (("four", {}), ("three", {"batch_size": 3}), ("other", {"seed": 1})):
+        assert extract(tmp_path / "in", tmp_path / name, **smooth, options={"samples": 3}, **wishes) == 0
+    four, three, other = (
+        np.stack([np.frombuffer(row["map"], np.float32) for row in rows(tmp_path / name)])
+        for name in ("four", "three", "other")
+    )
+    scale = np.abs(four).max()
+    np.testing.assert_allclose(three, four, rtol=1e-4, atol=1e-5 * scale)
+    assert (np.abs(other - four).max(1) > 1e-2 * scale).all()
+
+
 def test_no_map_stores_masks_alone(tmp_path: Path) -> None:
     write_shards(tmp_path / "in", 1, 5)
     assert extract(tmp_path / "in", tmp_path / "run", save_map=False) == 0

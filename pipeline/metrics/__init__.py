@@ -1,0 +1,1 @@
+"""Numbers on a run's maps, masks and boxes."""

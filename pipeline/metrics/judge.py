@@ -1,0 +1,102 @@
+"""One sample of a run against its true boxes: the row of numbers that becomes part of the means."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.metrics.annotations import Annotation, read_annotation
+from pipeline.metrics.localization import Box, box_f1, centre_box, is_hit, lay, map_f1, unit, whole_image
+from pipeline.reader import Row
+from pipeline.shards import Sample
+from schemas.saliency import OK, ZERO_MAP
+
+COLUMNS = ("le", "om", "f1", "f1_mask")
+FOUND, CENTRE, WHOLE = SUBJECTS = ("found", "centre", "whole")  # the run's, and the two baselines
+SCALED, AS_IS, NO_MAPS = MAPS = ("scaled", "as-is", "none")  # from least value to largest; masks already; not stored
+
+# One row for each sample with boxes.
+SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("index", pa.int32(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),  # the run's
+        # le and om are 0 or 1, f1 in [0, 1]; om is null without a label, found_f1 without stored maps
+        *(pa.field(f"{subject}_{column}", pa.float32()) for subject in SUBJECTS for column in COLUMNS),
+    ]
+)
+
+
+@dataclass
+class Judged:
+    """What came of one shard."""
+
+    maps: str = SCALED  # what F1 is of: one of MAPS
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of SCHEMA
+    without_boxes: int = 0
+    bad: dict[str, str] = field(default_factory=dict)  # shard and key -> what is wrong with its annotation
+    failed: dict[str, str] = field(default_factory=dict)  # shard and key -> status and reason of the run's row
+    other_size: int = 0  # samples annotated at another size than the image has
+    several: bool = False  # targets a sample
+
+    def add(self, sample: Sample, rows: list[Row]) -> None:
+        """Judge a sample by the first of its rows."""
+        row, place = rows[0], f"{rows[0].shard}: {sample.key}"
+        self.several = self.several or len(rows) > 1
+        try:
+            truth = read_annotation(sample)
+        except ValueError as error:
+            self.bad[place] = str(error)
+            return
+        if truth is None:
+            self.without_boxes += 1
+            return
+        if row.status not in (OK, ZERO_MAP):
+            self.failed[place] = f"{row.status}: {row.error}"
+        size = _size(row)
+        self.other_size += None not in (size, truth.size) and size != truth.size
+        self.rows.append(_judge(row, truth, self.maps))
+
+
+def _size(row: Row) -> tuple[int, int] | None:
+    """Height and width of the image; None where it could not be read."""
+    return None if row.image_height is None or row.image_width is None else (row.image_height, row.image_width)
+
+
+def _judge(row: Row, truth: Annotation, maps: str) -> dict[str, Any]:
+    boxes = [(x0, y0, x1, y1) for x0, y0, x1, y1 in row.boxes or ()]
+    scores = {FOUND: _scores(row, truth, boxes, _map_f1(row, truth, maps), _mask_f1(row, truth))}
+    for subject, baseline in ((CENTRE, centre_box), (WHOLE, whole_image)):
+        size = _size(row) or truth.size
+        box = baseline(*size) if size else None  # an image that nobody could read: a miss for all
+        f1 = box_f1(box, truth.boxes) if box else 0.0
+        scores[subject] = _scores(row, truth, [box] if box else [], f1, f1)
+    named = {f"{subject}_{name}": value for subject, of in scores.items() for name, value in of.items()}
+    return {"key": row.key, "shard": row.shard, "index": row.index, "status": row.status, **named}
+
+
+def _scores(row: Row, truth: Annotation, boxes: list[Box], f1: float | None, f1_mask: float) -> dict[str, float | None]:
+    hit = is_hit(boxes, truth.boxes)
+    # Without a given class nobody can say whether the top-1 is right.
+    om = None if row.label is None else float(not (hit and row.predicted == row.label))
+    return {"le": float(not hit), "om": om, "f1": f1, "f1_mask": f1_mask}
+
+
+def _map_f1(row: Row, truth: Annotation, maps: str) -> float | None:
+    """None where the run stores no maps."""
+    if maps == NO_MAPS:
+        return None
+    size = _size(row)
+    if row.map_bytes is None or row.geometry is None or size is None:
+        return 0.0
+    map_hw = row.map().clip(0, 1) if maps == AS_IS else unit(row.map())
+    return map_f1(lay(map_hw, row.layout.input_shape, row.geometry, *size, smooth=True), truth.boxes)
+
+
+def _mask_f1(row: Row, truth: Annotation) -> float:
+    size = _size(row)
+    if row.mask_bytes is None or row.geometry is None or size is None:
+        return 0.0
+    mask_HW = row.mask().astype(float)
+    return map_f1(lay(mask_HW, row.layout.input_shape, row.geometry, *size, smooth=False), truth.boxes)
