@@ -1,0 +1,94 @@
+"""Lambda under control, on toy responses of the masks' area."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from pipeline.casm.control import Lambda
+
+CPU = torch.device("cpu")
+
+
+def lagging(slope, steps, delay=0):
+    """The mask follows lambda after some steps, as if trained to an equilibrium at each."""
+    z, queue = 0.0, [0.0] * delay
+
+    def respond(off):
+        nonlocal z
+        queue.append(off)
+        z += (-slope * queue.pop(0) - z) / steps
+        return z
+
+    return respond
+
+
+def drifting(speed):
+    """The mask moves on for as long as lambda is off, at a bounded speed and with momentum, as under Adam."""
+    z, v = 1.0, 0.0
+
+    def respond(off):
+        nonlocal z, v
+        v += (-math.tanh(3 * off) - v) / 10
+        z = max(-6.0, min(6.0, z + speed * v))
+        return z
+
+    return respond
+
+
+RESPONSES = {
+    "quick": lambda: lagging(2.76, 5),
+    "measured": lambda: lagging(2.76, 20),  # EfficientNet-Lite0: 2.5 gives 0.8 and 12 gives 0.05
+    "slow": lambda: lagging(2.76, 100),
+    "flat": lambda: lagging(1, 20),
+    "steep": lambda: lagging(6, 50),
+    "late": lambda: lagging(2.76, 20, delay=20),
+    "adam-slow": lambda: drifting(0.02),
+    "adam": lambda: drifting(0.1),
+    "adam-fast": lambda: drifting(0.2),
+}
+
+
+def run(respond, start, target, steps=1500):
+    draw = random.Random(0)
+    lam = Lambda(start, target, CPU)
+    areas, trail = [], []
+    for _ in range(steps):
+        z = respond(math.log(float(lam.value) / 6))
+        area = min(max(1 / (1 + math.exp(-z)) + draw.gauss(0, 0.03), 0), 1)
+        lam.observe(torch.tensor(area))
+        areas.append(area)
+        trail.append(float(lam.value))
+    return areas, trail
+
+
+@pytest.mark.parametrize("start", [1.2, 30.0])
+@pytest.mark.parametrize("name", RESPONSES)
+def test_settles_and_stays(name, start):
+    areas, trail = run(RESPONSES[name](), start, 0.5)
+    blocks = [sum(areas[i : i + 10]) / 10 for i in range(0, 1500, 10)]
+    assert all(abs(block - 0.5) < 0.1 for block in blocks[75:])  # settled after 750 steps, mostly far sooner
+    assert abs(sum(areas[1000:]) / 500 - 0.5) < 0.02
+    assert max(trail[1000:]) / min(trail[1000:]) < 2
+
+
+def test_other_targets():
+    areas, _ = run(RESPONSES["measured"](), 6.0, 0.3)
+    assert abs(sum(areas[1000:]) / 500 - 0.3) < 0.02
+
+
+def test_comes_back_from_a_collapse():
+    lam = Lambda(10.0, 0.5, CPU)
+    for _ in range(5000):
+        lam.observe(torch.tensor(0.0))
+    assert float(lam.value) >= 10 / 1000 / math.e - 1e-9
+    for _ in range(400):
+        lam.observe(torch.tensor(0.9))
+    assert float(lam.value) > 0.1
+
+
+def test_fixed_stays():
+    lam = Lambda(2.5, None, CPU)
+    lam.observe(torch.tensor(0.9))
+    assert float(lam.value) == 2.5
