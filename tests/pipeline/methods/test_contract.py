@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from references import agree
 from torch import nn
 
@@ -411,3 +412,15 @@ def test_options_of_all_types_come_from_text(tmp_path: Path, monkeypatch, tiny, 
         with pytest.raises(UserError):
             build(spec, tiny, **wrong)
     sys.modules.pop("own_method")
+
+
+@pytest.mark.parametrize("name", ["cam", "grad-cam", "guided-backprop", "relevance-cam", "ablation-cam"])
+def test_heads_that_serve_training_alone_do_not_matter(name, network, images):
+    plain, x = network("googlenet"), images(1, 96)
+    with_heads = torchvision.models.GoogLeNet(aux_logits=True, init_weights=False).train()
+    with_heads.load_state_dict(plain.state_dict(), strict=False)
+    target = plain(x).argmax(1)
+    with build(name, plain) as expected, build(name, with_heads) as found:
+        agree(found(x, target), expected(x, target), "without auxiliary heads", name, rtol=1e-6)
+    assert with_heads.training
+    assert isinstance(with_heads(torch.cat([x, x])), tuple)  # in training it has three
