@@ -62,7 +62,7 @@ def methods(
     only: Annotated[list[str] | None, typer.Option(help="Only this method; repeatable.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Of each side; figures are of the medians.")] = 5,
 ) -> None:
-    """Every method against its forwards and backwards, its peers, and in bf16. About half an hour on two cores."""
+    """Every method against its forwards and backwards, its peers, and in bf16. About twenty minutes on two cores."""
     import json
 
     from pipeline.bench.figures import describe_machine
