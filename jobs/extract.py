@@ -24,6 +24,9 @@ def extract(
     option: Annotated[
         list[str] | None, typer.Option("--option", "-O", metavar="KEY=VALUE", help="Of the method.")
     ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Of `saltern train-casm`, for --method casm.")
+    ] = None,
     target: Annotated[str, typer.Option(help="Class to explain: label, top1, top:N or class:ID.")] = "label",
     discretize: Annotated[str, typer.Option(help="Rule that makes masks: mean:1, otsu, quantile:.9, ...")] = "mean:1",
     map_size: Annotated[str, typer.Option(help="native (the method's grid) or input (upsampled).")] = "native",
@@ -65,7 +68,7 @@ def extract(
         method=method,
         weights=weights,
         layer=layer,
-        options=parse_options(option or []),
+        options=parse_options(option or []) | ({} if checkpoint is None else {"checkpoint": checkpoint}),
         target=target,
         discretize=discretize,
         map_size=map_size,

@@ -17,6 +17,7 @@ from jobs.plan import plan
 from jobs.show import show
 from jobs.status import status
 from jobs.submit import submit
+from jobs.train_casm import train_casm
 from jobs.verify import verify
 from jobs.visualize_class import visualize_class
 from pipeline.allocator import keep_memory
@@ -42,6 +43,7 @@ _COMMANDS: list[Callable[..., Any]] = [
     extract,
     attack,
     visualize_class,
+    train_casm,
     status,
     verify,
     show,

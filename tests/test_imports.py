@@ -61,7 +61,9 @@ def test_jobs_import_nothing_heavy_at_the_top() -> None:
 
 
 def test_methods_and_classifiers_run_without_ray() -> None:
-    code = "import sys; sys.modules['ray'] = None; import pipeline.classifiers, pipeline.bench.methods, pipeline.extractor"
+    code = (
+        "import sys; sys.modules['ray'] = None; import pipeline.classifiers, pipeline.bench.methods, pipeline.extractor"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

@@ -10,6 +10,7 @@ from pipeline.methods import (  # noqa: F401  (they register themselves)
     cam,
     cam_scores,
     cameras,
+    casm,
     gradient,
     occlusion,
     paths,

@@ -35,6 +35,7 @@ def test_help_says_the_exit_codes() -> None:
         "extract",
         "attack",
         "visualize-class",
+        "train-casm",
         "evaluate",
         "status",
         "verify",

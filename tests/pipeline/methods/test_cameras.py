@@ -80,13 +80,14 @@ def test_against_one_image_at_a_time_with_the_class_given(name, layer, network, 
     model, x = copy.deepcopy(network(name)).double(), images(3, 64).double()
     with torch.no_grad():
         target = model(x).argsort(1, descending=True)[torch.arange(3), torch.arange(3)]  # first, second, third choice
-    with build("cameras", model, layer=layer, sizes=SIZES) as method:
-        found = method(x, target)
-    assert found.shape == (3, 64, 64)
-    count = 3 if name == "resnet18" else 1
-    for row, image, chosen in list(zip(found, x, target.tolist(), strict=True))[:count]:
-        expected, counted = one_image(model, layer, image, chosen, SIZES)
-        assert counted == list(SIZES)
+    sizes = SIZES[: 2 if name == "vgg16_bn" else 3]  # it is the slow one
+    with build("cameras", model, layer=layer, sizes=sizes) as method:
+        found = method(x[:2], target[:2])
+    assert found.shape == (2, 64, 64)
+    count = 2 if name == "resnet18" else 1
+    for row, image, chosen in list(zip(found, x, target.tolist(), strict=False))[:count]:
+        expected, counted = one_image(model, layer, image, chosen, sizes)
+        assert counted == list(sizes)
         agree(row[None], expected[None], "CAMERAS one image in float64", f"{name} {layer}")
 
 
@@ -228,10 +229,10 @@ def test_peak_memory_at_2048_channels(images):
     net = nn.Sequential(
         nn.Conv2d(3, 2048, 32, 32), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 5)
     )
-    x = torch.cat(4 * [images(1, 224)])
+    x = torch.cat(2 * [images(1, 224)])
     with build("cameras", net.eval(), layer="1", chunk=1) as method:
-        one, four = (peak_bytes(lambda n=n: method(x[:n], torch.zeros(n, dtype=torch.long))) for n in (1, 4))
+        one, two = (peak_bytes(lambda n=n: method(x[:n], torch.zeros(n, dtype=torch.long))) for n in (1, 2))
     both = 2 * 2048 * 224 * 224 * 4  # bytes of the upsampled A and G of one image
     assert one < 0.5 * both
-    assert four - one < 3 * 0.25 * both
-    assert four > 4 * 2 * 2048 * 3000 * 4  # it does measure: the cells alone take this
+    assert two - one < 0.25 * both
+    assert two > 2 * 2 * 2048 * 3000 * 4  # it does measure: the cells alone take this

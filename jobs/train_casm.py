@@ -1,0 +1,129 @@
+"""saltern train-casm: a mask network that answers to no single classifier."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from jobs import driving
+from jobs.options import Shards, read_config
+from schemas.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.casm.settings import Settings
+
+
+def train_casm(
+    shards: Shards,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for checkpoints, pool and log.", show_default=False)],
+    model: Annotated[
+        str, typer.Option(help="torchvision name, efficientnet_lite0|1|2, timm:NAME or package.module:factory.")
+    ],
+    weights: Annotated[
+        str, typer.Option(help="DEFAULT, none (random from --seed), a weights name, or a file.")
+    ] = "DEFAULT",
+    thinning: Annotated[str, typer.Option(help="Which classifiers judge: F, L, FL, L1000 or L100.")] = "L100",
+    pool_size: Annotated[int, typer.Option(min=1, help="Past classifiers kept at most.")] = 30,
+    pool_half: Annotated[bool, typer.Option("--pool-half", help="Keep their weights in 16 bits.")] = False,
+    score: Annotated[str, typer.Option(help="entropy or classification.")] = "entropy",
+    lam: Annotated[
+        str | None,
+        typer.Option("--lambda", help="Weight of the penalty on size, or auto; default: resnet50's, else auto."),
+    ] = None,
+    mask_area: Annotated[float, typer.Option(help="Mean mask that --lambda auto steers to.")] = 0.5,
+    epochs: Annotated[int, typer.Option(min=1, help="Learning rates fall to a tenth after each third.")] = 60,
+    steps_per_epoch: Annotated[int | None, typer.Option(min=1, help="Default: a fifth of the data.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images.")] = 128,
+    side: Annotated[int | None, typer.Option(min=1, help="Of the network's input; default: the weights'.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(metavar="FILE|A,B,...", help="Numbers of the classes to train on; default: all.")
+    ] = None,
+    share_encoder: Annotated[
+        bool, typer.Option("--share-encoder/--no-share-encoder", help="Masks from the classifier's own trunk.")
+    ] = True,
+    classifier_loss: Annotated[
+        str, typer.Option(help="sequential (clean, then masked) or sum (eq. 8).")
+    ] = "sequential",
+    batch_norm: Annotated[str, typer.Option(help="train, or eval: running statistics everywhere.")] = "train",
+    tv: Annotated[float, typer.Option(min=0, help="Weight of the masks' total variation.")] = 0.0,
+    lr_classifier: Annotated[float, typer.Option(min=0, help="Of SGD.")] = 1e-3,
+    lr_mask: Annotated[float, typer.Option(min=0, help="Of Adam.")] = 1e-3,
+    weight_decay: Annotated[float, typer.Option(min=0, help="Of both.")] = 1e-4,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16 (autocast).")] = "fp32",
+    checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps; default: an epoch.")] = None,
+    decode_threads: Annotated[int | None, typer.Option(min=1, help="Default: one a core, at most 16.")] = None,
+    device: driving.Device = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in DIR.")] = False,
+    config: Annotated[
+        Path | None, typer.Option(callback=read_config, is_eager=True, help="TOML file with the same keys.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
+) -> None:
+    """Train a mask network on a classifier's trunk (CASM). `saltern extract --method casm --checkpoint DIR` uses it.
+    Stopped at any moment, the same command with --resume ends with the same weights, bit for bit.
+    """
+    from pipeline.casm.settings import usual_lambda
+    from pipeline.casm.train import Request, train
+
+    settings = _settings(
+        thinning,
+        lam=usual_lambda(model) if lam is None else _lambda(lam),
+        score=score,
+        mask_area=mask_area,
+        pool_size=pool_size,
+        pool_half=pool_half,
+        classifier_loss=classifier_loss,
+        share_encoder=share_encoder,
+        tv=tv,
+        batch_norm=batch_norm,
+        precision=precision,
+        lr_classifier=lr_classifier,
+        lr_mask=lr_mask,
+        weight_decay=weight_decay,
+        seed=seed,
+    )
+    made = train(
+        Request(
+            shards=shards,
+            out=str(out),
+            model=model,
+            settings=settings,
+            weights=weights,
+            classes=None if classes is None else _classes(classes),
+            epochs=epochs,
+            steps_per_epoch=steps_per_epoch,
+            batch_size=batch_size,
+            side=side,
+            checkpoint_every=checkpoint_every,
+            decode_threads=decode_threads,
+            device=device,
+            resume=resume,
+        )
+    )
+    typer.echo(f"{made} stands; saltern extract ... --model {model} --method casm --checkpoint {out}")
+
+
+def _settings(thinning: str, **given: Any) -> "Settings":
+    from pipeline.casm.settings import Settings
+    from pipeline.casm.thinning import thinning_named
+
+    return Settings(thinning=thinning_named(thinning), **given)
+
+
+def _lambda(text: str) -> float | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"--lambda {text!r} is neither a number nor auto") from None
+
+
+def _classes(text: str) -> list[int]:
+    """`A,B,...`, or a file with numbers, apart by commas, spaces or lines."""
+    try:
+        words = Path(text).read_text() if Path(text).is_file() else text
+        return [int(word) for word in re.split(r"[\s,]+", words.strip())]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--classes {text!r} is no list of numbers, nor a file of them: {error}") from None

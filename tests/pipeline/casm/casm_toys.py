@@ -1,0 +1,86 @@
+"""A small training: shards whose labels the classifier mostly knows, and a request; as a script, one to be killed."""
+
+import sys
+from pathlib import Path
+
+import torch
+from making import picture, write_tar
+from torch import Tensor, nn
+
+from pipeline.casm.settings import Settings
+from pipeline.casm.thinning import Thinning
+from pipeline.casm.train import Request
+from pipeline.decode import decode
+
+OFTEN = Thinning("T", True, 0.6, 2, 3.0, 9)  # snapshots every other step: a small pool is soon full
+SIDE = 64
+
+
+class Small(nn.Module):
+    """Stages at strides 4 to 32, six classes, dropout."""
+
+    image_size = SIDE
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 5, 2, 2), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2))
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, width, 3, step, 1), nn.BatchNorm2d(width), nn.ReLU())
+            for step in (1, 2, 2, 2)
+        )
+        self.dropout = nn.Dropout(0.1)
+        self.fc = nn.Linear(width, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        logits: Tensor = self.fc(self.dropout(x.mean((2, 3))))
+        return logits
+
+
+def _made(width: int) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(width)
+        net = Small(width)
+        nn.init.normal_(net.fc.weight, 0, 3)
+    return net.eval()
+
+
+def small() -> nn.Module:
+    return _made(6)
+
+
+def other() -> nn.Module:
+    """The same kind, of another width."""
+    return _made(8)
+
+
+def write_shards(folder: Path, count: int = 3, each: int = 8) -> Path:
+    """Every third label is drawn, so that each class is there; the others are what `small` takes the images for."""
+    net = small()
+    with torch.no_grad():
+        for shard in range(count):
+            samples = []
+            for number in range(shard * each, (shard + 1) * each):
+                image = picture(number, 72, 72)
+                pixels = decode(image, resize=SIDE, crop=SIDE, squash=False, interpolation="bilinear").pixels_HWC
+                x = (torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255 - 0.45) / 0.225
+                label = number // 3 % 6 if number % 3 == 0 else int(net(x).argmax())
+                samples.append((f"k{number:03}", {"jpg": image, "cls": str(label)}))
+            write_tar(folder / f"{shard}.tar", samples)
+    return folder
+
+
+def request(shards: Path, out: Path, **changed: object) -> Request:
+    settings = changed.pop("settings", Settings(thinning=OFTEN, lam="auto", pool_size=3, lr_classifier=0.01, seed=5))
+    usual = {"epochs": 3, "steps_per_epoch": 6, "batch_size": 4, "side": SIDE, "checkpoint_every": 4}
+    given = {**usual, "device": "cpu", "decode_threads": 2, **changed}
+    return Request([str(shards)], str(out), "casm_toys:small", settings, **given)
+
+
+if __name__ == "__main__":
+    from pipeline.casm.train import train
+
+    torch.set_num_threads(1)
+    train(request(Path(sys.argv[1]), Path(sys.argv[2]), epochs=int(sys.argv[3])))
