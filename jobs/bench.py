@@ -74,11 +74,13 @@ def methods(
         find(name)
     machine = describe_machine()
     bench = Bench(model, pick_device(device), batch_size, rounds, tuple(only or ()))
-    entries = measure(bench, lambda line: typer.echo(line, err=True))
     where = f"{machine['gpu'] or machine['cpu']}, torch {machine['versions']['torch']}, {machine['date']}"
-    table = f"{where}; {model}, batch {batch_size}, float32, 224 x 224\n\n{as_table(entries)}"
     out.mkdir(parents=True, exist_ok=True)
-    (out / "methods.json").write_text(json.dumps({"machine": machine, "cases": entries}, indent=1))
-    (out / "methods.md").write_text(table)
+    entries, table = [], ""
+    for entry in measure(bench, lambda line: typer.echo(line, err=True)):
+        entries.append(entry)  # written at once: a bench that is stopped keeps what it has
+        table = f"{where}; {model}, batch {batch_size}, float32, 224 x 224\n\n{as_table(entries)}"
+        (out / "methods.json").write_text(json.dumps({"machine": machine, "cases": entries}, indent=1))
+        (out / "methods.md").write_text(table)
     typer.echo(table)
     typer.echo(f"{out}/methods.json and .md hold the same, with every round", err=True)

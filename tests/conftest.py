@@ -2,9 +2,11 @@
 
 import os
 import secrets
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,38 @@ import pytest
 os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_USAGE_STATS_ENABLED="0")
 for _name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
     os.environ.pop(_name, None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under `-n`: the tests of a file share a process, and so do all that share the one cluster."""
+    for item in items:
+        group = "cluster" if "ray_address" in getattr(item, "fixturenames", ()) else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+DEVIATIONS: dict[tuple[str, str], float] = {}
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """How far maps were from their references; under `-n` the tests' processes send it to the one that reports."""
+    seen: dict[tuple[str, str], float] = getattr(sys.modules.get("references"), "SEEN", {})
+    DEVIATIONS.update(seen)
+    output = getattr(session.config, "workeroutput", {})
+    output["deviations"] = [[*names, value] for names, value in seen.items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for reference, model, value in getattr(node, "workeroutput", {}).get("deviations", ()):
+        DEVIATIONS[reference, model] = max(DEVIATIONS.get((reference, model), 0.0), value)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Every method's largest deviation from each reference, as a share of the map's largest value."""
+    if DEVIATIONS:
+        terminalreporter.section("largest deviations from references")
+        for (reference, model), deviation in sorted(DEVIATIONS.items()):
+            terminalreporter.write_line(f"{deviation:.1e}  {reference}  {model}")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ Needs no ray and reads no shard. Shape suffixes: B batch, C H W the network's in
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -144,8 +144,8 @@ CASES = [
     Case("integrated-gradients", _expanded("steps"), "9 forwards, 8 backwards", 1.10, options={"steps": 8}, batch=8),
     Case("smoothgrad", _expanded("samples"), "9 forwards, 8 backwards", 1.10, options={"samples": 8}, batch=8),
     Case("occlusion", _occluded, "37 forwards", 1.05, options={"window": 64, "stride": 32}, batch=4),
-    Case("score-cam", _scored, "513 forwards", 1.10, model="resnet18", batch=1),
-    Case("ablation-cam", _forward, "a forward", None, model="resnet18", batch=1),
+    Case("score-cam", _scored, "65 forwards", 1.10, model="resnet18", layer="layer1", batch=2),
+    Case("ablation-cam", _forward, "a forward", None, model="resnet18", layer="layer2", batch=2),
     Case("relevance-cam", lambda work: work.to_layer(2), "a forward, 2 backwards to layer2", 1.5, layer="layer2"),
     Case("lrp", lambda work: work.to_input(2), "a forward, 2 backwards", None),
     Case("cameras", _every_size, "8 forwards and backwards to layer4", 1.2, batch=2),
@@ -163,15 +163,13 @@ class Bench:
     only: Sequence[str] = ()  # methods; empty = all
 
 
-def measure(bench: Bench, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def measure(bench: Bench, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """One entry a case: medians in ms an image, ratios, peak memory in MB an image, and every round."""
-    found = []
     for case in CASES:
         if not bench.only or case.method in bench.only:
             say(f"{case.method} {case.layer or ''}")
-            found.append(_measure(case, bench))
+            yield _measure(case, bench)
             gc.collect()
-    return found
 
 
 def _measure(case: Case, bench: Bench) -> dict[str, Any]:
@@ -292,7 +290,7 @@ def as_table(entries: Sequence[dict[str, Any]]) -> str:
     for entry in entries:
         where = ", ".join(filter(None, (entry["layer"], entry["model"] if entry["model"] != "resnet50" else None)))
         name = f"{entry['method']} ({where})" if where else entry["method"]
-        peers = ", ".join(f"{peer} {value:.1f} x" for peer, value in entry["peers_over_ours"].items()) or "-"
+        peers = ", ".join(f"{peer} {value:.2f} x" for peer, value in entry["peers_over_ours"].items()) or "-"
         memory = entry["peak_mb"]
         others = ", ".join(f"{value:.0f}" for name, value in memory.items() if name not in ("saltern", "limit"))
         lines.append(

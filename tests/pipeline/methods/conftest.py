@@ -5,7 +5,6 @@ from functools import cache
 
 import pytest
 import torch
-from references import SEEN
 from torch import Tensor, nn
 
 from pipeline.classifiers import load
@@ -75,11 +74,3 @@ def images() -> Callable[..., Tensor]:
         return torch.randn(count, 3, side, side, generator=draw) + torch.randn(count, 3, 1, 1, generator=draw)
 
     return make
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Every method's largest deviation from each reference, as a share of the map's largest value."""
-    if SEEN:
-        terminalreporter.section("largest deviations from references")
-        for (reference, model), deviation in sorted(SEEN.items()):
-            terminalreporter.write_line(f"{deviation:.1e}  {reference}  {model}")

@@ -4,7 +4,7 @@ from collections import defaultdict
 
 from torch import Tensor
 
-# Largest deviation by (reference, model), printed at the end of the test run.
+# Largest deviation by (reference, model), printed at the end of the test run by the topmost conftest.
 SEEN: dict[tuple[str, str], float] = defaultdict(float)
 
 
