@@ -8,19 +8,15 @@ from typing import Annotated
 import typer
 
 from jobs import driving
-from jobs.options import Shards, parse_options, read_config
+from jobs.options import Model, Shards, Weights, parse_options, read_config
 from schemas.errors import UserError
 
 
 def attack(
     shards: Shards,
     out: Annotated[str, typer.Option(metavar="RUN", help="Folder or URL for what is made.", show_default=False)],
-    model: Annotated[
-        str, typer.Option(help="torchvision name, efficientnet_lite0|1|2, timm:NAME or package.module:factory.")
-    ],
-    weights: Annotated[
-        str, typer.Option(help="DEFAULT, none (random from --seed), a weights name, or a file.")
-    ] = "DEFAULT",
+    model: Model,
+    weights: Weights = "DEFAULT",
     guide: Annotated[str, typer.Option(help="Class-specific saliency method whose map guides.")] = "cameras",
     layer: Annotated[str | None, typer.Option(help="Target layer of the guide; default: the last stage.")] = None,
     option: Annotated[

@@ -1,25 +1,20 @@
 """saltern extract: shards in, a saliency dataset out."""
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from jobs import driving
-from jobs.options import Shards, parse_floats, parse_options, read_config
+from jobs.options import Model, Shards, Weights, parse_floats, parse_options, read_config
 
 
 def extract(
     shards: Shards,
     out: Annotated[str, typer.Option(metavar="RUN", help="Folder or URL for what is made.", show_default=False)],
-    model: Annotated[
-        str, typer.Option(help="torchvision name, efficientnet_lite0|1|2, timm:NAME or package.module:factory.")
-    ],
+    model: Model,
     method: Annotated[str, typer.Option(help="Saliency method: see `saltern methods`.")],
-    weights: Annotated[
-        str, typer.Option(help="DEFAULT, none (random from --seed), a weights name, or a file.")
-    ] = "DEFAULT",
+    weights: Weights = "DEFAULT",
     layer: Annotated[str | None, typer.Option(help="Target layer by dotted name; default: the last stage.")] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", "-O", metavar="KEY=VALUE", help="Of the method.")
@@ -58,9 +53,8 @@ def extract(
     seed: Annotated[int, typer.Option(help="Of random weights and random methods.")] = 0,
 ) -> None:
     """Extract saliency maps, masks and boxes. The same command again goes on where the last one ended."""
-    from pipeline.extractor import Processor
-    from pipeline.prepare import Request, resolve
-    from pipeline.run import Job
+    from pipeline.prepare import Request
+    from pipeline.run import extraction
 
     request = Request(
         shards=shards,
@@ -85,7 +79,7 @@ def extract(
         batch_size=batch_size,
     )
     driving.drive(
-        Job(partial(resolve, request), Processor),
+        extraction(request),
         out=out,
         engine=engine,
         address=address,

@@ -19,6 +19,10 @@ Shards = Annotated[
     ),
 ]
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="Folder or URL of a run.", show_default=False)]
+Model = Annotated[
+    str, typer.Option(help="torchvision name, efficientnet_lite0|1|2, timm:NAME or package.module:factory.")
+]
+Weights = Annotated[str, typer.Option(help="DEFAULT, none (random from --seed), a weights name, or a file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from jobs import driving
-from jobs.options import Shards, read_config
+from jobs.options import Model, Shards, Weights, read_config
 from schemas.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,12 +17,8 @@ if TYPE_CHECKING:
 def train_casm(
     shards: Shards,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for checkpoints, pool and log.", show_default=False)],
-    model: Annotated[
-        str, typer.Option(help="torchvision name, efficientnet_lite0|1|2, timm:NAME or package.module:factory.")
-    ],
-    weights: Annotated[
-        str, typer.Option(help="DEFAULT, none (random from --seed), a weights name, or a file.")
-    ] = "DEFAULT",
+    model: Model,
+    weights: Weights = "DEFAULT",
     thinning: Annotated[str, typer.Option(help="Which classifiers judge: F, L, FL, L1000 or L100.")] = "L100",
     pool_size: Annotated[int, typer.Option(min=1, help="Past classifiers kept at most.")] = 30,
     pool_half: Annotated[bool, typer.Option("--pool-half", help="Keep their weights in 16 bits.")] = False,

@@ -6,17 +6,14 @@ from typing import Annotated
 import typer
 
 from jobs import driving
+from jobs.options import Model, Weights
 
 
 def visualize_class(
-    model: Annotated[
-        str, typer.Option(help="torchvision name, efficientnet_lite0|1|2, timm:NAME or package.module:factory.")
-    ],
+    model: Model,
     classes: Annotated[str, typer.Option(help="Numbers and ranges, as 243,281,0-9; @FILE of them; or all.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder or URL for what is made.", show_default=False)],
-    weights: Annotated[
-        str, typer.Option(help="DEFAULT, none (random from --seed), a weights name, or a file.")
-    ] = "DEFAULT",
+    weights: Weights = "DEFAULT",
     steps: Annotated[int, typer.Option(min=1, help="Of plain gradient ascent.")] = 200,
     step_size: Annotated[float, typer.Option(help="What a step's gradient is multiplied by.")] = 1.0,
     weight: Annotated[float, typer.Option("--lambda", min=0, help="Weight of the squared norm.")] = 1e-3,

@@ -97,9 +97,9 @@ class Job:
     close: Callable[[Store, Run, Path], None] = lambda store, run, scratch: None
 
 
-def extract_run(request: Request, settings: Settings) -> Exit:
-    """Extract, or go on with, the run that is asked for. Raises UserError as `conduct` does."""
-    return conduct(Job(partial(resolve, request), Processor), settings)
+def extraction(request: Request) -> Job:
+    """The job of `saltern extract`."""
+    return Job(partial(resolve, request), Processor)
 
 
 def conduct(job: Job, settings: Settings) -> Exit:

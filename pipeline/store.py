@@ -72,9 +72,9 @@ class Store:
             made.unlink()
             return
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        _fsync(made)
+        fsync(made)
         os.replace(made, target)
-        _fsync(Path(target).parent)
+        fsync(Path(target).parent)
 
     def create(self, made: Path, name: str) -> bool:
         """Like `publish`, but only where nothing stands under the name: False means that another was first."""
@@ -84,14 +84,14 @@ class Store:
                 return False
             self.publish(made, name)
             return True
-        _fsync(made)
+        fsync(made)
         try:
             os.link(made, target)
         except FileExistsError:
             return False
         finally:
             made.unlink()
-        _fsync(Path(target).parent)
+        fsync(Path(target).parent)
         return True
 
     def remove(self, name: str) -> None:
@@ -117,7 +117,8 @@ def _walk(base: str, below: str, suffix: str) -> Iterator[str]:
             yield name
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """What the file or folder holds is on the disk when this returns."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -6,7 +6,6 @@ not at all; a pool file stands before the first checkpoint that names it. Nothin
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from pipeline.casm.pool import Member
 from pipeline.naming import brief
+from pipeline.store import fsync
 from schemas.errors import UserError
 
 FORMAT = 1
@@ -94,10 +94,10 @@ class Checkpoints:
         rest = {"format": FORMAT, "step": state["steps_done"], "sha256": _sha256(made / _TENSORS)}
         (made / _REST).write_text(json.dumps({**rest, "config": config, "state": tree}))
         for file in (made / _TENSORS, made / _REST, made):
-            _fsync(file)
+            fsync(file)
         shutil.rmtree(folder, ignore_errors=True)  # one that was not whole
         made.rename(folder)
-        _fsync(folder.parent)
+        fsync(folder.parent)
         self._clear()
         return folder
 
@@ -110,9 +110,9 @@ class Checkpoints:
         made = path.with_name(f"{_UNFINISHED}{path.name}")
         # One entry of metadata alone: safetensors writes several in random order.
         safetensors.torch.save_file(dict(member.state), made, {"digest": member.digest})
-        _fsync(made)
+        fsync(made)
         made.replace(path)
-        _fsync(path.parent)
+        fsync(path.parent)
         self._written[member.step] = member.digest
 
     def known(self, members: Sequence[Member]) -> None:
@@ -217,11 +217,3 @@ def _planted(tree: Any, tensor: Callable[[str], Tensor]) -> Any:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

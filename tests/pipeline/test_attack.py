@@ -229,21 +229,23 @@ def test_a_resume_does_the_rest_alone_and_writes_the_same(tmp_path: Path) -> Non
 
 
 def test_an_extraction_is_another_job(tmp_path: Path) -> None:
-    from pipeline.run import extract_run
+    from pipeline.run import conduct, extraction
 
     write_shards(tmp_path / "in", 1, 2)
     assert attack(tmp_path / "in", tmp_path / "run") == 0
     with pytest.raises(UserError, match="job: 'attack' there, 'extract' asked for"):
-        extract_run(replace(REQUEST, shards=[str(tmp_path / "in")]), Settings(str(tmp_path / "run"), device="cpu"))
+        conduct(
+            extraction(replace(REQUEST, shards=[str(tmp_path / "in")])), Settings(str(tmp_path / "run"), device="cpu")
+        )
 
 
 def test_a_run_that_names_no_job_is_an_extraction(tmp_path: Path) -> None:
     """Runs made before there were other jobs go on, their receipts standing."""
-    from pipeline.run import extract_run
+    from pipeline.run import conduct, extraction
 
     write_shards(tmp_path / "in", 1, 2)
     request, settings = replace(REQUEST, shards=[str(tmp_path / "in")]), Settings(str(tmp_path / "run"), device="cpu")
-    assert extract_run(request, settings).code == 0
+    assert conduct(extraction(request), settings).code == 0
     made = json.loads((tmp_path / "run/run.json").read_text())
     assert (made["config"].pop("job"), made["config"].pop("job_options")) == ("extract", {})
     marked = {name: value for name, value in made["config"].items() if name not in UNMARKED}
@@ -251,7 +253,7 @@ def test_a_run_that_names_no_job_is_an_extraction(tmp_path: Path) -> None:
     assert made["fingerprint"] == hashlib.sha256(raw.encode()).hexdigest()[:16]
     (tmp_path / "run/run.json").write_text(json.dumps(made))
     before = (tmp_path / "run/receipts/part-000000.json").read_bytes()
-    assert extract_run(request, settings).code == 0
+    assert conduct(extraction(request), settings).code == 0
     assert (tmp_path / "run/receipts/part-000000.json").read_bytes() == before
 
 

@@ -22,7 +22,7 @@ from pipeline.encode import dequantise, unpack_mask
 from pipeline.manifest import open_run, read_receipts
 from pipeline.methods import build
 from pipeline.prepare import Request
-from pipeline.run import Settings, extract_run
+from pipeline.run import Settings, conduct, extraction
 from pipeline.verify import verify
 from schemas.errors import UserError
 from schemas.saliency import read_metadata
@@ -38,7 +38,7 @@ def _home(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def extract(shards: Path | str, out: Path, settings: dict[str, Any] | None = None, **wishes: Any) -> int:
     request = replace(REQUEST, shards=[str(shards)], **{"torch_threads": 1, **wishes})
-    return extract_run(request, Settings(str(out), device="cpu", engine="local", **(settings or {}))).code
+    return conduct(extraction(request), Settings(str(out), device="cpu", engine="local", **(settings or {}))).code
 
 
 def rows(out: Path) -> list[dict[str, Any]]:

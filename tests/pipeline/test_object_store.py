@@ -9,7 +9,7 @@ from test_extractor import REQUEST, extract
 
 from pipeline.manifest import open_run
 from pipeline.prepare import Request
-from pipeline.run import Settings, extract_run
+from pipeline.run import Settings, conduct, extraction
 from pipeline.verify import verify
 
 
@@ -32,14 +32,14 @@ def test_a_run_in_a_bucket_equals_one_on_a_disk(s3: S3, tmp_path: Path, monkeypa
         s3.objects[f"in/{path.name}"] = path.read_bytes()
     request = Request(**{**vars(REQUEST), "shards": [f"s3://{BUCKET}/in"], "torch_threads": 1})
     settings = Settings(f"s3://{BUCKET}/run", device="cpu", engine="local")
-    assert extract_run(request, settings).code == 0
+    assert conduct(extraction(request), settings).code == 0
     stored = {name.removeprefix("run/"): raw for name, raw in s3.objects.items() if name.startswith("run/data/")}
     assert stored == files(tmp_path / "run")
     assert not [name for name in s3.objects if "_tmp-" in name]
     # A lost receipt: that shard alone is read and written again.
     del s3.objects["run/receipts/part-000001.json"]
     s3.requests.clear()
-    assert extract_run(request, settings).code == 0
+    assert conduct(extraction(request), settings).code == 0
     assert [name for name in s3.requests if name.startswith("PUT run/data")] == ["PUT run/data/part-000001.parquet"]
     assert not [name for name in s3.requests if name.startswith("GET in/") and "part-000001" not in name]
     verdict = verify(*open_run(settings.out))

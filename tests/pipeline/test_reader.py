@@ -17,7 +17,7 @@ from pipeline.discretize import to_original, upsample
 from pipeline.manifest import read_receipts
 from pipeline.prepare import Request
 from pipeline.reader import SaliencyRun, map_in_original, open_run, over_frame
-from pipeline.run import Settings, extract_run
+from pipeline.run import Settings, conduct, extraction
 from pipeline.store import Store
 from schemas.errors import ShardError, UserError
 from schemas.saliency import DECODE_FAILED, OK
@@ -205,7 +205,7 @@ def test_what_the_extractor_writes_is_read_back(tmp_path: Path) -> None:
         model="making:tiny", method="grad-cam", layer="body", target="top:2", resize=40, crop=32, batch_size=4,
         map_dtype="float32", torch_threads=1,
     )  # fmt: skip
-    assert extract_run(request, Settings(str(tmp_path / "run"), device="cpu", engine="local")).code == 0
+    assert conduct(extraction(request), Settings(str(tmp_path / "run"), device="cpu", engine="local")).code == 0
     run = open_run(str(tmp_path / "run"))
     rows = [row for row in run if row.status == OK]
     assert len(rows) > 12

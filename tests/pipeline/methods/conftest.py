@@ -1,31 +1,18 @@
 """Models that the method tests share: seeded random weights, BatchNorm statistics and affine terms randomised too."""
 
+import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache
 
 import pytest
 import torch
+from networks import randomise
 from torch import Tensor, nn
 
 from pipeline.classifiers import load
 
 torch.set_num_threads(1)
-
-
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Fresh BatchNorm would be the identity in eval mode, and a zero head would give zero gradients: neither tests."""
-    draw = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, 0, 0.2, generator=draw)
-            nn.init.uniform_(module.running_var, 0.5, 1.5, generator=draw)
-            nn.init.uniform_(module.weight, 0.5, 1.5, generator=draw)
-            nn.init.normal_(module.bias, 0, 0.2, generator=draw)
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, 0, module.in_features**-0.5, generator=draw)
-            if module.bias is not None:
-                nn.init.normal_(module.bias, 0, 0.1, generator=draw)
-    return model.eval()
 
 
 class TinyNet(nn.Module):
@@ -72,5 +59,20 @@ def images() -> Callable[..., Tensor]:
     def make(count: int, side: int) -> Tensor:
         draw = torch.Generator().manual_seed(count + side)
         return torch.randn(count, 3, side, side, generator=draw) + torch.randn(count, 3, 1, 1, generator=draw)
+
+    return make
+
+
+@pytest.fixture
+def double(network):
+    """Copies of the networks in float64."""
+
+    def make(name):
+        model = network(name)
+        if name == "vgg16_bn":  # its head of a gigabyte, narrowed
+            model = nn.Sequential(OrderedDict(model.named_children()))
+            head = nn.Sequential(nn.Flatten(), nn.Linear(25088, 64), nn.ReLU(True), nn.Dropout(), nn.Linear(64, 1000))
+            model.classifier = randomise(head)
+        return copy.deepcopy(model).double().eval()
 
     return make

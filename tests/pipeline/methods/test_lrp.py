@@ -1,11 +1,9 @@
 """LRP, CLRP and SGLRP to the pixels, against zennit's composites and a naive float64 re-implementation."""
 
 import copy
-from collections import OrderedDict
 
 import pytest
 import torch
-from conftest import randomise
 from naive_relevance import STARTS, Naive
 from references import agree
 from torch import nn
@@ -29,21 +27,6 @@ from schemas.errors import UserError
 
 TARGET = torch.tensor([7, 500])
 COMPOSITES = ["alpha1beta0", "epsilon", "gamma", "epsilon-plus", "epsilon-gamma-box"]
-
-
-@pytest.fixture
-def double(network):
-    """Copies of the networks in float64."""
-
-    def make(name):
-        model = network(name)
-        if name == "vgg16_bn":  # its head of a gigabyte, narrowed
-            model = nn.Sequential(OrderedDict(model.named_children()))
-            head = nn.Sequential(nn.Flatten(), nn.Linear(25088, 64), nn.ReLU(True), nn.Dropout(), nn.Linear(64, 1000))
-            model.classifier = randomise(head)
-        return copy.deepcopy(model).double().eval()
-
-    return make
 
 
 def mobilenet_attributes(name, module):

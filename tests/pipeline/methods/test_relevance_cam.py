@@ -6,8 +6,8 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from conftest import randomise
 from naive_relevance import STARTS, Naive
+from networks import randomise
 from references import agree
 from torch import nn
 from torch.nn import functional as F
@@ -30,23 +30,6 @@ NETWORKS = [
     ("shufflenet_v2_x0_5", 64, ["stage2", "stage3.1", "conv5"], ["unit"]),
     ("efficientnet_lite0", 64, ["_blocks.2", "_blocks.8", "_swish"], ["unit"]),
 ]
-
-
-@pytest.fixture
-def double(network):
-    """Copies of the networks in float64."""
-
-    def make(name):
-        model = network(name)
-        if name == "vgg16_bn":  # its head of a gigabyte, narrowed
-            model = nn.Sequential(OrderedDict(model.named_children()))
-            model.classifier = nn.Sequential(
-                nn.Flatten(), nn.Linear(25088, 64), nn.ReLU(True), nn.Dropout(), nn.Linear(64, 1000)
-            )
-            randomise(model.classifier)
-        return copy.deepcopy(model).double().eval()
-
-    return make
 
 
 def relevance_of(method, x, start):
