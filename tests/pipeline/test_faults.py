@@ -260,7 +260,8 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 def test_a_full_disk(shards: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk", "64k") as disk:
+    # A data file takes 36 kB, and two may be on their way at once: room for both, and not for all.
+    with small_disk(tmp_path / "disk", "128k") as disk:
         out = disk / "run"
         code, said = run(command(shards, out, "--engine", "local"))
         assert code == 1, said
