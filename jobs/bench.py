@@ -84,3 +84,47 @@ def methods(
         (out / "methods.md").write_text(table)
     typer.echo(table)
     typer.echo(f"{out}/methods.json and .md hold the same, with every round", err=True)
+
+
+@app.command()
+def casm(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for casm.json and casm.md.")] = Path("bench"),
+    model: Annotated[str, typer.Option(help="As for train-casm, with random weights.")] = "resnet50",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    rounds: Annotated[int, typer.Option(min=1, help="Of each side; figures are of the medians.")] = 5,
+    thinning: Annotated[list[str] | None, typer.Option(help="Repeatable; default: F, L and L100.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Of a training beside one of 1 worker; 1: none is made.")] = 2,
+) -> None:
+    """CASM's training step against its forwards and backwards; what a second worker gains. Half an hour, two cores."""
+    import json
+
+    from pipeline.bench.casm import Bench, as_table, measure
+    from pipeline.bench.figures import describe_machine
+    from pipeline.prepare import pick_device, see_own_modules
+
+    see_own_modules()
+    machine = describe_machine()
+    bench = Bench(model, pick_device(device), batch_size, rounds, *([tuple(thinning)] if thinning else []))
+    where = f"{machine['gpu'] or machine['cpu']}, torch {machine['versions']['torch']}, {machine['date']}"
+    report, table = {"machine": machine, "model": model, "batch_size": batch_size, "steps": [], "scaling": None}, ""
+
+    def write() -> None:
+        (out / "casm.json").write_text(json.dumps(report, indent=1))
+        (out / "casm.md").write_text(table)
+
+    out.mkdir(parents=True, exist_ok=True)
+    for entry in measure(bench, lambda line: typer.echo(line, err=True)):
+        report["steps"].append(entry)  # written at once: a bench that is stopped keeps what it has
+        table = f"{where}; {model}, batch {batch_size}\n\n{as_table(report['steps'])}"
+        write()
+    if workers > 1:
+        from pipeline.bench import scaling
+
+        typer.echo(f"1 and {workers} workers", err=True)
+        what = scaling.Scaling([sys.executable, "-m", "jobs.main"], workers, model, bench.device, batch_size)
+        report["scaling"] = scaling.measure(what)
+        table += scaling.as_line(report["scaling"], what) + "\n"
+        write()
+    typer.echo(table)
+    typer.echo(f"{out}/casm.json and .md hold the same, with every round", err=True)

@@ -18,6 +18,7 @@ from jobs.show import show
 from jobs.status import status
 from jobs.submit import submit
 from jobs.train_casm import train_casm
+from jobs.unseen_classes import unseen_classes
 from jobs.verify import verify
 from jobs.visualize_class import visualize_class
 from pipeline.allocator import keep_memory
@@ -44,6 +45,7 @@ _COMMANDS: list[Callable[..., Any]] = [
     attack,
     visualize_class,
     train_casm,
+    unseen_classes,
     status,
     verify,
     show,

@@ -30,8 +30,9 @@ def train_casm(
     mask_area: Annotated[float, typer.Option(help="Mean mask that --lambda auto steers to.")] = 0.5,
     epochs: Annotated[int, typer.Option(min=1, help="Learning rates fall to a tenth after each third.")] = 60,
     steps_per_epoch: Annotated[int | None, typer.Option(min=1, help="Default: a fifth of the data.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of a step, of all workers together.")] = 128,
     side: Annotated[int | None, typer.Option(min=1, help="Of the network's input; default: the weights'.")] = None,
+    min_crop: Annotated[float, typer.Option(help="Share of an image that a random crop covers, at least.")] = 0.08,
     classes: Annotated[
         str | None, typer.Option(metavar="FILE|A,B,...", help="Numbers of the classes to train on; default: all.")
     ] = None,
@@ -50,6 +51,14 @@ def train_casm(
     checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps; default: an epoch.")] = None,
     decode_threads: Annotated[int | None, typer.Option(min=1, help="Default: one a core, at most 16.")] = None,
     device: driving.Device = "auto",
+    workers: Annotated[int, typer.Option(min=1, help="Data-parallel, on Ray; 1 works in this process.")] = 1,
+    gpus_per_worker: driving.GpusPerWorker = None,
+    pool_draw: Annotated[str, typer.Option(help="shared: one past classifier for all workers; per-rank.")] = "shared",
+    address: driving.Address = None,
+    val: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SHARDS", help="With boxes: LE, F1 and a page of masks after each epoch; repeatable."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in DIR.")] = False,
     config: Annotated[
         Path | None, typer.Option(callback=read_config, is_eager=True, help="TOML file with the same keys.")
@@ -64,11 +73,12 @@ def train_casm(
 
     settings = _settings(
         thinning,
-        lam=usual_lambda(model) if lam is None else _lambda(lam),
+        lam=usual_lambda(model) if lam is None else parse_lambda(lam),
         score=score,
         mask_area=mask_area,
         pool_size=pool_size,
         pool_half=pool_half,
+        pool_draw=pool_draw,
         classifier_loss=classifier_loss,
         share_encoder=share_encoder,
         tv=tv,
@@ -86,14 +96,19 @@ def train_casm(
             model=model,
             settings=settings,
             weights=weights,
-            classes=None if classes is None else _classes(classes),
+            classes=None if classes is None else parse_classes(classes),
             epochs=epochs,
             steps_per_epoch=steps_per_epoch,
             batch_size=batch_size,
             side=side,
+            min_crop=min_crop,
             checkpoint_every=checkpoint_every,
             decode_threads=decode_threads,
             device=device,
+            workers=workers,
+            gpus_per_worker=gpus_per_worker,
+            address=address,
+            val=val or (),
             resume=resume,
         )
     )
@@ -107,7 +122,7 @@ def _settings(thinning: str, **given: Any) -> "Settings":
     return Settings(thinning=thinning_named(thinning), **given)
 
 
-def _lambda(text: str) -> float | Literal["auto"]:
+def parse_lambda(text: str) -> float | Literal["auto"]:
     if text == "auto":
         return "auto"
     try:
@@ -116,7 +131,7 @@ def _lambda(text: str) -> float | Literal["auto"]:
         raise UserError(f"--lambda {text!r} is neither a number nor auto") from None
 
 
-def _classes(text: str) -> list[int]:
+def parse_classes(text: str) -> list[int]:
     """`A,B,...`, or a file with numbers, apart by commas, spaces or lines."""
     try:
         words = Path(text).read_text() if Path(text).is_file() else text

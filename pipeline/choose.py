@@ -40,7 +40,7 @@ def choose(engine: str, device: str, address: str | None, workers: int | None, g
     if engine == "local" or why is None:
         return Engine(False, pick_device(device), 1, 0.0, why or "one device and no cluster")
     address = address or os.environ.get("RAY_ADDRESS")
-    _secure(address)
+    secure(address)
     from pipeline.engine_ray import connect
 
     found = connect(address)
@@ -59,7 +59,7 @@ def _reason_for_ray(device: str, address: str | None, workers: int | None) -> st
     return f"{gpus} GPUs here" if gpus > 1 and workers is None else None
 
 
-def _secure(address: str | None) -> None:
+def secure(address: str | None) -> None:
     """A cluster of our own is closed to others by a token of its own. Ray reads these when it is imported."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address is None:

@@ -94,7 +94,7 @@ def pin(
     there = {key: getattr(standing.config, key) for key in PINNED} if standing else {}
     pinned = {key: given.get(key) or there.get(key) for key in PINNED}
     pinned["batch_size"] = pinned["batch_size"] or usual[device]
-    pinned["torch_threads"] = pinned["torch_threads"] or _torch_threads(device, workers)
+    pinned["torch_threads"] = pinned["torch_threads"] or torch_threads(device, workers)
     return pinned
 
 
@@ -104,7 +104,7 @@ def new_run(config: RunConfig, shards: list[Shard], class_names: list[str] | Non
     return Run(config, shards, versions, config.fingerprint(), class_names)
 
 
-def _torch_threads(device: str, workers: int) -> int:
+def torch_threads(device: str, workers: int) -> int:
     if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
         return int(os.environ["OMP_NUM_THREADS"])
     return max(1, cores() // workers) if device == "cpu" else 1

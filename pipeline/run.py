@@ -117,7 +117,7 @@ def conduct(job: Job, settings: Settings) -> Exit:
         print(line, file=sys.stderr)
     if settings.overwrite:
         _wipe(store, settings.out)
-    with session(store) as scratch, _sigterm_as_interrupt():
+    with session(store) as scratch, sigterm_as_interrupt():
         run = begin(store, run, scratch)
         spec = Spec(run, root, str(scratch), engine.device, _threads(settings, engine))
         ended = _drive(store, spec, partial(job.processor, spec), settings, engine)
@@ -137,7 +137,7 @@ def _wipe(store: Store, out: str) -> None:
 
 
 @contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
+def sigterm_as_interrupt() -> Iterator[None]:
     """Schedulers end jobs with SIGTERM: it is answered as Ctrl-C is."""
 
     def interrupt(*_: object) -> None:

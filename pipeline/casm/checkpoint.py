@@ -109,7 +109,8 @@ class Checkpoints:
         path.parent.mkdir(exist_ok=True, parents=True)
         made = path.with_name(f"{_UNFINISHED}{path.name}")
         # One entry of metadata alone: safetensors writes several in random order.
-        safetensors.torch.save_file(dict(member.state), made, {"digest": member.digest})
+        state = {key: value.contiguous() for key, value in member.state.items()}
+        safetensors.torch.save_file(state, made, {"digest": member.digest})
         fsync(made)
         made.replace(path)
         fsync(path.parent)

@@ -29,7 +29,7 @@ from pipeline.shards import filesystem
 from schemas.errors import ShardError
 
 AHEAD = 2  # batches decoded before they are needed
-SCALE = (0.08, 1.0)  # of a crop's area, as torchvision's RandomResizedCrop has it
+LEAST = 0.08  # share of the image that a crop covers, at least, as torchvision's RandomResizedCrop has it
 RATIO = (3 / 4, 4 / 3)  # of its width to its height, likewise
 _TRIES = 10  # crops drawn before the centre is taken, likewise
 _DAMAGED_IN_A_ROW = 20
@@ -50,12 +50,14 @@ class Batches:
     Args:
         batch_size: of all ranks together; a multiple of world.
         side: of the network's input, pixels.
+        least: share of the image that a crop covers, at least, in (0, 1].
     """
 
     index: Index
     batch_size: int
     side: int
     interpolation: str = "bilinear"
+    least: float = LEAST
     seed: int = 0
     threads: int = 1
     rank: int = 0
@@ -90,7 +92,11 @@ class Batches:
         for damaged in range(_DAMAGED_IN_A_ROW):
             with contextlib.suppress(DecodeError):
                 image = decode_image(self._bytes(number))
-                return crop(image, self.side, self.interpolation, draw), int(self.index.label_N[number]), damaged
+                return (
+                    crop(image, self.side, self.interpolation, draw, self.least),
+                    int(self.index.label_N[number]),
+                    damaged,
+                )
             number = (number + 1) % len(self.index)
         shard = self.index.shards[self.index.shard_N[number]]
         raise ShardError(f"{shard.url}: {_DAMAGED_IN_A_ROW} images in a row cannot be decoded; see `saltern extract`")
@@ -119,23 +125,27 @@ def _order(count: int, seed: int, each_pass: int) -> NDArray[np.int64]:
     return np.random.default_rng(bits).permutation(count)
 
 
-def crop(image: Any, side: int, interpolation: str, draw: random.Random) -> NDArray[np.uint8]:
+def crop(image: Any, side: int, interpolation: str, draw: random.Random, least: float = LEAST) -> NDArray[np.uint8]:
     """A random crop, (side, side, 3), mirrored in half of all cases: RandomResizedCrop, RandomHorizontalFlip.
 
     Args:
         image: of Pillow, RGB.
         interpolation: bilinear | bicubic, antialiased.
     """
-    left, top, width, height = crop_box(image.width, image.height, draw)
+    left, top, width, height = crop_box(image.width, image.height, draw, least)
     cut = image.crop((left, top, left + width, top + height))
     pixels_HWC = np.array(cut.resize((side, side), INTERPOLATIONS[interpolation]))
     return np.ascontiguousarray(pixels_HWC[:, ::-1]) if draw.random() < 0.5 else pixels_HWC
 
 
-def crop_box(width: int, height: int, draw: random.Random) -> tuple[int, int, int, int]:
-    """Left, top, width and height of a crop of uniform area and log-uniform ratio, as torchvision draws it."""
+def crop_box(width: int, height: int, draw: random.Random, least: float = LEAST) -> tuple[int, int, int, int]:
+    """Left, top, width and height of a crop of uniform area and log-uniform ratio, as torchvision draws it.
+
+    Args:
+        least: share of the area, at least.
+    """
     for _ in range(_TRIES):
-        area = width * height * draw.uniform(*SCALE)
+        area = width * height * draw.uniform(least, 1.0)
         ratio = math.exp(draw.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
         wide, high = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < wide <= width and 0 < high <= height:

@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import Tensor
+
 from pipeline.casm.log import Log
 from pipeline.progress import clock
 from schemas.errors import UserError
@@ -41,13 +43,20 @@ class Journal:
             say(f"{root / 'log.jsonl'} lacks {start - kept} of the {start} steps that were done")
         _cut(root / "speed.jsonl", start)
         self._log, self._speed = ((root / name).open("a") for name in ("log.jsonl", "speed.jsonl"))
-        self._waiting: list[tuple[Log, int]] = []
+        self._waiting: list[tuple[Log, Tensor]] = []
         self._areas: deque[float] = deque(maxlen=WINDOW)
         self._collapsed = ""  # what the masks take out, where that was said
         self._began = self._read = self._said = time.monotonic()
 
-    def add(self, log: Log, damaged: int) -> None:
-        """One step; written with the next `flush`, or soon."""
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._log.close()
+        self._speed.close()
+
+    def add(self, log: Log, damaged: Tensor) -> None:
+        """One step, and its images that could not be decoded; written with the next `flush`, or soon."""
         self._waiting.append((log, damaged))
         if len(self._waiting) >= EVERY:
             self.flush()
@@ -61,7 +70,7 @@ class Journal:
         if not self._waiting:
             return
         for log, damaged in self._waiting:
-            line = {**log.floats(), "damaged": damaged}
+            line = {**log.floats(), "damaged": int(damaged)}
             self._log.write(json.dumps(line) + "\n")
             if not all(map(math.isfinite, line.values())):
                 self._log.flush()
@@ -80,10 +89,6 @@ class Journal:
         if now - self._said >= SAID_EVERY_S:
             self._said = now
             self._say(self._progress(line, now))
-
-    def close(self) -> None:
-        self._log.close()
-        self._speed.close()
 
     def _progress(self, line: dict[str, float], now: float) -> str:
         done = int(line["step"]) + 1

@@ -39,8 +39,9 @@ class Training:
     Args:
         classifier: with logits for the classes in play, on its device. It is trained in place, save under thinning F.
         rank: of this process; draws of its own come from it.
-        average: what ranks put in common: gradients before they are used, and what is logged. All ranks must give
-            batches of one size, and call it equally often: the plan of a step is the same on each.
+        average: what ranks put in common: gradients before they are used, running statistics of BatchNorm, and what
+            is logged. All ranks must give batches of one size, and call it equally often: the plan of a step is the
+            same on each.
 
     Raises:
         UserError: the classifier has no stages.
@@ -65,6 +66,7 @@ class Training:
         self._mask_weights = [*self.decoder.parameters(), *(self.encoder.parameters() if self.encoder else ())]
         area = settings.mask_area if settings.lam == "auto" else None
         self._lambda = Lambda(settings.start_lambda(), area, self.device)
+        self._statistics = [] if settings.batch_norm == "eval" else list(self._running())
         self._sgd = torch.optim.SGD(
             classifier.parameters(),
             settings.lr_classifier,
@@ -83,6 +85,7 @@ class Training:
             if self._trained and sequential:
                 self._descend(clean.loss)
             if todo.slot is not None:
+                self._average(self._statistics)  # so that the ranks' pools are the same
                 self.pool.add(self.classifier, self.steps_done, todo.slot)
             mask_B1hw = self._mask(x_BCHW, clean.taps)
             mask_B1HW = enlarge(mask_B1hw, x_BCHW.shape[2:])
@@ -101,7 +104,7 @@ class Training:
             nn.utils.clip_grad_norm_(self._mask_weights, settings.clip)
             self._adam.step()
         measured = measure(clean.loss, clean.right_B, masked_loss, terms, variation)
-        self._average([measured])
+        self._average([measured, *self._statistics])
         log = Log(self.steps_done, todo.member, measured, self._lambda.value, settings.tv)
         self._lambda.observe(log.area())
         self.steps_done += 1
@@ -115,14 +118,21 @@ class Training:
         return plan(settings.thinning, settings.pool_size, settings.seed, step, own)
 
     @torch.no_grad()
-    def masks(self, x_BCHW: Tensor) -> Tensor:
-        """mask_B1hw of images, all in eval mode; the training goes on as if it had not been called."""
-        trunk = self._own or self._trunk
-        trunk.model.eval()
-        self.decoder.eval()
+    def judged(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 logits_BK of the classifier, and mask_B1hw, of images; all in eval mode.
+
+        The training goes on as if it had not been called.
+        """
+        for network in (self.classifier, self.decoder, self.encoder):
+            if network is not None:
+                network.eval()
         with self._autocast():
-            mask_B1hw: Tensor = self.decoder(trunk(x_BCHW)[1])
-        return mask_B1hw
+            logits_BK, taps = self._trunk(x_BCHW)
+        return logits_BK.float(), self._mask(x_BCHW, taps)
+
+    def masks(self, x_BCHW: Tensor) -> Tensor:
+        """mask_B1hw alone, as `judged` gives it."""
+        return self.judged(x_BCHW)[1]
 
     def state_dict(self, *, pool: bool = True) -> dict[str, Any]:
         """All that the next step depends on; live tensors, as torch gives them.
@@ -153,6 +163,17 @@ class Training:
         yield from (("sgd", self._sgd), ("adam", self._adam))
         if self.encoder is not None:
             yield "encoder", self.encoder
+
+    def _running(self) -> Iterator[Tensor]:
+        """The statistics that steps move, and each rank by its own images."""
+        for network in (
+            self.decoder,
+            *([self.classifier] if self._trained else []),
+            *([self.encoder] if self.encoder else []),
+        ):
+            for name, value in network.named_buffers():
+                if name.endswith(("running_mean", "running_var")):
+                    yield value
 
     def _prepare(self) -> None:
         self.classifier.train(self._trained)

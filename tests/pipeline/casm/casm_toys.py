@@ -1,6 +1,7 @@
 """A small training: shards whose labels the classifier mostly knows, and a request; as a script, one to be killed."""
 
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -51,6 +52,20 @@ def small() -> nn.Module:
     return _made(6)
 
 
+def slow() -> nn.Module:
+    """`small` that takes its time, so that a fault meets it at work."""
+    net = small()
+    net.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+    return net
+
+
+def calm() -> nn.Module:
+    """`small` without dropout, whose draws depend on how a batch is shared."""
+    net = small()
+    net.dropout = nn.Identity()
+    return net
+
+
 def other() -> nn.Module:
     """The same kind, of another width."""
     return _made(8)
@@ -74,9 +89,16 @@ def write_shards(folder: Path, count: int = 3, each: int = 8) -> Path:
 
 def request(shards: Path, out: Path, **changed: object) -> Request:
     settings = changed.pop("settings", Settings(thinning=OFTEN, lam="auto", pool_size=3, lr_classifier=0.01, seed=5))
-    usual = {"epochs": 3, "steps_per_epoch": 6, "batch_size": 4, "side": SIDE, "checkpoint_every": 4}
+    usual = {
+        "model": "casm_toys:small",
+        "epochs": 3,
+        "steps_per_epoch": 6,
+        "batch_size": 4,
+        "side": SIDE,
+        "checkpoint_every": 4,
+    }
     given = {**usual, "device": "cpu", "decode_threads": 2, **changed}
-    return Request([str(shards)], str(out), "casm_toys:small", settings, **given)
+    return Request([str(shards)], str(out), settings=settings, **given)
 
 
 if __name__ == "__main__":

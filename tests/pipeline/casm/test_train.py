@@ -23,8 +23,7 @@ from typer.testing import CliRunner
 
 from jobs.main import app
 from pipeline import methods
-from pipeline.casm import checkpoint, journal
-from pipeline.casm import train as training
+from pipeline.casm import checkpoint, journal, loop
 from pipeline.casm.data import Batches, crop, crop_box
 from pipeline.casm.index import make_index
 from pipeline.casm.log import _MEASURED, Log
@@ -63,7 +62,7 @@ def quiet(text: str) -> None:
 def files(root: Path) -> dict[str, bytes]:
     """All that a training leaves, but for the time that it took."""
     found = {str(path.relative_to(root)): path for path in sorted(root.rglob("*")) if path.is_file()}
-    return {name: path.read_bytes() for name, path in found.items() if name not in ("speed.jsonl", "lock")}
+    return {name: path.read_bytes() for name, path in found.items() if name != "speed.jsonl"}
 
 
 def lines(root: Path) -> list[dict[str, float]]:
@@ -164,7 +163,7 @@ def test_the_training_trains(undisturbed):
     assert max(line["right"] for line in log) > 0
     assert min(line["mask_loss"] for line in log) < 0
     names = {name.partition("/")[0] for name in files(undisturbed)}
-    assert names == {"checkpoints", "pool", "log.jsonl"}
+    assert names == {"checkpoints", "pool", "log.jsonl", "lock-driver", "lock-writer"}
     assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == ["16", "18"]
     start, end = small().state_dict(), checkpoint.open_checkpoint(undisturbed).part("classifier")
     assert not torch.equal(start["fc.weight"], end["fc.weight"])
@@ -343,7 +342,7 @@ def test_the_pools_memory_is_stated_and_refused_where_it_does_not_fit(shards, tm
     said: list[str] = []
     train(request(shards, tmp_path / "fits", epochs=1), said.append)
     assert any("the pool takes up to 0.00 GB of memory (3 classifiers)" in text for text in said)
-    monkeypatch.setattr(training, "available_memory", lambda: 20_000)
+    monkeypatch.setattr(loop, "available_memory", lambda: 20_000)
     refused(request(shards, tmp_path / "run"), r"lower --pool-size \(to \d at most\).*--pool-half")
     alone = Settings(thinning=THINNINGS["L"])
     train(request(shards, tmp_path / "none", epochs=1, steps_per_epoch=1, settings=alone), quiet)
@@ -357,15 +356,14 @@ def test_a_loss_that_is_not_finite_ends_the_training(shards, tmp_path):
 
 def test_a_collapse_of_the_masks_is_said_once_in_words(tmp_path):
     said: list[str] = []
-    watched = journal.Journal(tmp_path, 0, 300, 4, said.append)
     place = _MEASURED.index("mask_mean")
     areas = [0.9, 0.99] * 30 + [0.995] * 60 + [0.5] * 10 + [0.01] * 60
-    for step, area in enumerate(areas):
-        measured = torch.zeros(len(_MEASURED), dtype=torch.float64)
-        measured[place] = area
-        watched.add(Log(step, -1, measured, torch.tensor(2.0, dtype=torch.float64), 0.0), 0)
-    watched.flush()
-    watched.close()
+    with journal.Journal(tmp_path, 0, 300, 4, said.append) as watched:
+        for step, area in enumerate(areas):
+            measured = torch.zeros(len(_MEASURED), dtype=torch.float64)
+            measured[place] = area
+            watched.add(Log(step, -1, measured, torch.tensor(2.0, dtype=torch.float64), 0.0), torch.tensor(0.0))
+        watched.flush()
     above, below = said
     assert "the mean mask is 0.98" in above
     assert "take out everything. lambda may be too low: raise --lambda" in above

@@ -1,0 +1,58 @@
+"""What the ranks of a data-parallel training have in common; a training in one process is rank 0 of 1.
+
+The process group is whoever starts the ranks' affair: torch.distributed is used as it stands.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from schemas.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others, in torch.distributed's default group where there is more than one."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    beside: int = 1  # ranks on this machine, which share its memory
+
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its mean over the ranks, in place; all ranks call it with the same shapes.
+
+        One exchange for each dtype.
+        """
+        if self.world == 1:
+            return
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+        for alike in by_dtype.values():
+            flat = torch.cat([tensor.detach().reshape(-1) for tensor in alike])
+            dist.all_reduce(flat)
+            flat /= self.world
+            parts = torch.split(flat, [tensor.numel() for tensor in alike])
+            for tensor, part in zip(alike, parts, strict=True):
+                tensor.detach().copy_(part.view(tensor.shape))
+
+    def agree(self, what: str, *values: object) -> None:
+        """Make sure that all ranks hold the same values.
+
+        Raises:
+            UserError: they do not; on every rank.
+        """
+        if self.world == 1:
+            return
+        digest = hashlib.sha256(repr(values).encode()).digest()
+        own = torch.tensor(list(digest), dtype=torch.uint8, device=self.device)
+        found = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(found, own)
+        others = [rank for rank, held in enumerate(found) if not torch.equal(held, found[0])]
+        if others:
+            raise UserError(f"ranks disagree on {what}: rank 0 and rank {', '.join(map(str, others))}; train anew")

@@ -1,0 +1,287 @@
+"""Data-parallel training: worlds of 1 and 2 agree, ranks hold the same pool, and a death changes no bit of the end."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from casm_toys import OFTEN, request, write_shards
+from making import picture, write_tar
+
+from pipeline.casm.checkpoint import open_checkpoint
+from pipeline.casm.loop import run
+from pipeline.casm.ranks import Ranks
+from pipeline.casm.settings import Settings
+from pipeline.casm.step import Training
+from pipeline.casm.thinning import THINNINGS
+from pipeline.casm.work import make_work
+from schemas.errors import UserError
+
+HERE = Path(__file__).parent
+CPU = torch.device("cpu")
+SAME = 2e-5  # of losses of worlds 1 and 2, in float32, after 18 steps; measured: 1e-6
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+def join(rank: int, world: int, meeting: Path) -> Ranks:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    return Ranks(CPU, rank, world, world)
+
+
+def in_ranks(job, tmp_path: Path, *words: object, world: int = 2) -> list[object]:
+    """What `job(ranks, *words)` returns in each of `world` processes; an exception counts as its text."""
+    context, meeting = multiprocessing.get_context("spawn"), tmp_path / f"meeting-{random.random()}"
+    with context.Pool(world) as pool:
+        return pool.starmap(guarded, [(job, rank, world, meeting, words) for rank in range(world)], chunksize=1)
+
+
+def guarded(job, rank: int, world: int, meeting: Path, words: tuple[object, ...]) -> object:
+    sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+    try:
+        return job(join(rank, world, meeting), *words)
+    except UserError as error:
+        return f"UserError: {error}"
+    finally:
+        dist.destroy_process_group()
+
+
+def lines(root: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (root / "log.jsonl").read_text().splitlines()]
+
+
+def train_as(ranks: Ranks, asked) -> str:
+    return str(run(make_work(asked, "cpu", None, print), ranks, print))
+
+
+# --- ranks
+
+
+def averaging(ranks: Ranks) -> list[list[float]]:
+    draw = torch.Generator().manual_seed(ranks.rank)
+    tensors = [
+        torch.randn(2, 3, 4, 5, generator=draw).contiguous(memory_format=torch.channels_last),
+        torch.randn((), generator=draw, dtype=torch.float64),
+        torch.nn.Parameter(torch.randn(7, generator=draw)),
+    ]
+    ranks.average(tensors)
+    return [tensor.detach().flatten().tolist() for tensor in tensors]
+
+
+def test_the_average_of_ranks_is_the_mean_in_place(tmp_path):
+    found = in_ranks(averaging, tmp_path, world=3)
+    assert found[0] == found[1] == found[2]
+    draws = [torch.Generator().manual_seed(rank) for rank in range(3)]
+    for values, shape, dtype in zip(found[0], ((2, 3, 4, 5), (), (7,)), (None, torch.float64, None), strict=True):
+        mean = torch.stack([torch.randn(shape, generator=draw, dtype=dtype) for draw in draws]).mean(0)
+        torch.testing.assert_close(torch.tensor(values, dtype=dtype), mean.flatten())
+
+
+def disagreeing(ranks: Ranks) -> None:
+    ranks.agree("what is common", 1, "a")
+    ranks.agree("the pool", ranks.rank // 2)
+
+
+def test_ranks_that_disagree_are_named_on_every_rank(tmp_path):
+    found = in_ranks(disagreeing, tmp_path, world=3)
+    assert found == ["UserError: ranks disagree on the pool: rank 0 and rank 2; train anew"] * 3
+
+
+# --- worlds
+
+
+@pytest.mark.parametrize("thinning", [THINNINGS["F"], OFTEN], ids=["F", "pool"])
+def test_worlds_of_1_and_2_have_the_same_losses(thinning, shards, tmp_path):
+    """BatchNorm in eval and no dropout: then nothing depends on how a batch is shared."""
+    settings = Settings(thinning=thinning, lam="auto", pool_size=3, lr_classifier=0.01, seed=5, batch_norm="eval")
+    asked = request(shards, tmp_path / "one", model="casm_toys:calm", settings=settings)
+    train_as(Ranks(CPU), asked)
+    in_ranks(train_as, tmp_path, replace(asked, out=str(tmp_path / "two"), workers=2))
+    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert len(one) == len(two) == 18
+    for alone, shared in zip(one, two, strict=True):
+        assert alone.keys() == shared.keys()
+        for key, value in alone.items():
+            # A spread near 0 is a difference of large numbers.
+            assert shared[key] == pytest.approx(value, rel=SAME, abs=1e-3 if key == "mask_std" else SAME), key
+    if thinning is OFTEN:
+        assert any(line["member"] >= 0 for line in one)
+
+
+@pytest.mark.parametrize("draw", ["shared", "per-rank"])
+def test_ranks_hold_the_same_pool_where_batches_move_their_statistics(draw, shards, tmp_path):
+    """BatchNorm in train: each rank's differ until they are averaged; `agree` fails at a checkpoint otherwise."""
+    settings = Settings(thinning=OFTEN, lam="auto", pool_size=3, lr_classifier=0.01, seed=5, pool_draw=draw)
+    asked = request(shards, tmp_path / "run", settings=settings, workers=2)
+    ended = in_ranks(train_as, tmp_path, asked)
+    assert not [text for text in ended if str(text).startswith("UserError")]
+    assert open_checkpoint(tmp_path / "run").step == 18
+
+
+def test_plans_of_ranks_differ_in_the_member_alone():
+    settings = Settings(thinning=OFTEN, lam="auto", pool_size=3, pool_draw="per-rank")
+    from casm_toys import small
+
+    first, second = (Training(small(), settings, rank=rank) for rank in range(2))
+    plans = [(first.plan(step), second.plan(step)) for step in range(60)]
+    assert all((one.slot, one.member < 0) == (other.slot, other.member < 0) for one, other in plans)
+    assert any(one.member != other.member for one, other in plans)
+
+
+def with_another_pool(ranks: Ranks, asked) -> str:
+    if ranks.rank:
+        real = Training.step
+
+        def step(self, x, label):
+            log = real(self, x, label)
+            self.pool.members[0] = replace(self.pool.members[0], step=-1)
+            return log
+
+        Training.step = step
+    return train_as(ranks, asked)
+
+
+def test_a_pool_that_differs_is_found_at_the_checkpoint(shards, tmp_path):
+    found = in_ranks(with_another_pool, tmp_path, request(shards, tmp_path / "run", workers=2))
+    assert all("ranks disagree on the pool" in str(text) for text in found)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_unequal_shards_end_on_every_rank(tmp_path):
+    for name, count in (("a", 7), ("b", 1), ("c", 3)):
+        samples = [(f"{name}{i}", {"jpg": picture(i), "cls": str(i % 6)}) for i in range(count)]
+        write_tar(tmp_path / f"{name}.tar", samples)
+    asked = request(tmp_path, tmp_path / "run", workers=2, epochs=2, steps_per_epoch=5)
+    in_ranks(train_as, tmp_path, asked)
+    assert len(lines(tmp_path / "run")) == 10
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"batch_size": 5, "workers": 2}, "--batch-size 5 is of all workers, and 2 cannot share it"),
+        ({"workers": 0}, "--workers 0: it must be 1 or more"),
+    ],
+)
+def test_bad_worlds_are_refused(changed, message, shards, tmp_path):
+    with pytest.raises(UserError, match=message):
+        make_work(request(shards, tmp_path / "run", **changed), "cpu", None, print)
+
+
+# --- on Ray
+
+
+def start(shards: Path, out: Path, address: str, *more: str, model: str = "slow") -> subprocess.Popen[str]:
+    settings = ("--pool-size", "3", "--lr-classifier", "0.01", "--seed", "5", "--thinning", "L100")
+    line = [
+        *(sys.executable, "-m", "jobs.main", "train-casm", str(shards), "--out", str(out), "--workers", "2"),
+        *("--model", f"casm_toys:{model}", "--epochs", "3", "--steps-per-epoch", "6", "--batch-size", "4"),
+        *("--side", "64", "--checkpoint-every", "4", "--address", address, "--device", "cpu", *settings, *more),
+    ]
+    paths = [str(HERE), str(HERE.parents[1]), str(HERE.parents[2])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        line, env=environment, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(running: subprocess.Popen[str], code: int = 0) -> str:
+    said, _ = running.communicate(timeout=180)
+    assert running.returncode == code, said
+    assert "Traceback" not in said
+    return said
+
+
+def files(root: Path) -> dict[str, bytes]:
+    found = {str(path.relative_to(root)): path for path in sorted(root.rglob("*")) if path.is_file()}
+    return {name: path.read_bytes() for name, path in found.items() if name != "speed.jsonl"}
+
+
+def at_checkpoint(out: Path, step: int, running: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 120
+    while not (out / "checkpoints" / str(step)).exists():
+        assert running.poll() is None, running.communicate()[0]
+        assert time.monotonic() < end, "no checkpoint"
+        time.sleep(0.02)
+
+
+def workers_of_train() -> list[psutil.Process]:
+    """The ranks' processes, by what Ray calls them."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if "RayTrainWorker" in " ".join(process.info["cmdline"] or [])
+    ]
+
+
+@pytest.fixture(scope="module")
+def on_two(shards, tmp_path_factory, ray_address) -> dict[str, bytes]:
+    """The files of a training by two workers that nothing disturbed."""
+    out = tmp_path_factory.mktemp("ray") / "run"
+    said = finish(start(shards, out, ray_address))
+    assert "in each of 2 workers here" in said
+    assert [line["step"] for line in lines(out)] == list(range(18))
+    return files(out)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_changes_no_bit(shards, on_two, tmp_path, ray_address):
+    running = start(shards, tmp_path / "run", ray_address)
+    at_checkpoint(tmp_path / "run", 4, running)
+    time.sleep(random.uniform(0, 1))
+    victims = workers_of_train()
+    assert len(victims) == 2
+    random.choice(victims).send_signal(signal.SIGKILL)
+    said = finish(running)
+    assert "a worker died (rank" in said
+    assert "all of them begin again at step" in said
+    assert files(tmp_path / "run") == on_two
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_changes_no_bit(shards, on_two, tmp_path, ray_address):
+    running = start(shards, tmp_path / "run", ray_address)
+    at_checkpoint(tmp_path / "run", 8, running)
+    time.sleep(random.uniform(0, 0.5))
+    running.kill()
+    running.communicate()
+    said = finish(start(shards, tmp_path / "run", ray_address, "--resume"))
+    assert "goes on from step" in said
+    assert files(tmp_path / "run") == on_two
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_workers_and_says_what_stands(shards, on_two, tmp_path, ray_address):
+    running = start(shards, tmp_path / "run", ray_address)
+    at_checkpoint(tmp_path / "run", 4, running)
+    running.send_signal(signal.SIGINT)
+    said = finish(running, 130)
+    assert "the same command with --resume goes on from there" in said
+    end = time.monotonic() + 30
+    while workers_of_train() and time.monotonic() < end:
+        time.sleep(0.2)
+    assert not workers_of_train()
+    pool = sorted((tmp_path / "run" / "pool").iterdir())
+    pool[0].unlink()
+    said = finish(start(shards, tmp_path / "run", ray_address, "--resume"), 2)
+    assert f"the pool file {pool[0]} is missing" in said.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_more_workers_than_the_cluster_has_are_refused_in_one_line(shards, tmp_path, ray_address):
+    said = finish(start(shards, tmp_path / "run", ray_address, "--workers", "4"), 2)
+    assert "--workers 4 need 4 CPUs, and the cluster has 2" in said.splitlines()[-1]

@@ -1,0 +1,403 @@
+"""The unseen-class experiment: its split, its numbers against a recount, going on after an interruption, bad input."""
+
+import dataclasses
+import json
+import math
+import random
+import shutil
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from casm_toys import SIDE, Small
+from making import picture, write_tar
+from torch import nn
+from typer.testing import CliRunner
+
+from jobs.main import app
+from pipeline.casm import unseen
+from pipeline.casm.settings import Settings
+from pipeline.casm.split import SUBSETS, make_split, sizes
+from pipeline.casm.step import Training
+from pipeline.casm.thinning import THINNINGS
+from pipeline.casm.train import Request
+from pipeline.casm.unseen import TRAININGS, unseen_classes
+from pipeline.extractor import Processor
+from pipeline.run import Book
+from schemas.errors import ShardError, UserError
+
+CLASSES = 12  # of the model; the last two are in no training shard
+SPLIT = 10
+STEPS = 4
+
+
+class Wide(Small):
+    """With more classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, CLASSES)
+
+
+def wide() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        net = Wide()
+        nn.init.normal_(net.fc.weight, 0, 3)
+    return net.eval()
+
+
+def quiet(text: str) -> None:
+    """For what is not asserted on."""
+
+
+def write_train(folder: Path) -> Path:
+    for shard in range(2):
+        numbers = range(shard * SPLIT, (shard + 1) * SPLIT)
+        write_tar(
+            folder / f"{shard}.tar", [(f"t{i}", {"jpg": picture(i, 72, 72), "cls": str(i % SPLIT)}) for i in numbers]
+        )
+    return folder
+
+
+def box(draw: random.Random) -> list[int]:
+    x0, y0 = draw.randrange(40), draw.randrange(40)
+    return [x0, y0, draw.randrange(x0 + 15, 76), draw.randrange(y0 + 15, 72)]
+
+
+def write_val(folder: Path, drop: int | None = None, boxless: int | None = None, **odd: str) -> Path:
+    """Three shards, six images of each class; in each shard one is without boxes, and one is damaged.
+
+    Args:
+        drop: a class that is left out.
+        boxless: a class without boxes.
+        odd: members of one more sample.
+    """
+    draw = random.Random(1)
+    for shard in range(3):
+        samples = []
+        for number in range(2 * CLASSES):
+            boxes = [box(draw) for _ in range(0 if number == 3 else 1 + 6 * (number % 3))]
+            label = number % CLASSES
+            if label != drop:
+                image = b"damaged" if number == 5 else picture(100 * shard + number, 72, 76)
+                found = json.dumps({"boxes": [] if label == boxless else boxes})
+                samples.append((f"v{number}", {"jpg": image, "cls": str(label), "json": found}))
+        write_tar(folder / f"val-{shard}.tar", [*samples, *([("odd", odd)] if odd else [])])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("unseen")
+    write_train(folder / "train")
+    write_val(folder / "val")
+    return folder
+
+
+def request(data: Path, out: Path, **changed: object) -> Request:
+    settings = Settings(thinning=THINNINGS["L"], lam="auto", lr_classifier=0.01, lr_mask=0.02, seed=5)
+    usual = {"epochs": 2, "steps_per_epoch": 2, "batch_size": 4, "side": SIDE, "device": "cpu"}
+    return Request(
+        [str(data / "train")], str(out), "test_unseen:wide", changed.pop("settings", settings), **usual | changed
+    )
+
+
+def run(data: Path, out: Path, **changed: object) -> unseen.Unseen:
+    return unseen_classes(request(data, out, **changed), [str(data / "val")], quiet)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory) -> Path:
+    """DIR of an experiment from start to end; not to be altered."""
+    out = tmp_path_factory.mktemp("unseen") / "undisturbed"
+    run(data, out)
+    return out
+
+
+# --- the split
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (1000, [50, 50, 100, 300, 300, 200]),
+        (200, [10, 10, 20, 60, 60, 40]),
+        (6, [1] * 6),
+        (7, [1, 1, 1, 1, 1, 2]),
+        (10, [1, 1, 1, 2, 3, 2]),
+        (33, [2, 2, 3, 10, 10, 6]),
+    ],
+)
+def test_sizes_are_the_published_ones_in_proportion(count, expected):
+    assert list(sizes(count).values()) == expected
+
+
+def test_any_count_is_split_whole_near_its_quotas():
+    for count in range(6, 1200):
+        made = sizes(count)
+        assert sum(made.values()) == count
+        for name, share in SUBSETS.items():
+            quota = count * share / 1000
+            assert made[name] >= 1
+            if count >= 20:  # from there on no quota is below 1
+                assert math.floor(quota) <= made[name] <= math.ceil(quota)
+    with pytest.raises(UserError, match="5 classes cannot be split into 6 subsets"):
+        sizes(5)
+
+
+def test_a_split_is_seeded_and_disjoint():
+    classes = [3 * number for number in range(200)]
+    split = make_split(classes, 1)
+    assert sorted(label for subset in split.values() for label in subset) == classes
+    assert {name: len(subset) for name, subset in split.items()} == sizes(200)
+    assert make_split(reversed(classes), 1) == split
+    assert make_split(classes, 2) != split
+    assert split["D"] != classes[40:100]
+
+
+# --- the numbers
+
+
+def iou(found: list[int], true: list[int]) -> float:
+    """Of a half-open box and an inclusive one, pixel by pixel."""
+    one = {(x, y) for x in range(found[0], found[2]) for y in range(found[1], found[3])}
+    other = {(x, y) for x in range(true[0], true[2] + 1) for y in range(true[1], true[3] + 1)}
+    return len(one & other) / len(one | other)
+
+
+def recount(data: Path, run: Path, split: dict[str, list[int]]) -> dict[str, tuple[int, int]]:
+    """Misses and samples with boxes, by subset."""
+    misses, samples = Counter(), Counter()
+    for path in sorted((run / "data").glob("*.parquet")):
+        rows = {row["key"]: row for row in pq.read_table(path).to_pylist()}
+        with tarfile.open(data / "val" / f"{path.stem}.tar") as tar:
+            for key, row in rows.items():
+                true = json.load(tar.extractfile(f"{key}.json"))["boxes"]
+                label = int(tar.extractfile(f"{key}.cls").read())
+                for name, classes in split.items():
+                    if label in classes and true:
+                        samples[name] += 1
+                        misses[name] += not any(iou(box, t) > 0.5 for box in row["boxes"] or [] for t in true)
+    return {name: (misses[name], samples[name]) for name in split}
+
+
+def check(numbers: dict, misses: int, samples: int) -> None:
+    p = misses / samples
+    assert numbers["samples"] == samples
+    assert numbers["value"] == pytest.approx(100 * p)
+    assert numbers["plus_minus"] == pytest.approx(196 * math.sqrt(p * (1 - p) / samples))
+
+
+def test_le_on_every_subset_is_that_of_a_recount(data, undisturbed):
+    found = json.loads((undisturbed / "unseen.json").read_text())
+    split = json.loads((undisturbed / "split.json").read_text())["subsets"]
+    assert split == make_split(range(SPLIT), 5)
+    rates = set()
+    for made, subsets in zip(found["trained_on"], ["F", "EF", "DEF", "CDEF", "BCDEF"], strict=True):
+        assert made["subsets"] == list(subsets)
+        assert made["steps"] == STEPS
+        assert made["classes"] == sum(len(split[name]) for name in subsets)
+        counted = recount(data, undisturbed / f"run-{subsets}", split)
+        for name, (misses, samples) in counted.items():
+            check(made["le"][name], misses, samples)
+            assert made["le"][name]["seen"] == (name in subsets)
+            rates.add(made["le"][name]["value"])
+        for part, names in (("seen", subsets), ("unseen", set(split) - set(subsets))):
+            misses, samples = (sum(counted[name][at] for name in names) for at in (0, 1))
+            check(made["le"][part], misses, samples)
+    assert len(rates) > 5  # the subsets' numbers tell one from another
+    # In each shard, one of class 3 has no boxes; that of class 5 is damaged, and counts.
+    assert sum(made["le"][name]["samples"] for name in split) == 3 * (2 * SPLIT - 1)
+    assert found["baselines"]["centre"]["A"]["samples"] == made["le"]["A"]["samples"]
+
+
+def test_each_training_knows_the_classes_of_its_subsets(undisturbed):
+    split = json.loads((undisturbed / "split.json").read_text())["subsets"]
+    for subsets in TRAININGS:
+        seen = {label for name in subsets for label in split[name]}
+        state = json.loads((undisturbed / f"train-{subsets}/checkpoints/{STEPS}/state.json").read_text())
+        assert state["config"]["classes"] == sorted(seen)
+        assert state["config"]["settings"]["thinning"] == "L"
+        run = json.loads((undisturbed / f"run-{subsets}/run.json").read_text())["config"]
+        assert run["options"]["checkpoint"] == str(undisturbed / f"train-{subsets}/checkpoints/{STEPS}")
+        rows = pq.read_table(undisturbed / f"run-{subsets}/data").to_pydict()
+        assert set(rows["predicted"]) - {None} <= seen
+
+
+def test_the_table_marks_what_was_seen(undisturbed):
+    lines = (undisturbed / "unseen.md").read_text().splitlines()
+    cells = {row[0]: row[1:] for row in ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[:10])}
+    assert cells["LE %, trained on"] == [*"ABCDEF", "seen", "unseen"]
+    for name, marks in {"F": 1, "E+F": 2, "D-F": 3, "C-F": 4, "B-F": 5}.items():
+        assert [cell.endswith(" *") for cell in cells[name]] == [False] * (6 - marks) + [True] * marks + [False] * 2
+    assert cells["classes"][:6] == ["1", "1", "1", "2", "3", "2"]
+    found = json.loads((undisturbed / "unseen.json").read_text())
+    value = found["trained_on"][1]["le"]["D"]
+    assert cells["E+F"][3] == f"{value['value']:.1f} ± {value['plus_minus']:.1f}"
+    assert "57 samples with boxes" in lines[-1]
+
+
+# --- going on
+
+
+def trees(root: Path) -> dict[str, bytes]:
+    """What is to be the same, wherever the folder lies."""
+    kept = ("unseen.json", "unseen.md", "split.json", "train-*/log.jsonl", "train-*/checkpoints/*/tensors.safetensors")
+    return {str(path.relative_to(root)): path.read_bytes() for glob in kept for path in sorted(root.glob(glob))}
+
+
+def test_an_interrupted_experiment_ends_as_an_undisturbed_one(data, undisturbed, tmp_path, monkeypatch):
+    """Interrupted in the midst of the second training, then after its extraction, before the third."""
+    begun = []
+    real_step, real_train = Training.step, unseen.train
+
+    def cut(self, *args):
+        if len(begun) == 2 and self.steps_done == 3:
+            raise KeyboardInterrupt
+        return real_step(self, *args)
+
+    def noted(wanted, say):
+        begun.append((Path(wanted.out).name, wanted.resume))
+        if len(begun) == 4:
+            raise KeyboardInterrupt
+        return real_train(wanted, say)
+
+    monkeypatch.setattr(unseen, "train", noted)
+    monkeypatch.setattr(Training, "step", cut)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(data, tmp_path / "cut")
+        assert not (tmp_path / "cut/unseen.json").exists()
+    run(data, tmp_path / "cut")
+    names = [("F", False), ("EF", False), ("EF", True), ("DEF", False), ("DEF", False), ("CDEF", False)]
+    assert begun == [(f"train-{name}", resume) for name, resume in [*names, ("BCDEF", False)]]
+    assert trees(tmp_path / "cut") == trees(undisturbed)
+    assert len(trees(undisturbed)) == 3 + 5 + 10
+
+
+def test_an_interrupted_extraction_is_gone_on_with(data, undisturbed, tmp_path, monkeypatch):
+    """The first shard stands and is not done again; nor are the trainings."""
+    shutil.copytree(undisturbed, tmp_path / "cut", ignore=shutil.ignore_patterns("run-*", "unseen.*"))
+    real, interrupts, done = Book.succeeded, [KeyboardInterrupt], []
+
+    def succeeded(self, receipt):
+        done.append((Path(self.store.path).name, receipt.shard))
+        if interrupts:
+            raise interrupts.pop()
+        real(self, receipt)
+
+    monkeypatch.setattr(Book, "succeeded", succeeded)
+    monkeypatch.setattr(unseen, "train", lambda *args: pytest.fail("a finished training was begun again"))
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tmp_path / "cut")
+    run(data, tmp_path / "cut")
+    assert sorted(done) == sorted((f"run-{subsets}", f"val-{shard}") for subsets in TRAININGS for shard in range(3))
+    assert trees(tmp_path / "cut") == trees(undisturbed)
+
+
+# --- what is refused, before any training
+
+
+def refused(match: str, wanted: Request, val: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "step", lambda *args: pytest.fail("a training was begun"))
+        with pytest.raises(UserError, match=match) as error:
+            unseen_classes(wanted, [str(val)], quiet)
+    assert "\n" not in str(error.value)
+
+
+def test_another_experiment_in_the_folder_is_refused(data, undisturbed, tmp_path):
+    before = trees(undisturbed)
+    wanted = request(data, undisturbed)
+    for changed, match in (
+        ({"batch_size": 8}, "batch_size: 4 there, 8 asked for; ask for the same, or give another --out"),
+        ({"settings": dataclasses.replace(wanted.settings, seed=6)}, "seed: 5 there, 6 asked for"),
+        ({"settings": dataclasses.replace(wanted.settings, thinning=THINNINGS["F"])}, "thinning: L there, F asked for"),
+        ({"classes": range(9)}, "subsets: "),
+        ({"side": 32}, "side: 64 there, 32 asked for"),
+    ):
+        refused(match, dataclasses.replace(wanted, **changed), data / "val")
+    write_val(tmp_path / "val", drop=11)
+    refused("val: ", wanted, tmp_path / "val")
+    assert trees(undisturbed) == before
+    shutil.copytree(undisturbed, tmp_path / "lost")
+    (tmp_path / "lost/split.json").write_text("{")
+    refused("split.json cannot be read", request(data, tmp_path / "lost"), data / "val")
+
+
+def test_val_shards_are_checked(data, tmp_path):
+    split = make_split(range(SPLIT), 5)
+    label = split["D"][0]
+    for odd, match in (
+        ({"drop": label}, rf"--val: no sample is of class {label} \(in D\); leave the class out by --classes, or give"),
+        ({"boxless": label}, rf"--val: no sample with boxes is of class {label} \(in D\)"),
+        ({"cls": "12", "jpg": ""}, r"'odd' is of class 12, out of range: the model has classes 0\.\.11"),
+    ):
+        refused(match, request(data, tmp_path / "out"), write_val(tmp_path / f"val-{len(match)}", **odd))
+    tar = write_val(tmp_path / "cut") / "val-1.tar"
+    tar.write_bytes(tar.read_bytes()[:5000])
+    refused("--val: .*val-1.tar: the tar is cut", request(data, tmp_path / "out"), tmp_path / "cut")
+    bad = write_val(tmp_path / "bad", boxless=label, cls=str(label), json='{"boxes": [[1, 2, 3]]}')
+    refused(r"of class .*'odd': \[1, 2, 3\] is no box", request(data, tmp_path / "out"), bad)
+    refused("no such file", request(data, tmp_path / "out"), tmp_path / "nowhere")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("classes", "match"),
+    [
+        (range(4, 13), r"class 12 is out of range: the model has classes 0\.\.11"),
+        (range(2, 11), "no sample in the shards is of class 10"),
+        (range(5), "5 classes cannot be split"),
+        ([1, 1, 2, 3, 4, 5, 6], "each given once"),
+    ],
+)
+def test_classes_are_checked(classes, match, data, tmp_path):
+    refused(match, request(data, tmp_path / "out", classes=list(classes)), data / "val")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_training_refuses_binds_no_folder(data, tmp_path):
+    """The split is written by then; the call that was meant is taken all the same."""
+    refused("--epochs 0: it must be 1 or more", request(data, tmp_path / "out", epochs=0), data / "val")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["split.json"]
+    run(data, tmp_path / "out", epochs=1, steps_per_epoch=1, classes=[7, 2, 4, 3, 1, 9])
+    split = json.loads((tmp_path / "out/split.json").read_text())["subsets"]
+    assert split == make_split([1, 2, 3, 4, 7, 9], 5)
+
+
+def test_a_shard_that_cannot_be_extracted_ends_it_in_words(data, tmp_path, monkeypatch):
+    def broken(*args):
+        raise ShardError("broken since")
+
+    monkeypatch.setattr(Processor, "process", broken)
+    with pytest.raises(UserError, match=r"run-F is not whole.*the same command goes on"):
+        run(data, tmp_path, epochs=1, steps_per_epoch=1)
+    assert not (tmp_path / "train-EF").exists()
+
+
+# --- the command
+
+
+def test_the_command(data, tmp_path):
+    line = f"unseen-classes {data}/train --val {data}/val/val-0.tar --val {data}/val/val-1.tar --out {tmp_path}/out "
+    line += "--model test_unseen:wide --device cpu --side 64 --epochs 1 --batch-size 4 --steps-per-epoch 1 --seed 5"
+    call = line.split()
+    ended = CliRunner().invoke(app, call)
+    assert ended.exit_code == 0, ended.output
+    kept = (tmp_path / "out/unseen.md").read_text()
+    assert ended.stdout == kept.replace("\n\n", "\n")
+    ended = CliRunner().invoke(app, [*call, "--json"])
+    assert ended.exit_code == 0, ended.output
+    assert ended.stdout == (tmp_path / "out/unseen.json").read_text()
+    for wrong, match in (
+        (["--thinning", "L99"], "unknown thinning 'L99'"),
+        (["--lambda", "much"], "--lambda 'much' is neither"),
+        (["--classes", "1,x"], "is no list of numbers"),
+        (["--seed", "4"], "seed: 5 there, 4 asked for"),
+    ):
+        assert match in str(CliRunner().invoke(app, [*call, *wrong]).exception)
