@@ -33,7 +33,11 @@ def unseen_classes(
         int | None,
         typer.Option(min=1, help="Of the network's input, and of images to judge by; default: the weights'."),
     ] = None,
+    min_crop: Annotated[float, typer.Option(help="Share of an image that a random crop covers, at least.")] = 0.08,
     device: driving.Device = "auto",
+    workers: Annotated[int, typer.Option(min=1, help="Of a training: data-parallel, on Ray.")] = 1,
+    gpus_per_worker: driving.GpusPerWorker = None,
+    address: driving.Address = None,
     precision: Annotated[str, typer.Option(help="fp32 or bf16 (autocast).")] = "fp32",
     seed: Annotated[int, typer.Option(help="Of the split and all else that is drawn.")] = 0,
     as_json: AsJson = False,
@@ -64,7 +68,11 @@ def unseen_classes(
         steps_per_epoch=steps_per_epoch,
         batch_size=batch_size,
         side=side,
+        min_crop=min_crop,
         device=device,
+        workers=workers,
+        gpus_per_worker=gpus_per_worker,
+        address=address,
     )
     try:
         found = experiment(request, val)

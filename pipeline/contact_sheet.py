@@ -20,6 +20,7 @@ from schemas.saliency import OK, table_schema
 _SORTS = [
     field.name for field in table_schema(None) if pa.types.is_integer(field.type) or pa.types.is_float32(field.type)
 ]
+_CAPTION = 24  # characters of an option under a picture
 _VALUES = ("score", "mask_area", "label", "predicted", "target", "index")
 
 
@@ -83,7 +84,7 @@ def _captions(runs: Sequence[SaliencyRun]) -> list[str]:
         [run.run.config.method for run in runs],
         [" ".join([run.run.config.method, *run.run.config.layer]) for run in runs],
         [" ".join([run.run.config.method, *run.run.config.layer, run.run.config.model]) for run in runs],
-        [f"{run.run.config.method} {_options(run)}" for run in runs],
+        [f"{run.run.config.method} {_options(run, _CAPTION)}" for run in runs],
         [f"{run.run.config.method} {run.path}" for run in runs],
     ]
     alone = [Counter(names) for names in tries]
@@ -101,8 +102,12 @@ def _in_short(run: SaliencyRun) -> str:
     return ", ".join(filter(None, [run.path, config.model, *config.layer, _options(run), run.run.fingerprint]))
 
 
-def _options(run: SaliencyRun) -> str:
-    return ", ".join(f"{name}={value}" for name, value in run.run.config.options.items())
+def _options(run: SaliencyRun, length: int | None = None) -> str:
+    """All of them; of values longer than `length` the end, which tells one file or digest from another."""
+    shown = {name: str(value) for name, value in run.run.config.options.items()}
+    if length is not None:
+        shown = {name: text if len(text) <= length else f"...{text[-length:]}" for name, text in shown.items()}
+    return ", ".join(f"{name}={value}" for name, value in shown.items())
 
 
 def _wide_card(row: Row, sample: Sample | None, rows: dict[str, Row | None], names: dict[int, str]) -> Card:

@@ -33,7 +33,8 @@ def connect(address: str | None) -> dict[str, float]:
     if address is None:
         own = {"include_dashboard": False, "object_store_memory": STORE_BYTES}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
+        if not ray.is_initialized():  # by an earlier job of this process
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

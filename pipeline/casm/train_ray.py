@@ -55,6 +55,7 @@ def train_on_ray(
         try:
             return _go(work, request.workers, gpus, found, store, say)
         finally:
+            ray.shutdown()  # so that another training of this process finds it as this one did
             shutil.rmtree(store, ignore_errors=True)  # Ray Train asks for a folder, and leaves a marker there
 
 

@@ -208,7 +208,16 @@ def _extracted(request: Request, val: Sequence[str], folder: Path, run: Path) ->
         seed=request.settings.seed,
     )
     with contextlib.redirect_stdout(sys.stderr):  # what it reports is no result of this job
-        ended = conduct(extraction(wanted), Settings(out=str(run), device=request.device))
+        ended = conduct(
+            extraction(wanted),
+            Settings(
+                out=str(run),
+                address=request.address,
+                workers=request.workers if request.workers > 1 else None,
+                gpus_per_worker=request.gpus_per_worker,
+                device=request.device,
+            ),
+        )
     if ended.code == 130:
         raise KeyboardInterrupt
     if ended.code:

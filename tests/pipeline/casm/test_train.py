@@ -163,7 +163,7 @@ def test_the_training_trains(undisturbed):
     assert max(line["right"] for line in log) > 0
     assert min(line["mask_loss"] for line in log) < 0
     names = {name.partition("/")[0] for name in files(undisturbed)}
-    assert names == {"checkpoints", "pool", "log.jsonl", "lock-driver", "lock-writer"}
+    assert names == {"checkpoints", "pool", "log.jsonl", "lock-driver", "lock-writer", "curves.png"}
     assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == ["16", "18"]
     start, end = small().state_dict(), checkpoint.open_checkpoint(undisturbed).part("classifier")
     assert not torch.equal(start["fc.weight"], end["fc.weight"])
