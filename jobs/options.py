@@ -41,7 +41,8 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     if not isinstance(table, dict):
         raise UserError(f"{path}: options must be a table, as [options] and then key = value lines")
     defaults = {names[key]: _as_words(value) for key, value in given.items() if key != "options"}
-    defaults[names["options"]] = [f"{key}={json.dumps(value)}" for key, value in table.items()]
+    if table:
+        defaults[names["options"]] = [f"{key}={json.dumps(value)}" for key, value in table.items()]
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
     return path
 

@@ -21,7 +21,7 @@ from schemas.errors import UserError
 PACKAGES = ("schemas", "pipeline", "jobs")
 SMALL = 1_000_000  # bytes that one named file, or the user's package, may weigh
 INPUTS = "_inputs"  # where staged files stand in the job's folder
-_PATHS = ("out", "boxes")  # options that hold a path; every positional word is one
+_PATHS = ("out", "boxes", "val", "checkpoint")  # options that hold a path; every positional word is one
 _OURSELVES = Path(__file__).resolve().parents[1]
 _UNWANTED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "tests")
 
@@ -93,6 +93,7 @@ class _Staging:
             **dict.fromkeys(_PATHS, self._path),
             "config": self._config,
             "weights": self._weights,
+            "classes": self._classes,
             "model": self._module,
             "method": self._module,
         }
@@ -111,6 +112,10 @@ class _Staging:
     def _weights(self, value: str) -> str:
         """DEFAULT, none and torchvision's names stay; a file becomes absolute."""
         return self._path(value) if os.sep in value or (self.cwd / value).exists() else value
+
+    def _classes(self, value: str) -> str:
+        """Numbers stay; a file of them travels."""
+        return self._add(value, self._read(value)) if (self.cwd / value).is_file() else value
 
     def _list(self, value: str) -> str:
         """A list of shards, one a line; its relative lines become absolute, as they are read relative to `cwd`."""

@@ -81,7 +81,7 @@ def _go(
     died, before = 0, -1
     while True:
         queue = Queue(actor_options={"num_cpus": 0})
-        trainer = TorchTrainer(
+        trainer = _Trainer(
             _rank,
             train_loop_config={"work": ray.put(work), "queue": queue},
             # Two ranks of one GPU cannot join one NCCL group.
@@ -105,39 +105,44 @@ def _go(
         say(f"a worker died ({reason}); all of them begin again at step {step:,}")
 
 
+class _Trainer(TorchTrainer):
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Leaves Ctrl-C to us: Ray would answer it with an abort, and exit 0."""
+
+
 def _fit(trainer: TorchTrainer, queue: Queue, root: Path, say: Callable[[str], None]) -> str:
-    """Train to the end, or to a death, whose reason is returned.
-
-    In a thread, so that Ray leaves Ctrl-C to us: it would answer it with an abort that takes its time, and exit 0.
-    """
-    failed: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:
-            failed.append(error)
-
+    """Train to the end, or to a death, whose reason is returned. What ranks tell is taken in beside."""
     notes: dict[str, str] = {}
-    thread = threading.Thread(target=fit, name="saltern-fit", daemon=True)
-    thread.start()
-    try:
-        while thread.is_alive():
+    over = threading.Event()
+
+    def listen() -> None:
+        while not over.is_set():
             _listen(queue, notes, say)
         _listen(queue, notes, say)
+
+    listener = threading.Thread(target=listen, name="saltern-listen")
+    listener.start()
+    reason = ""
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        reason = _reason(error)
     except KeyboardInterrupt:
+        over.set()
+        listener.join()
         ray.shutdown()  # ends the workers
         newest = Checkpoints(root).newest()
         say(f"interrupted; {stands(newest.folder if newest else root / 'none')}")
         raise
+    finally:
+        over.set()
+        listener.join()
     if "user" in notes:
         raise UserError(notes["user"])
     if "code" in notes:
         raise RuntimeError(notes["code"])
     queue.shutdown(force=True)
-    if failed and not isinstance(failed[0], TrainingFailedError):
-        raise failed[0]
-    return _reason(failed[0]) if failed else ""
+    return reason
 
 
 def _listen(queue: Queue, notes: dict[str, str], say: Callable[[str], None]) -> None:

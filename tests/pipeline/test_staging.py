@@ -73,6 +73,25 @@ def test_relative_paths_become_absolute_and_urls_stay(tmp_path: Path, here: Path
     assert job.absolute == [f"{here}/data/{{0..3}}.tar", run, weights]
 
 
+def test_what_a_training_names(tmp_path: Path, here: Path) -> None:
+    (here / "classes.txt").write_text("1 2 3")
+    words = [
+        Word(name, f"--{name}", value)
+        for name, value in (
+            ("val", "data/v.tar"),
+            ("checkpoint", "casm"),
+            ("classes", "4,5"),
+            ("classes", "classes.txt"),
+        )
+    ]
+    job, folder = sent(tmp_path, here, *words, command="train-casm")
+    assert job.args == [
+        *("--val", str(here / "data/v.tar"), "--checkpoint", str(here / "casm")),
+        *("--classes", "4,5", "--classes", "_inputs/0-classes.txt"),
+    ]
+    assert (folder / "_inputs/0-classes.txt").read_text() == "1 2 3"
+
+
 @pytest.mark.parametrize("value", ["DEFAULT", "none", "IMAGENET1K_V2"])
 def test_names_of_weights_stay(tmp_path: Path, here: Path, value: str) -> None:
     assert sent(tmp_path, here, Word("weights", "--weights", value))[0].args == ["--weights", value]

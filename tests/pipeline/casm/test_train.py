@@ -126,6 +126,8 @@ def test_a_crop_is_torchvisions():
     found = np.array([crop_box(110, 70, draw) for _ in range(4000)], float)[:, [1, 0, 3, 2]]
     np.testing.assert_allclose(found.mean(0), expected.mean(0), atol=1.5)
     np.testing.assert_allclose(found.std(0), expected.std(0), atol=1.5)
+    areas = [width * height for _, _, width, height in (crop_box(110, 70, draw, 0.5) for _ in range(500))]
+    assert 0.49 * 7700 < min(areas) < 0.53 * 7700
     left, top, width, height = crop_box(500, 10, random.Random(0))  # no crop fits: the centre
     assert (left, top, width, height) == (243, 0, 13, 10)
 
@@ -150,7 +152,7 @@ def interrupt(monkeypatch, step: int, error: type[BaseException] = CutError) -> 
 
     def cut(self, x, label):
         if self.steps_done == step:
-            raise error
+            raise error()
         return real(self, x, label)
 
     monkeypatch.setattr(Training, "step", cut)
@@ -235,8 +237,18 @@ def test_a_killed_process_is_gone_on_from(shards, tmp_path):
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
-def test_ctrl_c_says_what_stands(shards, tmp_path, monkeypatch):
-    interrupt(monkeypatch, 6, KeyboardInterrupt)
+class Scheduler:
+    """What ends a job by SIGTERM, where an exception is raised."""
+
+    def __new__(cls):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        raise AssertionError("SIGTERM was not answered")
+
+
+@pytest.mark.parametrize("how", [KeyboardInterrupt, Scheduler], ids=["ctrl-c", "sigterm"])
+def test_an_interrupt_says_what_stands(how, shards, tmp_path, monkeypatch):
+    interrupt(monkeypatch, 6, how)
     said: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         train(request(shards, tmp_path), said.append)
@@ -458,3 +470,18 @@ def test_the_command_trains_and_extract_takes_its_folder(shards, tmp_path):
     ended = CliRunner().invoke(app, [*line.split(), "--checkpoint", f"{tmp_path}/casm", "--device", "cpu"])
     assert ended.exit_code == 0, ended.output
     assert set(pq.read_table(tmp_path / "run/data/0.parquet").to_pydict()["predicted"]) <= {0, 1, 4}
+
+
+def test_a_config_file_says_the_same(shards, tmp_path):
+    (tmp_path / "c.toml").write_text(
+        'model = "casm_toys:small"\nside = 64\nepochs = 1\nsteps-per-epoch = 2\nbatch-size = 4\ntv = 0.5\n'
+        'classes = [4, 1]\nmin-crop = 0.5\nlambda = "3"\ndevice = "cpu"\n'
+    )
+    call = ["train-casm", str(shards), "--out", f"{tmp_path}/casm", "--config", f"{tmp_path}/c.toml"]
+    ended = CliRunner().invoke(app, call)
+    assert ended.exit_code == 0, ended.output
+    config = checkpoint.open_checkpoint(tmp_path / "casm").config
+    assert (config["settings"]["tv"], config["settings"]["lam"], config["min_crop"]) == (0.5, 3.0, 0.5)
+    assert (config["classes"], config["batch_size"], config["steps"]) == ([4, 1], 4, 2)
+    (tmp_path / "c.toml").write_text("options = {a = 1}")
+    assert "unknown key 'options'" in str(CliRunner().invoke(app, call).exception)

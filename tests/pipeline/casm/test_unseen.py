@@ -295,7 +295,11 @@ def test_an_interrupted_extraction_is_gone_on_with(data, undisturbed, tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         run(data, tmp_path / "cut")
     run(data, tmp_path / "cut")
-    assert sorted(done) == sorted((f"run-{subsets}", f"val-{shard}") for subsets in TRAININGS for shard in range(3))
+    # Once each; one that was under way at the interrupt may have ended unheard.
+    wanted = {(f"run-{subsets}", f"val-{shard}") for subsets in TRAININGS for shard in range(3)}
+    assert len(done) == len(set(done))
+    assert set(done) <= wanted
+    assert len(wanted) - len(done) <= 1
     assert trees(tmp_path / "cut") == trees(undisturbed)
 
 

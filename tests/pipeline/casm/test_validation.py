@@ -20,6 +20,7 @@ from pipeline.casm.mask_page import SHOWN
 from pipeline.casm.settings import Settings
 from pipeline.casm.step import Training
 from pipeline.casm.thinning import THINNINGS
+from pipeline.casm.train import train
 from pipeline.casm.validation import Validation
 from pipeline.expand import expand
 from pipeline.extractor import Processor
@@ -34,6 +35,10 @@ SIDE = casm_toys.SIDE
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 HOW = {"side": SIDE, "interpolation": "bilinear", "mean": MEAN, "std": STD, "batch_size": 4, "threads": 2}
 SIZES = ((72, 100), (90, 64), (64, 64))
+
+
+class CutError(Exception):
+    pass
 
 
 @pytest.fixture
@@ -225,6 +230,36 @@ def test_a_resume_drops_what_is_later(tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("step", [5, 9, 12])
+def test_a_resumed_training_is_measured_as_an_undisturbed_one(step, tmp_path, monkeypatch):
+    """Before, at and after a checkpoint; epochs end at 6, 12, 18 and checkpoints stand at 4, 8, 12, 16, 18."""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    shards = casm_toys.write_shards(tmp_path / "train")
+    val = [str(write_val(tmp_path / "val", 4))]
+    train(casm_toys.request(shards, tmp_path / "whole", val=val), print)
+    with monkeypatch.context() as patch:
+        real = Training.step
+
+        def cut(self, x, label):
+            if self.steps_done == step:
+                raise CutError
+            return real(self, x, label)
+
+        patch.setattr(Training, "step", cut)
+        with pytest.raises(CutError):
+            train(casm_toys.request(shards, tmp_path / "cut", val=val), print)
+    train(casm_toys.request(shards, tmp_path / "cut", val=val, resume=True), print)
+    kept = [
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        for root in (tmp_path / "whole", tmp_path / "cut")
+    ]
+    for files in kept:
+        files.pop(Path("speed.jsonl"))
+    assert kept[0] == kept[1]
+    assert [line["step"] for line in lines(tmp_path / "cut")] == [6, 12, 18]
+
+
 @pytest.mark.parametrize("count", [4, 15])
 def test_the_page_is_self_contained_and_shows_the_same_samples_each_time(count, tmp_path):
     training, val = made(), write_val(tmp_path / "val", count, **ODD)
