@@ -3,10 +3,8 @@
 Needs no ray and reads no shard. Shape suffixes: B batch, C H W the network's input.
 """
 
-import contextlib
 import copy
 import gc
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from pipeline import classifiers
 from pipeline.bench.figures import Side, by_turns, ratio
 from pipeline.bench.memory import peak_bytes
+from pipeline.casm.exact import exact
 from pipeline.casm.network import Decoder, Trunk
 from pipeline.casm.settings import Precision, Settings
 from pipeline.casm.stages import find_stages
@@ -166,7 +165,7 @@ def _measure(kind: Kind, precision: Precision, bench: Bench) -> dict[str, Any]:
     x_BCHW = torch.randn(batch, 3, side, side, generator=draw)
     x_BCHW = x_BCHW.to(bench.device, memory_format=torch.channels_last)
     label_B = torch.randint(classifier.classes, (batch,), generator=draw).to(bench.device)
-    with _exact():
+    with exact():
         sides = Sides(model, kind, precision, x_BCHW, label_B)
         timed = {name: _timed(getattr(sides, name), batch, bench.device) for name in SIDES}
         rates = by_turns(bench.rounds, *timed.values())
@@ -200,21 +199,6 @@ def _mixed(name: str, precision: str, parts: dict[Kind, tuple[float, dict[str, A
 
 def _held_to(ms: dict[str, float]) -> dict[str, Any]:
     return {"ms": ms, "over_limit": ms["step"] / ms["limit"], "goal": GOAL}
-
-
-@contextlib.contextmanager
-def _exact() -> Iterator[None]:
-    """Algorithms that repeat to the bit, on all sides, as a training asks for them."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
 def _timed(work: Callable[[], None], batch: int, device: str) -> Side:

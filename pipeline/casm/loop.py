@@ -5,7 +5,6 @@ Shape suffixes: B batch, C H W the network's input.
 
 import contextlib
 import fcntl
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from pipeline import classifiers
 from pipeline.casm import curves
 from pipeline.casm.checkpoint import Checkpoints
 from pipeline.casm.data import Batches
+from pipeline.casm.exact import exact
 from pipeline.casm.head import restrict
 from pipeline.casm.journal import Journal
 from pipeline.casm.ranks import Ranks
@@ -198,27 +198,6 @@ def available_memory() -> int | None:
         group = Path("/sys/fs/cgroup")
         found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
     return max(0, min(found)) if found else None
-
-
-@contextlib.contextmanager
-def exact(threads: int) -> Iterator[None]:
-    """What repeats to the bit, where there is a choice; the settings are put back on the way out."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn = torch.is_deterministic_algorithms_warn_only_enabled()
-    tuned, before = torch.backends.cudnn.benchmark, torch.get_num_threads()
-    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or matrix products on CUDA would not repeat
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
-    torch.backends.cudnn.benchmark = False
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn)
-        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
-        torch.backends.cudnn.benchmark = tuned
-        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
