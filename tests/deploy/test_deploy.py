@@ -192,3 +192,15 @@ def test_the_slurm_script_on_one_node(slurm: dict[str, str], tmp_path: Path) -> 
     assert not list(tmp_path.glob(".saltern-token-*"))
     receipts = [json.loads(path.read_text()) for path in (tmp_path / "run" / "receipts").rglob("*.json")]
     assert [receipt["statuses"] for receipt in receipts] == [{"ok": 1}]
+
+
+def test_the_recipe_is_one_that_train_casm_takes(tmp_path: Path) -> None:
+    """All but the shards is right: they are what is missing."""
+    from typer.testing import CliRunner
+
+    from jobs.main import app
+
+    words = ["train-casm", f"{tmp_path}/none.tar", "--out", f"{tmp_path}/out", "--config"]
+    ended = CliRunner().invoke(app, [*words, str(DEPLOY / "casm-tiny-imagenet.toml")])
+    assert "none.tar" in str(ended.exception)
+    assert not (tmp_path / "out").exists()
