@@ -134,7 +134,8 @@ def parse_lambda(text: str) -> float | Literal["auto"]:
 def parse_classes(text: str) -> list[int]:
     """`A,B,...`, or a file with numbers, apart by commas, spaces or lines."""
     try:
-        words = Path(text).read_text() if Path(text).is_file() else text
+        listed = re.fullmatch(r"[\d\s,]+", text) is not None
+        words = text if listed else Path(text).read_text()
         return [int(word) for word in re.split(r"[\s,]+", words.strip())]
     except (OSError, ValueError) as error:
         raise UserError(f"--classes {text!r} is no list of numbers, nor a file of them: {error}") from None

@@ -115,7 +115,7 @@ class _Staging:
 
     def _classes(self, value: str) -> str:
         """Numbers stay; a file of them travels."""
-        return self._add(value, self._read(value)) if (self.cwd / value).is_file() else value
+        return value if set(value) <= set("0123456789, ") else self._add(value, self._read(value))
 
     def _list(self, value: str) -> str:
         """A list of shards, one a line; its relative lines become absolute, as they are read relative to `cwd`."""
