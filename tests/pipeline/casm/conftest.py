@@ -1,12 +1,20 @@
 """A small staged classifier, and batches on which some images are known and some are not."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """In trainings of this process as in those that tests start: their bits depend on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
 
 
 def block(narrow: int, wide: int, stride: int) -> nn.Sequential:

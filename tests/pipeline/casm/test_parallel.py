@@ -202,7 +202,7 @@ def start(shards: Path, out: Path, address: str, *more: str, model: str = "slow"
 
 
 def finish(running: subprocess.Popen[str], code: int = 0) -> str:
-    said, _ = running.communicate(timeout=180)
+    said, _ = running.communicate(timeout=400)
     assert running.returncode == code, said
     assert "Traceback" not in said
     return said
@@ -214,7 +214,7 @@ def files(root: Path) -> dict[str, bytes]:
 
 
 def at_checkpoint(out: Path, step: int, running: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not (out / "checkpoints" / str(step)).exists():
         assert running.poll() is None, running.communicate()[0]
         assert time.monotonic() < end, "no checkpoint"
