@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -74,12 +74,11 @@ def methods(
         find(name)
     machine = describe_machine()
     bench = Bench(model, pick_device(device), batch_size, rounds, tuple(only or ()))
-    where = f"{machine['gpu'] or machine['cpu']}, torch {machine['versions']['torch']}, {machine['date']}"
     out.mkdir(parents=True, exist_ok=True)
     entries, table = [], ""
     for entry in measure(bench, lambda line: typer.echo(line, err=True)):
         entries.append(entry)  # written at once: a bench that is stopped keeps what it has
-        table = f"{where}; {model}, batch {batch_size}, float32, 224 x 224\n\n{as_table(entries)}"
+        table = f"{_where(machine)}; {model}, batch {batch_size}, float32, 224 x 224\n\n{as_table(entries)}"
         (out / "methods.json").write_text(json.dumps({"machine": machine, "cases": entries}, indent=1))
         (out / "methods.md").write_text(table)
     typer.echo(table)
@@ -106,7 +105,6 @@ def casm(
     see_own_modules()
     machine = describe_machine()
     bench = Bench(model, pick_device(device), batch_size, rounds, *([tuple(thinning)] if thinning else []))
-    where = f"{machine['gpu'] or machine['cpu']}, torch {machine['versions']['torch']}, {machine['date']}"
     report, table = {"machine": machine, "model": model, "batch_size": batch_size, "steps": [], "scaling": None}, ""
 
     def write() -> None:
@@ -116,7 +114,7 @@ def casm(
     out.mkdir(parents=True, exist_ok=True)
     for entry in measure(bench, lambda line: typer.echo(line, err=True)):
         report["steps"].append(entry)  # written at once: a bench that is stopped keeps what it has
-        table = f"{where}; {model}, batch {batch_size}\n\n{as_table(report['steps'])}"
+        table = f"{_where(machine)}; {model}, batch {batch_size}\n\n{as_table(report['steps'])}"
         write()
     if workers > 1:
         from pipeline.bench import scaling
@@ -128,3 +126,7 @@ def casm(
         write()
     typer.echo(table)
     typer.echo(f"{out}/casm.json and .md hold the same, with every round", err=True)
+
+
+def _where(machine: dict[str, Any]) -> str:
+    return f"{machine['gpu'] or machine['cpu']}, torch {machine['versions']['torch']}, {machine['date']}"

@@ -134,8 +134,7 @@ def _rectangle(box: Box, width: int, height: int) -> str:
 
 _LEGEND = (
     "<p class=legend><span class=found></span>box of the mask <span class=given></span>given box "
-    "<span class=crop></span>what the network saw; "
-    "signed maps are coloured from 0 up</p>"
+    "<span class=crop></span>what the network saw</p>"
 )
 
 _STYLE = """

@@ -21,6 +21,7 @@ _SORTS = [
     field.name for field in table_schema(None) if pa.types.is_integer(field.type) or pa.types.is_float32(field.type)
 ]
 _CAPTION = 24  # characters of an option under a picture
+_NOTE = "Signed maps are coloured from 0 up."
 _VALUES = ("score", "mask_area", "label", "predicted", "target", "index")
 
 
@@ -41,7 +42,7 @@ def contact_sheet(run: SaliencyRun, sort: str | None = None, limit: int = 48) ->
     counts = f"{len(cards):,} of {len(run):,} rows, {order}"
     config = run.run.config
     title = f"{config.method} of {config.model}"
-    return render(title, [*_provenance(run), ("shown", counts)], gone, cards)
+    return render(title, [*_provenance(run), ("shown", counts)], [_NOTE, *gone], cards)
 
 
 def comparison(runs: Sequence[SaliencyRun], sort: str | None = None, limit: int = 48) -> str:
@@ -68,9 +69,8 @@ def comparison(runs: Sequence[SaliencyRun], sort: str | None = None, limit: int 
     if cards and not matches:
         raise UserError(f"{first.path} shares no sample with {', '.join(run.path for run in others)}")
     facts = [(caption, _in_short(run)) for caption, run in zip(captions, runs, strict=True)]
-    return render(
-        " | ".join(captions), [*facts, ("shown", f"{len(cards):,} of {len(first):,} rows, {order}")], gone, cards
-    )
+    shown = ("shown", f"{len(cards):,} of {len(first):,} rows, {order}")
+    return render(" | ".join(captions), [*facts, shown], [_NOTE, *gone], cards)
 
 
 def _same(row: Row, run: SaliencyRun) -> Row | None:

@@ -72,9 +72,7 @@ class Store:
             made.unlink()
             return
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        fsync(made)
-        os.replace(made, target)
-        fsync(Path(target).parent)
+        settle(made, Path(target))
 
     def create(self, made: Path, name: str) -> bool:
         """Like `publish`, but only where nothing stands under the name: False means that another was first."""
@@ -115,6 +113,21 @@ def _walk(base: str, below: str, suffix: str) -> Iterator[str]:
             yield from _walk(base, name, suffix)
         elif entry.name.endswith(suffix):
             yield name
+
+
+def settle(made: Path, path: Path) -> None:
+    """Give a finished file its name, in place of what stands there; it is on the disk when this returns."""
+    fsync(made)
+    made.replace(path)
+    fsync(path.parent)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Under its name stands the whole content, or what stood there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = path.with_name(f".unfinished-{path.name}")
+    made.write_bytes(content)
+    settle(made, path)
 
 
 def fsync(path: Path) -> None:

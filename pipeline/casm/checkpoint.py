@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.casm.pool import Member
 from pipeline.naming import brief
-from pipeline.store import fsync
+from pipeline.store import fsync, settle
 from schemas.errors import UserError
 
 FORMAT = 1
@@ -111,9 +111,7 @@ class Checkpoints:
         # One entry of metadata alone: safetensors writes several in random order.
         state = {key: value.contiguous() for key, value in member.state.items()}
         safetensors.torch.save_file(state, made, {"digest": member.digest})
-        fsync(made)
-        made.replace(path)
-        fsync(path.parent)
+        settle(made, path)
         self._written[member.step] = member.digest
 
     def known(self, members: Sequence[Member]) -> None:

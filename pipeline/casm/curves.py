@@ -3,6 +3,7 @@
 Shape suffixes: N steps that are drawn.
 """
 
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pipeline.store import write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,9 +112,9 @@ def draw(root: Path) -> None:
     for axis in (panels[4], last):
         axis.set_xlabel("step")
     figure.align_ylabels()
-    made = root / "curves.png.tmp"
-    figure.savefig(made, format="png")
-    made.replace(root / "curves.png")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write(root / "curves.png", picture.getvalue())
 
 
 def _panel(axis: "Axes", title: str, unit: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.casm.log import Log
 from pipeline.progress import clock
+from pipeline.store import write
 from schemas.errors import UserError
 
 EVERY = 20  # steps between two readings of the device, each of which waits for it
@@ -123,7 +124,5 @@ def _cut(path: Path, start: int) -> int:
                 kept.append(line)
         except ValueError:
             break  # the last line of a run that was killed
-    made = path.with_name(f"{path.name}.tmp")
-    made.write_text("".join(f"{line}\n" for line in kept))
-    made.replace(path)
+    write(path, "".join(f"{line}\n" for line in kept).encode())
     return len(kept)

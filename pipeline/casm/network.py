@@ -58,9 +58,10 @@ class Decoder(nn.Module):
     Args:
         channels: of the taps, stem first.
         generator: of the initial weights; None: torch's own.
+        scale: of the last convolution's initial weights; as published, 1, the first masks are 0 or 1 nearly everywhere.
     """
 
-    def __init__(self, channels: Sequence[int], generator: torch.Generator | None = None) -> None:
+    def __init__(self, channels: Sequence[int], generator: torch.Generator | None = None, scale: float = 1.0) -> None:
         super().__init__()
         stem, *stages = channels
         self.stages = nn.ModuleList(
@@ -72,6 +73,7 @@ class Decoder(nn.Module):
             if isinstance(module, nn.Conv2d):
                 fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
                 nn.init.normal_(module.weight, 0, (2 / fan_out) ** 0.5, generator=generator)
+        self.last.weight.detach().mul_(scale)
         if self.last.bias is not None:
             nn.init.zeros_(self.last.bias)
 

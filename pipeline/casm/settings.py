@@ -26,6 +26,7 @@ class Settings:
     pool_draw: PoolDraw = "shared"  # one member for all ranks, or one for each; the coin is common in both
     classifier_loss: ClassifierLoss = "sequential"  # clean, then masked; "sum": half of each in one step (eq. 8)
     share_encoder: bool = True  # False: a second trunk, a copy of the classifier at first, trained with the decoder
+    init_scale: float = 1.0  # of the last weights of the decoder at first; below 1, masks do not begin saturated
     tv: float = 0.0  # weight of the total variation of the masks
     batch_norm: BatchNorm = "train"  # "eval": running statistics everywhere, so that the batch's split has no effect
     precision: Precision = "fp32"
@@ -41,7 +42,7 @@ class Settings:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"{name}={getattr(self, name)!r} is none of {', '.join(choices)}")
-        for name in ("tv", "lr_classifier", "momentum", "lr_mask", "weight_decay"):
+        for name in ("init_scale", "tv", "lr_classifier", "momentum", "lr_mask", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name}={getattr(self, name)} must be 0 or more, and finite")
         if not 0 < self.mask_area < 1:

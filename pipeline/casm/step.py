@@ -56,7 +56,7 @@ class Training:
         stages = find_stages(classifier)
         self._trunk = Trunk(classifier, stages.names)
         draw = torch.Generator().manual_seed(settings.seed)
-        self.decoder = Decoder(stages.channels, draw).to(self.device)
+        self.decoder = Decoder(stages.channels, draw, settings.init_scale).to(self.device)
         self.encoder = None if settings.share_encoder else copy.deepcopy(classifier).requires_grad_()
         self._own = None if self.encoder is None else Trunk(self.encoder, stages.names, detached=False)
         self.classifier.requires_grad_(self._trained)

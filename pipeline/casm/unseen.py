@@ -27,7 +27,7 @@ from pipeline.naming import brief
 from pipeline.prepare import Request as Extraction
 from pipeline.prepare import pick_device, see_own_modules
 from pipeline.run import Settings, conduct, extraction
-from pipeline.store import fsync
+from pipeline.store import write
 from schemas.errors import UserError
 
 TRAININGS = {"F": "F", "EF": "E+F", "DEF": "D-F", "CDEF": "C-F", "BCDEF": "B-F"}  # subsets -> name in print
@@ -276,12 +276,7 @@ def _cell(mean: Mean, seen: bool = False) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Under its name stands the whole, or what stood there before."""
-    made = path.with_name(f".unfinished-{path.name}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        made.write_text(text)
-        fsync(made)
-        made.replace(path)
+        write(path, text.encode())
     except OSError as error:
         raise UserError(f"cannot write to {path.parent}: {error}") from error

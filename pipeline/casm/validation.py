@@ -30,7 +30,7 @@ from pipeline.prefetch import prefetch
 from pipeline.reader import Layout, Row
 from pipeline.rows import Item, Storage, assemble
 from pipeline.shards import Sample, list_keys, read_samples
-from pipeline.store import fsync
+from pipeline.store import write
 from schemas.errors import ShardError, UserError
 from schemas.run import RunConfig, Shard
 
@@ -120,7 +120,7 @@ class Validation:
             return
         lines = [line for line in curves.read(self._root / LINES) if line["step"] <= start]
         if (self._root / LINES).exists():
-            _publish(self._root / LINES, "".join(map(_json, lines)).encode())
+            write(self._root / LINES, "".join(map(_json, lines)).encode())
         for page in (self._root / "masks").glob("*.html"):
             if page.stem.isdecimal() and int(page.stem) > start:
                 page.unlink()
@@ -155,12 +155,12 @@ class Validation:
     def _write(self, line: dict[str, float], network: "_Network", chosen: Chosen) -> None:
         step = int(line["step"])
         before = [old for old in curves.read(self._root / LINES) if old["step"] < step]
-        _publish(self._root / LINES, "".join(map(_json, [*before, line])).encode())
+        write(self._root / LINES, "".join(map(_json, [*before, line])).encode())
         with ThreadPoolExecutor(self._threads, "saltern-decode") as pool:
             items = [(shard, self._item(pool, sample)) for shard, sample in chosen.samples()]
             shown = [(item.sample, network.rows(shard, [item])[0]) for shard, item in items]
         page = mask_page(line, shown, chosen.names, self._config.mean)
-        _publish(self._root / "masks" / f"{step}.html", page.encode())
+        write(self._root / "masks" / f"{step}.html", page.encode())
         curves.draw(self._root)
         self._say(
             f"validation at step {step:,}: LE {line['le']:.2f} %, F1 {line['f1']:.2f} %, top-1 {line['top1']:.2f} %, "
@@ -297,12 +297,3 @@ def _has_boxes(sample: Sample) -> bool:
 def _json(line: dict[str, float]) -> str:
     """A line of validation.jsonl; JSON has no NaN."""
     return json.dumps({key: None if math.isnan(value) else value for key, value in line.items()}) + "\n"
-
-
-def _publish(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made = path.with_name(f"{path.name}.tmp")
-    made.write_bytes(content)
-    fsync(made)
-    made.replace(path)
-    fsync(path.parent)

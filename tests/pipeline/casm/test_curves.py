@@ -31,7 +31,7 @@ def drawn(root: Path) -> bytes:
     with Image.open(root / "curves.png") as picture:
         assert picture.size == (1200, 1000)
         picture.load()
-    assert not list(root.glob("*.tmp"))
+    assert not list(root.glob(".unfinished-*"))
     return (root / "curves.png").read_bytes()
 
 

@@ -92,6 +92,19 @@ def test_initial_weights():
     assert torch.equal(decoder.last.weight, again.last.weight)
 
 
+def test_the_last_weights_begin_smaller_on_demand():
+    at_0 = [torch.Generator().manual_seed(0) for _ in range(2)]
+    published, scaled = (Decoder((8, 6, 6), draw, scale) for draw, scale in zip(at_0, (1.0, 0.01), strict=True))
+    torch.testing.assert_close(scaled.last.weight, 0.01 * published.last.weight)
+    for one, other in zip(scaled.stages.parameters(), published.stages.parameters(), strict=True):
+        assert torch.equal(one, other)
+    taps = [8 * torch.randn(4, 8, 8, 8), torch.randn(4, 6, 4, 4), torch.randn(4, 6, 2, 2)]
+    # Of ReLUs with such a scale, the published weights make masks that are 0 or 1 nearly everywhere.
+    flat = [((mask < 0.02) | (mask > 0.98)).float().mean() for mask in (published(taps), scaled(taps))]
+    assert flat[0] > 0.8
+    assert flat[1] < 0.1
+
+
 def test_decoder_by_hand():
     decoder = Decoder((2, 3, 4)).eval()
     taps = [torch.randn(1, 2, 8, 8), torch.randn(1, 3, 8, 8), torch.randn(1, 4, 4, 4)]
