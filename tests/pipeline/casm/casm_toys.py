@@ -1,5 +1,6 @@
 """A small training: shards whose labels the classifier mostly knows, and a request; as a script, one to be killed."""
 
+import hashlib
 import sys
 import time
 from pathlib import Path
@@ -85,6 +86,14 @@ def write_shards(folder: Path, count: int = 3, each: int = 8) -> Path:
                 samples.append((f"k{number:03}", {"jpg": image, "cls": str(label)}))
             write_tar(folder / f"{shard}.tar", samples)
     return folder
+
+
+def files(root: Path) -> dict[str, str]:
+    """All that a training leaves but for the time that it took, each as a digest."""
+    found = {str(path.relative_to(root)): path for path in sorted(root.rglob("*")) if path.is_file()}
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in found.items() if name != "speed.jsonl"
+    }
 
 
 def request(shards: Path, out: Path, **changed: object) -> Request:

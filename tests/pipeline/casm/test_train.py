@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from casm_toys import SIDE, Small, request, small, write_shards
+from casm_toys import SIDE, Small, files, request, small, write_shards
 from making import picture, write_tar
 from PIL import Image
 from torchvision.transforms import v2
@@ -57,12 +57,6 @@ def undisturbed(shards, tmp_path_factory) -> Path:
 
 def quiet(text: str) -> None:
     """For what is not asserted on."""
-
-
-def files(root: Path) -> dict[str, bytes]:
-    """All that a training leaves, but for the time that it took."""
-    found = {str(path.relative_to(root)): path for path in sorted(root.rglob("*")) if path.is_file()}
-    return {name: path.read_bytes() for name, path in found.items() if name != "speed.jsonl"}
 
 
 def lines(root: Path) -> list[dict[str, float]]:
