@@ -24,8 +24,8 @@ SAID_EVERY_S = 10.0
 WINDOW = 50  # steps over which the mean mask is watched
 LOW, HIGH = 0.02, 0.98
 
-_TOO_HIGH = "lambda may be too high: lower --lambda, or use --lambda auto"
-_TOO_LOW = "lambda may be too low: raise --lambda, or use --lambda auto"
+_TOO_HIGH = "lambda may be too high: lower --lambda, or use --lambda auto; if it is: lower --tv or --lr-mask"
+_TOO_LOW = "lambda may be too low: raise --lambda, or use --lambda auto; if it is: lower --lr-mask"
 
 
 class Journal:
