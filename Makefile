@@ -15,7 +15,7 @@ demo: $(VENV)/.ready
 	$(BIN)/saltern demo
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

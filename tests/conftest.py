@@ -5,6 +5,7 @@ import secrets
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,22 @@ for _name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
     os.environ.pop(_name, None)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under `-n`: the tests of a file share a process, and so do all that share the one cluster."""
-    for item in items:
-        group = "cluster" if "ray_address" in getattr(item, "fixturenames", ()) else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under `-n`: the tests of a file share a process, and so do all files that use the one cluster."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "cluster" if uses_cluster(config.rootpath / file) else file
+
+    return Scheduler(config, log)
+
+
+@cache
+def uses_cluster(file: Path) -> bool:
+    return "ray_address" in file.read_text()
 
 
 DEVIATIONS: dict[tuple[str, str], float] = {}
