@@ -19,7 +19,10 @@ for _name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Under `-n`: the tests of a file share a process, and so do all files that use the one cluster."""
+    """Under `-n`: the tests of a file share a process, and so do all files that use the one cluster.
+
+    Not by xdist's own groups: it marks them in `Item._nodeid`, which pytest 9.2 no longer reads.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduler(LoadScopeScheduling):
