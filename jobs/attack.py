@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from jobs import driving
-from jobs.options import Model, Shards, Weights, parse_options, read_config
-from schemas.errors import UserError
+from saltern.jobs import driving
+from saltern.jobs.options import Model, Shards, Weights, parse_options, read_config
+from saltern.schemas.errors import UserError
 
 
 def attack(
@@ -61,11 +61,11 @@ def attack(
     looks. Prints mean fooling confidence and how much smaller the guided perturbation is. The same command again goes
     on where the last one ended.
     """
-    from pipeline.attack import Attack, plan
-    from pipeline.attack_report import close
-    from pipeline.extractor import Processor
-    from pipeline.prepare import Request
-    from pipeline.run import Job
+    from saltern.pipeline.attack import Attack, plan
+    from saltern.pipeline.attack_report import close
+    from saltern.pipeline.extractor import Processor
+    from saltern.pipeline.prepare import Request
+    from saltern.pipeline.run import Job
 
     request = Request(
         shards=shards,

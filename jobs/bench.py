@@ -26,14 +26,14 @@ def extract(
     """The whole run against its limits, the engines, memory, resume, bytes. About ten minutes on two cores."""
     from dataclasses import asdict
 
-    from pipeline.bench.extract import measure
-    from pipeline.bench.figures import as_json, as_markdown, describe_machine
-    from pipeline.bench.settings import Settings
-    from pipeline.choose import choose
-    from pipeline.prepare import pick_device
+    from saltern.pipeline.bench.extract import measure
+    from saltern.pipeline.bench.figures import as_json, as_markdown, describe_machine
+    from saltern.pipeline.bench.settings import Settings
+    from saltern.pipeline.choose import choose
+    from saltern.pipeline.prepare import pick_device
 
     settings = Settings(
-        command=[sys.executable, "-m", "jobs.main"],
+        command=[sys.executable, "-m", "saltern"],
         shards=shards or [],
         model=model,
         weights=weights,
@@ -65,10 +65,10 @@ def methods(
     """Every method against its forwards and backwards, its peers, and in bf16. About twenty minutes on two cores."""
     import json
 
-    from pipeline.bench.figures import describe_machine
-    from pipeline.bench.methods import Bench, as_table, measure
-    from pipeline.methods import find
-    from pipeline.prepare import pick_device
+    from saltern.pipeline.bench.figures import describe_machine
+    from saltern.pipeline.bench.methods import Bench, as_table, measure
+    from saltern.pipeline.methods import find
+    from saltern.pipeline.prepare import pick_device
 
     for name in only or ():
         find(name)
@@ -98,9 +98,9 @@ def casm(
     """CASM's training step against its forwards and backwards; what a second worker gains. Half an hour, two cores."""
     import json
 
-    from pipeline.bench.casm import Bench, as_table, measure
-    from pipeline.bench.figures import describe_machine
-    from pipeline.prepare import pick_device, see_own_modules
+    from saltern.pipeline.bench.casm import Bench, as_table, measure
+    from saltern.pipeline.bench.figures import describe_machine
+    from saltern.pipeline.prepare import pick_device, see_own_modules
 
     see_own_modules()
     machine = describe_machine()
@@ -117,10 +117,10 @@ def casm(
         table = f"{_where(machine)}; {model}, batch {batch_size}\n\n{as_table(report['steps'])}"
         write()
     if workers > 1:
-        from pipeline.bench import scaling
+        from saltern.pipeline.bench import scaling
 
         typer.echo(f"1 and {workers} workers", err=True)
-        what = scaling.Scaling([sys.executable, "-m", "jobs.main"], workers, model, bench.device, batch_size)
+        what = scaling.Scaling([sys.executable, "-m", "saltern"], workers, model, bench.device, batch_size)
         report["scaling"] = scaling.measure(what)
         table += scaling.as_line(report["scaling"], what) + "\n"
         write()

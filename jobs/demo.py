@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from schemas.errors import UserError
+from saltern.schemas.errors import UserError
 
 # Of scikit-image and scikit-learn, which carry these files; what each is stands in their own documentation.
 PHOTOGRAPHS = {
@@ -56,7 +56,7 @@ def _saltern(*words: str | Path) -> None:
     """Run a command as a user would, and show it."""
     line = [str(word) for word in words]
     typer.echo(f"\n$ saltern {shlex.join(line)}")
-    ended = subprocess.run([sys.executable, "-m", "jobs.main", *line], check=False)
+    ended = subprocess.run([sys.executable, "-m", "saltern", *line], check=False)
     if ended.returncode:
         raise typer.Exit(ended.returncode)
 

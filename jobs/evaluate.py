@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import AsJson, RunFolder
+from saltern.jobs.options import AsJson, RunFolder
 
 
 def evaluate(
@@ -22,8 +22,8 @@ def evaluate(
     """
     import json
 
-    from pipeline.metrics.evaluate import evaluate as judge
-    from pipeline.metrics.table import as_table, remarks
+    from saltern.pipeline.metrics.evaluate import evaluate as judge
+    from saltern.pipeline.metrics.table import as_table, remarks
 
     # A glob that the shell has expanded: `--shards` takes the first path, and the others come as arguments.
     found = judge(run, [*(shards or []), *(more or [])], metric or [])

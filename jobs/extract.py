@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from jobs import driving
-from jobs.options import Model, Shards, Weights, parse_floats, parse_options, read_config
+from saltern.jobs import driving
+from saltern.jobs.options import Model, Shards, Weights, parse_floats, parse_options, read_config
 
 
 def extract(
@@ -53,8 +53,8 @@ def extract(
     seed: Annotated[int, typer.Option(help="Of random weights and random methods.")] = 0,
 ) -> None:
     """Extract saliency maps, masks and boxes. The same command again goes on where the last one ended."""
-    from pipeline.prepare import Request
-    from pipeline.run import extraction
+    from saltern.pipeline.prepare import Request
+    from saltern.pipeline.run import extraction
 
     request = Request(
         shards=shards,

@@ -5,7 +5,7 @@ import typer
 
 def methods() -> None:
     """List the saliency methods with their options and defaults."""
-    from pipeline.methods import available
+    from saltern.pipeline.methods import available
 
     for name, kind in available().items():
         options = ", ".join(f"{key}={value}" for key, value in kind.defaults().items())
@@ -17,7 +17,7 @@ def methods() -> None:
 
 def models() -> None:
     """List the models that are known by name."""
-    from pipeline.classifiers import available_models
+    from saltern.pipeline.classifiers import available_models
 
     for name in available_models():
         typer.echo(name)

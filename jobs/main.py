@@ -6,23 +6,23 @@ from typing import Any
 
 import typer
 
-from jobs.attack import attack
-from jobs.bench import app as bench
-from jobs.demo import demo
-from jobs.evaluate import evaluate
-from jobs.extract import extract
-from jobs.listing import methods, models
-from jobs.pack import pack
-from jobs.plan import plan
-from jobs.show import show
-from jobs.status import status
-from jobs.submit import submit
-from jobs.train_casm import train_casm
-from jobs.unseen_classes import unseen_classes
-from jobs.verify import verify
-from jobs.visualize_class import visualize_class
-from pipeline.allocator import keep_memory
-from schemas.errors import UserError
+from saltern.jobs.attack import attack
+from saltern.jobs.bench import app as bench
+from saltern.jobs.demo import demo
+from saltern.jobs.evaluate import evaluate
+from saltern.jobs.extract import extract
+from saltern.jobs.listing import methods, models
+from saltern.jobs.pack import pack
+from saltern.jobs.plan import plan
+from saltern.jobs.show import show
+from saltern.jobs.status import status
+from saltern.jobs.submit import submit
+from saltern.jobs.train_casm import train_casm
+from saltern.jobs.unseen_classes import unseen_classes
+from saltern.jobs.verify import verify
+from saltern.jobs.visualize_class import visualize_class
+from saltern.pipeline.allocator import keep_memory
+from saltern.schemas.errors import UserError
 
 EXIT_CODES = (
     "Exit codes: 0 all is done; 1 some shards failed, or a check did not hold; 2 a wrong call, said in one line; "

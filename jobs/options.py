@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from schemas.errors import UserError
-from schemas.run import check_keys
+from saltern.schemas.errors import UserError
+from saltern.schemas.run import check_keys
 
 Shards = Annotated[
     list[str],

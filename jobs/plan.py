@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import AsJson, Shards, parse_options
+from saltern.jobs.options import AsJson, Shards, parse_options
 
 
 def plan(
@@ -28,8 +28,8 @@ def plan(
     import json
     from dataclasses import asdict
 
-    from pipeline.estimate import estimate
-    from pipeline.prepare import Request
+    from saltern.pipeline.estimate import estimate
+    from saltern.pipeline.prepare import Request
 
     request = Request(
         shards=shards,

@@ -30,9 +30,9 @@ def show(
 
     Of several runs, one image a line under all their maps.
     """
-    from pipeline.contact_sheet import comparison, contact_sheet
-    from pipeline.reader import open_run
-    from schemas.errors import ShardError, UserError
+    from saltern.pipeline.contact_sheet import comparison, contact_sheet
+    from saltern.pipeline.reader import open_run
+    from saltern.schemas.errors import ShardError, UserError
 
     found = [open_run(run) for run in runs]
     page = out or (Path(runs[0]) if len(runs) == 1 and found[0].store.local else Path()) / "show.html"

@@ -2,7 +2,7 @@
 
 import typer
 
-from jobs.options import AsJson, RunFolder
+from saltern.jobs.options import AsJson, RunFolder
 
 
 def status(run: RunFolder, as_json: AsJson = False) -> None:
@@ -10,9 +10,9 @@ def status(run: RunFolder, as_json: AsJson = False) -> None:
     import json
     from collections import Counter
 
-    from pipeline.attack_report import in_words, means
-    from pipeline.manifest import open_run, read_failures, read_receipts
-    from schemas.run import ATTACK, EXTRACT
+    from saltern.pipeline.attack_report import in_words, means
+    from saltern.pipeline.manifest import open_run, read_failures, read_receipts
+    from saltern.schemas.run import ATTACK, EXTRACT
 
     store, found = open_run(run)
     receipts = read_receipts(store, found)

@@ -29,8 +29,8 @@ def submit(
     A token: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or
     ~/.ray/auth_token.
     """
-    from pipeline import submission
-    from pipeline.staging import stage
+    from saltern.pipeline import submission
+    from saltern.pipeline.staging import stage
 
     command, words = _parse(ctx.args)
     with tempfile.TemporaryDirectory(prefix="saltern-") as folder:
@@ -51,7 +51,7 @@ def submit(
 
 
 def _follow(client: Any, name: str, again: str) -> int:
-    from pipeline import submission
+    from saltern.pipeline import submission
 
     def write(text: str) -> None:
         sys.stdout.write(text)
@@ -69,8 +69,8 @@ def _follow(client: Any, name: str, again: str) -> int:
 
 def _parse(args: list[str]) -> tuple[str, list[Any]]:
     """The command and its words, checked against our own command line. Raises UserError."""
-    from pipeline.staging import Word
-    from schemas.errors import UserError
+    from saltern.pipeline.staging import Word
+    from saltern.schemas.errors import UserError
 
     names, command = _command(args)
     ctx = command.make_context(names[-1], [], resilient_parsing=True)  # a context alone: nothing is checked or run
@@ -96,8 +96,8 @@ def _parse(args: list[str]) -> tuple[str, list[Any]]:
 
 def _command(args: list[str]) -> tuple[list[str], Any]:
     """The names at the head of `args`, and the command they lead to."""
-    from jobs.main import app
-    from schemas.errors import UserError
+    from saltern.jobs.main import app
+    from saltern.schemas.errors import UserError
 
     names: list[str] = []
     command: Any = typer.main.get_group(app)

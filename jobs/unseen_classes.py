@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from jobs import driving
-from jobs.options import AsJson, Model, Shards, Weights
-from jobs.train_casm import parse_classes, parse_lambda
+from saltern.jobs import driving
+from saltern.jobs.options import AsJson, Model, Shards, Weights
+from saltern.jobs.train_casm import parse_classes, parse_lambda
 
 
 def unseen_classes(
@@ -47,10 +47,10 @@ def unseen_classes(
     """
     import json
 
-    from pipeline.casm.settings import Settings, usual_lambda
-    from pipeline.casm.thinning import thinning_named
-    from pipeline.casm.train import Request
-    from pipeline.casm.unseen import unseen_classes as experiment
+    from saltern.pipeline.casm.settings import Settings, usual_lambda
+    from saltern.pipeline.casm.thinning import thinning_named
+    from saltern.pipeline.casm.train import Request
+    from saltern.pipeline.casm.unseen import unseen_classes as experiment
 
     request = Request(
         shards=shards,

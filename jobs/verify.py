@@ -2,7 +2,7 @@
 
 import typer
 
-from jobs.options import AsJson, RunFolder
+from saltern.jobs.options import AsJson, RunFolder
 
 
 def verify(run: RunFolder, as_json: AsJson = False) -> None:
@@ -10,8 +10,8 @@ def verify(run: RunFolder, as_json: AsJson = False) -> None:
     import json
     from dataclasses import asdict
 
-    from pipeline.manifest import open_run
-    from pipeline.verify import verify as check
+    from saltern.pipeline.manifest import open_run
+    from saltern.pipeline.verify import verify as check
 
     verdict = check(*open_run(run))
     if as_json:

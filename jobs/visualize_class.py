@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from jobs import driving
-from jobs.options import Model, Weights
+from saltern.jobs import driving
+from saltern.jobs.options import Model, Weights
 
 
 def visualize_class(
@@ -36,8 +36,8 @@ def visualize_class(
     Writes DIR/pictures/CLASS-NAME.png, DIR/pictures.png of all, and Parquet with the course of the objective. The same
     command again goes on where the last one ended.
     """
-    from pipeline.run import Job
-    from pipeline.visualize import Visualizer, Wish, close, plan
+    from saltern.pipeline.run import Job
+    from saltern.pipeline.visualize import Visualizer, Wish, close, plan
 
     wish = Wish(
         classes=classes,

@@ -11,24 +11,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.decode import Decoded
-from pipeline.discretize import upsample
-from pipeline.explain import Explained, Pending
-from pipeline.extraction import load_method
-from pipeline.methods import find
-from pipeline.methods.base import frozen
-from pipeline.methods.scores import logits_of
-from pipeline.outlet import Spec, origin
-from pipeline.perturb import PGD, perturb, unit
-from pipeline.pictures import png
-from pipeline.prepare import Request, resolve
-from pipeline.rows import Item
-from pipeline.shards import Sample
-from pipeline.writer import Row
-from schemas.attack import SIDES, attack_schema
-from schemas.errors import UserError
-from schemas.run import ATTACK, Run, Shard
-from schemas.saliency import NONFINITE, ZERO_MAP, with_metadata
+from saltern.pipeline.decode import Decoded
+from saltern.pipeline.discretize import upsample
+from saltern.pipeline.explain import Explained, Pending
+from saltern.pipeline.extraction import load_method
+from saltern.pipeline.methods import find
+from saltern.pipeline.methods.base import frozen
+from saltern.pipeline.methods.scores import logits_of
+from saltern.pipeline.outlet import Spec, origin
+from saltern.pipeline.perturb import PGD, perturb, unit
+from saltern.pipeline.pictures import png
+from saltern.pipeline.prepare import Request, resolve
+from saltern.pipeline.rows import Item
+from saltern.pipeline.shards import Sample
+from saltern.pipeline.writer import Row
+from saltern.schemas.attack import SIDES, attack_schema
+from saltern.schemas.errors import UserError
+from saltern.schemas.run import ATTACK, Run, Shard
+from saltern.schemas.saliency import NONFINITE, ZERO_MAP, with_metadata
 
 _REASONS = {
     ZERO_MAP: "the map is zero everywhere: the guided perturbation is held back everywhere",

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.pictures import publish_grid, read_columns
-from pipeline.store import Store
-from schemas.attack import SIDES
-from schemas.run import Run
-from schemas.saliency import OK
+from saltern.pipeline.pictures import publish_grid, read_columns
+from saltern.pipeline.store import Store
+from saltern.schemas.attack import SIDES
+from saltern.schemas.run import Run
+from saltern.schemas.saliency import OK
 
 SHOWN = 12  # samples of the picture
 _MEANS = [f"{side}_{name}" for side in SIDES for name in ("score", "fooled", "norm", "outside")]

@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from pipeline.naming import brief
-from schemas.errors import UserError
+from saltern.pipeline.naming import brief
+from saltern.schemas.errors import UserError
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")

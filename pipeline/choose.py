@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.pool import Factory, LocalPool, Pool
-from pipeline.prepare import pick_device
-from schemas.errors import UserError
+from saltern.pipeline.pool import Factory, LocalPool, Pool
+from saltern.pipeline.prepare import pick_device
+from saltern.schemas.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def choose(engine: str, device: str, address: str | None, workers: int | None, g
         return Engine(False, pick_device(device), 1, 0.0, why or "one device and no cluster")
     address = address or os.environ.get("RAY_ADDRESS")
     secure(address)
-    from pipeline.engine_ray import connect
+    from saltern.pipeline.engine_ray import connect
 
     found = connect(address)
     if device == "auto":
@@ -72,7 +72,7 @@ def make_pool(engine: Engine, factory: Factory, decode_threads: int, torch_threa
     """Workers that hold what `factory` makes."""
     if not engine.ray:
         return LocalPool(factory)
-    from pipeline.engine_ray import RayPool
+    from saltern.pipeline.engine_ray import RayPool
 
     cpus = decode_threads if engine.gpus else torch_threads
     return RayPool(factory, gpus=engine.gpus, cpus=cpus, torch_threads=torch_threads, import_paths=[os.getcwd()])

@@ -10,9 +10,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from pipeline import checkpoints
-from pipeline.naming import brief, import_object, nearest
-from schemas.errors import UserError
+from saltern.pipeline import checkpoints
+from saltern.pipeline.naming import brief, import_object, nearest
+from saltern.schemas.errors import UserError
 
 _LITE = {"efficientnet_lite0": 224, "efficientnet_lite1": 240, "efficientnet_lite2": 260}  # side of the input, pixels
 _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}  # heads that serve training alone

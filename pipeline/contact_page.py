@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from schemas.saliency import OK
+from saltern.schemas.saliency import OK
 
 Number = int | float | None
 FOUND, GIVEN, CROP = "found", "given", "crop"  # kinds of boxes

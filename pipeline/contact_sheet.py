@@ -9,13 +9,13 @@ from itertools import groupby
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.contact_page import Card, Picture, View, render
-from pipeline.reader import Row, SaliencyRun
-from pipeline.shards import Sample, read_samples
-from pipeline.thumbnails import encode, extra, given_boxes, overlay, photograph, pictures
-from schemas.errors import ShardError, UserError
-from schemas.run import Shard
-from schemas.saliency import OK, table_schema
+from saltern.pipeline.contact_page import Card, Picture, View, render
+from saltern.pipeline.reader import Row, SaliencyRun
+from saltern.pipeline.shards import Sample, read_samples
+from saltern.pipeline.thumbnails import encode, extra, given_boxes, overlay, photograph, pictures
+from saltern.schemas.errors import ShardError, UserError
+from saltern.schemas.run import Shard
+from saltern.schemas.saliency import OK, table_schema
 
 _SORTS = [
     field.name for field in table_schema(None) if pa.types.is_integer(field.type) or pa.types.is_float32(field.type)

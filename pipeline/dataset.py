@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor, distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pipeline.decode import DecodeError, decode
-from pipeline.reader import Row, open_run
-from pipeline.shards import Sample
-from schemas.errors import UserError
-from schemas.run import Shard
-from schemas.saliency import OK
+from saltern.pipeline.decode import DecodeError, decode
+from saltern.pipeline.reader import Row, open_run
+from saltern.pipeline.shards import Sample
+from saltern.schemas.errors import UserError
+from saltern.schemas.run import Shard
+from saltern.schemas.saliency import OK
 
 
 class SaliencyDataset(IterableDataset[dict[str, Any]]):

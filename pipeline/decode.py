@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from schemas.saliency import DECODE_FAILED, TOO_LARGE
+from saltern.schemas.saliency import DECODE_FAILED, TOO_LARGE
 
 MAX_PIXELS = 2**27  # 512 MiB once decoded; read from the header, before any pixel is
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM")  # none that runs a program
@@ -33,7 +33,7 @@ class Decoded:
     pixels_HWC: NDArray[np.uint8]  # noqa: N815 - (crop, crop, 3), RGB, writable
     image_height: int  # of the upright original, pixels
     image_width: int
-    geometry: tuple[float, float, float, float]  # scale x, scale y, offset x, offset y: see schemas.saliency
+    geometry: tuple[float, float, float, float]  # scale x, scale y, offset x, offset y: see saltern.schemas.saliency
 
 
 def decode(data: bytes, *, resize: int, crop: int, squash: bool, interpolation: str) -> Decoded:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from schemas.errors import UserError
+from saltern.schemas.errors import UserError
 
 Rule = Callable[[Tensor], Tensor]  # unit_BHW in [0, 1] -> threshold_B in [0, 1]
 
@@ -142,7 +142,7 @@ def to_original(
 
     Args:
         box: x0, y0, x1, y1, half-open, pixels of the network's input.
-        geometry: scale x, scale y, offset x, offset y (see schemas.saliency).
+        geometry: scale x, scale y, offset x, offset y (see saltern.schemas.saliency).
         height, width: of the upright original, pixels.
     """
     scale_x, scale_y, offset_x, offset_y = geometry

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pipeline.pool import Died, Done, Event, Pool, Raised, Ready
-from schemas.errors import DeviceLostError, OutputError, ShardError
-from schemas.receipt import Failure, Receipt
-from schemas.run import Shard
+from saltern.pipeline.pool import Died, Done, Event, Pool, Raised, Ready
+from saltern.schemas.errors import DeviceLostError, OutputError, ShardError
+from saltern.schemas.receipt import Failure, Receipt
+from saltern.schemas.run import Shard
 
 IN_FLIGHT = 2  # shards of a worker: one is read while the other is finished
 ATTEMPTS = 3  # of a shard, where the world is broken, its time runs out or its worker dies

@@ -10,11 +10,11 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
-from pipeline import allocator
-from pipeline.pool import Died, Done, Event, Factory, Processor, Raised, Ready
-from schemas.errors import UserError
-from schemas.receipt import Receipt
-from schemas.run import Shard
+from saltern.pipeline import allocator
+from saltern.pipeline.pool import Died, Done, Event, Factory, Processor, Raised, Ready
+from saltern.schemas.errors import UserError
+from saltern.schemas.receipt import Receipt
+from saltern.schemas.run import Shard
 
 COUNT_EVERY_S = 2.0  # progress asks every actor, and each question costs core time on both sides
 STORE_BYTES = 80_000_000  # the object store of a cluster of our own: receipts are all that crosses it

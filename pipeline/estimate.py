@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 import pyarrow.parquet as pq
 
-from pipeline.expand import expand
-from pipeline.extractor import Processor, Spec
-from pipeline.manifest import data_name
-from pipeline.prepare import Request, cores, pick_device, resolve
-from pipeline.shards import list_keys
-from pipeline.store import Store, session
-from schemas.errors import UserError
-from schemas.run import Shard
+from saltern.pipeline.expand import expand
+from saltern.pipeline.extractor import Processor, Spec
+from saltern.pipeline.manifest import data_name
+from saltern.pipeline.prepare import Request, cores, pick_device, resolve
+from saltern.pipeline.shards import list_keys
+from saltern.pipeline.store import Store, session
+from saltern.schemas.errors import UserError
+from saltern.schemas.run import Shard
 
 COUNTED = 16  # shards whose samples are counted; of more, the others' are estimated by their bytes
 TRIED = 64  # images extracted

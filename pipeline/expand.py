@@ -13,9 +13,9 @@ from pathlib import Path
 from braceexpand import braceexpand
 from pyarrow import fs
 
-from pipeline.shards import filesystem
-from schemas.errors import UserError
-from schemas.run import Shard
+from saltern.pipeline.shards import filesystem
+from saltern.schemas.errors import UserError
+from saltern.schemas.run import Shard
 
 ENDINGS = (".tar", ".tar.gz", ".tgz")
 FLAT = 10_000  # data files that one folder may hold

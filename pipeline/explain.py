@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.discretize import discretize, parse_rule, upsample
-from pipeline.encode import CLIP_QUANTILE, pack_mask, quantise
-from pipeline.methods import Method
-from schemas.errors import UserError
-from schemas.run import RunConfig
-from schemas.saliency import NONFINITE, OK, ZERO_MAP
+from saltern.pipeline.discretize import discretize, parse_rule, upsample
+from saltern.pipeline.encode import CLIP_QUANTILE, pack_mask, quantise
+from saltern.pipeline.methods import Method
+from saltern.schemas.errors import UserError
+from saltern.schemas.run import RunConfig
+from saltern.schemas.saliency import NONFINITE, OK, ZERO_MAP
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _STATUS = (OK, ZERO_MAP, NONFINITE)

@@ -7,15 +7,15 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from pipeline import classifiers
-from pipeline.explain import Explained, Explainer, Pending
-from pipeline.methods import Method, build
-from pipeline.outlet import Spec, check_weights, origin
-from pipeline.rows import Item, Storage, assemble
-from pipeline.shards import Sample
-from pipeline.writer import Row
-from schemas.run import RunConfig, Shard
-from schemas.saliency import MISSING_LABEL, table_schema, with_metadata
+from saltern.pipeline import classifiers
+from saltern.pipeline.explain import Explained, Explainer, Pending
+from saltern.pipeline.methods import Method, build
+from saltern.pipeline.outlet import Spec, check_weights, origin
+from saltern.pipeline.rows import Item, Storage, assemble
+from saltern.pipeline.shards import Sample
+from saltern.pipeline.writer import Row
+from saltern.schemas.run import RunConfig, Shard
+from saltern.schemas.saliency import MISSING_LABEL, table_schema, with_metadata
 
 
 class Work(Protocol):

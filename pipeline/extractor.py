@@ -17,19 +17,19 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.decode import Decoded, decode
-from pipeline.explain import Explained, Pending
-from pipeline.extraction import Extraction, Work
-from pipeline.manifest import data_name
-from pipeline.outlet import Outlet, Spec, Tally
-from pipeline.prefetch import prefetch
-from pipeline.rows import Item
-from pipeline.shards import Sample, read_samples
-from pipeline.writer import ROW_GROUP, Row, ShardWriter, read_rows
-from schemas.errors import DeviceLostError
-from schemas.receipt import Receipt
-from schemas.run import RunConfig, Shard
-from schemas.saliency import OK
+from saltern.pipeline.decode import Decoded, decode
+from saltern.pipeline.explain import Explained, Pending
+from saltern.pipeline.extraction import Extraction, Work
+from saltern.pipeline.manifest import data_name
+from saltern.pipeline.outlet import Outlet, Spec, Tally
+from saltern.pipeline.prefetch import prefetch
+from saltern.pipeline.rows import Item
+from saltern.pipeline.shards import Sample, read_samples
+from saltern.pipeline.writer import ROW_GROUP, Row, ShardWriter, read_rows
+from saltern.schemas.errors import DeviceLostError
+from saltern.schemas.receipt import Receipt
+from saltern.schemas.run import RunConfig, Shard
+from saltern.schemas.saliency import OK
 
 __all__ = ["Processor", "Spec", "device_losses"]
 

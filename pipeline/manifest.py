@@ -5,10 +5,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.store import Store
-from schemas.errors import UserError
-from schemas.receipt import Failure, Receipt
-from schemas.run import Run, Shard
+from saltern.pipeline.store import Store
+from saltern.schemas.errors import UserError
+from saltern.schemas.receipt import Failure, Receipt
+from saltern.schemas.run import Run, Shard
 
 
 def data_name(shard: str) -> str:

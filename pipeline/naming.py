@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Iterable
 from typing import Any
 
-from schemas.errors import UserError
+from saltern.schemas.errors import UserError
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

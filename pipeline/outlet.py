@@ -14,12 +14,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.manifest import data_name, publish_receipt
-from pipeline.store import Store
-from pipeline.writer import Row, ShardWriter, Written
-from schemas.errors import OutputError, UserError
-from schemas.receipt import PHASES, Receipt
-from schemas.run import Run, RunConfig, Shard
+from saltern.pipeline.manifest import data_name, publish_receipt
+from saltern.pipeline.store import Store
+from saltern.pipeline.writer import Row, ShardWriter, Written
+from saltern.schemas.errors import OutputError, UserError
+from saltern.schemas.receipt import PHASES, Receipt
+from saltern.schemas.run import Run, RunConfig, Shard
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 

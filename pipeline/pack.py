@@ -14,10 +14,10 @@ from xml.etree import ElementTree
 
 from webdataset.writer import TarWriter
 
-from pipeline.expand import ENDINGS
-from pipeline.shards import split_name
-from pipeline.tape import IMAGES
-from schemas.errors import UserError
+from saltern.pipeline.expand import ENDINGS
+from saltern.pipeline.shards import split_name
+from saltern.pipeline.tape import IMAGES
+from saltern.schemas.errors import UserError
 
 SCRATCH = ".tmp-pack"  # what begins with a dot is no shard to `expand`
 _MAX_XML = 2**20  # bytes

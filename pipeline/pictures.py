@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from pipeline.manifest import data_name, read_receipts
-from pipeline.store import Store
-from schemas.run import Run
+from saltern.pipeline.manifest import data_name, read_receipts
+from saltern.pipeline.store import Store
+from saltern.schemas.run import Run
 
 _LINE = 16  # height of a caption, pixels
 _GAP = 4

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from schemas.receipt import Receipt
-from schemas.run import Shard
+from saltern.schemas.receipt import Receipt
+from saltern.schemas.run import Shard
 
 
 class Processor(Protocol):

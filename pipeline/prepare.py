@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from pipeline import classifiers
-from pipeline.discretize import parse_rule
-from pipeline.expand import expand
-from pipeline.explain import parse_target
-from pipeline.methods import Method, build
-from pipeline.shards import list_keys
-from schemas.errors import UserError
-from schemas.run import EXTRACT, PINNED, Run, RunConfig, Shard
+from saltern.pipeline import classifiers
+from saltern.pipeline.discretize import parse_rule
+from saltern.pipeline.expand import expand
+from saltern.pipeline.explain import parse_target
+from saltern.pipeline.methods import Method, build
+from saltern.pipeline.shards import list_keys
+from saltern.schemas.errors import UserError
+from saltern.schemas.run import EXTRACT, PINNED, Run, RunConfig, Shard
 
 BATCH_SIZE = {"cpu": 16, "cuda": 128}
 _CHOICES = {

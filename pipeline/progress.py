@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from pipeline.engine import State
-from schemas.receipt import PHASES, Receipt
+from saltern.pipeline.engine import State
+from saltern.schemas.receipt import PHASES, Receipt
 
 PLAIN_EVERY_S = 10.0
 WAITING_S = 30.0

@@ -17,15 +17,15 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from pipeline import manifest
-from pipeline.discretize import upsample
-from pipeline.encode import dequantise, unpack_mask
-from pipeline.shards import Sample, read_samples
-from pipeline.store import Store
-from schemas.errors import ShardError
-from schemas.receipt import Receipt
-from schemas.run import EXTRACT, Run, Shard
-from schemas.saliency import read_metadata
+from saltern.pipeline import manifest
+from saltern.pipeline.discretize import upsample
+from saltern.pipeline.encode import dequantise, unpack_mask
+from saltern.pipeline.shards import Sample, read_samples
+from saltern.pipeline.store import Store
+from saltern.schemas.errors import ShardError
+from saltern.schemas.receipt import Receipt
+from saltern.schemas.run import EXTRACT, Run, Shard
+from saltern.schemas.saliency import read_metadata
 
 _AT_ONCE = 64  # rows decoded at a time: 13 MB of 224 x 224 float32 maps
 

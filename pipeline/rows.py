@@ -5,13 +5,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.decode import Decoded, DecodeError
-from pipeline.discretize import largest_box, to_original
-from pipeline.encode import unpack_mask
-from pipeline.explain import Explained
-from pipeline.shards import Sample
-from pipeline.writer import Row
-from schemas.saliency import NONFINITE, OK, ZERO_MAP
+from saltern.pipeline.decode import Decoded, DecodeError
+from saltern.pipeline.discretize import largest_box, to_original
+from saltern.pipeline.encode import unpack_mask
+from saltern.pipeline.explain import Explained
+from saltern.pipeline.shards import Sample
+from saltern.pipeline.writer import Row
+from saltern.schemas.saliency import NONFINITE, OK, ZERO_MAP
 
 _REASONS = {
     OK: None,
@@ -53,7 +53,7 @@ class Storage:
 
 
 def assemble(items: Sequence[Item], found: Explained | None, each: int, storage: Storage) -> list[Row]:
-    """Rows of a batch, in the order of schemas.saliency.table_schema.
+    """Rows of a batch, in the order of saltern.schemas.saliency.table_schema.
 
     Args:
         items: settled.

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from pipeline.choose import Engine, choose, make_pool
-from pipeline.engine import Driver, Outcome
-from pipeline.extractor import Processor
-from pipeline.manifest import (
+from saltern.pipeline.choose import Engine, choose, make_pool
+from saltern.pipeline.engine import Driver, Outcome
+from saltern.pipeline.extractor import Processor
+from saltern.pipeline.manifest import (
     begin,
     failure_name,
     load_run,
@@ -24,16 +24,16 @@ from pipeline.manifest import (
     read_receipts,
     wipe,
 )
-from pipeline.outlet import Spec
-from pipeline.pool import Factory, LocalPool
-from pipeline.pool import Processor as AnyProcessor
-from pipeline.prepare import Request, cores, resolve
-from pipeline.progress import Progress, clock, spent
-from pipeline.shards import list_keys
-from pipeline.store import Store, session
-from schemas.errors import ShardError, UserError
-from schemas.receipt import Failure, Receipt
-from schemas.run import Run, Shard
+from saltern.pipeline.outlet import Spec
+from saltern.pipeline.pool import Factory, LocalPool
+from saltern.pipeline.pool import Processor as AnyProcessor
+from saltern.pipeline.prepare import Request, cores, resolve
+from saltern.pipeline.progress import Progress, clock, spent
+from saltern.pipeline.shards import list_keys
+from saltern.pipeline.store import Store, session
+from saltern.schemas.errors import ShardError, UserError
+from saltern.schemas.receipt import Failure, Receipt
+from saltern.schemas.run import Run, Shard
 
 
 @dataclass(frozen=True)

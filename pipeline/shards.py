@@ -15,10 +15,10 @@ from pyarrow import fs
 from webdataset.handlers import reraise_exception
 from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
-from pipeline.tape import IMAGES, Source, Tape, TapeError
-from schemas.errors import ShardError, UserError
-from schemas.run import Shard
-from schemas.saliency import DUPLICATE_KEY, MISSING_IMAGE, TOO_LARGE
+from saltern.pipeline.tape import IMAGES, Source, Tape, TapeError
+from saltern.schemas.errors import ShardError, UserError
+from saltern.schemas.run import Shard
+from saltern.schemas.saliency import DUPLICATE_KEY, MISSING_IMAGE, TOO_LARGE
 
 MAX_MEMBER = 2**28  # bytes; a larger one is not read
 _WANTED = frozenset((*IMAGES, "cls", "json"))
@@ -31,7 +31,7 @@ class Sample:
     key: str
     index: int  # position in the shard, from 0
     members: dict[str, bytes] = field(default_factory=dict)  # by extension, lower case: images, cls and json alone
-    problem: tuple[str, str] | None = None  # a status of schemas.saliency, and the reason in words
+    problem: tuple[str, str] | None = None  # a status of saltern.schemas.saliency, and the reason in words
 
     @property
     def image(self) -> bytes | None:

@@ -1,4 +1,4 @@
-"""What travels with a submitted job: our three packages, the small files its words name, and the user's own module.
+"""What travels with a submitted job: our package, the small files its words name, and the user's own module.
 
 The job runs in a folder of its own on another machine. A file that its words name travels when small (`--config`,
 `@list.txt`); any other path must be reachable from the cluster, so a relative one is made absolute here.
@@ -16,13 +16,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from schemas.errors import UserError
+from saltern.schemas.errors import UserError
 
-PACKAGES = ("schemas", "pipeline", "jobs")
 SMALL = 1_000_000  # bytes that one named file, or the user's package, may weigh
 INPUTS = "_inputs"  # where staged files stand in the job's folder
 _PATHS = ("out", "boxes", "val", "checkpoint")  # options that hold a path; every positional word is one
-_OURSELVES = Path(__file__).resolve().parents[1]
+_OURSELVES = Path(__file__).parents[1]  # the package `saltern`, its links followed
 _UNWANTED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "tests")
 
 
@@ -47,7 +46,7 @@ class Job:
     @property
     def entrypoint(self) -> str:
         """For a shell on the head, whose PATH decides which `python` this is."""
-        return shlex.join(["python", "-m", "jobs.main", *self.command.split(), *self.args])
+        return shlex.join(["python", "-m", "saltern", *self.command.split(), *self.args])
 
 
 def stage(command: str, words: Sequence[Word], folder: Path, cwd: Path) -> Job:
@@ -55,8 +54,7 @@ def stage(command: str, words: Sequence[Word], folder: Path, cwd: Path) -> Job:
 
     Raises UserError on a missing or large file, and on a config that names a relative path.
     """
-    for package in PACKAGES:
-        shutil.copytree(_OURSELVES / package, folder / package, ignore=_UNWANTED)
+    shutil.copytree(_OURSELVES, folder / "saltern", ignore=_UNWANTED)
     _name_version(folder)
     ours = set(folder.iterdir())
     staging = _Staging(folder, cwd)
@@ -142,7 +140,7 @@ class _Staging:
     def _module(self, value: str) -> str:
         """`package.module:name`: a module or package of that name in `cwd` travels; others are installed there."""
         top = value.partition(":")[0].partition(".")[0]
-        if ":" not in value or not top.isidentifier() or top in PACKAGES or (self.folder / top).exists():
+        if ":" not in value or not top.isidentifier() or top == "saltern" or (self.folder / top).exists():
             return value
         package, module = self.cwd / top, self.cwd / f"{top}.py"
         if package.is_dir():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pyarrow import fs
 
-from pipeline.shards import filesystem
+from saltern.pipeline.shards import filesystem
 
 SCRATCH = "_tmp-"  # Arrow's and Spark's readers skip names that begin so
 _UNLOCKED_GRACE_S = 60.0  # between the making of a scratch folder and the locking of it

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
-from pipeline.staging import Job
-from schemas.errors import UserError
+from saltern.pipeline.staging import Job
+from saltern.schemas.errors import UserError
 
 CONNECT_S = 10.0
 PATIENCE_S = 60.0  # a followed job's cluster may be out of reach for so long

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.contact_page import CROP, FOUND, GIVEN, Box, Picture
-from pipeline.decode import DecodeError, decode_image
-from pipeline.reader import Row, over_frame
-from pipeline.shards import Sample
+from saltern.pipeline.contact_page import CROP, FOUND, GIVEN, Box, Picture
+from saltern.pipeline.decode import DecodeError, decode_image
+from saltern.pipeline.reader import Row, over_frame
+from saltern.pipeline.shards import Sample
 
 SIDE = 320  # longer side of a thumbnail, pixels
 _TOP = 0.995  # quantile of a map that gets the colours' end, so that one bright pixel does not darken a map

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.manifest import data_name, read_failures, read_receipts
-from pipeline.shards import list_keys
-from pipeline.store import SCRATCH, Store
-from schemas.errors import ShardError
-from schemas.receipt import Receipt
-from schemas.run import CLASSES, VISUALIZE, Run, Shard
-from schemas.saliency import read_metadata
+from saltern.pipeline.manifest import data_name, read_failures, read_receipts
+from saltern.pipeline.shards import list_keys
+from saltern.pipeline.store import SCRATCH, Store
+from saltern.schemas.errors import ShardError
+from saltern.schemas.receipt import Receipt
+from saltern.schemas.run import CLASSES, VISUALIZE, Run, Shard
+from saltern.schemas.saliency import read_metadata
 
 
 @dataclass(frozen=True)

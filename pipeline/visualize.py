@@ -16,22 +16,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline import classifiers
-from pipeline.ascend import Ascent, Peak, ascend, start
-from pipeline.extraction import load_model
-from pipeline.extractor import device_losses
-from pipeline.methods.base import frozen
-from pipeline.methods.scores import logits_of
-from pipeline.outlet import Outlet, Spec, Tally, origin
-from pipeline.pictures import png, publish_grid, read_columns
-from pipeline.prepare import absolute, new_run, pin, see_own_modules
-from pipeline.store import Store
-from pipeline.writer import Row
-from schemas.errors import UserError
-from schemas.receipt import Receipt
-from schemas.run import CLASSES, VISUALIZE, Run, RunConfig, Shard
-from schemas.saliency import NONFINITE, OK, with_metadata
-from schemas.visualization import visualization_schema
+from saltern.pipeline import classifiers
+from saltern.pipeline.ascend import Ascent, Peak, ascend, start
+from saltern.pipeline.extraction import load_model
+from saltern.pipeline.extractor import device_losses
+from saltern.pipeline.methods.base import frozen
+from saltern.pipeline.methods.scores import logits_of
+from saltern.pipeline.outlet import Outlet, Spec, Tally, origin
+from saltern.pipeline.pictures import png, publish_grid, read_columns
+from saltern.pipeline.prepare import absolute, new_run, pin, see_own_modules
+from saltern.pipeline.store import Store
+from saltern.pipeline.writer import Row
+from saltern.schemas.errors import UserError
+from saltern.schemas.receipt import Receipt
+from saltern.schemas.run import CLASSES, VISUALIZE, Run, RunConfig, Shard
+from saltern.schemas.saliency import NONFINITE, OK, with_metadata
+from saltern.schemas.visualization import visualization_schema
 
 BATCH_SIZE = {"cpu": 8, "cuda": 64}  # classes
 SHOWN = 64  # images of the contact picture

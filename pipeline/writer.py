@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 ROW_GROUP = 512  # rows; a float16 map of 224 x 224 makes 50 MB of them
 
-Row = tuple[Any, ...]  # one value a column, in the order of schemas.saliency.table_schema
+Row = tuple[Any, ...]  # one value a column, in the order of saltern.schemas.saliency.table_schema
 
 
 class Written(NamedTuple):

@@ -35,8 +35,8 @@ def attack_schema() -> pa.Schema:
             pa.field("map", pa.binary()),  # PNG, grey: the map of the clean image, 255 = 1; null as above
             pa.field("image_height", pa.int32()),  # pixels of the upright original
             pa.field("image_width", pa.int32()),
-            pa.field("geometry", pa.list_(pa.float32(), 4)),  # as in schemas.saliency
-            pa.field("status", pa.string(), nullable=False),  # one of schemas.saliency.STATUSES
+            pa.field("geometry", pa.list_(pa.float32(), 4)),  # as in saltern.schemas.saliency
+            pa.field("status", pa.string(), nullable=False),  # one of saltern.schemas.saliency.STATUSES
             pa.field("error", pa.string()),  # the reason in words, where status is not ok
         ]
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
-from schemas.errors import UserError
+from saltern.schemas.errors import UserError
 
 SCHEMA_VERSION = 1  # of all that stands in a run's folder
 # Kept in run.json and reused by a resume, since they move last bits; not part of the fingerprint.

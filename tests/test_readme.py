@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.main import app
-from schemas.saliency import STATUSES, table_schema
+from saltern.jobs.main import app
+from saltern.schemas.saliency import STATUSES, table_schema
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

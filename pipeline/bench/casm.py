@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline import classifiers
-from pipeline.bench.figures import Side, by_turns, ratio
-from pipeline.bench.memory import peak_bytes
-from pipeline.casm.exact import exact
-from pipeline.casm.network import Decoder, Trunk
-from pipeline.casm.settings import Precision, Settings
-from pipeline.casm.stages import find_stages
-from pipeline.casm.step import Training
-from pipeline.casm.thinning import THINNINGS, Thinning, thinning_named
+from saltern.pipeline import classifiers
+from saltern.pipeline.bench.figures import Side, by_turns, ratio
+from saltern.pipeline.bench.memory import peak_bytes
+from saltern.pipeline.casm.exact import exact
+from saltern.pipeline.casm.network import Decoder, Trunk
+from saltern.pipeline.casm.settings import Precision, Settings
+from saltern.pipeline.casm.stages import find_stages
+from saltern.pipeline.casm.step import Training
+from saltern.pipeline.casm.thinning import THINNINGS, Thinning, thinning_named
 
 GOAL = 1.15  # of step / limit
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pipeline.bench import footprint, rates
-from pipeline.bench.engines import engines
-from pipeline.bench.figures import Figure
-from pipeline.bench.settings import Settings
-from pipeline.bench.workload import Work, make_shards
+from saltern.pipeline.bench import footprint, rates
+from saltern.pipeline.bench.engines import engines
+from saltern.pipeline.bench.figures import Figure
+from saltern.pipeline.bench.settings import Settings
+from saltern.pipeline.bench.workload import Work, make_shards
 
 _SHARDS = 4
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from pipeline.methods import Method
-from pipeline.methods.base import Maps
+from saltern.pipeline.methods import Method
+from saltern.pipeline.methods.base import Maps
 
 CLASSES = 1000
 

@@ -12,20 +12,20 @@ from statistics import median
 import pyarrow.parquet as pq
 import torch
 
-from pipeline import classifiers
-from pipeline.bench.figures import Figure, Side, by_turns, ratio
-from pipeline.bench.settings import Layout, Settings, layouts
-from pipeline.bench.workload import Resident, Work, drive, images, spec_for
-from pipeline.decode import Decoded, DecodeError, decode
-from pipeline.explain import AUTOCAST
-from pipeline.extractor import Processor, Spec
-from pipeline.manifest import data_name
-from pipeline.methods import build
-from pipeline.pool import LocalPool
-from pipeline.prepare import cores
-from pipeline.shards import read_samples
-from pipeline.writer import Row, ShardWriter, read_rows
-from schemas.run import RunConfig
+from saltern.pipeline import classifiers
+from saltern.pipeline.bench.figures import Figure, Side, by_turns, ratio
+from saltern.pipeline.bench.settings import Layout, Settings, layouts
+from saltern.pipeline.bench.workload import Resident, Work, drive, images, spec_for
+from saltern.pipeline.decode import Decoded, DecodeError, decode
+from saltern.pipeline.explain import AUTOCAST
+from saltern.pipeline.extractor import Processor, Spec
+from saltern.pipeline.manifest import data_name
+from saltern.pipeline.methods import build
+from saltern.pipeline.pool import LocalPool
+from saltern.pipeline.prepare import cores
+from saltern.pipeline.shards import read_samples
+from saltern.pipeline.writer import Row, ShardWriter, read_rows
+from saltern.schemas.run import RunConfig
 
 IMAGENET = 1_281_167  # images of its training set
 GPU_GOAL = 5000.0  # images/s end to end

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from pipeline.bench.workload import make_shards
-from pipeline.casm.journal import EVERY
-from schemas.errors import UserError
+from saltern.pipeline.bench.workload import make_shards
+from saltern.pipeline.casm.journal import EVERY
+from saltern.schemas.errors import UserError
 
 _SHARDS, _IMAGES = 4, 64  # of each shard
 _HEIGHT, _WIDTH = 150, 200  # so that decoding is no part of what is measured

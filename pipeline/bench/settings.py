@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.prepare import BATCH_SIZE, Request, cores
+from saltern.pipeline.prepare import BATCH_SIZE, Request, cores
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Settings:
         """The same on a model and a method that do next to nothing."""
         return Request(
             shards=self.shards,
-            model="pipeline.bench.noop:net",
-            method="pipeline.bench.noop:Noop",
+            model="saltern.pipeline.bench.noop:net",
+            method="saltern.pipeline.bench.noop:Noop",
             target="top1",
             batch_size=self.batch,
         )

@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from pipeline.bench.settings import Layout
-from pipeline.engine import Driver
-from pipeline.expand import expand
-from pipeline.extractor import Spec
-from pipeline.pool import Died, Event, Pool, Raised, Ready
-from pipeline.prepare import Request, resolve
-from pipeline.shards import list_keys
-from pipeline.store import Store, session
-from schemas.errors import UserError
-from schemas.receipt import Failure, Receipt
-from schemas.run import Shard
+from saltern.pipeline.bench.settings import Layout
+from saltern.pipeline.engine import Driver
+from saltern.pipeline.expand import expand
+from saltern.pipeline.extractor import Spec
+from saltern.pipeline.pool import Died, Event, Pool, Raised, Ready
+from saltern.pipeline.prepare import Request, resolve
+from saltern.pipeline.shards import list_keys
+from saltern.pipeline.store import Store, session
+from saltern.schemas.errors import UserError
+from saltern.schemas.receipt import Failure, Receipt
+from saltern.schemas.run import Shard
 
 HEIGHT, WIDTH, QUALITY = 375, 500, 92  # as ImageNet's, about 110 kB a photograph
 

@@ -17,10 +17,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pipeline.casm.pool import Member
-from pipeline.naming import brief
-from pipeline.store import fsync, settle
-from schemas.errors import UserError
+from saltern.pipeline.casm.pool import Member
+from saltern.pipeline.naming import brief
+from saltern.pipeline.store import fsync, settle
+from saltern.schemas.errors import UserError
 
 FORMAT = 1
 KEPT = 2  # checkpoints; the older go, and the pool files that none of the kept ones names

@@ -22,11 +22,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.casm.index import Index
-from pipeline.decode import INTERPOLATIONS, DecodeError, decode_image
-from pipeline.prefetch import prefetch
-from pipeline.shards import filesystem
-from schemas.errors import ShardError
+from saltern.pipeline.casm.index import Index
+from saltern.pipeline.decode import INTERPOLATIONS, DecodeError, decode_image
+from saltern.pipeline.prefetch import prefetch
+from saltern.pipeline.shards import filesystem
+from saltern.schemas.errors import ShardError
 
 AHEAD = 2  # batches decoded before they are needed
 LEAST = 0.08  # share of the image that a crop covers, at least, as torchvision's RandomResizedCrop has it

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.casm.stages import watch
-from schemas.errors import UserError
+from saltern.pipeline.casm.stages import watch
+from saltern.schemas.errors import UserError
 
 
 def restrict(model: nn.Module, classes: Sequence[int]) -> None:

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pyarrow import fs
 
-from pipeline.shards import MAX_MEMBER, filesystem, list_keys, split_name
-from pipeline.tape import IMAGES
-from schemas.errors import ShardError, UserError
-from schemas.run import Shard
+from saltern.pipeline.shards import MAX_MEMBER, filesystem, list_keys, split_name
+from saltern.pipeline.tape import IMAGES
+from saltern.schemas.errors import ShardError, UserError
+from saltern.schemas.run import Shard
 
 _THREADS = 8
 _META = re.compile(r"__[^/]*__($|/)")  # names that webdataset keeps to itself

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pipeline.casm.log import Log
-from pipeline.progress import clock
-from pipeline.store import write
-from schemas.errors import UserError
+from saltern.pipeline.casm.log import Log
+from saltern.pipeline.progress import clock
+from saltern.pipeline.store import write
+from saltern.schemas.errors import UserError
 
 EVERY = 20  # steps between two readings of the device, each of which waits for it
 SAID_EVERY_S = 10.0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.casm.losses import MaskTerms
+from saltern.pipeline.casm.losses import MaskTerms
 
 _MEASURED = (
     "clean_loss",

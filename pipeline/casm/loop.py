@@ -12,19 +12,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pipeline import classifiers
-from pipeline.casm import curves
-from pipeline.casm.checkpoint import Checkpoints
-from pipeline.casm.data import Batches
-from pipeline.casm.exact import exact
-from pipeline.casm.head import restrict
-from pipeline.casm.journal import Journal
-from pipeline.casm.ranks import Ranks
-from pipeline.casm.step import Training
-from pipeline.casm.validation import Validation
-from pipeline.casm.work import Work
-from pipeline.prepare import see_own_modules
-from schemas.errors import ShardError, UserError
+from saltern.pipeline import classifiers
+from saltern.pipeline.casm import curves
+from saltern.pipeline.casm.checkpoint import Checkpoints
+from saltern.pipeline.casm.data import Batches
+from saltern.pipeline.casm.exact import exact
+from saltern.pipeline.casm.head import restrict
+from saltern.pipeline.casm.journal import Journal
+from saltern.pipeline.casm.ranks import Ranks
+from saltern.pipeline.casm.step import Training
+from saltern.pipeline.casm.validation import Validation
+from saltern.pipeline.casm.work import Work
+from saltern.pipeline.prepare import see_own_modules
+from saltern.schemas.errors import ShardError, UserError
 
 _GB = 1e9
 _WRITER_WAIT_S = 60  # for the rank 0 of a driver that died, until its cluster has ended it

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.casm.thinning import Score
+from saltern.pipeline.casm.thinning import Score
 
 
 class MaskTerms(NamedTuple):

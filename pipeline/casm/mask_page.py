@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.contact_page import Card, Number, Picture, View, render
-from pipeline.metrics.annotations import read_annotation
-from pipeline.metrics.judge import AS_IS, Judged
-from pipeline.metrics.localization import Box, iou
-from pipeline.reader import Row, over_frame
-from pipeline.shards import Sample
-from pipeline.thumbnails import encode, extra, found_boxes, given_boxes, photograph
-from schemas.run import Shard
+from saltern.pipeline.contact_page import Card, Number, Picture, View, render
+from saltern.pipeline.metrics.annotations import read_annotation
+from saltern.pipeline.metrics.judge import AS_IS, Judged
+from saltern.pipeline.metrics.localization import Box, iou
+from saltern.pipeline.reader import Row, over_frame
+from saltern.pipeline.shards import Sample
+from saltern.pipeline.thumbnails import encode, extra, found_boxes, given_boxes, photograph
+from saltern.schemas.run import Shard
 
 Pixels = NDArray[np.uint8]
 SHOWN = 24  # samples on a page

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.methods.scores import logits_of
-from pipeline.methods.taps import tensor_of
+from saltern.pipeline.methods.scores import logits_of
+from saltern.pipeline.methods.taps import tensor_of
 
 WIDTH = 64  # channels that the decoder brings every stage to
 

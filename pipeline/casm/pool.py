@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.methods.scores import logits_of
-from schemas.errors import UserError
+from saltern.pipeline.methods.scores import logits_of
+from saltern.schemas.errors import UserError
 
 State = Mapping[str, Tensor]
 

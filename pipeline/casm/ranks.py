@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from schemas.errors import UserError
+from saltern.schemas.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from pipeline.casm.thinning import THINNINGS, Score, Thinning
-from schemas.errors import UserError
+from saltern.pipeline.casm.thinning import THINNINGS, Score, Thinning
+from saltern.schemas.errors import UserError
 
 ClassifierLoss = Literal["sequential", "sum"]
 PoolDraw = Literal["shared", "per-rank"]

@@ -4,11 +4,11 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from pipeline.metrics.annotations import read_annotation
-from pipeline.naming import brief
-from pipeline.shards import Sample, read_samples
-from schemas.errors import ShardError, UserError
-from schemas.run import Shard
+from saltern.pipeline.metrics.annotations import read_annotation
+from saltern.pipeline.naming import brief
+from saltern.pipeline.shards import Sample, read_samples
+from saltern.schemas.errors import ShardError, UserError
+from saltern.schemas.run import Shard
 
 SUBSETS = {"A": 50, "B": 50, "C": 100, "D": 300, "E": 300, "F": 200}  # classes of each, of 1,000
 _SHOWN = 5  # classes that an error names

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.methods.layers import probe
-from pipeline.methods.scores import logits_of
-from pipeline.naming import brief
-from schemas.errors import UserError
+from saltern.pipeline.methods.layers import probe
+from saltern.pipeline.methods.scores import logits_of
+from saltern.pipeline.naming import brief
+from saltern.schemas.errors import UserError
 
 STRIDES = (4, 8, 16, 32)
 

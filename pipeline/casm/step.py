@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.casm.control import Lambda
-from pipeline.casm.log import Log, measure
-from pipeline.casm.losses import mask_terms, total_variation
-from pipeline.casm.network import Decoder, Trunk, enlarge
-from pipeline.casm.pool import Confuser, Pool
-from pipeline.casm.settings import Settings
-from pipeline.casm.stages import find_stages
-from pipeline.casm.thinning import Plan, plan, repeatable
-from pipeline.methods.scores import logits_of
+from saltern.pipeline.casm.control import Lambda
+from saltern.pipeline.casm.log import Log, measure
+from saltern.pipeline.casm.losses import mask_terms, total_variation
+from saltern.pipeline.casm.network import Decoder, Trunk, enlarge
+from saltern.pipeline.casm.pool import Confuser, Pool
+from saltern.pipeline.casm.settings import Settings
+from saltern.pipeline.casm.stages import find_stages
+from saltern.pipeline.casm.thinning import Plan, plan, repeatable
+from saltern.pipeline.methods.scores import logits_of
 
 Average = Callable[[list[Tensor]], None]  # replaces each tensor by its mean over all ranks, in place
 

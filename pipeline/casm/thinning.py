@@ -12,8 +12,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from pipeline.naming import nearest
-from schemas.errors import UserError
+from saltern.pipeline.naming import nearest
+from saltern.schemas.errors import UserError
 
 Score = Literal["entropy", "classification"]
 

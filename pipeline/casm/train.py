@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from pipeline.casm.checkpoint import Checkpoint, Checkpoints
-from pipeline.casm.loop import locked, run
-from pipeline.casm.ranks import Ranks
-from pipeline.casm.work import Request, make_work
-from pipeline.choose import secure
-from pipeline.prepare import pick_device
-from pipeline.run import sigterm_as_interrupt
-from schemas.errors import UserError
+from saltern.pipeline.casm.checkpoint import Checkpoint, Checkpoints
+from saltern.pipeline.casm.loop import locked, run
+from saltern.pipeline.casm.ranks import Ranks
+from saltern.pipeline.casm.work import Request, make_work
+from saltern.pipeline.choose import secure
+from saltern.pipeline.prepare import pick_device
+from saltern.pipeline.run import sigterm_as_interrupt
+from saltern.schemas.errors import UserError
 
 __all__ = ["Request", "say_aside", "train"]
 
@@ -47,8 +47,8 @@ def train(request: Request, say: Callable[[str], None] = say_aside) -> Path:
 def _on_ray(request: Request, standing: Checkpoint | None, address: str | None, say: Callable[[str], None]) -> Path:
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # or Ray Train's workers would not find relative paths
     secure(address)
-    from pipeline.casm.train_ray import train_on_ray
-    from pipeline.engine_ray import connect
+    from saltern.pipeline.casm.train_ray import train_on_ray
+    from saltern.pipeline.engine_ray import connect
 
     return train_on_ray(request, standing, connect(address), say)
 

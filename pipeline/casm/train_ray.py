@@ -17,12 +17,12 @@ from ray.train import RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Empty, Queue
 
-from pipeline import allocator
-from pipeline.casm.checkpoint import Checkpoint, Checkpoints
-from pipeline.casm.loop import locked, run, stands
-from pipeline.casm.ranks import Ranks
-from pipeline.casm.work import Request, Work, make_work
-from schemas.errors import UserError
+from saltern.pipeline import allocator
+from saltern.pipeline.casm.checkpoint import Checkpoint, Checkpoints
+from saltern.pipeline.casm.loop import locked, run, stands
+from saltern.pipeline.casm.ranks import Ranks
+from saltern.pipeline.casm.work import Request, Work, make_work
+from saltern.schemas.errors import UserError
 
 ATTEMPTS = 3  # deaths that a training may see from one checkpoint to the next
 _POLL_S = 0.5
@@ -39,7 +39,7 @@ class _Note(NamedTuple):
 def train_on_ray(
     request: Request, standing: Checkpoint | None, found: dict[str, float], say: Callable[[str], None]
 ) -> Path:
-    """As `pipeline.casm.train.train`, by `request.workers` ranks on the cluster that was joined.
+    """As `saltern.pipeline.casm.train.train`, by `request.workers` ranks on the cluster that was joined.
 
     Args:
         found: the cluster's resources.

@@ -14,21 +14,21 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipeline import classifiers
-from pipeline.casm.checkpoint import Checkpoints
-from pipeline.casm.head import restrict
-from pipeline.casm.index import make_index
-from pipeline.casm.split import SUBSETS, Split, check_val, make_split
-from pipeline.casm.train import Request, say_aside, train
-from pipeline.expand import expand
-from pipeline.metrics.evaluate import Evaluation, Mean, evaluate
-from pipeline.metrics.judge import CENTRE, FOUND, WHOLE
-from pipeline.naming import brief
-from pipeline.prepare import Request as Extraction
-from pipeline.prepare import pick_device, see_own_modules
-from pipeline.run import Settings, conduct, extraction
-from pipeline.store import write
-from schemas.errors import UserError
+from saltern.pipeline import classifiers
+from saltern.pipeline.casm.checkpoint import Checkpoints
+from saltern.pipeline.casm.head import restrict
+from saltern.pipeline.casm.index import make_index
+from saltern.pipeline.casm.split import SUBSETS, Split, check_val, make_split
+from saltern.pipeline.casm.train import Request, say_aside, train
+from saltern.pipeline.expand import expand
+from saltern.pipeline.metrics.evaluate import Evaluation, Mean, evaluate
+from saltern.pipeline.metrics.judge import CENTRE, FOUND, WHOLE
+from saltern.pipeline.naming import brief
+from saltern.pipeline.prepare import Request as Extraction
+from saltern.pipeline.prepare import pick_device, see_own_modules
+from saltern.pipeline.run import Settings, conduct, extraction
+from saltern.pipeline.store import write
+from saltern.schemas.errors import UserError
 
 TRAININGS = {"F": "F", "EF": "E+F", "DEF": "D-F", "CDEF": "C-F", "BCDEF": "B-F"}  # subsets -> name in print
 SEEN, UNSEEN = "seen", "unseen"

@@ -18,21 +18,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.casm import curves
-from pipeline.casm.mask_page import Chosen, mask_page
-from pipeline.casm.step import Average, Training
-from pipeline.decode import Decoded, decode
-from pipeline.explain import Explainer
-from pipeline.methods import Method
-from pipeline.metrics.annotations import read_annotation
-from pipeline.metrics.judge import AS_IS, Judged
-from pipeline.prefetch import prefetch
-from pipeline.reader import Layout, Row
-from pipeline.rows import Item, Storage, assemble
-from pipeline.shards import Sample, list_keys, read_samples
-from pipeline.store import write
-from schemas.errors import ShardError, UserError
-from schemas.run import RunConfig, Shard
+from saltern.pipeline.casm import curves
+from saltern.pipeline.casm.mask_page import Chosen, mask_page
+from saltern.pipeline.casm.step import Average, Training
+from saltern.pipeline.decode import Decoded, decode
+from saltern.pipeline.explain import Explainer
+from saltern.pipeline.methods import Method
+from saltern.pipeline.metrics.annotations import read_annotation
+from saltern.pipeline.metrics.judge import AS_IS, Judged
+from saltern.pipeline.prefetch import prefetch
+from saltern.pipeline.reader import Layout, Row
+from saltern.pipeline.rows import Item, Storage, assemble
+from saltern.pipeline.shards import Sample, list_keys, read_samples
+from saltern.pipeline.store import write
+from saltern.schemas.errors import ShardError, UserError
+from saltern.schemas.run import RunConfig, Shard
 
 LINES = "validation.jsonl"
 AHEAD = 2  # batches decoded before they are needed

@@ -5,17 +5,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import classifiers
-from pipeline.casm.checkpoint import Checkpoint
-from pipeline.casm.data import LEAST
-from pipeline.casm.head import restrict
-from pipeline.casm.index import Index, make_index
-from pipeline.casm.settings import Settings
-from pipeline.casm.stages import find_stages
-from pipeline.expand import expand
-from pipeline.prepare import absolute, cores, see_own_modules, torch_threads
-from schemas.errors import UserError
-from schemas.run import Shard
+from saltern.pipeline import classifiers
+from saltern.pipeline.casm.checkpoint import Checkpoint
+from saltern.pipeline.casm.data import LEAST
+from saltern.pipeline.casm.head import restrict
+from saltern.pipeline.casm.index import Index, make_index
+from saltern.pipeline.casm.settings import Settings
+from saltern.pipeline.casm.stages import find_stages
+from saltern.pipeline.expand import expand
+from saltern.pipeline.prepare import absolute, cores, see_own_modules, torch_threads
+from saltern.schemas.errors import UserError
+from saltern.schemas.run import Shard
 
 SHARE = 5  # an epoch is a fifth of the data, as published
 _FREE = ("workers", "torch_threads")  # may differ on a resume; the last bits then do

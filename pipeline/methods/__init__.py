@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.methods import (  # noqa: F401  (they register themselves)
+from saltern.pipeline.methods import (  # noqa: F401  (they register themselves)
     cam,
     cam_scores,
     cameras,
@@ -17,10 +17,10 @@ from pipeline.methods import (  # noqa: F401  (they register themselves)
     rectified,
     relevance,
 )
-from pipeline.methods.base import METHODS, Last, Method
-from pipeline.methods.captum_adapter import adapt
-from pipeline.naming import import_object, nearest
-from schemas.errors import UserError
+from saltern.pipeline.methods.base import METHODS, Last, Method
+from saltern.pipeline.methods.captum_adapter import adapt
+from saltern.pipeline.naming import import_object, nearest
+from saltern.schemas.errors import UserError
 
 __all__ = ["Last", "Method", "available", "build", "find"]
 
@@ -37,7 +37,7 @@ def find(name: str) -> type[Method]:
     if ":" in name:
         kind = import_object(name)
         if not (isinstance(kind, type) and issubclass(kind, Method)):
-            raise UserError(f"{name!r} is no subclass of pipeline.methods.Method")
+            raise UserError(f"{name!r} is no subclass of saltern.pipeline.methods.Method")
         return kind
     if name not in METHODS:
         known = ", ".join(sorted(METHODS))

@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pipeline.methods import layers, options
-from schemas.errors import UserError
+from saltern.pipeline.methods import layers, options
+from saltern.schemas.errors import UserError
 
 Maps = Tensor | tuple[Tensor, ...]
 

@@ -8,11 +8,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pipeline.methods.base import Maps, Method, register
-from pipeline.methods.layers import probe
-from pipeline.methods.scores import full_precision, pick_target
-from pipeline.methods.taps import Taps
-from schemas.errors import UserError
+from saltern.pipeline.methods.base import Maps, Method, register
+from saltern.pipeline.methods.layers import probe
+from saltern.pipeline.methods.scores import full_precision, pick_target
+from saltern.pipeline.methods.taps import Taps
+from saltern.schemas.errors import UserError
 
 
 class GradientCAM(Method):

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.methods.base import Maps, Method, register
-from pipeline.methods.cam import safe_divide, weighted_sum
-from pipeline.methods.scores import full_precision, logits_of, pick_target
-from pipeline.methods.tail import Begun, Tail
-from pipeline.methods.taps import Taps
-from schemas.errors import UserError
+from saltern.pipeline.methods.base import Maps, Method, register
+from saltern.pipeline.methods.cam import safe_divide, weighted_sum
+from saltern.pipeline.methods.scores import full_precision, logits_of, pick_target
+from saltern.pipeline.methods.tail import Begun, Tail
+from saltern.pipeline.methods.taps import Taps
+from saltern.schemas.errors import UserError
 
 
 class ScoredCAM(Method):

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.methods import upsampled
-from pipeline.methods.base import Maps, Method, register
-from pipeline.methods.layers import probe
-from pipeline.methods.scores import full_precision, logits_of, pick_target
-from pipeline.methods.taps import Taps
-from pipeline.naming import brief
-from schemas.errors import UserError
+from saltern.pipeline.methods import upsampled
+from saltern.pipeline.methods.base import Maps, Method, register
+from saltern.pipeline.methods.layers import probe
+from saltern.pipeline.methods.scores import full_precision, logits_of, pick_target
+from saltern.pipeline.methods.taps import Taps
+from saltern.pipeline.naming import brief
+from saltern.schemas.errors import UserError
 
 _STEP, _END = 100, 1000  # pixels: sizes grow by the one and stay below the other
 

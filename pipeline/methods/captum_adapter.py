@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pipeline.methods.base import Maps, Method
-from pipeline.methods.options import from_text
-from pipeline.methods.scores import logits_of, pick_target
-from pipeline.methods.taps import Taps
-from pipeline.naming import nearest
-from schemas.errors import UserError
-from schemas.run import check_keys
+from saltern.pipeline.methods.base import Maps, Method
+from saltern.pipeline.methods.options import from_text
+from saltern.pipeline.methods.scores import logits_of, pick_target
+from saltern.pipeline.methods.taps import Taps
+from saltern.pipeline.naming import nearest
+from saltern.schemas.errors import UserError
+from saltern.schemas.run import check_keys
 
 _OURS = ("self", "inputs", "target", "additional_forward_args", "kwargs")  # of attribute(); all else are options
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline import checkpoints
-from pipeline.methods.base import Maps, Method, register
-from schemas.errors import UserError
+from saltern.pipeline import checkpoints
+from saltern.pipeline.methods.base import Maps, Method, register
+from saltern.schemas.errors import UserError
 
 _ABSENT = -1e4  # logit of a class that was not trained on; fits 16 bits
 
@@ -37,10 +37,10 @@ class CASM(Method):
 
     def prepare(self) -> None:
         # The training builds on this package: at the top, its import would turn in a circle.
-        from pipeline.casm.checkpoint import open_checkpoint
-        from pipeline.casm.head import restrict
-        from pipeline.casm.network import Decoder, Trunk
-        from pipeline.casm.stages import find_stages
+        from saltern.pipeline.casm.checkpoint import open_checkpoint
+        from saltern.pipeline.casm.head import restrict
+        from saltern.pipeline.casm.network import Decoder, Trunk
+        from saltern.pipeline.casm.stages import find_stages
 
         if not self.checkpoint:
             raise UserError(

@@ -7,9 +7,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from pipeline.methods.base import Maps, Method, register
-from pipeline.methods.scores import logits_of, pick_target, score_gradients
-from schemas.errors import UserError
+from saltern.pipeline.methods.base import Maps, Method, register
+from saltern.pipeline.methods.scores import logits_of, pick_target, score_gradients
+from saltern.schemas.errors import UserError
 
 
 @register("gradient")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from schemas.errors import UserError
+from saltern.schemas.errors import UserError
 
 Swap = Callable[..., Any]
 

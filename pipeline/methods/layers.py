@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.naming import brief, nearest
-from schemas.errors import UserError
+from saltern.pipeline.naming import brief, nearest
+from saltern.schemas.errors import UserError
 
 # The layer whose output goes into global pooling, by torchvision class.
 _LAST_STAGE = {

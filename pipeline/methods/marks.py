@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pipeline.methods.rules import Linear
-from schemas.errors import UserError
+from saltern.pipeline.methods.rules import Linear
+from saltern.schemas.errors import UserError
 
 Out = TypeVar("Out")
 

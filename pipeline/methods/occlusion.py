@@ -6,10 +6,10 @@ Shape suffixes: B batch, S windows, C H W the network's input, K classes, h w th
 import torch
 from torch import Tensor
 
-from pipeline.methods.base import Maps, Method, register
-from pipeline.methods.paths import groups
-from pipeline.methods.scores import full_precision, logits_of, pick_target
-from schemas.errors import UserError
+from saltern.pipeline.methods.base import Maps, Method, register
+from saltern.pipeline.methods.paths import groups
+from saltern.pipeline.methods.scores import full_precision, logits_of, pick_target
+from saltern.schemas.errors import UserError
 
 
 @register("occlusion")

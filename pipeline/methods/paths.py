@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.methods.base import Maps, register
-from pipeline.methods.gradient import Gradient, pixel_gradient
-from pipeline.methods.noise import gaussian
-from pipeline.methods.scores import full_precision, pick_target
-from schemas.errors import UserError
+from saltern.pipeline.methods.base import Maps, register
+from saltern.pipeline.methods.gradient import Gradient, pixel_gradient
+from saltern.pipeline.methods.noise import gaussian
+from saltern.pipeline.methods.scores import full_precision, pick_target
+from saltern.schemas.errors import UserError
 
 
 class Averaged(Gradient):

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.methods import kinds
-from pipeline.methods.interception import Interception, check_visible
-from pipeline.methods.marks import (
+from saltern.pipeline.methods import kinds
+from saltern.pipeline.methods.interception import Interception, check_visible
+from saltern.pipeline.methods.marks import (
     about_to_change,
     depends,
     hold,
@@ -26,9 +26,9 @@ from pipeline.methods.marks import (
     tensors_in,
     widened,
 )
-from pipeline.methods.rules import Convolution, Linear, LinearRule, Rules
-from pipeline.methods.scores import full_precision
-from schemas.errors import UserError
+from saltern.pipeline.methods.rules import Convolution, Linear, LinearRule, Rules
+from saltern.pipeline.methods.scores import full_precision
+from saltern.schemas.errors import UserError
 
 
 def _narrowed(tensor: Tensor, like: Tensor) -> Tensor:

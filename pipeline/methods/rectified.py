@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.methods.base import Maps, register
-from pipeline.methods.cam import weighted_sum
-from pipeline.methods.gradient import Gradient, pixel_gradient
-from pipeline.methods.interception import Interception, Swap, check_visible
-from pipeline.methods.layers import probe
-from pipeline.methods.scores import full_precision, pick_target
-from pipeline.methods.taps import Taps
-from schemas.errors import UserError
+from saltern.pipeline.methods.base import Maps, register
+from saltern.pipeline.methods.cam import weighted_sum
+from saltern.pipeline.methods.gradient import Gradient, pixel_gradient
+from saltern.pipeline.methods.interception import Interception, Swap, check_visible
+from saltern.pipeline.methods.layers import probe
+from saltern.pipeline.methods.scores import full_precision, pick_target
+from saltern.pipeline.methods.taps import Taps
+from saltern.schemas.errors import UserError
 
 Found = TypeVar("Found")
 

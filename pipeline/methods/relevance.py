@@ -10,14 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.methods.base import Maps, Method, register
-from pipeline.methods.cam import weighted_sum
-from pipeline.methods.layers import probe
-from pipeline.methods.propagation import Propagation
-from pipeline.methods.rules import RELEVANCE_CAM, composite
-from pipeline.methods.scores import full_precision, logits_of, pick_target
-from pipeline.methods.taps import Taps
-from schemas.errors import UserError
+from saltern.pipeline.methods.base import Maps, Method, register
+from saltern.pipeline.methods.cam import weighted_sum
+from saltern.pipeline.methods.layers import probe
+from saltern.pipeline.methods.propagation import Propagation
+from saltern.pipeline.methods.rules import RELEVANCE_CAM, composite
+from saltern.pipeline.methods.scores import full_precision, logits_of, pick_target
+from saltern.pipeline.methods.taps import Taps
+from saltern.schemas.errors import UserError
 
 _FLOOR = 1e-8
 

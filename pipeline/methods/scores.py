@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from schemas.errors import UserError
+from saltern.schemas.errors import UserError
 
 
 def full_precision(device: torch.device) -> torch.autocast:

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from pipeline.methods.scores import logits_of
-from pipeline.methods.taps import Taps, tensor_of, with_tensor
+from saltern.pipeline.methods.scores import logits_of
+from saltern.pipeline.methods.taps import Taps, tensor_of, with_tensor
 
 Values = dict[fx.Node, Any]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.methods.scores import logits_of, score_gradients
-from schemas.errors import UserError
+from saltern.pipeline.methods.scores import logits_of, score_gradients
+from saltern.schemas.errors import UserError
 
 _MAX_PREFIX = 16  # class and register tokens before the patches
 

@@ -3,8 +3,8 @@
 import json
 from dataclasses import dataclass
 
-from pipeline.metrics.localization import Box
-from pipeline.shards import Sample
+from saltern.pipeline.metrics.localization import Box
+from saltern.pipeline.shards import Sample
 
 
 @dataclass(frozen=True)

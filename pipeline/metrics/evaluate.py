@@ -12,13 +12,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.metrics.judge import AS_IS, NO_MAPS, SCALED, SCHEMA, SUBJECTS, Judged
-from pipeline.metrics.wanted import wanted_shards
-from pipeline.reader import SaliencyRun, open_run
-from pipeline.store import session
-from schemas.errors import ShardError, UserError
-from schemas.run import Shard
-from schemas.saliency import with_metadata
+from saltern.pipeline.metrics.judge import AS_IS, NO_MAPS, SCALED, SCHEMA, SUBJECTS, Judged
+from saltern.pipeline.metrics.wanted import wanted_shards
+from saltern.pipeline.reader import SaliencyRun, open_run
+from saltern.pipeline.store import session
+from saltern.schemas.errors import ShardError, UserError
+from saltern.schemas.run import Shard
+from saltern.schemas.saliency import with_metadata
 
 METRICS = {"le": ["le"], "om": ["om"], "f1": ["f1", "f1_mask"]}  # what is asked for -> columns
 UNIT_MAPS = ("casm",)  # methods whose map is a mask in [0, 1] already

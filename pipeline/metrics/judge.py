@@ -5,11 +5,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.metrics.annotations import Annotation, read_annotation
-from pipeline.metrics.localization import Box, box_f1, centre_box, is_hit, lay, map_f1, unit, whole_image
-from pipeline.reader import Row
-from pipeline.shards import Sample
-from schemas.saliency import OK, ZERO_MAP
+from saltern.pipeline.metrics.annotations import Annotation, read_annotation
+from saltern.pipeline.metrics.localization import Box, box_f1, centre_box, is_hit, lay, map_f1, unit, whole_image
+from saltern.pipeline.reader import Row
+from saltern.pipeline.shards import Sample
+from saltern.schemas.saliency import OK, ZERO_MAP
 
 COLUMNS = ("le", "om", "f1", "f1_mask")
 FOUND, CENTRE, WHOLE = SUBJECTS = ("found", "centre", "whole")  # the run's, and the two baselines

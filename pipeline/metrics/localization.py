@@ -116,7 +116,7 @@ def lay(
     """A map of the network's input (H, W), of any grid, over an original of height x width.
 
     Args:
-        geometry: scale x, scale y, offset x, offset y (schemas.saliency).
+        geometry: scale x, scale y, offset x, offset y (saltern.schemas.saliency).
         smooth: bilinear between the cells, the surface of reader.over_frame; else each pixel has its cell's value.
     """
     scale_x, scale_y, offset_x, offset_y = geometry

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from pipeline.metrics.evaluate import Evaluation, Mean
-from pipeline.metrics.judge import AS_IS, CENTRE, FOUND, NO_MAPS, SCALED, WHOLE
-from schemas.saliency import OK, ZERO_MAP
+from saltern.pipeline.metrics.evaluate import Evaluation, Mean
+from saltern.pipeline.metrics.judge import AS_IS, CENTRE, FOUND, NO_MAPS, SCALED, WHOLE
+from saltern.schemas.saliency import OK, ZERO_MAP
 
 _HEADS = {"le": "LE %", "om": "OM %", "f1": "F1 %", "f1_mask": "F1 % of the mask"}
 _MAPS = {

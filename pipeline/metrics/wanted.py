@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pipeline.expand import ENDINGS, expand
-from pipeline.reader import SaliencyRun
-from pipeline.shards import list_keys
-from schemas.errors import ShardError, UserError
-from schemas.run import Shard
+from saltern.pipeline.expand import ENDINGS, expand
+from saltern.pipeline.reader import SaliencyRun
+from saltern.pipeline.shards import list_keys
+from saltern.schemas.errors import ShardError, UserError
+from saltern.schemas.run import Shard
 
 
 def wanted_shards(run: SaliencyRun, patterns: Sequence[str]) -> tuple[list[Shard], list[str]]:

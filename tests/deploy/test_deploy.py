@@ -40,7 +40,7 @@ INSTRUCTIONS = {
 
 def accept(words: list[str]) -> dict[str, Any]:
     """The parameters as our command line reads them; it raises on what it does not know."""
-    from jobs.main import app
+    from saltern.jobs.main import app
 
     command = typer.main.get_group(app).commands[words[0]]
     with command.make_context(words[0], words[1:]) as ctx:
@@ -86,7 +86,7 @@ def rayjob() -> dict[str, Any]:
 def test_the_rayjob_runs_an_extract(rayjob: dict[str, Any]) -> None:
     assert (rayjob["apiVersion"], rayjob["kind"]) == ("ray.io/v1", "RayJob")
     words = shlex.split(rayjob["spec"]["entrypoint"])
-    assert words[:4] == ["python", "-m", "jobs.main", "extract"]
+    assert words[:4] == ["python", "-m", "saltern", "extract"]
     read = accept(words[3:])
     assert (read["engine"], read["device"]) == ("ray", "cuda")
     assert read["out"].startswith("s3://")
@@ -198,7 +198,7 @@ def test_the_recipe_is_one_that_train_casm_takes(tmp_path: Path) -> None:
     """All but the shards is right: they are what is missing."""
     from typer.testing import CliRunner
 
-    from jobs.main import app
+    from saltern.jobs.main import app
 
     words = ["train-casm", f"{tmp_path}/none.tar", "--out", f"{tmp_path}/out", "--config"]
     ended = CliRunner().invoke(app, [*words, str(DEPLOY / "casm-tiny-imagenet.toml")])

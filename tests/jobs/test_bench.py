@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from making import write_shards
 
-from pipeline.bench.extract import measure
-from pipeline.bench.figures import Figure, as_json, as_markdown, by_turns, describe_machine, skipped
-from pipeline.bench.settings import Settings
-from pipeline.bench.workload import Work, make_shards
-from schemas.errors import UserError
+from saltern.pipeline.bench.extract import measure
+from saltern.pipeline.bench.figures import Figure, as_json, as_markdown, by_turns, describe_machine, skipped
+from saltern.pipeline.bench.settings import Settings
+from saltern.pipeline.bench.workload import Work, make_shards
+from saltern.schemas.errors import UserError
 
 
 def figure(value: float, goal: float, at_least: bool) -> Figure:
@@ -52,10 +52,10 @@ def test_made_pictures_weigh_as_much_as_photographs(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_figure_is_measured(tmp_path: Path, ray_address: str) -> None:
     settings = Settings(
-        command=[sys.executable, "-m", "jobs.main"],
+        command=[sys.executable, "-m", "saltern"],
         shards=[str(write_shards(tmp_path, 2, 16))],
-        model="pipeline.bench.noop:net",
-        method="pipeline.bench.noop:Noop",
+        model="saltern.pipeline.bench.noop:net",
+        method="saltern.pipeline.bench.noop:Noop",
         batch_size=4,
         rounds=1,
         seconds=0.05,
@@ -81,7 +81,7 @@ def test_every_figure_is_measured(tmp_path: Path, ray_address: str) -> None:
 
 
 def test_without_ray_its_figures_are_skipped(tmp_path: Path) -> None:
-    from pipeline.bench.engines import engines
+    from saltern.pipeline.bench.engines import engines
 
     def absent() -> None:
         raise ImportError("No module named 'ray'")

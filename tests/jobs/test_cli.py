@@ -7,15 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from making import TINY, picture, write_shards
-
-TESTS = Path(__file__).parents[1]
+from making import HELPERS, PYTHONPATH, TINY, picture, write_shards
 
 
 def saltern(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "COLUMNS": "200"}
-    line = [sys.executable, "-m", "jobs.main", *map(str, words)]
-    return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=TESTS, check=False)
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "COLUMNS": "200"}
+    line = [sys.executable, "-m", "saltern", *map(str, words)]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=HELPERS, check=False)
 
 
 def refused(ended: subprocess.CompletedProcess[str]) -> str:
@@ -158,7 +156,7 @@ def test_lists_name_what_there_is() -> None:
 def test_an_error_in_the_code_keeps_its_traceback(tmp_path: Path) -> None:
     (tmp_path / "slip.py").write_text("def model():\n    raise ZeroDivisionError('a slip')\n")
     write_shards(tmp_path / "in", 1, 1)
-    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent)}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
     line = [
         "extract",
         str(tmp_path / "in"),
@@ -170,7 +168,7 @@ def test_an_error_in_the_code_keeps_its_traceback(tmp_path: Path) -> None:
         "gradient",
     ]
     ended = subprocess.run(
-        [sys.executable, "-m", "jobs.main", *line], capture_output=True, text=True, env=environment, cwd=tmp_path
+        [sys.executable, "-m", "saltern", *line], capture_output=True, text=True, env=environment, cwd=tmp_path
     )
     assert ended.returncode == 3
     assert "ZeroDivisionError: a slip" in ended.stderr

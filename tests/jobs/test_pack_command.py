@@ -6,7 +6,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from jobs.pack import pack
+from saltern.jobs.pack import pack
 
 app = typer.Typer()
 app.command()(pack)

@@ -6,8 +6,8 @@ import pytest
 from made_run import make_run
 from typer.testing import CliRunner
 
-from jobs.main import app
-from schemas.errors import UserError
+from saltern.jobs.main import app
+from saltern.schemas.errors import UserError
 
 
 def run(*words: str) -> str:

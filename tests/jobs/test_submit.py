@@ -24,9 +24,9 @@ import psutil
 import pytest
 from PIL import Image
 
-from jobs.submit import _parse
-from pipeline import submission
-from schemas.errors import UserError
+from saltern.jobs.submit import _parse
+from saltern.pipeline import submission
+from saltern.schemas.errors import UserError
 
 START_S = 90
 
@@ -53,7 +53,7 @@ class Head:
         )
 
 
-CLI = [sys.executable, "-m", "jobs.main", "submit"]
+CLI = [sys.executable, "-m", "saltern", "submit"]
 
 
 def free_port() -> int:
@@ -233,7 +233,7 @@ def test_a_job_that_somebody_stops(head: Head, tmp_path: Path) -> None:
 def _follow(head: Head, name: str) -> tuple[int, str]:
     """As the command does, of a job that has ended."""
     script = (
-        "import sys; from pipeline.submission import connect, follow; "
+        "import sys; from saltern.pipeline.submission import connect, follow; "
         "code, said = follow(connect(sys.argv[1]), sys.argv[2], lambda text: None); print(code, said)"
     )
     command = [sys.executable, "-c", script, head.address, name]

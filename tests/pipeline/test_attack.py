@@ -13,24 +13,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from making import files, picture, write_shards, write_tar
+from making import HELPERS, files, picture, write_shards, write_tar
 from PIL import Image
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from jobs.main import app
-from pipeline import reader
-from pipeline.attack import Attack, plan
-from pipeline.attack_report import close, means
-from pipeline.extractor import Processor
-from pipeline.manifest import open_run
-from pipeline.perturb import PGD, perturb, unit, weighed_norm
-from pipeline.prepare import Request
-from pipeline.run import Job, Settings, conduct
-from pipeline.verify import verify
-from schemas.attack import attack_schema
-from schemas.errors import UserError
-from schemas.run import UNMARKED
+from saltern.jobs.main import app
+from saltern.pipeline import reader
+from saltern.pipeline.attack import Attack, plan
+from saltern.pipeline.attack_report import close, means
+from saltern.pipeline.extractor import Processor
+from saltern.pipeline.manifest import open_run
+from saltern.pipeline.perturb import PGD, perturb, unit, weighed_norm
+from saltern.pipeline.prepare import Request
+from saltern.pipeline.run import Job, Settings, conduct
+from saltern.pipeline.verify import verify
+from saltern.schemas.attack import attack_schema
+from saltern.schemas.errors import UserError
+from saltern.schemas.run import UNMARKED
 
 HOW = PGD(steps=20, step_size=1 / 255, epsilon=12 / 255, beta=50.0, rule="sign")
 OPTIONS = {**vars(HOW), "save_images": True}
@@ -41,8 +41,7 @@ REQUEST = Request(
 
 @pytest.fixture(autouse=True)
 def _home(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parents[1])
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.chdir(HELPERS)
 
 
 def attack(shards: Path, out: Path, wishes: dict[str, Any] | None = None, **options: Any) -> int:
@@ -165,7 +164,7 @@ def test_maps_are_brought_to_one() -> None:
 
 def test_rows_say_what_their_images_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each number of a row, from its stored images by numpy and the model alone."""
-    from pipeline.classifiers import load
+    from saltern.pipeline.classifiers import load
 
     write_shards(tmp_path / "in", 2, 5)
     assert attack(tmp_path / "in", tmp_path / "run") == 0
@@ -229,7 +228,7 @@ def test_a_resume_does_the_rest_alone_and_writes_the_same(tmp_path: Path) -> Non
 
 
 def test_an_extraction_is_another_job(tmp_path: Path) -> None:
-    from pipeline.run import conduct, extraction
+    from saltern.pipeline.run import conduct, extraction
 
     write_shards(tmp_path / "in", 1, 2)
     assert attack(tmp_path / "in", tmp_path / "run") == 0
@@ -241,7 +240,7 @@ def test_an_extraction_is_another_job(tmp_path: Path) -> None:
 
 def test_a_run_that_names_no_job_is_an_extraction(tmp_path: Path) -> None:
     """Runs made before there were other jobs go on, their receipts standing."""
-    from pipeline.run import conduct, extraction
+    from saltern.pipeline.run import conduct, extraction
 
     write_shards(tmp_path / "in", 1, 2)
     request, settings = replace(REQUEST, shards=[str(tmp_path / "in")]), Settings(str(tmp_path / "run"), device="cpu")

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from jobs.main import app
-from pipeline.bench import casm, scaling
-from pipeline.bench.casm import Bench, Kind, Sides, as_table, measure, mix
-from pipeline.casm.thinning import THINNINGS
-from schemas.errors import UserError
+from saltern.jobs.main import app
+from saltern.pipeline.bench import casm, scaling
+from saltern.pipeline.bench.casm import Bench, Kind, Sides, as_table, measure, mix
+from saltern.pipeline.casm.thinning import THINNINGS
+from saltern.schemas.errors import UserError
 
 TOY = """
 from torch import nn

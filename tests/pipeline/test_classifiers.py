@@ -15,9 +15,9 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-from pipeline import checkpoints
-from pipeline.classifiers import Preprocess, available_models, load
-from schemas.errors import UserError
+from saltern.pipeline import checkpoints
+from saltern.pipeline.classifiers import Preprocess, available_models, load
+from saltern.schemas.errors import UserError
 
 SMALL = "shufflenet_v2_x0_5"
 

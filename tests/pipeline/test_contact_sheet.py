@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from pipeline.contact_sheet import comparison, contact_sheet
-from pipeline.reader import Row, map_in_original, open_run
-from pipeline.shards import read_samples
-from schemas.errors import UserError
-from schemas.run import Shard
-from schemas.saliency import DECODE_FAILED
+from saltern.pipeline.contact_sheet import comparison, contact_sheet
+from saltern.pipeline.reader import Row, map_in_original, open_run
+from saltern.pipeline.shards import read_samples
+from saltern.schemas.errors import UserError
+from saltern.schemas.run import Shard
+from saltern.schemas.saliency import DECODE_FAILED
 
 EVIL = '<b onload="x">\'&amp; evil'
 VOID = {"meta", "img", "input", "rect", "br"}

@@ -14,12 +14,12 @@ from making import picture, write_tar
 from torch import distributed
 from torch.utils.data import DataLoader
 
-from pipeline.dataset import SaliencyDataset
-from pipeline.decode import decode
-from pipeline.discretize import largest_box, to_original
-from pipeline.reader import open_run
-from schemas.errors import ShardError, UserError
-from schemas.saliency import DECODE_FAILED
+from saltern.pipeline.dataset import SaliencyDataset
+from saltern.pipeline.decode import decode
+from saltern.pipeline.discretize import largest_box, to_original
+from saltern.pipeline.reader import open_run
+from saltern.schemas.errors import ShardError, UserError
+from saltern.schemas.saliency import DECODE_FAILED
 
 PREPROCESS: dict[str, Any] = {"resize": 40, "crop": CROP, "squash": False, "interpolation": "bilinear"}
 # On a machine of few cores torch advises against so many workers.

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 from torchvision.transforms import InterpolationMode
 
-from pipeline import decode as module
-from pipeline.decode import MAX_PIXELS, Decoded, DecodeError, decode, decode_image
-from pipeline.shards import read_samples
-from schemas.run import Shard
-from schemas.saliency import DECODE_FAILED, TOO_LARGE
+from saltern.pipeline import decode as module
+from saltern.pipeline.decode import MAX_PIXELS, Decoded, DecodeError, decode, decode_image
+from saltern.pipeline.shards import read_samples
+from saltern.schemas.run import Shard
+from saltern.schemas.saliency import DECODE_FAILED, TOO_LARGE
 
 rng = np.random.default_rng(0)
 NOISE_HWC = rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)

@@ -12,8 +12,8 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 from torch import Tensor
 
-from pipeline.discretize import discretize, largest_box, parse_rule, to_original, upsample
-from schemas.errors import UserError
+from saltern.pipeline.discretize import discretize, largest_box, parse_rule, to_original, upsample
+from saltern.schemas.errors import UserError
 
 RULES = [
     "mean", "mean:1", "mean:0.5", "mean:2", "mean-std", "mean-std:1", "mean-std:-0.5", "quantile", "quantile:0.75",

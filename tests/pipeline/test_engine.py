@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import toys
+from making import HELPERS
 
-from pipeline import engine
-from pipeline.engine import Driver, State
-from pipeline.pool import LocalPool, Pool
-from schemas.receipt import Failure, Receipt
-from schemas.run import Shard
+from saltern.pipeline import engine
+from saltern.pipeline.engine import Driver, State
+from saltern.pipeline.pool import LocalPool, Pool
+from saltern.schemas.receipt import Failure, Receipt
+from saltern.schemas.run import Shard
 
 
 class Notebook:
@@ -49,9 +50,9 @@ def local(tmp_path: Path) -> LocalPool:
 
 @pytest.fixture
 def actors(tmp_path: Path, ray_address: str) -> Pool:
-    from pipeline.engine_ray import RayPool
+    from saltern.pipeline.engine_ray import RayPool
 
-    folder = str(Path(__file__).parent)
+    folder = str(HELPERS)
     return RayPool(partial(toys.Toy, str(tmp_path)), gpus=0, cpus=1, torch_threads=1, import_paths=[folder])
 
 
@@ -137,9 +138,9 @@ def test_a_lost_device_gets_a_new_worker(pool: Pool) -> None:
 
 
 def test_an_error_while_building_is_the_users_to_see(ray_address: str) -> None:
-    from pipeline.engine_ray import RayPool
+    from saltern.pipeline.engine_ray import RayPool
 
-    folder = str(Path(__file__).parent)
+    folder = str(HELPERS)
     for pool in (
         LocalPool(toys.Unbuildable),
         RayPool(toys.Unbuildable, gpus=0, cpus=1, torch_threads=1, import_paths=[folder]),
@@ -172,10 +173,10 @@ def test_a_killed_actor_is_made_anew(actors: Pool) -> None:
 
 
 def test_workers_that_never_stand_stop_the_run(ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.engine_ray import RayPool
+    from saltern.pipeline.engine_ray import RayPool
 
     monkeypatch.setattr(engine, "STILLBORN", 1)
-    folder = str(Path(__file__).parent)
+    folder = str(HELPERS)
     pool = RayPool(toys.Stillborn, gpus=0, cpus=1, torch_threads=1, import_paths=[folder])
     outcome = Driver(pool, Notebook()).run(shards("ok"))
     assert outcome.stopped is not None

@@ -13,10 +13,10 @@ import pytest
 from s3server import S3, s3_server
 from tars import samples, tar_bytes
 
-from pipeline import shards
-from pipeline.expand import expand
-from pipeline.shards import list_keys, read_samples
-from schemas.errors import ShardError, UserError
+from saltern.pipeline import shards
+from saltern.pipeline.expand import expand
+from saltern.pipeline.shards import list_keys, read_samples
+from saltern.schemas.errors import ShardError, UserError
 
 Touch = Callable[..., None]
 

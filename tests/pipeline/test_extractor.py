@@ -11,29 +11,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from making import files, picture, tiny, write_shards, write_tar
+from making import HELPERS, files, picture, tiny, write_shards, write_tar
 from PIL import Image
 from scipy import ndimage
 
-from pipeline.classifiers import load
-from pipeline.decode import decode
-from pipeline.discretize import upsample
-from pipeline.encode import dequantise, unpack_mask
-from pipeline.manifest import open_run, read_receipts
-from pipeline.methods import build
-from pipeline.prepare import Request
-from pipeline.run import Settings, conduct, extraction
-from pipeline.verify import verify
-from schemas.errors import UserError
-from schemas.saliency import read_metadata
+from saltern.pipeline.classifiers import load
+from saltern.pipeline.decode import decode
+from saltern.pipeline.discretize import upsample
+from saltern.pipeline.encode import dequantise, unpack_mask
+from saltern.pipeline.manifest import open_run, read_receipts
+from saltern.pipeline.methods import build
+from saltern.pipeline.prepare import Request
+from saltern.pipeline.run import Settings, conduct, extraction
+from saltern.pipeline.verify import verify
+from saltern.schemas.errors import UserError
+from saltern.schemas.saliency import read_metadata
 
 REQUEST = Request(shards=[], model="making:tiny", method="grad-cam", layer="body", resize=40, crop=32, batch_size=4)
 
 
 @pytest.fixture(autouse=True)
 def _home(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parents[1])
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.chdir(HELPERS)
 
 
 def extract(shards: Path | str, out: Path, settings: dict[str, Any] | None = None, **wishes: Any) -> int:

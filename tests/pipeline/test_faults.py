@@ -16,32 +16,31 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from making import TINY, files, picture, write_shards, write_tar
+from making import HELPERS, PYTHONPATH, TINY, files, picture, write_shards, write_tar
 from PIL import Image
 
-from pipeline.manifest import open_run, read_failures, read_receipts
-from pipeline.verify import verify
+from saltern.pipeline.manifest import open_run, read_failures, read_receipts
+from saltern.pipeline.verify import verify
 
 pytestmark = pytest.mark.slow
-TESTS = Path(__file__).parents[1]
 SHARDS, EACH = 8, 6
 METHOD = ("--method", "odd_methods:Slow", "--map-dtype", "float32", "--target", "top1", "--batch-size", "4")
 MODEL = tuple(word for word in TINY if word not in ("--layer", "body"))
 
 
 def command(shards: Path, out: Path, *words: str, method: tuple[str, ...] = METHOD) -> list[str]:
-    return [sys.executable, "-m", "jobs.main", "extract", str(shards), "--out", str(out), *MODEL, *method, *words]
+    return [sys.executable, "-m", "saltern", "extract", str(shards), "--out", str(out), *MODEL, *method, *words]
 
 
 def start(line: list[str], slow: float = 0.1, **more: object) -> subprocess.Popen[str]:
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS / "pipeline"), str(TESTS.parent)]),
+        "PYTHONPATH": PYTHONPATH,
         "OMP_NUM_THREADS": "1",
         "SLOW": str(slow),
     }
     return subprocess.Popen(
-        line, env=environment, cwd=TESTS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more
+        line, env=environment, cwd=HELPERS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more
     )  # type: ignore[call-overload,no-any-return]
 
 

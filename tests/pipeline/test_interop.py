@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from made_run import CROP, Made, make_run, write_shard
 
-from pipeline.encode import dequantise
-from pipeline.reader import open_run
-from schemas.saliency import STATUSES, read_metadata, table_schema, with_metadata
+from saltern.pipeline.encode import dequantise
+from saltern.pipeline.reader import open_run
+from saltern.schemas.saliency import STATUSES, read_metadata, table_schema, with_metadata
 
 NAMES = table_schema(None).names
 Record = dict[str, Any]

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.manifest import begin, load_run, publish_receipt, read_failures, read_receipts, receipt_name, wipe
-from pipeline.store import Store, session
-from schemas.errors import UserError
-from schemas.receipt import PHASES, Failure, Receipt
-from schemas.run import Run, RunConfig, Shard
+from saltern.pipeline.manifest import begin, load_run, publish_receipt, read_failures, read_receipts, receipt_name, wipe
+from saltern.pipeline.store import Store, session
+from saltern.schemas.errors import UserError
+from saltern.schemas.receipt import PHASES, Failure, Receipt
+from saltern.schemas.run import Run, RunConfig, Shard
 
 CONFIG = RunConfig(
     model="resnet50",

@@ -15,13 +15,13 @@ from made_run import CROP, SIZE, Made, make_run, write_shard
 from making import picture, write_tar
 from typer.testing import CliRunner
 
-from jobs.main import app
-from pipeline.discretize import to_original
-from pipeline.manifest import receipt_name
-from pipeline.metrics.annotations import read_annotation
-from pipeline.metrics.evaluate import evaluate
-from pipeline.metrics.judge import COLUMNS
-from pipeline.metrics.localization import (
+from saltern.jobs.main import app
+from saltern.pipeline.discretize import to_original
+from saltern.pipeline.manifest import receipt_name
+from saltern.pipeline.metrics.annotations import read_annotation
+from saltern.pipeline.metrics.evaluate import evaluate
+from saltern.pipeline.metrics.judge import COLUMNS
+from saltern.pipeline.metrics.localization import (
     Box,
     box_f1,
     centre_box,
@@ -32,11 +32,11 @@ from pipeline.metrics.localization import (
     unit,
     whole_image,
 )
-from pipeline.metrics.table import as_table, remarks
-from pipeline.reader import Row, map_in_original, open_run, over_frame
-from pipeline.shards import Sample
-from schemas.errors import UserError
-from schemas.saliency import ZERO_MAP
+from saltern.pipeline.metrics.table import as_table, remarks
+from saltern.pipeline.reader import Row, map_in_original, open_run, over_frame
+from saltern.pipeline.shards import Sample
+from saltern.schemas.errors import UserError
+from saltern.schemas.saliency import ZERO_MAP
 
 HEIGHT, WIDTH = SIZE
 

@@ -3,14 +3,14 @@
 from pathlib import Path
 
 import pytest
-from making import files, write_shards
+from making import HELPERS, files, write_shards
 from s3server import BUCKET, S3, s3_server
 from test_extractor import REQUEST, extract
 
-from pipeline.manifest import open_run
-from pipeline.prepare import Request
-from pipeline.run import Settings, conduct, extraction
-from pipeline.verify import verify
+from saltern.pipeline.manifest import open_run
+from saltern.pipeline.prepare import Request
+from saltern.pipeline.run import Settings, conduct, extraction
+from saltern.pipeline.verify import verify
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> object:
 
 
 def test_a_run_in_a_bucket_equals_one_on_a_disk(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(HELPERS)
     write_shards(tmp_path / "in", 3, 5)
     assert extract(tmp_path / "in", tmp_path / "run") == 0
     for path in (tmp_path / "in").iterdir():

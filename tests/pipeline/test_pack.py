@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pipeline.expand import expand
-from pipeline.pack import Packed, pack, read_annotation
-from pipeline.shards import Sample, read_samples
-from schemas.errors import UserError
+from saltern.pipeline.expand import expand
+from saltern.pipeline.pack import Packed, pack, read_annotation
+from saltern.pipeline.shards import Sample, read_samples
+from saltern.schemas.errors import UserError
 
 Touch = Callable[..., Path]
 

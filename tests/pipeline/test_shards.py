@@ -10,11 +10,11 @@ import pytest
 from tars import Members, samples, shard_at, tar_bytes
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pipeline import shards
-from pipeline.shards import Sample, filesystem, list_keys, read_samples
-from schemas.errors import ShardError, UserError
-from schemas.run import Shard
-from schemas.saliency import DUPLICATE_KEY, MISSING_IMAGE, TOO_LARGE
+from saltern.pipeline import shards
+from saltern.pipeline.shards import Sample, filesystem, list_keys, read_samples
+from saltern.schemas.errors import ShardError, UserError
+from saltern.schemas.run import Shard
+from saltern.schemas.saliency import DUPLICATE_KEY, MISSING_IMAGE, TOO_LARGE
 
 BLOCK = 512
 
@@ -402,7 +402,7 @@ def test_a_deleted_shard(tmp_path: Path) -> None:
 
 
 def test_a_stream_that_simply_ends_is_a_broken_connection(tmp_path: Path) -> None:
-    from pipeline.tape import Source
+    from saltern.pipeline.tape import Source
 
     source = Source(io.BytesIO(b"x" * 700), "s3://b/x.tar", 1000)
     assert source.read(700)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.staging import Job, Word, stage
-from schemas.errors import UserError
+from saltern.pipeline.staging import Job, Word, stage
+from saltern.schemas.errors import UserError
 
-OURS = {"schemas", "pipeline", "jobs", f"saltern-{version('saltern')}.dist-info"}
+OURS = {"saltern", f"saltern-{version('saltern')}.dist-info"}
 
 
 @pytest.fixture
@@ -39,7 +39,9 @@ def test_only_our_packages_travel(tmp_path: Path, here: Path) -> None:
     _, folder = sent(tmp_path, here)
     assert {path.name for path in folder.iterdir()} == OURS
     found = names(folder)
-    assert {"schemas/run.py", "pipeline/staging.py", "jobs/submit.py", "jobs/__init__.py"} <= found
+    assert {
+        f"saltern/{name}" for name in ("schemas/run.py", "pipeline/staging.py", "jobs/submit.py", "__main__.py")
+    } <= found
     assert not [name for name in found if "__pycache__" in name or name.endswith(".pyc") or "/." in name]
     assert not [name for name in found if "tests" in Path(name).parts]
     assert sum(path.stat().st_size for path in folder.rglob("*")) < 2_000_000
@@ -99,7 +101,7 @@ def test_names_of_weights_stay(tmp_path: Path, here: Path, value: str) -> None:
 
 def test_the_entrypoint_survives_a_shell(tmp_path: Path, here: Path) -> None:
     job, _ = sent(tmp_path, here, Word("shards", None, "/a b/$(x)'s.tar"), Word("option", "--option", "-1"))
-    assert shlex.split(job.entrypoint) == ["python", "-m", "jobs.main", "extract", "/a b/$(x)'s.tar", "--option=-1"]
+    assert shlex.split(job.entrypoint) == ["python", "-m", "saltern", "extract", "/a b/$(x)'s.tar", "--option=-1"]
     assert "$(x)" in shlex.split(job.entrypoint)[4]
 
 
@@ -144,7 +146,7 @@ def test_the_users_module_travels(tmp_path: Path, here: Path) -> None:
 
 
 def test_a_module_that_is_not_here_is_left_to_the_cluster(tmp_path: Path, here: Path) -> None:
-    words = Word("model", "--model", "timm:vit_tiny"), Word("method", "--method", "pipeline.methods.cam:Cam")
+    words = Word("model", "--model", "timm:vit_tiny"), Word("method", "--method", "saltern.pipeline.methods.cam:Cam")
     _, folder = sent(tmp_path, here, *words)
     assert {path.name for path in folder.iterdir()} == OURS
 

@@ -10,29 +10,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from making import files, tiny
+from making import HELPERS, files, tiny
 from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
-from jobs.main import app
-from pipeline.ascend import Ascent, ascend, start
-from pipeline.classifiers import load
-from pipeline.manifest import open_run
-from pipeline.methods.base import frozen
-from pipeline.run import Job, Settings, conduct
-from pipeline.verify import verify
-from pipeline.visualize import Visualizer, Wish, close, parse_classes, plan
-from schemas.errors import UserError
-from schemas.visualization import visualization_schema
+from saltern.jobs.main import app
+from saltern.pipeline.ascend import Ascent, ascend, start
+from saltern.pipeline.classifiers import load
+from saltern.pipeline.manifest import open_run
+from saltern.pipeline.methods.base import frozen
+from saltern.pipeline.run import Job, Settings, conduct
+from saltern.pipeline.verify import verify
+from saltern.pipeline.visualize import Visualizer, Wish, close, parse_classes, plan
+from saltern.schemas.errors import UserError
+from saltern.schemas.visualization import visualization_schema
 
 HOW = Ascent(steps=30, step_size=0.1, weight=1e-3, init="zero")
 
 
 @pytest.fixture(autouse=True)
 def _home(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parents[1])
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.chdir(HELPERS)
 
 
 def visualize(out: Path, classes: str = "0-4", **wishes: Any) -> int:

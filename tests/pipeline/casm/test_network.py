@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision import models
 
-from pipeline.casm.head import restrict
-from pipeline.casm.network import Decoder, Trunk, enlarge
-from pipeline.casm.stages import find_stages
-from pipeline.classifiers import load
-from schemas.errors import UserError
+from saltern.pipeline.casm.head import restrict
+from saltern.pipeline.casm.network import Decoder, Trunk, enlarge
+from saltern.pipeline.casm.stages import find_stages
+from saltern.pipeline.classifiers import load
+from saltern.schemas.errors import UserError
 
 STAGES = {
     "resnet18": (("maxpool", "layer1", "layer2", "layer3", "layer4"), (64, 64, 128, 256, 512)),

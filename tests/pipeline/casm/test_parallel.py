@@ -16,18 +16,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from casm_toys import OFTEN, files, request, small, write_shards
-from making import picture, write_tar
+from making import HELPERS, PYTHONPATH, picture, write_tar
 
-from pipeline.casm.checkpoint import open_checkpoint
-from pipeline.casm.loop import run
-from pipeline.casm.ranks import Ranks
-from pipeline.casm.settings import Settings
-from pipeline.casm.step import Training
-from pipeline.casm.thinning import THINNINGS
-from pipeline.casm.work import make_work
-from schemas.errors import UserError
+from saltern.pipeline.casm.checkpoint import open_checkpoint
+from saltern.pipeline.casm.loop import run
+from saltern.pipeline.casm.ranks import Ranks
+from saltern.pipeline.casm.settings import Settings
+from saltern.pipeline.casm.step import Training
+from saltern.pipeline.casm.thinning import THINNINGS
+from saltern.pipeline.casm.work import make_work
+from saltern.schemas.errors import UserError
 
-HERE = Path(__file__).parent
 CPU = torch.device("cpu")
 SAME = 2e-6  # of losses of worlds 1 and 2, in float32, after 18 steps; measured: 2e-7
 
@@ -39,7 +38,7 @@ def shards(tmp_path_factory) -> Path:
 
 def guarded(job, rank: int, meeting: Path, words: tuple[object, ...]) -> object:
     """What a job returns in a rank of two; a UserError counts as its text."""
-    sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+    sys.path[:0] = PYTHONPATH.split(os.pathsep)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     try:
@@ -190,14 +189,13 @@ def test_bad_worlds_are_refused(changed, message, shards, tmp_path):
 def start(shards: Path, out: Path, address: str, *more: str, model: str = "slow") -> subprocess.Popen[str]:
     settings = ("--pool-size", "3", "--lr-classifier", "0.01", "--seed", "5", "--thinning", "L100")
     line = [
-        *(sys.executable, "-m", "jobs.main", "train-casm", str(shards), "--out", str(out), "--workers", "2"),
+        *(sys.executable, "-m", "saltern", "train-casm", str(shards), "--out", str(out), "--workers", "2"),
         *("--model", f"casm_toys:{model}", "--epochs", "3", "--steps-per-epoch", "6", "--batch-size", "4"),
         *("--side", "64", "--checkpoint-every", "4", "--address", address, "--device", "cpu", *settings, *more),
     ]
-    paths = [str(HERE), str(HERE.parents[1]), str(HERE.parents[2])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        line, env=environment, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        line, env=environment, cwd=HELPERS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 

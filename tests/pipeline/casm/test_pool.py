@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.casm.pool import Confuser, Pool
-from pipeline.casm.thinning import THINNINGS, draws, plan
-from schemas.errors import UserError
+from saltern.pipeline.casm.pool import Confuser, Pool
+from saltern.pipeline.casm.thinning import THINNINGS, draws, plan
+from saltern.schemas.errors import UserError
 
 
 def filled(staged, half=False, count=3):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from naive_casm import NaiveCasm
 
-from pipeline.casm.settings import Settings, usual_lambda
-from pipeline.casm.step import Training
-from pipeline.casm.thinning import THINNINGS, draws, plan, thinning_named
-from schemas.errors import UserError
+from saltern.pipeline.casm.settings import Settings, usual_lambda
+from saltern.pipeline.casm.step import Training
+from saltern.pipeline.casm.thinning import THINNINGS, draws, plan, thinning_named
+from saltern.schemas.errors import UserError
 
 SEED = 9  # whose draws under L100 pick the current one, both slots, and members that replaced others
 L2 = replace(THINNINGS["L100"], save_every=2)  # of L100's kind, so that 6 iterations fill and overwrite a pool of two

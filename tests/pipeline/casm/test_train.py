@@ -16,30 +16,28 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from casm_toys import SIDE, Small, files, request, small, write_shards
-from making import picture, write_tar
+from making import HELPERS, picture, write_tar
 from PIL import Image
 from torchvision.transforms import v2
 from typer.testing import CliRunner
 
-from jobs.main import app
-from pipeline import methods
-from pipeline.casm import checkpoint, journal, loop
-from pipeline.casm.data import Batches, crop, crop_box
-from pipeline.casm.index import make_index
-from pipeline.casm.log import _MEASURED, Log
-from pipeline.casm.settings import Settings
-from pipeline.casm.step import Training
-from pipeline.casm.thinning import THINNINGS
-from pipeline.casm.train import train
-from pipeline.expand import expand
-from pipeline.extractor import Processor
-from pipeline.prepare import Request, resolve
-from pipeline.run import Job, conduct
-from pipeline.run import Settings as Engine
-from pipeline.shards import read_samples
-from schemas.errors import UserError
-
-HERE = Path(__file__).parent
+from saltern.jobs.main import app
+from saltern.pipeline import methods
+from saltern.pipeline.casm import checkpoint, journal, loop
+from saltern.pipeline.casm.data import Batches, crop, crop_box
+from saltern.pipeline.casm.index import make_index
+from saltern.pipeline.casm.log import _MEASURED, Log
+from saltern.pipeline.casm.settings import Settings
+from saltern.pipeline.casm.step import Training
+from saltern.pipeline.casm.thinning import THINNINGS
+from saltern.pipeline.casm.train import train
+from saltern.pipeline.expand import expand
+from saltern.pipeline.extractor import Processor
+from saltern.pipeline.prepare import Request, resolve
+from saltern.pipeline.run import Job, conduct
+from saltern.pipeline.run import Settings as Engine
+from saltern.pipeline.shards import read_samples
+from saltern.schemas.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +216,7 @@ def test_a_checkpoint_that_was_being_written_or_was_damaged_does_not_count(shard
 
 def test_a_killed_process_is_gone_on_from(shards, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, HERE / "casm_toys.py", shards, tmp_path / "killed", "20"]
+    line = [sys.executable, HELPERS / "casm_toys.py", shards, tmp_path / "killed", "20"]
     process = subprocess.Popen([*map(str, line)], env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not (tmp_path / "killed/checkpoints/20").is_dir() and process.poll() is None and time.monotonic() < deadline:

@@ -17,17 +17,17 @@ from making import picture, write_tar
 from torch import nn
 from typer.testing import CliRunner
 
-from jobs.main import app
-from pipeline.casm import unseen
-from pipeline.casm.settings import Settings
-from pipeline.casm.split import SUBSETS, make_split, sizes
-from pipeline.casm.step import Training
-from pipeline.casm.thinning import THINNINGS
-from pipeline.casm.train import Request
-from pipeline.casm.unseen import TRAININGS, unseen_classes
-from pipeline.extractor import Processor
-from pipeline.run import Book
-from schemas.errors import ShardError, UserError
+from saltern.jobs.main import app
+from saltern.pipeline.casm import unseen
+from saltern.pipeline.casm.settings import Settings
+from saltern.pipeline.casm.split import SUBSETS, make_split, sizes
+from saltern.pipeline.casm.step import Training
+from saltern.pipeline.casm.thinning import THINNINGS
+from saltern.pipeline.casm.train import Request
+from saltern.pipeline.casm.unseen import TRAININGS, unseen_classes
+from saltern.pipeline.extractor import Processor
+from saltern.pipeline.run import Book
+from saltern.schemas.errors import ShardError, UserError
 
 CLASSES = 12  # of the model; the last two are in no training shard
 SPLIT = 10

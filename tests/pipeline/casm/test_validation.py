@@ -13,23 +13,23 @@ import pytest
 import torch
 from making import picture, write_tar
 
-from pipeline.casm import curves
-from pipeline.casm.checkpoint import Checkpoints
-from pipeline.casm.head import restrict
-from pipeline.casm.mask_page import SHOWN
-from pipeline.casm.settings import Settings
-from pipeline.casm.step import Training
-from pipeline.casm.thinning import THINNINGS
-from pipeline.casm.train import train
-from pipeline.casm.validation import Validation
-from pipeline.expand import expand
-from pipeline.extractor import Processor
-from pipeline.metrics.evaluate import evaluate
-from pipeline.prepare import Request, resolve
-from pipeline.reader import open_run
-from pipeline.run import Job, conduct
-from pipeline.run import Settings as Engine
-from schemas.errors import UserError
+from saltern.pipeline.casm import curves
+from saltern.pipeline.casm.checkpoint import Checkpoints
+from saltern.pipeline.casm.head import restrict
+from saltern.pipeline.casm.mask_page import SHOWN
+from saltern.pipeline.casm.settings import Settings
+from saltern.pipeline.casm.step import Training
+from saltern.pipeline.casm.thinning import THINNINGS
+from saltern.pipeline.casm.train import train
+from saltern.pipeline.casm.validation import Validation
+from saltern.pipeline.expand import expand
+from saltern.pipeline.extractor import Processor
+from saltern.pipeline.metrics.evaluate import evaluate
+from saltern.pipeline.prepare import Request, resolve
+from saltern.pipeline.reader import open_run
+from saltern.pipeline.run import Job, conduct
+from saltern.pipeline.run import Settings as Engine
+from saltern.schemas.errors import UserError
 
 SIDE = casm_toys.SIDE
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

@@ -11,10 +11,10 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from references import agree
 from torch import nn
 
-from pipeline.methods import build
-from pipeline.methods.layers import _last_grid, default_layer
-from pipeline.methods.taps import Taps, _token_grid
-from schemas.errors import UserError
+from saltern.pipeline.methods import build
+from saltern.pipeline.methods.layers import _last_grid, default_layer
+from saltern.pipeline.methods.taps import Taps, _token_grid
+from saltern.schemas.errors import UserError
 
 # Model, side of the input, layer (None = default), grid of the map.
 CONVOLUTIONAL = [

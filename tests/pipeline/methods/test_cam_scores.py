@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipeline.methods import build
-from schemas.errors import UserError
+from saltern.pipeline.methods import build
+from saltern.schemas.errors import UserError
 
 TARGET = torch.tensor([3, 1, 3])
 

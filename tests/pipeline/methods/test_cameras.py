@@ -9,9 +9,9 @@ from references import agree
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.bench.memory import peak_bytes
-from pipeline.methods import build, upsampled
-from schemas.errors import UserError
+from saltern.pipeline.bench.memory import peak_bytes
+from saltern.pipeline.methods import build, upsampled
+from saltern.schemas.errors import UserError
 
 SIZES = (64, 107, 140)
 

@@ -11,9 +11,9 @@ import torchvision
 from references import agree
 from torch import nn
 
-import pipeline.methods
-from pipeline.methods import available, find
-from schemas.errors import UserError
+import saltern.pipeline.methods
+from saltern.pipeline.methods import available, find
+from saltern.schemas.errors import UserError
 
 NAMES = [name for name in available() if name != "casm"]  # needs a checkpoint; see tests/pipeline/casm/test_train.py
 TARGETED = [name for name in NAMES if find(name).needs_target]
@@ -28,8 +28,8 @@ SLOW = ("occlusion", "score-cam")  # on a torchvision network
 
 
 def build(name, model, **given):
-    """As pipeline.methods.build, with options that keep the costly ones quick."""
-    return pipeline.methods.build(name, model, **(SMALL.get(name, {}) | given))
+    """As saltern.pipeline.methods.build, with options that keep the costly ones quick."""
+    return saltern.pipeline.methods.build(name, model, **(SMALL.get(name, {}) | given))
 
 
 def state_of(model):
@@ -331,7 +331,7 @@ def test_a_layer_that_gives_a_tuple(tiny, images):
         ("captum:Occlusion", {}, "needs the option 'sliding_window_shapes'"),
         ("no_such_module:Method", {}, "cannot import 'no_such_module'"),
         ("collections:OrderedDic", {}, "did you mean 'OrderedDict'"),
-        ("collections:OrderedDict", {}, "no subclass of pipeline.methods.Method"),
+        ("collections:OrderedDict", {}, "no subclass of saltern.pipeline.methods.Method"),
     ],
 )
 def test_wrong_names_are_answered_with_the_right_ones(name, options, said, tiny):
@@ -384,7 +384,7 @@ def test_options_of_all_types_come_from_text(tmp_path: Path, monkeypatch, tiny, 
     (tmp_path / "own_method.py").write_text(
         "from typing import ClassVar, Literal\n"
         "import torch\n"
-        "from pipeline.methods import Method\n"
+        "from saltern.pipeline.methods import Method\n"
         "class Mean(Method):\n"
         '    """Mean over the channels; class-agnostic."""\n'
         "    needs_target = False\n"

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.methods import build
-from schemas.errors import UserError
+from saltern.pipeline.methods import build
+from saltern.schemas.errors import UserError
 
 VALUES = {"square": torch.square, "abs": torch.abs, "signed": lambda g: g}
 REDUCES = {

@@ -22,8 +22,8 @@ from zennit.rules import AlphaBeta, Epsilon, Gamma, ZBox
 from zennit.torchvision import ResNetBasicBlockCanonizer, ResNetBottleneckCanonizer
 from zennit.types import Convolution
 
-from pipeline.methods import build
-from schemas.errors import UserError
+from saltern.pipeline.methods import build
+from saltern.schemas.errors import UserError
 
 TARGET = torch.tensor([7, 500])
 COMPOSITES = ["alpha1beta0", "epsilon", "gamma", "epsilon-plus", "epsilon-gamma-box"]

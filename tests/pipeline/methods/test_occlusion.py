@@ -8,9 +8,9 @@ import torch
 from references import agree
 from torch import Tensor, nn
 
-from pipeline.bench.memory import peak_bytes
-from pipeline.methods import build
-from schemas.errors import UserError
+from saltern.pipeline.bench.memory import peak_bytes
+from saltern.pipeline.methods import build
+from saltern.schemas.errors import UserError
 
 DRAWN = torch.tensor([7, 500])
 

@@ -10,10 +10,10 @@ import torch
 from references import agree
 from torch import nn
 
-from pipeline.bench.memory import peak_bytes
-from pipeline.methods import build
-from pipeline.methods.noise import gaussian
-from schemas.errors import UserError
+from saltern.pipeline.bench.memory import peak_bytes
+from saltern.pipeline.methods import build
+from saltern.pipeline.methods.noise import gaussian
+from saltern.schemas.errors import UserError
 
 DRAWN = torch.tensor([7, 500])
 SIGNED = {"value": "signed", "reduce": "sum"}

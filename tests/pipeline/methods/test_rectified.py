@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from references import agree
 from torch import Tensor, fx, nn
 
-from pipeline.methods import build
-from pipeline.methods.layers import resolve
-from schemas.errors import UserError
+from saltern.pipeline.methods import build
+from saltern.pipeline.methods.layers import resolve
+from saltern.schemas.errors import UserError
 
 RULES = ["deconvnet", "guided-backprop"]
 CAPTUM = {"deconvnet": "Deconvolution", "guided-backprop": "GuidedBackprop"}

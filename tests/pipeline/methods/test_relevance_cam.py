@@ -12,9 +12,9 @@ from references import agree
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.methods import build
-from pipeline.methods.base import frozen
-from schemas.errors import UserError
+from saltern.pipeline.methods import build
+from saltern.pipeline.methods.base import frozen
+from saltern.schemas.errors import UserError
 
 TARGET = torch.tensor([7, 500])
 PUBLISHED = {"convolution": "published", "linear": "published"}

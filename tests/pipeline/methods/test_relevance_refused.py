@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.methods import build
-from schemas.errors import UserError
+from saltern.pipeline.methods import build
+from saltern.schemas.errors import UserError
 
 TARGET = torch.tensor([7, 500])
 

@@ -6,7 +6,7 @@ import time
 import torch
 from torch import Tensor
 
-from pipeline.methods import Method
+from saltern.pipeline.methods import Method
 
 Found = tuple[Tensor, Tensor, Tensor | None]
 

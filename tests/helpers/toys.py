@@ -4,9 +4,9 @@ import os
 import time
 from pathlib import Path
 
-from schemas.errors import DeviceLostError, OutputError, ShardError
-from schemas.receipt import PHASES, Receipt
-from schemas.run import Shard
+from saltern.schemas.errors import DeviceLostError, OutputError, ShardError
+from saltern.schemas.receipt import PHASES, Receipt
+from saltern.schemas.run import Shard
 
 
 def receipt(shard: Shard) -> Receipt:

@@ -1,6 +1,7 @@
 """Inputs that several tests need: photographs without photographs, shards, runs, a small network."""
 
 import io
+import os
 import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 Members = Mapping[str, bytes | str]  # extension -> content
+HELPERS = Path(__file__).parent
+PYTHONPATH = os.pathsep.join([str(HELPERS), str(HELPERS.parents[1] / "src")])  # of commands that tests start
 
 
 def picture(seed: int, height: int = 60, width: int = 80, kind: str = "JPEG") -> bytes:

@@ -9,15 +9,15 @@ import torch
 from making import Members, picture, write_tar
 from numpy.typing import NDArray
 
-from pipeline.decode import decode
-from pipeline.discretize import discretize, largest_box, parse_rule, to_original, upsample
-from pipeline.encode import pack_mask, quantise
-from pipeline.manifest import data_name, publish_receipt
-from pipeline.store import Store
-from pipeline.writer import ShardWriter
-from schemas.receipt import Receipt
-from schemas.run import Run, RunConfig, Shard
-from schemas.saliency import DECODE_FAILED, OK, table_schema, with_metadata
+from saltern.pipeline.decode import decode
+from saltern.pipeline.discretize import discretize, largest_box, parse_rule, to_original, upsample
+from saltern.pipeline.encode import pack_mask, quantise
+from saltern.pipeline.manifest import data_name, publish_receipt
+from saltern.pipeline.store import Store
+from saltern.pipeline.writer import ShardWriter
+from saltern.schemas.receipt import Receipt
+from saltern.schemas.run import Run, RunConfig, Shard
+from saltern.schemas.saliency import DECODE_FAILED, OK, table_schema, with_metadata
 
 CROP = 32
 SIZE = (44, 60)  # height and width of the photographs

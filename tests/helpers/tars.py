@@ -5,7 +5,7 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from schemas.run import Shard
+from saltern.schemas.run import Shard
 
 Members = Sequence[tuple[str, bytes]]
 

@@ -1,0 +1,5 @@
+"""`python -m saltern`: the same command line as `saltern`."""
+
+from saltern.jobs.main import main
+
+main()
