@@ -61,11 +61,11 @@ def attack(
     looks. Prints mean fooling confidence and how much smaller the guided perturbation is. The same command again goes
     on where the last one ended.
     """
-    from saltern.pipeline.attack import Attack, plan
-    from saltern.pipeline.attack_report import close
-    from saltern.pipeline.extractor import Processor
-    from saltern.pipeline.prepare import Request
-    from saltern.pipeline.run import Job
+    from saltern.pipeline.engine.conduct import Job
+    from saltern.pipeline.extract.processor import Processor
+    from saltern.pipeline.extract.request import Request
+    from saltern.pipeline.synthesis.attack import Attack, plan
+    from saltern.pipeline.synthesis.attack_report import close
 
     request = Request(
         shards=shards,

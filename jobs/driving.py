@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from saltern.pipeline.run import Job
+    from saltern.pipeline.engine.conduct import Job
 
 Engine = Annotated[str, typer.Option(help="local (this process), ray (actors) or auto.")]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join; default: $RAY_ADDRESS, or one of our own.")]
@@ -23,7 +23,7 @@ MaxFailedShards = Annotated[int | None, typer.Option(min=0, help="Stop when more
 
 def drive(job: "Job", **settings: Any) -> None:
     """Do the job and leave with its exit code."""
-    from saltern.pipeline.run import Settings, conduct
+    from saltern.pipeline.engine.conduct import Settings, conduct
 
     ended = conduct(job, Settings(**settings))
     sys.stdout.flush()

@@ -53,8 +53,8 @@ def extract(
     seed: Annotated[int, typer.Option(help="Of random weights and random methods.")] = 0,
 ) -> None:
     """Extract saliency maps, masks and boxes. The same command again goes on where the last one ended."""
-    from saltern.pipeline.prepare import Request
-    from saltern.pipeline.run import extraction
+    from saltern.pipeline.engine.conduct import extraction
+    from saltern.pipeline.extract.request import Request
 
     request = Request(
         shards=shards,

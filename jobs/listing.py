@@ -17,7 +17,7 @@ def methods() -> None:
 
 def models() -> None:
     """List the models that are known by name."""
-    from saltern.pipeline.classifiers import available_models
+    from saltern.pipeline.models.classifiers import available_models
 
     for name in available_models():
         typer.echo(name)

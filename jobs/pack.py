@@ -17,7 +17,7 @@ def pack(
     """Pack an image folder into tar shards, in the order of the paths: the files as they are, with class and boxes."""
     import shlex
 
-    from saltern.pipeline.pack import pack as write
+    from saltern.pipeline.shards.pack import pack as write
 
     packed = write(folder, out, per_shard=per_shard, boxes=boxes)
     line = f"{packed.samples:,} images of {packed.classes or 'unknown'} classes, {packed.bytes / 1e6:,.1f} MB"

@@ -28,8 +28,8 @@ def plan(
     import json
     from dataclasses import asdict
 
-    from saltern.pipeline.estimate import estimate
-    from saltern.pipeline.prepare import Request
+    from saltern.pipeline.extract.estimate import estimate
+    from saltern.pipeline.extract.request import Request
 
     request = Request(
         shards=shards,

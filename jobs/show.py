@@ -30,8 +30,8 @@ def show(
 
     Of several runs, one image a line under all their maps.
     """
-    from saltern.pipeline.contact_sheet import comparison, contact_sheet
-    from saltern.pipeline.reader import open_run
+    from saltern.pipeline.runs.reader import open_run
+    from saltern.pipeline.show.sheet import comparison, contact_sheet
     from saltern.schemas.errors import ShardError, UserError
 
     found = [open_run(run) for run in runs]

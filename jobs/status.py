@@ -10,8 +10,8 @@ def status(run: RunFolder, as_json: AsJson = False) -> None:
     import json
     from collections import Counter
 
-    from saltern.pipeline.attack_report import in_words, means
-    from saltern.pipeline.manifest import open_run, read_failures, read_receipts
+    from saltern.pipeline.runs.manifest import open_run, read_failures, read_receipts
+    from saltern.pipeline.synthesis.attack_report import in_words, means
     from saltern.schemas.run import ATTACK, EXTRACT
 
     store, found = open_run(run)

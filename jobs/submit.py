@@ -29,8 +29,8 @@ def submit(
     A token: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or
     ~/.ray/auth_token.
     """
-    from saltern.pipeline import submission
-    from saltern.pipeline.staging import stage
+    from saltern.pipeline.submit import submission
+    from saltern.pipeline.submit.staging import stage
 
     command, words = _parse(ctx.args)
     with tempfile.TemporaryDirectory(prefix="saltern-") as folder:
@@ -51,7 +51,7 @@ def submit(
 
 
 def _follow(client: Any, name: str, again: str) -> int:
-    from saltern.pipeline import submission
+    from saltern.pipeline.submit import submission
 
     def write(text: str) -> None:
         sys.stdout.write(text)
@@ -69,7 +69,7 @@ def _follow(client: Any, name: str, again: str) -> int:
 
 def _parse(args: list[str]) -> tuple[str, list[Any]]:
     """The command and its words, checked against our own command line. Raises UserError."""
-    from saltern.pipeline.staging import Word
+    from saltern.pipeline.submit.staging import Word
     from saltern.schemas.errors import UserError
 
     names, command = _command(args)

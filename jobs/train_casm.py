@@ -11,7 +11,7 @@ from saltern.jobs.options import Model, Shards, Weights, read_config
 from saltern.schemas.errors import UserError
 
 if TYPE_CHECKING:
-    from saltern.pipeline.casm.settings import Settings
+    from saltern.pipeline.casm.algorithm.settings import Settings
 
 
 def train_casm(
@@ -69,8 +69,8 @@ def train_casm(
     """Train a mask network on a classifier's trunk (CASM). `saltern extract --method casm --checkpoint DIR` uses it.
     Stopped at any moment, the same command with --resume ends with the same weights, bit for bit.
     """
-    from saltern.pipeline.casm.settings import usual_lambda
-    from saltern.pipeline.casm.train import Request, train
+    from saltern.pipeline.casm.algorithm.settings import usual_lambda
+    from saltern.pipeline.casm.training.train import Request, train
 
     settings = _settings(
         thinning,
@@ -118,8 +118,8 @@ def train_casm(
 
 
 def _settings(thinning: str, **given: Any) -> "Settings":
-    from saltern.pipeline.casm.settings import Settings
-    from saltern.pipeline.casm.thinning import thinning_named
+    from saltern.pipeline.casm.algorithm.settings import Settings
+    from saltern.pipeline.casm.algorithm.thinning import thinning_named
 
     return Settings(thinning=thinning_named(thinning), **given)
 

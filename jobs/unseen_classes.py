@@ -47,10 +47,10 @@ def unseen_classes(
     """
     import json
 
-    from saltern.pipeline.casm.settings import Settings, usual_lambda
-    from saltern.pipeline.casm.thinning import thinning_named
-    from saltern.pipeline.casm.train import Request
-    from saltern.pipeline.casm.unseen import unseen_classes as experiment
+    from saltern.pipeline.casm.algorithm.settings import Settings, usual_lambda
+    from saltern.pipeline.casm.algorithm.thinning import thinning_named
+    from saltern.pipeline.casm.training.train import Request
+    from saltern.pipeline.casm.unseen.experiment import unseen_classes as experiment
 
     request = Request(
         shards=shards,

@@ -10,8 +10,8 @@ def verify(run: RunFolder, as_json: AsJson = False) -> None:
     import json
     from dataclasses import asdict
 
-    from saltern.pipeline.manifest import open_run
-    from saltern.pipeline.verify import verify as check
+    from saltern.pipeline.runs.manifest import open_run
+    from saltern.pipeline.runs.verify import verify as check
 
     verdict = check(*open_run(run))
     if as_json:

@@ -36,8 +36,8 @@ def visualize_class(
     Writes DIR/pictures/CLASS-NAME.png, DIR/pictures.png of all, and Parquet with the course of the objective. The same
     command again goes on where the last one ended.
     """
-    from saltern.pipeline.run import Job
-    from saltern.pipeline.visualize import Visualizer, Wish, close, plan
+    from saltern.pipeline.engine.conduct import Job
+    from saltern.pipeline.synthesis.visualize import Visualizer, Wish, close, plan
 
     wish = Wish(
         classes=classes,

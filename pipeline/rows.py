@@ -5,12 +5,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from saltern.pipeline.decode import Decoded, DecodeError
-from saltern.pipeline.discretize import largest_box, to_original
-from saltern.pipeline.encode import unpack_mask
-from saltern.pipeline.explain import Explained
-from saltern.pipeline.shards import Sample
-from saltern.pipeline.writer import Row
+from saltern.pipeline.extract.explain import Explained
+from saltern.pipeline.maps.discretize import largest_box, to_original
+from saltern.pipeline.maps.encode import unpack_mask
+from saltern.pipeline.runs.writer import Row
+from saltern.pipeline.shards.decode import Decoded, DecodeError
+from saltern.pipeline.shards.samples import Sample
 from saltern.schemas.saliency import NONFINITE, OK, ZERO_MAP
 
 _REASONS = {

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BELOW = {"schemas": set(), "pipeline": {"schemas"}, "jobs": {"schemas", "pipeline"}}
-RAY = {"pipeline/engine_ray.py", "pipeline/casm/train_ray.py", "pipeline/submission.py"}
+RAY = {"pipeline/engine/actors.py", "pipeline/casm/training/train_ray.py", "pipeline/submit/submission.py"}
 HEAVY = ("torch", "ray", "pyarrow", "webdataset", "numpy")
 
 
@@ -64,8 +64,8 @@ def test_jobs_import_nothing_heavy_at_the_top() -> None:
 def test_methods_and_classifiers_run_without_ray() -> None:
     bare = "ray", "pyarrow", "webdataset", "typer"  # what a machine for measurements may lack
     for absent, modules in (
-        (bare[:1], "saltern.pipeline.classifiers, saltern.pipeline.extractor"),
-        (bare, "saltern.pipeline.classifiers, saltern.pipeline.bench.methods, saltern.pipeline.bench.casm"),
+        (bare[:1], "saltern.pipeline.models.classifiers, saltern.pipeline.extract.processor"),
+        (bare, "saltern.pipeline.models.classifiers, saltern.pipeline.bench.methods, saltern.pipeline.bench.casm"),
     ):
         code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import {modules}"
         subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -14,8 +14,8 @@ from typing import Any
 from saltern.pipeline.bench.figures import Figure, Side, by_turns, ratio, skipped
 from saltern.pipeline.bench.settings import Layout, Settings
 from saltern.pipeline.bench.workload import Resident, Work, drive, images, spec_for
-from saltern.pipeline.extractor import Processor, Spec
-from saltern.pipeline.pool import LocalPool, Pool
+from saltern.pipeline.engine.pool import LocalPool, Pool
+from saltern.pipeline.extract.processor import Processor, Spec
 from saltern.schemas.errors import UserError
 
 _COST = ("core time an image, Ray engine ÷ local engine", 1.03, "x", False)
@@ -35,7 +35,7 @@ def engines(settings: Settings, work: Work, connect: Callable[[], object]) -> li
         import psutil  # type: ignore[import-untyped]
 
         connect()
-        from saltern.pipeline.engine_ray import RayPool
+        from saltern.pipeline.engine.actors import RayPool
     except (ImportError, UserError) as error:
         return [skipped(*_COST, str(error)), skipped(*_SCALING, str(error))]
     make = partial(RayPool, gpus=0, cpus=1, torch_threads=1, import_paths=[])

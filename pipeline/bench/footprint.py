@@ -14,10 +14,10 @@ from tempfile import TemporaryDirectory
 from saltern.pipeline.bench.figures import Figure, by_turns, ratio
 from saltern.pipeline.bench.settings import Settings
 from saltern.pipeline.bench.workload import Blank, make_shards
-from saltern.pipeline.engine import Driver
-from saltern.pipeline.manifest import receipt_name
-from saltern.pipeline.pool import LocalPool
-from saltern.pipeline.prepare import resolve
+from saltern.pipeline.engine.driver import Driver
+from saltern.pipeline.engine.pool import LocalPool
+from saltern.pipeline.extract.request import resolve
+from saltern.pipeline.runs.manifest import receipt_name
 from saltern.schemas.errors import UserError
 from saltern.schemas.receipt import PHASES, Receipt
 from saltern.schemas.run import Shard
@@ -78,7 +78,7 @@ def resume(settings: Settings) -> list[Figure]:
         shards, out = Path(folder, "shards"), Path(folder, "run")
         _make_done(settings, shards, out, count)
         taken = [timed(_extract(settings, shards, out)) for _ in range(settings.rounds)]
-    imports_gb = timed([settings.command[0], "-c", "import saltern.pipeline.run"])[1] / 1e3
+    imports_gb = timed([settings.command[0], "-c", "import saltern.pipeline.engine.conduct"])[1] / 1e3
     seconds, peaks_gb = [time for time, _ in taken], [peak / 1e3 for _, peak in taken]
     name = f"plan and resume {count:,} done shards"
     note = "whole `saltern extract`, imports included"

@@ -12,19 +12,19 @@ from statistics import median
 import pyarrow.parquet as pq
 import torch
 
-from saltern.pipeline import classifiers
 from saltern.pipeline.bench.figures import Figure, Side, by_turns, ratio
 from saltern.pipeline.bench.settings import Layout, Settings, layouts
 from saltern.pipeline.bench.workload import Resident, Work, drive, images, spec_for
-from saltern.pipeline.decode import Decoded, DecodeError, decode
-from saltern.pipeline.explain import AUTOCAST
-from saltern.pipeline.extractor import Processor, Spec
-from saltern.pipeline.manifest import data_name
+from saltern.pipeline.engine.pool import LocalPool
+from saltern.pipeline.extract.explain import AUTOCAST
+from saltern.pipeline.extract.processor import Processor, Spec
+from saltern.pipeline.extract.request import cores
 from saltern.pipeline.methods import build
-from saltern.pipeline.pool import LocalPool
-from saltern.pipeline.prepare import cores
-from saltern.pipeline.shards import read_samples
-from saltern.pipeline.writer import Row, ShardWriter, read_rows
+from saltern.pipeline.models import classifiers
+from saltern.pipeline.runs.manifest import data_name
+from saltern.pipeline.runs.writer import Row, ShardWriter, read_rows
+from saltern.pipeline.shards.decode import Decoded, DecodeError, decode
+from saltern.pipeline.shards.samples import read_samples
 from saltern.schemas.run import RunConfig
 
 IMAGENET = 1_281_167  # images of its training set

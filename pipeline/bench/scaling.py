@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from saltern.pipeline.bench.workload import make_shards
-from saltern.pipeline.casm.journal import EVERY
+from saltern.pipeline.casm.training.journal import EVERY
 from saltern.schemas.errors import UserError
 
 _SHARDS, _IMAGES = 4, 64  # of each shard

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from saltern.pipeline.prepare import BATCH_SIZE, Request, cores
+from saltern.pipeline.extract.request import BATCH_SIZE, Request, cores
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from PIL import Image
 from webdataset.writer import TarWriter
 
 from saltern.pipeline.bench.settings import Layout
-from saltern.pipeline.engine import Driver
-from saltern.pipeline.expand import expand
-from saltern.pipeline.extractor import Spec
-from saltern.pipeline.pool import Died, Event, Pool, Raised, Ready
-from saltern.pipeline.prepare import Request, resolve
-from saltern.pipeline.shards import list_keys
-from saltern.pipeline.store import Store, session
+from saltern.pipeline.engine.driver import Driver
+from saltern.pipeline.engine.pool import Died, Event, Pool, Raised, Ready
+from saltern.pipeline.extract.processor import Spec
+from saltern.pipeline.extract.request import Request, resolve
+from saltern.pipeline.shards.expand import expand
+from saltern.pipeline.shards.samples import list_keys
+from saltern.pipeline.storage.store import Store, session
 from saltern.schemas.errors import UserError
 from saltern.schemas.receipt import Failure, Receipt
 from saltern.schemas.run import Shard

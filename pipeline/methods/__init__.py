@@ -6,19 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from saltern.pipeline.methods import (  # noqa: F401  (they register themselves)
-    cam,
-    cam_scores,
-    cameras,
-    casm,
-    gradient,
-    occlusion,
-    paths,
-    rectified,
-    relevance,
-)
+from saltern.pipeline.methods import casm  # noqa: F401  (registers itself)
 from saltern.pipeline.methods.base import METHODS, Last, Method
+from saltern.pipeline.methods.cams import activation, cameras, scored  # noqa: F401  (registers itself)
 from saltern.pipeline.methods.captum_adapter import adapt
+from saltern.pipeline.methods.gradients import gradient, occlusion, paths, rectified  # noqa: F401  (registers itself)
+from saltern.pipeline.methods.relevance import lrp  # noqa: F401  (registers itself)
 from saltern.pipeline.naming import import_object, nearest
 from saltern.schemas.errors import UserError
 

@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from saltern.pipeline.methods import layers, options
+from saltern.pipeline.methods import options
+from saltern.pipeline.models import layers
 from saltern.schemas.errors import UserError
 
 Maps = Tensor | tuple[Tensor, ...]

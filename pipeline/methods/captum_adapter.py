@@ -12,8 +12,8 @@ from torch import Tensor
 
 from saltern.pipeline.methods.base import Maps, Method
 from saltern.pipeline.methods.options import from_text
-from saltern.pipeline.methods.scores import logits_of, pick_target
-from saltern.pipeline.methods.taps import Taps
+from saltern.pipeline.models.passes import logits_of, pick_target
+from saltern.pipeline.models.taps import Taps
 from saltern.pipeline.naming import nearest
 from saltern.schemas.errors import UserError
 from saltern.schemas.run import check_keys

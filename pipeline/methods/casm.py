@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saltern.pipeline import checkpoints
 from saltern.pipeline.methods.base import Maps, Method, register
+from saltern.pipeline.models.weights import fit
 from saltern.schemas.errors import UserError
 
 _ABSENT = -1e4  # logit of a class that was not trained on; fits 16 bits
@@ -37,10 +37,10 @@ class CASM(Method):
 
     def prepare(self) -> None:
         # The training builds on this package: at the top, its import would turn in a circle.
-        from saltern.pipeline.casm.checkpoint import open_checkpoint
-        from saltern.pipeline.casm.head import restrict
-        from saltern.pipeline.casm.network import Decoder, Trunk
-        from saltern.pipeline.casm.stages import find_stages
+        from saltern.pipeline.masknet.checkpoint import open_checkpoint
+        from saltern.pipeline.masknet.head import restrict
+        from saltern.pipeline.masknet.network import Decoder, Trunk
+        from saltern.pipeline.masknet.stages import find_stages
 
         if not self.checkpoint:
             raise UserError(
@@ -66,7 +66,7 @@ class CASM(Method):
         decoder = Decoder(stages.channels).to(like.device, like.dtype).requires_grad_(False).eval()
         for network, part in ((classifier, "classifier"), (encoder, "encoder"), (decoder, "decoder")):
             if network is not None:
-                checkpoints.fit(network, found.part(part), source)
+                fit(network, found.part(part), source)
         self._trunk, self._decoder = Trunk(classifier, stages.names), decoder
         self._encoder = None if encoder is None else Trunk(encoder, stages.names)
 

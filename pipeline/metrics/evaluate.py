@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 
 from saltern.pipeline.metrics.judge import AS_IS, NO_MAPS, SCALED, SCHEMA, SUBJECTS, Judged
 from saltern.pipeline.metrics.wanted import wanted_shards
-from saltern.pipeline.reader import SaliencyRun, open_run
-from saltern.pipeline.store import session
+from saltern.pipeline.runs.reader import SaliencyRun, open_run
+from saltern.pipeline.storage.store import session
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.run import Shard
 from saltern.schemas.saliency import with_metadata

@@ -5,10 +5,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from saltern.pipeline.metrics.annotations import Annotation, read_annotation
 from saltern.pipeline.metrics.localization import Box, box_f1, centre_box, is_hit, lay, map_f1, unit, whole_image
-from saltern.pipeline.reader import Row
-from saltern.pipeline.shards import Sample
+from saltern.pipeline.runs.reader import Row
+from saltern.pipeline.shards.annotations import Annotation, read_annotation
+from saltern.pipeline.shards.samples import Sample
 from saltern.schemas.saliency import OK, ZERO_MAP
 
 COLUMNS = ("le", "om", "f1", "f1_mask")

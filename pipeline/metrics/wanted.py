@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from saltern.pipeline.expand import ENDINGS, expand
-from saltern.pipeline.reader import SaliencyRun
-from saltern.pipeline.shards import list_keys
+from saltern.pipeline.runs.reader import SaliencyRun
+from saltern.pipeline.shards.expand import ENDINGS, expand
+from saltern.pipeline.shards.samples import list_keys
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.run import Shard
 

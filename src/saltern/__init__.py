@@ -8,14 +8,14 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from saltern.pipeline.dataset import SaliencyDataset as SaliencyDataset
     from saltern.pipeline.methods import build as build
-    from saltern.pipeline.reader import open_run as open_run
+    from saltern.pipeline.runs.dataset import SaliencyDataset as SaliencyDataset
+    from saltern.pipeline.runs.reader import open_run as open_run
 
 _HOMES = {
-    "SaliencyDataset": "saltern.pipeline.dataset",
+    "SaliencyDataset": "saltern.pipeline.runs.dataset",
     "build": "saltern.pipeline.methods",
-    "open_run": "saltern.pipeline.reader",
+    "open_run": "saltern.pipeline.runs.reader",
 }
 __all__ = ["SaliencyDataset", "__version__", "build", "open_run"]
 

@@ -9,10 +9,10 @@ import torch
 from making import picture, write_tar
 from torch import Tensor, nn
 
-from saltern.pipeline.casm.settings import Settings
-from saltern.pipeline.casm.thinning import Thinning
-from saltern.pipeline.casm.train import Request
-from saltern.pipeline.decode import decode
+from saltern.pipeline.casm.algorithm.settings import Settings
+from saltern.pipeline.casm.algorithm.thinning import Thinning
+from saltern.pipeline.casm.training.train import Request
+from saltern.pipeline.shards.decode import decode
 
 OFTEN = Thinning("T", True, 0.6, 2, 3.0, 9)  # snapshots every other step: a small pool is soon full
 SIDE = 64
@@ -111,7 +111,7 @@ def request(shards: Path, out: Path, **changed: object) -> Request:
 
 
 if __name__ == "__main__":
-    from saltern.pipeline.casm.train import train
+    from saltern.pipeline.casm.training.train import train
 
     torch.set_num_threads(1)
     train(request(Path(sys.argv[1]), Path(sys.argv[2]), epochs=int(sys.argv[3])))

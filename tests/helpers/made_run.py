@@ -9,12 +9,12 @@ import torch
 from making import Members, picture, write_tar
 from numpy.typing import NDArray
 
-from saltern.pipeline.decode import decode
-from saltern.pipeline.discretize import discretize, largest_box, parse_rule, to_original, upsample
-from saltern.pipeline.encode import pack_mask, quantise
-from saltern.pipeline.manifest import data_name, publish_receipt
-from saltern.pipeline.store import Store
-from saltern.pipeline.writer import ShardWriter
+from saltern.pipeline.maps.discretize import discretize, largest_box, parse_rule, to_original, upsample
+from saltern.pipeline.maps.encode import pack_mask, quantise
+from saltern.pipeline.runs.manifest import data_name, publish_receipt
+from saltern.pipeline.runs.writer import ShardWriter
+from saltern.pipeline.shards.decode import decode
+from saltern.pipeline.storage.store import Store
 from saltern.schemas.receipt import Receipt
 from saltern.schemas.run import Run, RunConfig, Shard
 from saltern.schemas.saliency import DECODE_FAILED, OK, table_schema, with_metadata

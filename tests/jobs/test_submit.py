@@ -25,7 +25,7 @@ import pytest
 from PIL import Image
 
 from saltern.jobs.submit import _parse
-from saltern.pipeline import submission
+from saltern.pipeline.submit import submission
 from saltern.schemas.errors import UserError
 
 START_S = 90
@@ -233,7 +233,7 @@ def test_a_job_that_somebody_stops(head: Head, tmp_path: Path) -> None:
 def _follow(head: Head, name: str) -> tuple[int, str]:
     """As the command does, of a job that has ended."""
     script = (
-        "import sys; from saltern.pipeline.submission import connect, follow; "
+        "import sys; from saltern.pipeline.submit.submission import connect, follow; "
         "code, said = follow(connect(sys.argv[1]), sys.argv[2], lambda text: None); print(code, said)"
     )
     command = [sys.executable, "-c", script, head.address, name]

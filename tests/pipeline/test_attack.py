@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from saltern.jobs.main import app
-from saltern.pipeline import reader
-from saltern.pipeline.attack import Attack, plan
-from saltern.pipeline.attack_report import close, means
-from saltern.pipeline.extractor import Processor
-from saltern.pipeline.manifest import open_run
-from saltern.pipeline.perturb import PGD, perturb, unit, weighed_norm
-from saltern.pipeline.prepare import Request
-from saltern.pipeline.run import Job, Settings, conduct
-from saltern.pipeline.verify import verify
+from saltern.pipeline.engine.conduct import Job, Settings, conduct
+from saltern.pipeline.extract.processor import Processor
+from saltern.pipeline.extract.request import Request
+from saltern.pipeline.runs import reader
+from saltern.pipeline.runs.manifest import open_run
+from saltern.pipeline.runs.verify import verify
+from saltern.pipeline.synthesis.attack import Attack, plan
+from saltern.pipeline.synthesis.attack_report import close, means
+from saltern.pipeline.synthesis.perturb import PGD, perturb, unit, weighed_norm
 from saltern.schemas.attack import attack_schema
 from saltern.schemas.errors import UserError
 from saltern.schemas.run import UNMARKED
@@ -164,7 +164,7 @@ def test_maps_are_brought_to_one() -> None:
 
 def test_rows_say_what_their_images_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each number of a row, from its stored images by numpy and the model alone."""
-    from saltern.pipeline.classifiers import load
+    from saltern.pipeline.models.classifiers import load
 
     write_shards(tmp_path / "in", 2, 5)
     assert attack(tmp_path / "in", tmp_path / "run") == 0
@@ -228,7 +228,7 @@ def test_a_resume_does_the_rest_alone_and_writes_the_same(tmp_path: Path) -> Non
 
 
 def test_an_extraction_is_another_job(tmp_path: Path) -> None:
-    from saltern.pipeline.run import conduct, extraction
+    from saltern.pipeline.engine.conduct import conduct, extraction
 
     write_shards(tmp_path / "in", 1, 2)
     assert attack(tmp_path / "in", tmp_path / "run") == 0
@@ -240,7 +240,7 @@ def test_an_extraction_is_another_job(tmp_path: Path) -> None:
 
 def test_a_run_that_names_no_job_is_an_extraction(tmp_path: Path) -> None:
     """Runs made before there were other jobs go on, their receipts standing."""
-    from saltern.pipeline.run import conduct, extraction
+    from saltern.pipeline.engine.conduct import conduct, extraction
 
     write_shards(tmp_path / "in", 1, 2)
     request, settings = replace(REQUEST, shards=[str(tmp_path / "in")]), Settings(str(tmp_path / "run"), device="cpu")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from saltern.jobs.main import app
 from saltern.pipeline.bench import casm, scaling
 from saltern.pipeline.bench.casm import Bench, Kind, Sides, as_table, measure, mix
-from saltern.pipeline.casm.thinning import THINNINGS
+from saltern.pipeline.casm.algorithm.thinning import THINNINGS
 from saltern.schemas.errors import UserError
 
 TOY = """

@@ -15,8 +15,8 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-from saltern.pipeline import checkpoints
-from saltern.pipeline.classifiers import Preprocess, available_models, load
+from saltern.pipeline.models.classifiers import Preprocess, available_models, load
+from saltern.pipeline.models.weights import digest
 from saltern.schemas.errors import UserError
 
 SMALL = "shufflenet_v2_x0_5"
@@ -41,13 +41,13 @@ def test_random_weights_follow_the_seed_and_leave_the_global_generator_alone(sma
 
 def test_digest_covers_names_shapes_and_bytes():
     layer = nn.Linear(2, 3)
-    before = checkpoints.digest(layer)
+    before = digest(layer)
     assert len(before) == 64
-    assert checkpoints.digest(nn.Sequential(layer)) != before
+    assert digest(nn.Sequential(layer)) != before
     with torch.no_grad():
         layer.bias[2] += 1e-6
-    assert checkpoints.digest(layer) != before
-    assert checkpoints.digest(layer.to(torch.bfloat16)) != checkpoints.digest(layer.to(torch.float16))
+    assert digest(layer) != before
+    assert digest(layer.to(torch.bfloat16)) != digest(layer.to(torch.float16))
 
 
 def save_plain(state, path):

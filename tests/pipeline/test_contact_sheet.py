@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from saltern.pipeline.contact_sheet import comparison, contact_sheet
-from saltern.pipeline.reader import Row, map_in_original, open_run
-from saltern.pipeline.shards import read_samples
+from saltern.pipeline.runs.reader import Row, map_in_original, open_run
+from saltern.pipeline.shards.samples import read_samples
+from saltern.pipeline.show.sheet import comparison, contact_sheet
 from saltern.schemas.errors import UserError
 from saltern.schemas.run import Shard
 from saltern.schemas.saliency import DECODE_FAILED

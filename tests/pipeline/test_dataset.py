@@ -14,10 +14,10 @@ from making import picture, write_tar
 from torch import distributed
 from torch.utils.data import DataLoader
 
-from saltern.pipeline.dataset import SaliencyDataset
-from saltern.pipeline.decode import decode
-from saltern.pipeline.discretize import largest_box, to_original
-from saltern.pipeline.reader import open_run
+from saltern.pipeline.maps.discretize import largest_box, to_original
+from saltern.pipeline.runs.dataset import SaliencyDataset
+from saltern.pipeline.runs.reader import open_run
+from saltern.pipeline.shards.decode import decode
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.saliency import DECODE_FAILED
 

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 from torchvision.transforms import InterpolationMode
 
-from saltern.pipeline import decode as module
-from saltern.pipeline.decode import MAX_PIXELS, Decoded, DecodeError, decode, decode_image
-from saltern.pipeline.shards import read_samples
+from saltern.pipeline.shards import decode as module
+from saltern.pipeline.shards.decode import MAX_PIXELS, Decoded, DecodeError, decode, decode_image
+from saltern.pipeline.shards.samples import read_samples
 from saltern.schemas.run import Shard
 from saltern.schemas.saliency import DECODE_FAILED, TOO_LARGE
 

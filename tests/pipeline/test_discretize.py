@@ -12,7 +12,7 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 from torch import Tensor
 
-from saltern.pipeline.discretize import discretize, largest_box, parse_rule, to_original, upsample
+from saltern.pipeline.maps.discretize import discretize, largest_box, parse_rule, to_original, upsample
 from saltern.schemas.errors import UserError
 
 RULES = [

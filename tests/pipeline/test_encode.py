@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saltern.pipeline.encode import CLIP_QUANTILE, dequantise, pack_mask, quantise, unpack_mask
+from saltern.pipeline.maps.encode import CLIP_QUANTILE, dequantise, pack_mask, quantise, unpack_mask
 
 DTYPES = ("uint8", "float16", "float32")
 SIZES = [(1, 1), (1, 9), (7, 7), (8, 8), (13, 5), (31, 33)]

@@ -9,9 +9,9 @@ import pytest
 import toys
 from making import HELPERS
 
-from saltern.pipeline import engine
-from saltern.pipeline.engine import Driver, State
-from saltern.pipeline.pool import LocalPool, Pool
+from saltern.pipeline.engine import driver
+from saltern.pipeline.engine.driver import Driver, State
+from saltern.pipeline.engine.pool import LocalPool, Pool
 from saltern.schemas.receipt import Failure, Receipt
 from saltern.schemas.run import Shard
 
@@ -40,7 +40,7 @@ def shards(*urls: str) -> list[Shard]:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "BACKOFF_S", (0.01, 0.02))
+    monkeypatch.setattr(driver, "BACKOFF_S", (0.01, 0.02))
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def local(tmp_path: Path) -> LocalPool:
 
 @pytest.fixture
 def actors(tmp_path: Path, ray_address: str) -> Pool:
-    from saltern.pipeline.engine_ray import RayPool
+    from saltern.pipeline.engine.actors import RayPool
 
     folder = str(HELPERS)
     return RayPool(partial(toys.Toy, str(tmp_path)), gpus=0, cpus=1, torch_threads=1, import_paths=[folder])
@@ -138,7 +138,7 @@ def test_a_lost_device_gets_a_new_worker(pool: Pool) -> None:
 
 
 def test_an_error_while_building_is_the_users_to_see(ray_address: str) -> None:
-    from saltern.pipeline.engine_ray import RayPool
+    from saltern.pipeline.engine.actors import RayPool
 
     folder = str(HELPERS)
     for pool in (
@@ -173,9 +173,9 @@ def test_a_killed_actor_is_made_anew(actors: Pool) -> None:
 
 
 def test_workers_that_never_stand_stop_the_run(ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from saltern.pipeline.engine_ray import RayPool
+    from saltern.pipeline.engine.actors import RayPool
 
-    monkeypatch.setattr(engine, "STILLBORN", 1)
+    monkeypatch.setattr(driver, "STILLBORN", 1)
     folder = str(HELPERS)
     pool = RayPool(toys.Stillborn, gpus=0, cpus=1, torch_threads=1, import_paths=[folder])
     outcome = Driver(pool, Notebook()).run(shards("ok"))

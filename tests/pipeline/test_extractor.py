@@ -15,15 +15,15 @@ from making import HELPERS, files, picture, tiny, write_shards, write_tar
 from PIL import Image
 from scipy import ndimage
 
-from saltern.pipeline.classifiers import load
-from saltern.pipeline.decode import decode
-from saltern.pipeline.discretize import upsample
-from saltern.pipeline.encode import dequantise, unpack_mask
-from saltern.pipeline.manifest import open_run, read_receipts
+from saltern.pipeline.engine.conduct import Settings, conduct, extraction
+from saltern.pipeline.extract.request import Request
+from saltern.pipeline.maps.discretize import upsample
+from saltern.pipeline.maps.encode import dequantise, unpack_mask
 from saltern.pipeline.methods import build
-from saltern.pipeline.prepare import Request
-from saltern.pipeline.run import Settings, conduct, extraction
-from saltern.pipeline.verify import verify
+from saltern.pipeline.models.classifiers import load
+from saltern.pipeline.runs.manifest import open_run, read_receipts
+from saltern.pipeline.runs.verify import verify
+from saltern.pipeline.shards.decode import decode
 from saltern.schemas.errors import UserError
 from saltern.schemas.saliency import read_metadata
 

@@ -19,8 +19,8 @@ import pytest
 from making import HELPERS, PYTHONPATH, TINY, files, picture, write_shards, write_tar
 from PIL import Image
 
-from saltern.pipeline.manifest import open_run, read_failures, read_receipts
-from saltern.pipeline.verify import verify
+from saltern.pipeline.runs.manifest import open_run, read_failures, read_receipts
+from saltern.pipeline.runs.verify import verify
 
 pytestmark = pytest.mark.slow
 SHARDS, EACH = 8, 6

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from made_run import CROP, Made, make_run, write_shard
 
-from saltern.pipeline.encode import dequantise
-from saltern.pipeline.reader import open_run
+from saltern.pipeline.maps.encode import dequantise
+from saltern.pipeline.runs.reader import open_run
 from saltern.schemas.saliency import STATUSES, read_metadata, table_schema, with_metadata
 
 NAMES = table_schema(None).names

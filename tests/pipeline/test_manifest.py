@@ -7,8 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from saltern.pipeline.manifest import begin, load_run, publish_receipt, read_failures, read_receipts, receipt_name, wipe
-from saltern.pipeline.store import Store, session
+from saltern.pipeline.runs.manifest import (
+    begin,
+    load_run,
+    publish_receipt,
+    read_failures,
+    read_receipts,
+    receipt_name,
+    wipe,
+)
+from saltern.pipeline.storage.store import Store, session
 from saltern.schemas.errors import UserError
 from saltern.schemas.receipt import PHASES, Failure, Receipt
 from saltern.schemas.run import Run, RunConfig, Shard

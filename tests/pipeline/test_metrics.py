@@ -16,9 +16,7 @@ from making import picture, write_tar
 from typer.testing import CliRunner
 
 from saltern.jobs.main import app
-from saltern.pipeline.discretize import to_original
-from saltern.pipeline.manifest import receipt_name
-from saltern.pipeline.metrics.annotations import read_annotation
+from saltern.pipeline.maps.discretize import to_original
 from saltern.pipeline.metrics.evaluate import evaluate
 from saltern.pipeline.metrics.judge import COLUMNS
 from saltern.pipeline.metrics.localization import (
@@ -33,8 +31,10 @@ from saltern.pipeline.metrics.localization import (
     whole_image,
 )
 from saltern.pipeline.metrics.table import as_table, remarks
-from saltern.pipeline.reader import Row, map_in_original, open_run, over_frame
-from saltern.pipeline.shards import Sample
+from saltern.pipeline.runs.manifest import receipt_name
+from saltern.pipeline.runs.reader import Row, map_in_original, open_run, over_frame
+from saltern.pipeline.shards.annotations import read_annotation
+from saltern.pipeline.shards.samples import Sample
 from saltern.schemas.errors import UserError
 from saltern.schemas.saliency import ZERO_MAP
 

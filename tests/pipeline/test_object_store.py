@@ -7,10 +7,10 @@ from making import HELPERS, files, write_shards
 from s3server import BUCKET, S3, s3_server
 from test_extractor import REQUEST, extract
 
-from saltern.pipeline.manifest import open_run
-from saltern.pipeline.prepare import Request
-from saltern.pipeline.run import Settings, conduct, extraction
-from saltern.pipeline.verify import verify
+from saltern.pipeline.engine.conduct import Settings, conduct, extraction
+from saltern.pipeline.extract.request import Request
+from saltern.pipeline.runs.manifest import open_run
+from saltern.pipeline.runs.verify import verify
 
 
 @pytest.fixture

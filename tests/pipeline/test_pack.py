@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from saltern.pipeline.expand import expand
-from saltern.pipeline.pack import Packed, pack, read_annotation
-from saltern.pipeline.shards import Sample, read_samples
+from saltern.pipeline.shards.expand import expand
+from saltern.pipeline.shards.pack import Packed, pack, read_annotation
+from saltern.pipeline.shards.samples import Sample, read_samples
 from saltern.schemas.errors import UserError
 
 Touch = Callable[..., Path]

@@ -11,14 +11,14 @@ from making import picture, write_shards, write_tar
 from numpy.typing import NDArray
 from pyarrow import fs
 
-from saltern.pipeline.dataset import SaliencyDataset
-from saltern.pipeline.decode import decode
-from saltern.pipeline.discretize import to_original, upsample
-from saltern.pipeline.manifest import read_receipts
-from saltern.pipeline.prepare import Request
-from saltern.pipeline.reader import SaliencyRun, map_in_original, open_run, over_frame
-from saltern.pipeline.run import Settings, conduct, extraction
-from saltern.pipeline.store import Store
+from saltern.pipeline.engine.conduct import Settings, conduct, extraction
+from saltern.pipeline.extract.request import Request
+from saltern.pipeline.maps.discretize import to_original, upsample
+from saltern.pipeline.runs.dataset import SaliencyDataset
+from saltern.pipeline.runs.manifest import read_receipts
+from saltern.pipeline.runs.reader import SaliencyRun, map_in_original, open_run, over_frame
+from saltern.pipeline.shards.decode import decode
+from saltern.pipeline.storage.store import Store
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.saliency import DECODE_FAILED, OK
 
@@ -88,7 +88,7 @@ def test_a_key_in_two_shards_asks_for_the_shard(tmp_path: Path) -> None:
 
 
 def test_row_groups_are_crossed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saltern.pipeline.writer.ROW_GROUP", 3)
+    monkeypatch.setattr("saltern.pipeline.runs.writer.ROW_GROUP", 3)
     made = make_run(tmp_path, shards=2, samples=8)
     run = open_run(str(made.path))
     assert [run.at(number).key for number in (15, 0, 7, 8, 2, 3)] == ["s1k7", "s0k0", "s0k7", "s1k0", "s0k2", "s0k3"]

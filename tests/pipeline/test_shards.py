@@ -10,8 +10,8 @@ import pytest
 from tars import Members, samples, shard_at, tar_bytes
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from saltern.pipeline import shards
-from saltern.pipeline.shards import Sample, filesystem, list_keys, read_samples
+from saltern.pipeline.shards import samples as reading
+from saltern.pipeline.shards.samples import Sample, filesystem, list_keys, read_samples
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.run import Shard
 from saltern.schemas.saliency import DUPLICATE_KEY, MISSING_IMAGE, TOO_LARGE
@@ -195,7 +195,7 @@ def test_repeated_keys_are_samples_with_a_problem(
 
 
 def test_a_member_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "MAX_MEMBER", 1000)
+    monkeypatch.setattr(reading, "MAX_MEMBER", 1000)
     members = [("a.jpg", bytes(1000)), ("b.jpg", bytes(1001)), ("b.cls", b"1"), ("c.txt", bytes(5000)), ("c.jpg", b"I")]
     found = read(shard_at(tmp_path / "x.tar", tar_bytes(members)))
     assert [sample.problem and sample.problem[0] for sample in found] == [None, TOO_LARGE, None]
@@ -209,7 +209,7 @@ def test_a_real_member_too_large_takes_no_memory(tmp_path: Path) -> None:
 
     path = tmp_path / "x.tar"
     info = tarfile.TarInfo("a.jpg")
-    info.size = shards.MAX_MEMBER + 1
+    info.size = reading.MAX_MEMBER + 1
     with open(path, "wb") as file:  # sparse: takes no disk
         file.write(info.tobuf())
         file.truncate(BLOCK + info.size + -info.size % BLOCK)
@@ -402,7 +402,7 @@ def test_a_deleted_shard(tmp_path: Path) -> None:
 
 
 def test_a_stream_that_simply_ends_is_a_broken_connection(tmp_path: Path) -> None:
-    from saltern.pipeline.tape import Source
+    from saltern.pipeline.shards.tape import Source
 
     source = Source(io.BytesIO(b"x" * 700), "s3://b/x.tar", 1000)
     assert source.read(700)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from saltern.pipeline.staging import Job, Word, stage
+from saltern.pipeline.submit.staging import Job, Word, stage
 from saltern.schemas.errors import UserError
 
 OURS = {"saltern", f"saltern-{version('saltern')}.dist-info"}
@@ -40,7 +40,7 @@ def test_only_our_packages_travel(tmp_path: Path, here: Path) -> None:
     assert {path.name for path in folder.iterdir()} == OURS
     found = names(folder)
     assert {
-        f"saltern/{name}" for name in ("schemas/run.py", "pipeline/staging.py", "jobs/submit.py", "__main__.py")
+        f"saltern/{name}" for name in ("schemas/run.py", "pipeline/submit/staging.py", "jobs/submit.py", "__main__.py")
     } <= found
     assert not [name for name in found if "__pycache__" in name or name.endswith(".pyc") or "/." in name]
     assert not [name for name in found if "tests" in Path(name).parts]
@@ -146,7 +146,10 @@ def test_the_users_module_travels(tmp_path: Path, here: Path) -> None:
 
 
 def test_a_module_that_is_not_here_is_left_to_the_cluster(tmp_path: Path, here: Path) -> None:
-    words = Word("model", "--model", "timm:vit_tiny"), Word("method", "--method", "saltern.pipeline.methods.cam:Cam")
+    words = (
+        Word("model", "--model", "timm:vit_tiny"),
+        Word("method", "--method", "saltern.pipeline.methods.cams.activation:Cam"),
+    )
     _, folder = sent(tmp_path, here, *words)
     assert {path.name for path in folder.iterdir()} == OURS
 

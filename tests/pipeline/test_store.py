@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from saltern.pipeline import store as module
-from saltern.pipeline.store import SCRATCH, Store, session
+from saltern.pipeline.storage import store as module
+from saltern.pipeline.storage.store import SCRATCH, Store, session
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_listing_is_recursive_and_by_ending(store: Store) -> None:
 def test_a_living_drivers_scratch_stays_a_dead_ones_goes(store: Store) -> None:
     code = (
         "import sys, time\n"
-        "from saltern.pipeline.store import Store, session\n"
+        "from saltern.pipeline.storage.store import Store, session\n"
         "with session(Store(sys.argv[1])) as scratch:\n"
         "    (scratch / 'half.parquet').write_bytes(b'x')\n"
         "    print(scratch.name, flush=True)\n"

@@ -16,13 +16,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 from saltern.jobs.main import app
-from saltern.pipeline.ascend import Ascent, ascend, start
-from saltern.pipeline.classifiers import load
-from saltern.pipeline.manifest import open_run
+from saltern.pipeline.engine.conduct import Job, Settings, conduct
 from saltern.pipeline.methods.base import frozen
-from saltern.pipeline.run import Job, Settings, conduct
-from saltern.pipeline.verify import verify
-from saltern.pipeline.visualize import Visualizer, Wish, close, parse_classes, plan
+from saltern.pipeline.models.classifiers import load
+from saltern.pipeline.runs.manifest import open_run
+from saltern.pipeline.runs.verify import verify
+from saltern.pipeline.synthesis.ascend import Ascent, ascend, start
+from saltern.pipeline.synthesis.visualize import Visualizer, Wish, close, parse_classes, plan
 from saltern.schemas.errors import UserError
 from saltern.schemas.visualization import visualization_schema
 

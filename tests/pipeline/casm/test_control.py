@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from saltern.pipeline.casm.control import Lambda
+from saltern.pipeline.casm.algorithm.control import Lambda
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from saltern.pipeline.casm import curves
+from saltern.pipeline.casm.watch import curves
 
 KEYS = ("clean_loss", "masked_loss", "mask_loss", "score_term", "size_term", "mask_mean", "mask_std", "right",
         "confused", "lambda")  # fmt: skip

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision import models
 
-from saltern.pipeline.casm.head import restrict
-from saltern.pipeline.casm.network import Decoder, Trunk, enlarge
-from saltern.pipeline.casm.stages import find_stages
-from saltern.pipeline.classifiers import load
+from saltern.pipeline.masknet.head import restrict
+from saltern.pipeline.masknet.network import Decoder, Trunk, enlarge
+from saltern.pipeline.masknet.stages import find_stages
+from saltern.pipeline.models.classifiers import load
 from saltern.schemas.errors import UserError
 
 STAGES = {

@@ -18,13 +18,13 @@ import torch.distributed as dist
 from casm_toys import OFTEN, files, request, small, write_shards
 from making import HELPERS, PYTHONPATH, picture, write_tar
 
-from saltern.pipeline.casm.checkpoint import open_checkpoint
-from saltern.pipeline.casm.loop import run
-from saltern.pipeline.casm.ranks import Ranks
-from saltern.pipeline.casm.settings import Settings
-from saltern.pipeline.casm.step import Training
-from saltern.pipeline.casm.thinning import THINNINGS
-from saltern.pipeline.casm.work import make_work
+from saltern.pipeline.casm.algorithm.settings import Settings
+from saltern.pipeline.casm.algorithm.step import Training
+from saltern.pipeline.casm.algorithm.thinning import THINNINGS
+from saltern.pipeline.casm.training.loop import run
+from saltern.pipeline.casm.training.ranks import Ranks
+from saltern.pipeline.casm.training.work import make_work
+from saltern.pipeline.masknet.checkpoint import open_checkpoint
 from saltern.schemas.errors import UserError
 
 CPU = torch.device("cpu")

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from saltern.pipeline.casm.pool import Confuser, Pool
-from saltern.pipeline.casm.thinning import THINNINGS, draws, plan
+from saltern.pipeline.casm.algorithm.pool import Confuser, Pool
+from saltern.pipeline.casm.algorithm.thinning import THINNINGS, draws, plan
 from saltern.schemas.errors import UserError
 
 

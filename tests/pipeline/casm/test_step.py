@@ -8,9 +8,9 @@ import pytest
 import torch
 from naive_casm import NaiveCasm
 
-from saltern.pipeline.casm.settings import Settings, usual_lambda
-from saltern.pipeline.casm.step import Training
-from saltern.pipeline.casm.thinning import THINNINGS, draws, plan, thinning_named
+from saltern.pipeline.casm.algorithm.settings import Settings, usual_lambda
+from saltern.pipeline.casm.algorithm.step import Training
+from saltern.pipeline.casm.algorithm.thinning import THINNINGS, draws, plan, thinning_named
 from saltern.schemas.errors import UserError
 
 SEED = 9  # whose draws under L100 pick the current one, both slots, and members that replaced others

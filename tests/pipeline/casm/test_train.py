@@ -23,20 +23,21 @@ from typer.testing import CliRunner
 
 from saltern.jobs.main import app
 from saltern.pipeline import methods
-from saltern.pipeline.casm import checkpoint, journal, loop
-from saltern.pipeline.casm.data import Batches, crop, crop_box
-from saltern.pipeline.casm.index import make_index
-from saltern.pipeline.casm.log import _MEASURED, Log
-from saltern.pipeline.casm.settings import Settings
-from saltern.pipeline.casm.step import Training
-from saltern.pipeline.casm.thinning import THINNINGS
-from saltern.pipeline.casm.train import train
-from saltern.pipeline.expand import expand
-from saltern.pipeline.extractor import Processor
-from saltern.pipeline.prepare import Request, resolve
-from saltern.pipeline.run import Job, conduct
-from saltern.pipeline.run import Settings as Engine
-from saltern.pipeline.shards import read_samples
+from saltern.pipeline.casm.algorithm.log import _MEASURED, Log
+from saltern.pipeline.casm.algorithm.settings import Settings
+from saltern.pipeline.casm.algorithm.step import Training
+from saltern.pipeline.casm.algorithm.thinning import THINNINGS
+from saltern.pipeline.casm.data.batches import Batches, crop, crop_box
+from saltern.pipeline.casm.data.index import make_index
+from saltern.pipeline.casm.training import journal, loop
+from saltern.pipeline.casm.training.train import train
+from saltern.pipeline.engine.conduct import Job, conduct
+from saltern.pipeline.engine.conduct import Settings as Engine
+from saltern.pipeline.extract.processor import Processor
+from saltern.pipeline.extract.request import Request, resolve
+from saltern.pipeline.masknet import checkpoint
+from saltern.pipeline.shards.expand import expand
+from saltern.pipeline.shards.samples import read_samples
 from saltern.schemas.errors import UserError
 
 

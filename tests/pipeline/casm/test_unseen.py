@@ -18,15 +18,15 @@ from torch import nn
 from typer.testing import CliRunner
 
 from saltern.jobs.main import app
-from saltern.pipeline.casm import unseen
-from saltern.pipeline.casm.settings import Settings
-from saltern.pipeline.casm.split import SUBSETS, make_split, sizes
-from saltern.pipeline.casm.step import Training
-from saltern.pipeline.casm.thinning import THINNINGS
-from saltern.pipeline.casm.train import Request
-from saltern.pipeline.casm.unseen import TRAININGS, unseen_classes
-from saltern.pipeline.extractor import Processor
-from saltern.pipeline.run import Book
+from saltern.pipeline.casm.algorithm.settings import Settings
+from saltern.pipeline.casm.algorithm.step import Training
+from saltern.pipeline.casm.algorithm.thinning import THINNINGS
+from saltern.pipeline.casm.training.train import Request
+from saltern.pipeline.casm.unseen import experiment
+from saltern.pipeline.casm.unseen.experiment import TRAININGS, unseen_classes
+from saltern.pipeline.casm.unseen.split import SUBSETS, make_split, sizes
+from saltern.pipeline.engine.conduct import Book
+from saltern.pipeline.extract.processor import Processor
 from saltern.schemas.errors import ShardError, UserError
 
 CLASSES = 12  # of the model; the last two are in no training shard
@@ -106,7 +106,7 @@ def request(data: Path, out: Path, **changed: object) -> Request:
     )
 
 
-def run(data: Path, out: Path, **changed: object) -> unseen.Unseen:
+def run(data: Path, out: Path, **changed: object) -> experiment.Unseen:
     return unseen_classes(request(data, out, **changed), [str(data / "val")], quiet)
 
 
@@ -253,7 +253,7 @@ def trees(root: Path) -> dict[str, bytes]:
 def test_an_interrupted_experiment_ends_as_an_undisturbed_one(data, undisturbed, tmp_path, monkeypatch):
     """Interrupted in the midst of the second training, then after its extraction, before the third."""
     begun = []
-    real_step, real_train = Training.step, unseen.train
+    real_step, real_train = Training.step, experiment.train
 
     def cut(self, *args):
         if len(begun) == 2 and self.steps_done == 3:
@@ -266,7 +266,7 @@ def test_an_interrupted_experiment_ends_as_an_undisturbed_one(data, undisturbed,
             raise KeyboardInterrupt
         return real_train(wanted, say)
 
-    monkeypatch.setattr(unseen, "train", noted)
+    monkeypatch.setattr(experiment, "train", noted)
     monkeypatch.setattr(Training, "step", cut)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
@@ -291,7 +291,7 @@ def test_an_interrupted_extraction_is_gone_on_with(data, undisturbed, tmp_path, 
         real(self, receipt)
 
     monkeypatch.setattr(Book, "succeeded", succeeded)
-    monkeypatch.setattr(unseen, "train", lambda *args: pytest.fail("a finished training was begun again"))
+    monkeypatch.setattr(experiment, "train", lambda *args: pytest.fail("a finished training was begun again"))
     with pytest.raises(KeyboardInterrupt):
         run(data, tmp_path / "cut")
     run(data, tmp_path / "cut")

@@ -13,22 +13,22 @@ import pytest
 import torch
 from making import picture, write_tar
 
-from saltern.pipeline.casm import curves
-from saltern.pipeline.casm.checkpoint import Checkpoints
-from saltern.pipeline.casm.head import restrict
-from saltern.pipeline.casm.mask_page import SHOWN
-from saltern.pipeline.casm.settings import Settings
-from saltern.pipeline.casm.step import Training
-from saltern.pipeline.casm.thinning import THINNINGS
-from saltern.pipeline.casm.train import train
-from saltern.pipeline.casm.validation import Validation
-from saltern.pipeline.expand import expand
-from saltern.pipeline.extractor import Processor
+from saltern.pipeline.casm.algorithm.settings import Settings
+from saltern.pipeline.casm.algorithm.step import Training
+from saltern.pipeline.casm.algorithm.thinning import THINNINGS
+from saltern.pipeline.casm.training.train import train
+from saltern.pipeline.casm.watch import curves
+from saltern.pipeline.casm.watch.mask_page import SHOWN
+from saltern.pipeline.casm.watch.validation import Validation
+from saltern.pipeline.engine.conduct import Job, conduct
+from saltern.pipeline.engine.conduct import Settings as Engine
+from saltern.pipeline.extract.processor import Processor
+from saltern.pipeline.extract.request import Request, resolve
+from saltern.pipeline.masknet.checkpoint import Checkpoints
+from saltern.pipeline.masknet.head import restrict
 from saltern.pipeline.metrics.evaluate import evaluate
-from saltern.pipeline.prepare import Request, resolve
-from saltern.pipeline.reader import open_run
-from saltern.pipeline.run import Job, conduct
-from saltern.pipeline.run import Settings as Engine
+from saltern.pipeline.runs.reader import open_run
+from saltern.pipeline.shards.expand import expand
 from saltern.schemas.errors import UserError
 
 SIDE = casm_toys.SIDE

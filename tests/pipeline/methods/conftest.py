@@ -10,7 +10,7 @@ import torch
 from networks import randomise
 from torch import Tensor, nn
 
-from saltern.pipeline.classifiers import load
+from saltern.pipeline.models.classifiers import load
 
 torch.set_num_threads(1)
 
@@ -48,7 +48,7 @@ def _randomised(name: str) -> nn.Module:
 
 @pytest.fixture(scope="session")
 def network() -> Callable[[str], nn.Module]:
-    """A model of `saltern.pipeline.classifiers` by name, randomised; made once."""
+    """A model of `saltern.pipeline.models.classifiers` by name, randomised; made once."""
     return _randomised
 
 

@@ -12,8 +12,8 @@ from references import agree
 from torch import nn
 
 from saltern.pipeline.methods import build
-from saltern.pipeline.methods.layers import _last_grid, default_layer
-from saltern.pipeline.methods.taps import Taps, _token_grid
+from saltern.pipeline.models.layers import _last_grid, default_layer
+from saltern.pipeline.models.taps import Taps, _token_grid
 from saltern.schemas.errors import UserError
 
 # Model, side of the input, layer (None = default), grid of the map.

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from saltern.pipeline.bench.memory import peak_bytes
-from saltern.pipeline.methods import build, upsampled
+from saltern.pipeline.methods import build
+from saltern.pipeline.methods.cams import upsampled
 from saltern.schemas.errors import UserError
 
 SIZES = (64, 107, 140)

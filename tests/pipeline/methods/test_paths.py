@@ -12,7 +12,7 @@ from torch import nn
 
 from saltern.pipeline.bench.memory import peak_bytes
 from saltern.pipeline.methods import build
-from saltern.pipeline.methods.noise import gaussian
+from saltern.pipeline.methods.gradients.noise import gaussian
 from saltern.schemas.errors import UserError
 
 DRAWN = torch.tensor([7, 500])

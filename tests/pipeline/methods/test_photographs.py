@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from saltern.pipeline.classifiers import Classifier, load
-from saltern.pipeline.decode import decode
-from saltern.pipeline.expand import expand
 from saltern.pipeline.methods import available, build
-from saltern.pipeline.shards import read_samples
+from saltern.pipeline.models.classifiers import Classifier, load
+from saltern.pipeline.shards.decode import decode
+from saltern.pipeline.shards.expand import expand
+from saltern.pipeline.shards.samples import read_samples
 
 SMALL = {
     "cameras": {"sizes": [224, 324, 424]},

@@ -18,7 +18,7 @@ from references import agree
 from torch import Tensor, fx, nn
 
 from saltern.pipeline.methods import build
-from saltern.pipeline.methods.layers import resolve
+from saltern.pipeline.models.layers import resolve
 from saltern.schemas.errors import UserError
 
 RULES = ["deconvnet", "guided-backprop"]

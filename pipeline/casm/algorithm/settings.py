@@ -1,0 +1,75 @@
+"""All that a training's result depends on, beside the classifier and the data."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from saltern.pipeline.casm.algorithm.thinning import THINNINGS, Score, Thinning
+from saltern.schemas.errors import UserError
+
+ClassifierLoss = Literal["sequential", "sum"]
+PoolDraw = Literal["shared", "per-rank"]
+BatchNorm = Literal["train", "eval"]
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The defaults are the published ones. Raises UserError on a value out of range."""
+
+    thinning: Thinning = THINNINGS["L100"]
+    score: Score = "entropy"
+    lam: float | Literal["auto"] | None = None  # weight of the penalty on size; None: the published one
+    mask_area: float = 0.5  # mean mask that "auto" steers to
+    pool_size: int = 30
+    pool_half: bool = False  # the pool's weights in 16 bits
+    pool_draw: PoolDraw = "shared"  # one member for all ranks, or one for each; the coin is common in both
+    classifier_loss: ClassifierLoss = "sequential"  # clean, then masked; "sum": half of each in one step (eq. 8)
+    share_encoder: bool = True  # False: a second trunk, a copy of the classifier at first, trained with the decoder
+    init_scale: float = 1.0  # of the last weights of the decoder at first; below 1, masks do not begin saturated
+    tv: float = 0.0  # weight of the total variation of the masks
+    batch_norm: BatchNorm = "train"  # "eval": running statistics everywhere, so that the batch's split has no effect
+    precision: Precision = "fp32"
+    lr_classifier: float = 1e-3  # SGD
+    momentum: float = 0.9
+    lr_mask: float = 1e-3  # Adam
+    weight_decay: float = 1e-4
+    clip: float = 10.0  # norm of the mask's gradient
+    steps: int | None = None  # of the whole run: both rates x 0.1 after each third; None: they stay
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name}={getattr(self, name)!r} is none of {', '.join(choices)}")
+        for name in ("init_scale", "tv", "lr_classifier", "momentum", "lr_mask", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name}={getattr(self, name)} must be 0 or more, and finite")
+        if not 0 < self.mask_area < 1:
+            raise UserError(f"mask_area={self.mask_area} must lie between 0 and 1")
+        if self.pool_size < 1 or not self.clip > 0:
+            raise UserError(f"pool_size={self.pool_size} and clip={self.clip} must be more than 0")
+        if self.lam not in (None, "auto") and not 0 <= self.start_lambda() < math.inf:
+            raise UserError(f"lambda={self.lam} must be 0 or more and finite, or auto")
+
+    def start_lambda(self) -> float:
+        """Lambda at the first step."""
+        return self.thinning.lambda_for(self.score) if self.lam in (None, "auto") else float(self.lam)
+
+    def rate(self, step: int) -> float:
+        """What both learning rates are multiplied with at a step, from 0."""
+        return 1.0 if self.steps is None else 0.1 ** (3 * min(step, self.steps - 1) // self.steps)
+
+
+_CHOICES = {
+    "score": get_args(Score),
+    "pool_draw": get_args(PoolDraw),
+    "classifier_loss": get_args(ClassifierLoss),
+    "batch_norm": get_args(BatchNorm),
+    "precision": get_args(Precision),
+}
+
+
+def usual_lambda(model: str) -> Literal["auto"] | None:
+    """The default by the classifier's name: the published value was found on ResNet-50 and carries over to no other."""
+    return None if model == "resnet50" else "auto"

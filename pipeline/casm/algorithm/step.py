@@ -1,0 +1,227 @@
+"""One iteration of CASM's training, as published (Zolna 2020, algorithm 1), in one process or as a rank of many.
+
+Shape suffixes: B batch, C H W the network's input, K classes, h w the decoder's grid.
+"""
+# ruff: noqa: N815  (fields carry a shape suffix)
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saltern.pipeline.casm.algorithm.control import Lambda
+from saltern.pipeline.casm.algorithm.log import Log, measure
+from saltern.pipeline.casm.algorithm.losses import mask_terms, total_variation
+from saltern.pipeline.casm.algorithm.pool import Confuser, Pool
+from saltern.pipeline.casm.algorithm.settings import Settings
+from saltern.pipeline.casm.algorithm.thinning import Plan, plan, repeatable
+from saltern.pipeline.masknet.network import Decoder, Trunk, enlarge
+from saltern.pipeline.masknet.stages import find_stages
+from saltern.pipeline.models.passes import logits_of
+
+Average = Callable[[list[Tensor]], None]  # replaces each tensor by its mean over all ranks, in place
+
+
+class _Clean(NamedTuple):
+    loss: Tensor
+    right_B: Tensor
+    taps: list[Tensor]
+
+
+class Training:
+    """The classifier, the decoder, their optimisers, the pool and lambda, and how one batch moves them.
+
+    All that is drawn, dropout too, follows from the seed and the step's number: `state_dict` needs no generator.
+
+    Args:
+        classifier: with logits for the classes in play, on its device. It is trained in place, save under thinning F.
+        rank: of this process; draws of its own come from it.
+        average: what ranks put in common: gradients before they are used, running statistics of BatchNorm, and what
+            is logged. All ranks must give batches of one size, and call it equally often: the plan of a step is the
+            same on each.
+
+    Raises:
+        UserError: the classifier has no stages.
+    """
+
+    def __init__(
+        self, classifier: nn.Module, settings: Settings, *, rank: int = 0, average: Average = lambda tensors: None
+    ) -> None:
+        self.settings, self.classifier, self.steps_done = settings, classifier, 0
+        self._rank, self._average, self._trained = rank, average, settings.thinning.trained
+        self.device = next(classifier.parameters()).device
+        stages = find_stages(classifier)
+        self._trunk = Trunk(classifier, stages.names)
+        draw = torch.Generator().manual_seed(settings.seed)
+        self.decoder = Decoder(stages.channels, draw, settings.init_scale).to(self.device)
+        self.encoder = None if settings.share_encoder else copy.deepcopy(classifier).requires_grad_()
+        self._own = None if self.encoder is None else Trunk(self.encoder, stages.names, detached=False)
+        self.classifier.requires_grad_(self._trained)
+        self.pool = Pool(settings.pool_size, settings.pool_half)
+        self._confuser = Confuser(classifier) if settings.thinning.hp else None
+        self._classifier_weights = list(classifier.parameters()) if self._trained else []
+        self._mask_weights = [*self.decoder.parameters(), *(self.encoder.parameters() if self.encoder else ())]
+        area = settings.mask_area if settings.lam == "auto" else None
+        self._lambda = Lambda(settings.start_lambda(), area, self.device)
+        self._statistics = [] if settings.batch_norm == "eval" else list(self._running())
+        self._sgd = torch.optim.SGD(
+            classifier.parameters(),
+            settings.lr_classifier,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+        )
+        self._adam = torch.optim.Adam(self._mask_weights, settings.lr_mask, weight_decay=settings.weight_decay)
+
+    def step(self, x_BCHW: Tensor, label_B: Tensor) -> Log:
+        """One iteration on normalised images and their classes, int64."""
+        settings, todo = self.settings, self.plan(self.steps_done)
+        sequential = settings.classifier_loss == "sequential"
+        self._prepare()
+        with repeatable(self.device, settings.seed, self.steps_done, self._rank), torch.enable_grad():
+            clean = self._classify(x_BCHW, label_B)
+            if self._trained and sequential:
+                self._descend(clean.loss)
+            if todo.slot is not None:
+                self._average(self._statistics)  # so that the ranks' pools are the same
+                self.pool.add(self.classifier, self.steps_done, todo.slot)
+            mask_B1hw = self._mask(x_BCHW, clean.taps)
+            mask_B1HW = enlarge(mask_B1hw, x_BCHW.shape[2:])
+            masked_logits_BK = self._judge(x_BCHW * (1 - mask_B1HW), todo.member)
+            masked_loss = F.cross_entropy(masked_logits_BK, label_B)
+            terms = mask_terms(masked_logits_BK, label_B, clean.right_B, mask_B1HW, settings.score)
+            variation = total_variation(mask_B1hw)
+            mask_loss = terms.loss(self._lambda.value.float()) + settings.tv * variation
+            # The mask's gradient first: the classifier's step changes the weights that it passes through.
+            judged_by_f = self._trained and todo.member < 0
+            self._gradient(mask_loss, self._mask_weights, keep_graph=judged_by_f)
+            if self._trained and not sequential:
+                self._descend((clean.loss + masked_loss if judged_by_f else clean.loss) / 2)
+            elif judged_by_f:
+                self._descend(masked_loss)
+            nn.utils.clip_grad_norm_(self._mask_weights, settings.clip)
+            self._adam.step()
+        measured = measure(clean.loss, clean.right_B, masked_loss, terms, variation)
+        self._average([measured, *self._statistics])
+        log = Log(self.steps_done, todo.member, measured, self._lambda.value, settings.tv)
+        self._lambda.observe(log.area())
+        self.steps_done += 1
+        self._prefetch()
+        return log
+
+    def plan(self, step: int) -> Plan:
+        """What a step does with the pool; for any step, at any time."""
+        settings = self.settings
+        own = self._rank if settings.pool_draw == "per-rank" else None
+        return plan(settings.thinning, settings.pool_size, settings.seed, step, own)
+
+    @torch.no_grad()
+    def judged(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 logits_BK of the classifier, and mask_B1hw, of images; all in eval mode.
+
+        The training goes on as if it had not been called.
+        """
+        for network in (self.classifier, self.decoder, self.encoder):
+            if network is not None:
+                network.eval()
+        with self._autocast():
+            logits_BK, taps = self._trunk(x_BCHW)
+        return logits_BK.float(), self._mask(x_BCHW, taps)
+
+    def masks(self, x_BCHW: Tensor) -> Tensor:
+        """mask_B1hw alone, as `judged` gives it."""
+        return self.judged(x_BCHW)[1]
+
+    def state_dict(self, *, pool: bool = True) -> dict[str, Any]:
+        """All that the next step depends on; live tensors, as torch gives them.
+
+        Args:
+            pool: False: its manifest alone, where its members are kept as files of their own.
+        """
+        return {
+            "steps_done": self.steps_done,
+            **{name: part.state_dict() for name, part in self._parts()},
+            "pool_manifest": self.pool.manifest(),
+            **({"pool": self.pool.state_dict()} if pool else {}),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`, whose `pool` may have been put together from files.
+
+        Raises:
+            UserError: pool members that are not those of the manifest.
+        """
+        self.pool.load_state_dict(state["pool"], state["pool_manifest"])
+        for name, part in self._parts():
+            part.load_state_dict(state[name])
+        self.steps_done = state["steps_done"]
+
+    def _parts(self) -> Iterator[tuple[str, Any]]:
+        yield from (("classifier", self.classifier), ("decoder", self.decoder), ("lambda", self._lambda))
+        yield from (("sgd", self._sgd), ("adam", self._adam))
+        if self.encoder is not None:
+            yield "encoder", self.encoder
+
+    def _running(self) -> Iterator[Tensor]:
+        """The statistics that steps move, and each rank by its own images."""
+        for network in (
+            self.decoder,
+            *([self.classifier] if self._trained else []),
+            *([self.encoder] if self.encoder else []),
+        ):
+            for name, value in network.named_buffers():
+                if name.endswith(("running_mean", "running_var")):
+                    yield value
+
+    def _prepare(self) -> None:
+        self.classifier.train(self._trained)
+        networks = [self.classifier, self.decoder.train(), *([self.encoder.train()] if self.encoder else [])]
+        if self.settings.batch_norm == "eval":
+            for module in (part for network in networks for part in network.modules()):
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        factor = self.settings.rate(self.steps_done)
+        for optimiser, rate in ((self._sgd, self.settings.lr_classifier), (self._adam, self.settings.lr_mask)):
+            for group in optimiser.param_groups:
+                group["lr"] = rate * factor
+
+    def _classify(self, x_BCHW: Tensor, label_B: Tensor) -> _Clean:
+        with torch.set_grad_enabled(self._trained), self._autocast():
+            logits_BK, taps = self._trunk(x_BCHW)
+        return _Clean(F.cross_entropy(logits_BK.float(), label_B), logits_BK.argmax(1) == label_B, taps)
+
+    def _mask(self, x_BCHW: Tensor, taps: list[Tensor]) -> Tensor:
+        with self._autocast():
+            mask_B1hw: Tensor = self.decoder(taps if self._own is None else self._own(x_BCHW)[1])
+        return mask_B1hw
+
+    def _judge(self, masked_BCHW: Tensor, member: int) -> Tensor:
+        """float32 logits_BK of the masked images: by a pool member, or by the current classifier (-1)."""
+        with self._autocast():
+            if member < 0 or self._confuser is None:
+                logits_BK = logits_of(self.classifier(masked_BCHW))
+            else:
+                logits_BK = self._confuser.judge(masked_BCHW, self.pool.members[member])
+        return logits_BK.float()
+
+    def _gradient(self, loss: Tensor, weights: list[nn.Parameter], keep_graph: bool = False) -> None:
+        for weight in weights:
+            weight.grad = None
+        torch.autograd.backward(loss, inputs=weights, retain_graph=keep_graph)
+        self._average([weight.grad for weight in weights if weight.grad is not None])
+
+    def _descend(self, loss: Tensor) -> None:
+        self._gradient(loss, self._classifier_weights)
+        self._sgd.step()
+
+    def _prefetch(self) -> None:
+        following = self.plan(self.steps_done)
+        if self._confuser is not None and following.member >= 0 and following.member != following.slot:
+            self._confuser.fetch(self.pool.members[following.member])
+
+    def _autocast(self) -> torch.autocast:
+        # One for each forward pass, with no cache: in one that spans a step, weights from before it would be used.
+        enabled = self.settings.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)

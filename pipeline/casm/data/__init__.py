@@ -1,0 +1,1 @@
+"""Training batches in a fixed, resumable order."""

@@ -1,0 +1,128 @@
+"""What a training tells while it goes on: a line a step in DIR/log.jsonl, speed, progress, and a collapse in words.
+
+log.jsonl holds what follows from the seed alone, so that a resumed run's is the same to the bit; the time that it took
+stands in speed.jsonl.
+"""
+
+import json
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from saltern.pipeline.casm.algorithm.log import Log
+from saltern.pipeline.engine.progress import clock
+from saltern.pipeline.storage.store import write
+from saltern.schemas.errors import UserError
+
+EVERY = 20  # steps between two readings of the device, each of which waits for it
+SAID_EVERY_S = 10.0
+WINDOW = 50  # steps over which the mean mask is watched
+LOW, HIGH = 0.02, 0.98
+
+_TOO_HIGH = "lambda may be too high: lower --lambda, or use --lambda auto; if it is: lower --tv or --lr-mask"
+_TOO_LOW = "lambda may be too low: raise --lambda, or use --lambda auto; if it is: lower --lr-mask"
+
+
+class Journal:
+    """The log of one training from a step on; what was logged from there on is cut off.
+
+    Args:
+        total: steps of the whole training.
+        batch_size: images of a step, of all ranks.
+        say: takes a line for the user.
+    """
+
+    def __init__(self, root: Path, start: int, total: int, batch_size: int, say: Callable[[str], None]) -> None:
+        self._start, self._total, self._batch_size, self._say = start, total, batch_size, say
+        kept = _cut(root / "log.jsonl", start)
+        if kept < start:
+            say(f"{root / 'log.jsonl'} lacks {start - kept} of the {start} steps that were done")
+        _cut(root / "speed.jsonl", start)
+        self._log, self._speed = ((root / name).open("a") for name in ("log.jsonl", "speed.jsonl"))
+        self._waiting: list[tuple[Log, Tensor]] = []
+        self._areas: deque[float] = deque(maxlen=WINDOW)
+        self._collapsed = ""  # what the masks take out, where that was said
+        self._began = self._read = self._said = time.monotonic()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._log.close()
+        self._speed.close()
+
+    def add(self, log: Log, damaged: Tensor) -> None:
+        """One step, and its images that could not be decoded; written with the next `flush`, or soon."""
+        self._waiting.append((log, damaged))
+        if len(self._waiting) >= EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Bring to the disk what was added.
+
+        Raises:
+            UserError: a loss was not finite.
+        """
+        if not self._waiting:
+            return
+        for log, damaged in self._waiting:
+            line = {**log.floats(), "damaged": int(damaged)}
+            self._log.write(json.dumps(line) + "\n")
+            if not all(map(math.isfinite, line.values())):
+                self._log.flush()
+                raise UserError(
+                    f"step {log.step}: a loss is not finite; go on from the last checkpoint with lower "
+                    "rates (--lr-classifier, --lr-mask) in another folder"
+                )
+            self._watch(line["mask_mean"], log.step)
+        now, count, last = time.monotonic(), len(self._waiting), self._waiting[-1][0].step
+        rate = count * self._batch_size / max(now - self._read, 1e-9)
+        self._speed.write(json.dumps({"step": last, "images_per_s": rate}) + "\n")
+        for file in (self._log, self._speed):
+            file.flush()
+            os.fsync(file.fileno())
+        self._waiting, self._read = [], now
+        if now - self._said >= SAID_EVERY_S:
+            self._said = now
+            self._say(self._progress(line, now))
+
+    def _progress(self, line: dict[str, float], now: float) -> str:
+        done = int(line["step"]) + 1
+        pace = (now - self._began) / (done - self._start)
+        return (
+            f"step {done:,}/{self._total:,} | {self._batch_size / pace:,.1f} images/s | "
+            f"ETA {clock((self._total - done) * pace)} | mask loss {line['mask_loss']:.3f}, mean mask "
+            f"{line['mask_mean']:.2f}, lambda {line['lambda']:.3g}, right {line['right']:.2f}"
+        )
+
+    def _watch(self, area: float, step: int) -> None:
+        self._areas.append(area)
+        mean = sum(self._areas) / len(self._areas)
+        if len(self._areas) < WINDOW or LOW <= mean <= HIGH:
+            self._collapsed = ""
+            return
+        what, fix = ("nothing", _TOO_HIGH) if mean < LOW else ("everything", _TOO_LOW)
+        if what != self._collapsed:
+            self._say(
+                f"warning: over the last {WINDOW} steps (to step {step}) the mean mask is {mean:.3f}: masks collapse "
+                f"and take out {what}. {fix}"
+            )
+        self._collapsed = what
+
+
+def _cut(path: Path, start: int) -> int:
+    """Leave the lines of the steps before `start`, and return their number."""
+    kept: list[str] = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] < start:
+                kept.append(line)
+        except ValueError:
+            break  # the last line of a run that was killed
+    write(path, "".join(f"{line}\n" for line in kept).encode())
+    return len(kept)

@@ -1,0 +1,236 @@
+"""What each rank of a training does: check, go on from what stands, then step by step.
+
+Shape suffixes: B batch, C H W the network's input.
+"""
+
+import contextlib
+import fcntl
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from saltern.pipeline.casm.algorithm.step import Training
+from saltern.pipeline.casm.data.batches import Batches
+from saltern.pipeline.casm.exact import exact
+from saltern.pipeline.casm.training.journal import Journal
+from saltern.pipeline.casm.training.ranks import Ranks
+from saltern.pipeline.casm.training.work import Work
+from saltern.pipeline.casm.watch import curves
+from saltern.pipeline.casm.watch.validation import Validation
+from saltern.pipeline.extract.request import see_own_modules
+from saltern.pipeline.masknet.checkpoint import Checkpoints
+from saltern.pipeline.masknet.head import restrict
+from saltern.pipeline.models import classifiers
+from saltern.schemas.errors import ShardError, UserError
+
+_GB = 1e9
+_WRITER_WAIT_S = 60  # for the rank 0 of a driver that died, until its cluster has ended it
+
+
+def run(work: Work, ranks: Ranks, say: Callable[[str], None]) -> Path:
+    """Do a training's steps, or those that are left, as one of its ranks; returns the last checkpoint.
+
+    Rank 0 alone writes; the others must see the same folder, for what stands is read by all.
+
+    Raises:
+        UserError: a pool file that is not as it was, too little memory, ranks that disagree, a loss that is not finite.
+        KeyboardInterrupt: once it is said what stands.
+    """
+    say = say if ranks.rank == 0 else lambda text: None
+    with contextlib.ExitStack() as held:
+        held.enter_context(exact(work.config["torch_threads"]))
+        if ranks.rank == 0:
+            held.enter_context(locked(work.root, "writer", _WRITER_WAIT_S))
+        return _Loop(work, ranks, say).go()
+
+
+class _Loop:
+    def __init__(self, work: Work, ranks: Ranks, say: Callable[[str], None]) -> None:
+        self._work, self._ranks, self._say = work, ranks, say
+        self._training = _training(work, ranks)
+        _state_memory(self._training, ranks.beside, say)
+        self._checkpoints = Checkpoints(work.root)
+        standing = self._checkpoints.newest(say)
+        if standing is not None:
+            self._training.load_state_dict(standing.state())
+            self._checkpoints.known(self._training.pool.members)
+            say(f"goes on from step {standing.step:,} of {work.config['steps']:,}")
+        self._start = self._training.steps_done
+        ranks.agree("where to go on from", self._start, standing.digest if standing else None)
+        self._last = work.root / "checkpoints" / str(self._start)
+        self._validation = self._validated() if work.val else None
+
+    def _validated(self) -> Validation:
+        config, ranks = self._work.config, self._ranks
+        validation = Validation(
+            self._work.val,
+            self._work.root,
+            **{key: config[key] for key in ("side", "resize", "interpolation", "mean", "std")},
+            class_numbers=config["classes"],
+            batch_size=max(1, config["batch_size"] // ranks.world),
+            threads=self._work.threads,
+            rank=ranks.rank,
+            world=ranks.world,
+            average=ranks.average,
+            say=self._say,
+        )
+        if ranks.rank == 0:
+            validation.cut(self._start)
+        return validation
+
+    def go(self) -> Path:
+        work, training = self._work, self._training
+        steps, batch_size = work.config["steps"], work.config["batch_size"]
+        batches = Batches(
+            work.index, batch_size, work.config["side"], work.config["interpolation"], work.config["min_crop"],
+            work.settings.seed, work.threads, self._ranks.rank, self._ranks.world,
+        )  # fmt: skip
+        mean, std = (torch.tensor(work.config[key], device=training.device).view(3, 1, 1) for key in ("mean", "std"))
+        writes = self._ranks.rank == 0
+        try:
+            with (
+                contextlib.closing(batches.run(self._start, steps)) as stream,
+                Journal(work.root, self._start, steps, batch_size, self._say) if writes else _Silent() as journal,
+            ):
+                for batch in stream:
+                    x_BCHW = _normalised(batch.pixels_BHWC, mean, std)
+                    log = training.step(x_BCHW, batch.label_B.to(training.device, non_blocking=True))
+                    journal.add(log, self._total(batch.damaged))
+                    self._at(training.steps_done, journal)
+        except KeyboardInterrupt:
+            self._say(f"interrupted at step {training.steps_done:,}; {stands(self._last)}")
+            raise
+        except ShardError as error:
+            raise UserError(f"{error}; {stands(self._last)}") from error
+        if writes:
+            curves.draw(work.root)
+        return self._last
+
+    def _at(self, step: int, journal: "Journal | _Silent") -> None:
+        """What is due after a step; what is measured first, so that a checkpoint never stands without it."""
+        validates = self._validation is not None and step % self._work.each == 0
+        saves = step % self._work.config["checkpoint_every"] == 0 or step == self._work.config["steps"]
+        if validates or saves:
+            journal.flush()
+        if validates and self._validation is not None:
+            self._validation(self._training)
+        if saves:
+            self._save()
+
+    def _total(self, count: int) -> Tensor:
+        """The sum over the ranks, on the device."""
+        total = torch.tensor(float(count), device=self._training.device)
+        self._ranks.average([total])
+        return total * self._ranks.world
+
+    def _save(self) -> None:
+        training = self._training
+        self._ranks.agree("the pool", training.steps_done, training.pool.digest())
+        if self._ranks.rank == 0:
+            state = training.state_dict(pool=False)
+            self._last = self._checkpoints.save(state, self._work.config, training.pool.members)
+
+
+def _training(work: Work, ranks: Ranks) -> Training:
+    see_own_modules()
+    config, settings = work.config, work.settings
+    classifier = classifiers.load(config["model"], work.weights, seed=settings.seed)
+    if classifier.digest != config["weights_digest"]:
+        raise UserError(f"the weights {work.weights} of rank {ranks.rank} are other than those of the driver")
+    model = classifier.model
+    if config["classes"] is not None:
+        restrict(model, config["classes"])
+    # Statistics over the whole batch, as one device has them; torch has that on CUDA alone.
+    together = ranks.world > 1 and ranks.device.type == "cuda" and settings.batch_norm == "train"
+    if together:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    # Convolutions are faster so: twice as fast on CPUs, for depthwise ones.
+    model = model.to(ranks.device).to(memory_format=torch.channels_last)
+    training = Training(model, settings, rank=ranks.rank, average=ranks.average)
+    if together:
+        # In place: its parts are replaced, their weights kept.
+        nn.SyncBatchNorm.convert_sync_batchnorm(training.decoder)  # type: ignore[no-untyped-call]
+    return training
+
+
+class _Silent:
+    """In place of a journal, on ranks that write none."""
+
+    def __enter__(self) -> "_Silent":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def add(self, log: object, damaged: Tensor) -> None: ...
+
+    def flush(self) -> None: ...
+
+
+def _state_memory(training: Training, beside: int, say: Callable[[str], None]) -> None:
+    """Say what the full pools of the ranks on this machine take of its memory. Raises UserError where it can't fit."""
+    settings = training.settings
+    members = min(settings.pool_size, settings.thinning.taken(settings.steps or 0))
+    if not members:
+        return
+    one = beside * training.pool.needs(training.classifier) // settings.pool_size
+    free = available_memory()
+    stated = f"the pool takes up to {members * one / _GB:,.2f} GB of memory ({members} classifiers" + (
+        f", in each of {beside} workers here)" if beside > 1 else ")"
+    )
+    say(stated if free is None else f"{stated}; {free / _GB:,.1f} GB are free")
+    if free is not None and members * one > free:
+        raise UserError(
+            f"{stated}, and {free / _GB:,.2f} GB are free; lower --pool-size (to {free // one} at most), or keep "
+            "weights in 16 bits: --pool-half"
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may still take, by the machine and its control group; None where neither says."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024)
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+        group = Path("/sys/fs/cgroup")
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(0, min(found)) if found else None
+
+
+@contextlib.contextmanager
+def locked(root: Path, name: str, wait_s: float = 0) -> Iterator[None]:
+    """Two trainings in one folder would each remove what the other writes."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = (root / f"lock-{name}").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write to {root}: {error}") from error
+    end = time.monotonic() + wait_s
+    with lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() >= end:
+                    raise UserError(
+                        f"another training is at work in {root}; wait for it, or give another --out"
+                    ) from error
+            time.sleep(0.5)
+        yield
+
+
+def stands(last: Path) -> str:
+    """In words, whether a checkpoint is there to go on from."""
+    if not last.is_dir():
+        return "no checkpoint stands yet"
+    return f"the checkpoint of step {int(last.name):,} stands: the same command with --resume goes on from there"
+
+
+def _normalised(pixels_BHWC: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    pixels_BHWC = pixels_BHWC.pin_memory() if mean.is_cuda else pixels_BHWC
+    x_BCHW = pixels_BHWC.to(mean.device, non_blocking=True).permute(0, 3, 1, 2).float()  # stays channels_last
+    return x_BCHW.div_(255).sub_(mean).div_(std)

@@ -1,0 +1,64 @@
+"""The training of CASM: checked here, then done in this process, or by data-parallel workers on Ray."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from saltern.pipeline.casm.training.loop import locked, run
+from saltern.pipeline.casm.training.ranks import Ranks
+from saltern.pipeline.casm.training.work import Request, make_work
+from saltern.pipeline.engine.choose import secure
+from saltern.pipeline.engine.conduct import sigterm_as_interrupt
+from saltern.pipeline.extract.request import pick_device
+from saltern.pipeline.masknet.checkpoint import Checkpoint, Checkpoints
+from saltern.schemas.errors import UserError
+
+__all__ = ["Request", "say_aside", "train"]
+
+
+def say_aside(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def train(request: Request, say: Callable[[str], None] = say_aside) -> Path:
+    """Train, or go on with a training, and return its last checkpoint.
+
+    The same request, stopped anywhere and resumed, ends with the same weights, pool files and log to the bit: on the
+    same kind of device, with as many workers and torch threads in each (the threads are kept in the checkpoint).
+
+    Raises:
+        UserError: anything that was asked for cannot be had, before any work; or a loss that is not finite.
+        KeyboardInterrupt: once it is said what stands.
+    """
+    with sigterm_as_interrupt():
+        address = request.address or os.environ.get("RAY_ADDRESS")
+        standing = _standing(Checkpoints(Path(request.out)), request, say)
+        if request.workers > 1 or address:
+            return _on_ray(request, standing, address, say)
+        device = pick_device(request.device)
+        work = make_work(request, device, standing, say)
+        with locked(work.root, "driver"):
+            return run(work, Ranks(torch.device(device)), say)
+
+
+def _on_ray(request: Request, standing: Checkpoint | None, address: str | None, say: Callable[[str], None]) -> Path:
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # or Ray Train's workers would not find relative paths
+    secure(address)
+    from saltern.pipeline.casm.training.train_ray import train_on_ray
+    from saltern.pipeline.engine.actors import connect
+
+    return train_on_ray(request, standing, connect(address), say)
+
+
+def _standing(checkpoints: Checkpoints, request: Request, say: Callable[[str], None]) -> Checkpoint | None:
+    found = checkpoints.newest(say)
+    if found is not None and not request.resume:
+        raise UserError(
+            f"{request.out} holds a training, at step {found.step}: --resume goes on, or give another --out"
+        )
+    if found is None and request.resume:
+        say(f"{request.out} holds no checkpoint yet; begins at step 0")
+    return found

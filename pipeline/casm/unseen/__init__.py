@@ -1,0 +1,1 @@
+"""The experiment on classes that no training saw."""

@@ -1,0 +1,1 @@
+"""Validation during training: numbers, curves, pages of masks."""

@@ -1,0 +1,140 @@
+"""Sample masks of a training as one self-contained HTML page.
+
+Shape suffixes: Y X a thumbnail of the whole upright original.
+"""
+
+import hashlib
+from bisect import insort
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saltern.pipeline.metrics.judge import AS_IS, Judged
+from saltern.pipeline.metrics.localization import Box, iou
+from saltern.pipeline.runs.reader import Row, over_frame
+from saltern.pipeline.shards.annotations import read_annotation
+from saltern.pipeline.shards.samples import Sample
+from saltern.pipeline.show.page import Card, Number, Picture, View, render
+from saltern.pipeline.show.thumbnails import encode, extra, found_boxes, given_boxes, photograph
+from saltern.schemas.run import Shard
+
+Pixels = NDArray[np.uint8]
+SHOWN = 24  # samples on a page
+_DIM = 0.3  # of what the network did not see
+
+_NOTE = (
+    "Each image as it is, its mask (white is taken out), and what the mask leaves: x * (1 - m), where what is taken "
+    "out turns to the mean colour. Dark: outside of the network's crop."
+)
+
+
+@dataclass
+class Chosen:
+    """The samples that a page shows: those whose names have the least hashes, whatever the world; and class names."""
+
+    kept: list[tuple[bytes, Shard, Sample]] = field(default_factory=list)
+    names: dict[int, str] = field(default_factory=dict)
+
+    def offer(self, shard: Shard, sample: Sample) -> None:
+        drawn = hashlib.sha256(f"{shard.name}/{sample.index}".encode("utf-8", "surrogateescape")).digest()
+        insort(self.kept, (drawn, shard, sample), key=lambda entry: entry[0])
+        del self.kept[SHOWN:]
+        if sample.label is not None and sample.label not in self.names:
+            name = extra(sample).get("name")
+            if isinstance(name, str):
+                self.names[sample.label] = name
+
+    def samples(self) -> list[tuple[Shard, Sample]]:
+        """In the order of their names."""
+        return sorted(
+            ((shard, sample) for _, shard, sample in self.kept), key=lambda pair: (pair[0].name, pair[1].index)
+        )
+
+
+def mask_page(
+    line: Mapping[str, float],
+    shown: Sequence[tuple[Sample, Row]],
+    names: Mapping[int, str],
+    mean: Sequence[float],
+) -> str:
+    """The page of one validation.
+
+    Args:
+        line: of validation.jsonl.
+        shown: samples and their rows.
+        names: of classes, by number; those that are known.
+        mean: of RGB in [0, 1], which 0 is on the network's input.
+    """
+    step = int(line["step"])
+    facts = {
+        "LE": f"{line['le']:.2f} %",
+        "F1": f"{line['f1']:.2f} %",
+        "top-1": f"{line['top1']:.2f} %",
+        "mean mask": f"{line['mask_mean']:.3f} ± {line['mask_std']:.3f}",
+        "samples": f"{line['samples']:,.0f}, {line['with_boxes']:,.0f} with boxes, {line['damaged']:,.0f} damaged",
+        "shown": f"{len(shown)}, the same at each validation",
+    }
+    colour = 255 * np.asarray(mean)
+    cards = [_card(sample, row, names, colour) for sample, row in shown]
+    return render(f"Masks after {step:,} steps", facts.items(), [_NOTE], cards)
+
+
+def _card(sample: Sample, row: Row, names: Mapping[int, str], colour: NDArray[np.float64]) -> Card:
+    area = float(row.map().mean()) if row.map_bytes is not None else None
+    overlap, f1 = _judged(sample, row)
+    right = None if row.label is None else row.predicted == row.label
+    verdict = "" if right is None else " (right)" if right else " (wrong)"
+    facts = {
+        "class": _named(row.label, names),
+        "found": "" if row.predicted is None else _named(row.predicted, names) + verdict,
+        "mean mask": "" if area is None else f"{area:.2f}",
+        "IoU": "" if overlap is None else f"{overlap:.2f} ({'hit' if overlap > 0.5 else 'miss'})",
+        "F1": "" if f1 is None else f"{f1:.2f}",
+        "size": "" if row.image_width is None else f"{row.image_width} x {row.image_height}",
+    }
+    values: dict[str, Number] = {"mean mask": area, "IoU": overlap, "F1": f1, "right": right}
+    view = View(_pictures(sample, row, facts, colour), [pair for pair in facts.items() if pair[1]], row.error or "")
+    return Card(row.key, row.shard, row.status, [view], values)
+
+
+def _judged(sample: Sample, row: Row) -> tuple[float | None, float | None]:
+    """IoU of the found box, and continuous F1; None where there is nothing to judge by."""
+    judged = Judged(AS_IS)
+    judged.add(sample, [row])
+    if not judged.rows:
+        return None, None
+    truth = read_annotation(sample)
+    boxes: list[Box] = [(x0, y0, x1, y1) for x0, y0, x1, y1 in row.boxes or ()]
+    return max((iou(box, truth.boxes) for box in boxes if truth), default=0.0), judged.rows[0]["found_f1"]
+
+
+def _named(number: int | None, names: Mapping[int, str]) -> str:
+    return "" if number is None else f"{number} {names.get(number, '')}".strip()
+
+
+def _pictures(sample: Sample, row: Row, facts: Mapping[str, str], colour: NDArray[np.float64]) -> list[Picture]:
+    """The photograph with true and found boxes, the mask, and the photograph that it leaves."""
+    photo_YX3 = photograph(row, sample)
+    if photo_YX3 is None:
+        return []
+    height, width = photo_YX3.shape[:2]
+    given, found = given_boxes(sample, row), found_boxes(row)
+    made = [encode(photo_YX3, f"{row.key}, {facts['class']}", [*given, *found])]
+    if row.map_bytes is None or row.geometry is None or row.image_width is None or row.image_height is None:
+        return made
+    scales = (width / row.image_width, height / row.image_height) * 2
+    geometry = [part * scale for part, scale in zip(row.geometry, scales, strict=True)]
+    mask_YX1 = over_frame(row.map(), row.layout.input_shape, geometry, height, width)[..., None]
+    seen_YX1, mask_YX1 = np.isfinite(mask_YX1), np.nan_to_num(mask_YX1)
+    dim_YX3 = _DIM * photo_YX3
+    left_YX3 = np.where(seen_YX1, photo_YX3 * (1 - mask_YX1) + colour * mask_YX1, dim_YX3)
+    white_YX3 = np.where(seen_YX1, 255 * mask_YX1, dim_YX3)
+    made.append(encode(_levels(white_YX3), f"mask of {row.key}, {facts['mean mask']} of it taken out", found))
+    made.append(encode(_levels(left_YX3), f"{row.key} with the mask taken out", [*given, *found]))
+    return made
+
+
+def _levels(pixels_YX3: NDArray[np.floating]) -> Pixels:
+    return pixels_YX3.round().clip(0, 255).astype(np.uint8)

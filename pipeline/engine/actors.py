@@ -1,0 +1,171 @@
+"""Workers as Ray actors, one for each GPU. A dead one is never restarted in place: the driver makes another."""
+
+import contextlib
+import itertools
+import logging
+import os
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+
+from saltern.pipeline import allocator
+from saltern.pipeline.engine.pool import Died, Done, Event, Factory, Processor, Raised, Ready
+from saltern.schemas.errors import UserError
+from saltern.schemas.receipt import Receipt
+from saltern.schemas.run import Shard
+
+COUNT_EVERY_S = 2.0  # progress asks every actor, and each question costs core time on both sides
+STORE_BYTES = 80_000_000  # the object store of a cluster of our own: receipts are all that crosses it
+
+
+def connect(address: str | None) -> dict[str, float]:
+    """Join a cluster, or start one on this machine.
+
+    Returns:
+        The cluster's resources by name, as CPU and GPU.
+
+    Raises:
+        UserError: no cluster answers at the address, or it refuses the token.
+    """
+    own: dict[str, Any] = {}
+    if address is None:
+        own = {"include_dashboard": False, "object_store_memory": STORE_BYTES}
+    try:
+        if not ray.is_initialized():  # by an earlier job of this process
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"no Ray cluster at {address}: {reason}. Check --address, and RAY_AUTH_MODE=token with the cluster's token"
+        ) from error
+    return {name: float(value) for name, value in ray.cluster_resources().items()}  # type: ignore[no-untyped-call]
+
+
+def _alive() -> dict[str, dict[str, float]]:
+    """Resources of the living nodes, by node."""
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+
+
+class _Worker:
+    """The actor. Its processor is built by a call, so that an error in it comes back as it is."""
+
+    def build(self, factory: Factory) -> str:
+        self._processor: Processor = factory()
+        return str(ray.get_runtime_context().get_node_id())
+
+    def process(self, shard: Shard, redo: bool) -> Receipt:
+        return self._processor.process(shard, redo)
+
+    def images(self) -> int:
+        return self._processor.images
+
+
+class RayPool:
+    """Actors on the cluster that `connect` joined.
+
+    Args:
+        factory: makes a processor; travels to the actor.
+        gpus, cpus: of each actor; fractions allowed.
+        torch_threads: of each actor.
+        import_paths: put before the actor's own, where `package.module:factory` is found.
+    """
+
+    def __init__(self, factory: Factory, *, gpus: float, cpus: float, torch_threads: int, import_paths: list[str]):
+        self._factory = factory
+        # An actor that wants more cores than any node has would wait for ever.
+        fit = [node.get("CPU", 0.0) for node in _alive().values() if node.get("GPU", 0.0) >= gpus]
+        cpus = min(cpus, max(fit, default=0.0) or cpus)
+        environment = {
+            **allocator.ENVIRONMENT,
+            "OMP_NUM_THREADS": str(torch_threads),
+            "PYTHONPATH": os.pathsep.join([*import_paths, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+        }
+        self._actor = ray.remote(_Worker).options(
+            num_gpus=gpus,
+            num_cpus=cpus,
+            max_restarts=0,
+            max_task_retries=0,
+            max_concurrency=4,  # two shards, a count of images, and one to spare
+            runtime_env={"env_vars": environment},
+        )
+        self._numbers = itertools.count()
+        self._actors: dict[int, Any] = {}
+        self._calls: dict[Any, tuple[int, Shard | None]] = {}  # by reference; no shard: the building
+        self._nodes: dict[int, str] = {}
+        self._counting: dict[Any, int] = {}
+        self._counts: dict[int, int] = {}
+        self._asked = -COUNT_EVERY_S
+
+    def start(self) -> int:
+        number = next(self._numbers)
+        self._actors[number] = self._actor.remote()
+        self._calls[self._actors[number].build.remote(self._factory)] = (number, None)
+        return number
+
+    def submit(self, worker: int, shard: Shard, redo: bool) -> None:
+        self._calls[self._actors[worker].process.remote(shard, redo)] = (worker, shard)
+
+    def wait(self, timeout_s: float) -> list[Event]:
+        if not self._calls:  # all that is left waits for its next attempt
+            time.sleep(timeout_s)
+            return []
+        ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
+        if ready:
+            ready, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
+        events, dead = [], set()
+        for reference in ready:
+            worker, shard = self._calls.pop(reference)
+            if worker in dead or worker not in self._actors:
+                continue
+            event = self._event(reference, worker, shard)
+            if isinstance(event, Died):
+                dead.add(worker)
+            events.append(event)
+        return events
+
+    def _event(self, reference: Any, worker: int, shard: Shard | None) -> Event:
+        try:
+            value = ray.get(reference)
+        except RayTaskError as error:
+            return Raised(worker, shard, error.cause if isinstance(error.cause, BaseException) else error)
+        except (RayActorError, ActorUnavailableError) as error:
+            return self._died(worker, error)
+        if shard is None:
+            self._nodes[worker] = value
+            return Ready(worker)
+        return Done(worker, shard, value)
+
+    def _died(self, worker: int, error: Exception) -> Died:
+        """Only a process that ended on a machine that lives on is blamed on what it was doing."""
+        text = " ".join(str(error).split())
+        if "worker process has died" not in text or self._nodes.get(worker) not in {None, *_alive()}:
+            return Died(worker, "its machine is gone or cannot be reached", blame=False)
+        return Died(worker, text.split("Worker exit detail: ")[-1].split(". ")[0][:200], blame=True)
+
+    def kill(self, worker: int) -> None:
+        with contextlib.suppress(Exception):  # it may be dead already, in any of many ways
+            ray.kill(self._actors[worker])
+        del self._actors[worker]
+        self._nodes.pop(worker, None)
+        self._counts.pop(worker, None)
+        self._calls = {ref: call for ref, call in self._calls.items() if call[0] != worker}
+        self._counting = {ref: number for ref, number in self._counting.items() if number != worker}
+
+    def images(self) -> int:
+        """As of the last answers; never waits for one."""
+        if self._counting:
+            answered, _ = ray.wait(list(self._counting), num_returns=len(self._counting), timeout=0)
+            for reference in answered:
+                with contextlib.suppress(ray.exceptions.RayError):
+                    self._counts[self._counting[reference]] = ray.get(reference)
+                del self._counting[reference]
+        if not self._counting and time.monotonic() - self._asked > COUNT_EVERY_S:
+            self._asked = time.monotonic()
+            self._counting = {self._actors[number].images.remote(): number for number in self._nodes}
+        return sum(self._counts.values())
+
+    def close(self) -> None:
+        for number in list(self._actors):
+            self.kill(number)

@@ -1,0 +1,78 @@
+"""Which engine runs the work, on how many workers, and its pool."""
+
+import os
+import secrets
+from dataclasses import dataclass
+
+import torch
+
+from saltern.pipeline.engine.pool import Factory, LocalPool, Pool
+from saltern.pipeline.extract.request import pick_device
+from saltern.schemas.errors import UserError
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The engine that was chosen."""
+
+    ray: bool
+    device: str  # cpu | cuda
+    workers: int
+    gpus: float  # of each worker
+    why: str  # in words
+
+    def __str__(self) -> str:
+        kind = "ray" if self.ray else "local"
+        return f"engine {kind} ({self.why}): {self.workers} worker{'s' * (self.workers > 1)} on {self.device}"
+
+
+def choose(engine: str, device: str, address: str | None, workers: int | None, gpus_per_worker: float | None) -> Engine:
+    """Local for one device and no cluster, else Ray, whose cluster is joined or started.
+
+    Raises:
+        UserError: the wishes contradict each other, or cannot be had here.
+    """
+    if engine not in ("auto", "local", "ray"):
+        raise UserError(f"--engine {engine!r} is none of auto, local, ray")
+    if engine == "local" and (address or (workers or 1) > 1):
+        raise UserError("--engine local is one worker in this process; --address and --workers need --engine ray")
+    why = "as asked for" if engine != "auto" else _reason_for_ray(device, address, workers)
+    if engine == "local" or why is None:
+        return Engine(False, pick_device(device), 1, 0.0, why or "one device and no cluster")
+    address = address or os.environ.get("RAY_ADDRESS")
+    secure(address)
+    from saltern.pipeline.engine.actors import connect
+
+    found = connect(address)
+    if device == "auto":
+        device = "cuda" if found.get("GPU") else "cpu"
+    gpus = float(device == "cuda") if gpus_per_worker is None else gpus_per_worker
+    return Engine(True, device, workers or max(1, int(found.get("GPU", 0.0) / gpus) if gpus else 1), gpus, why)
+
+
+def _reason_for_ray(device: str, address: str | None, workers: int | None) -> str | None:
+    if address or os.environ.get("RAY_ADDRESS"):
+        return "a cluster is named"
+    if (workers or 1) > 1:
+        return f"{workers} workers are asked for"
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    return f"{gpus} GPUs here" if gpus > 1 and workers is None else None
+
+
+def secure(address: str | None) -> None:
+    """A cluster of our own is closed to others by a token of its own. Ray reads these when it is imported."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address is None:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def make_pool(engine: Engine, factory: Factory, decode_threads: int, torch_threads: int) -> Pool:
+    """Workers that hold what `factory` makes."""
+    if not engine.ray:
+        return LocalPool(factory)
+    from saltern.pipeline.engine.actors import RayPool
+
+    cpus = decode_threads if engine.gpus else torch_threads
+    return RayPool(factory, gpus=engine.gpus, cpus=cpus, torch_threads=torch_threads, import_paths=[os.getcwd()])

@@ -1,0 +1,1 @@
+"""The job `extract`: one shard in, saliency rows out."""

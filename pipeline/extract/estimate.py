@@ -1,0 +1,95 @@
+"""What a run would take, from a few dozen images that are really extracted, into a folder that goes away again."""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pyarrow.parquet as pq
+
+from saltern.pipeline.extract.processor import Processor, Spec
+from saltern.pipeline.extract.request import Request, cores, pick_device, resolve
+from saltern.pipeline.runs.manifest import data_name
+from saltern.pipeline.shards.expand import expand
+from saltern.pipeline.shards.samples import list_keys
+from saltern.pipeline.storage.store import Store, session
+from saltern.schemas.errors import UserError
+from saltern.schemas.run import Shard
+
+COUNTED = 16  # shards whose samples are counted; of more, the others' are estimated by their bytes
+TRIED = 64  # images extracted
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would take. None where no model was named."""
+
+    shards: int
+    input_bytes: int
+    samples: int
+    samples_exact: bool
+    images_per_s: float | None = None  # of one worker on this machine
+    hours: float | None = None
+    output_bytes: int | None = None
+
+    def table(self) -> str:
+        about = "" if self.samples_exact else "about "
+        lines = [
+            f"shards   {self.shards:,} ({self.input_bytes / 1e9:,.2f} GB)",
+            f"samples  {about}{self.samples:,}",
+        ]
+        if self.hours is None or self.output_bytes is None:
+            return "\n".join([*lines, "time     give --model and --method to have it estimated"])
+        return "\n".join(
+            [
+                *lines,
+                f"time     about {self.hours:,.2f} h at {self.images_per_s:,.1f} images/s a worker, as tried here",
+                f"output   about {self.output_bytes / 1e6:,.1f} MB",
+            ]
+        )
+
+
+def count(shards: Sequence[Shard]) -> tuple[int, bool]:
+    """Samples of the shards, and whether each was counted."""
+    step = max(1, -(-len(shards) // COUNTED))
+    counted = shards[::step]
+    samples = sum(len(list_keys(shard)) for shard in counted)
+    if step == 1:
+        return samples, True
+    size = sum(shard.size for shard in counted)
+    return round(samples * sum(shard.size for shard in shards) / size) if size else 0, False
+
+
+def estimate(request: Request, device: str, workers: int) -> tuple[Plan, list[str]]:
+    """Count samples; where a model is named, extract a few images of the first shard and project their time and bytes.
+
+    Raises:
+        UserError: a shard, the model or the method cannot be had.
+    """
+    shards, hints = expand(request.shards)
+    samples, exact = count(shards)
+    plan = Plan(len(shards), sum(shard.size for shard in shards), samples, exact)
+    if not request.model:
+        return plan, hints
+    rate, row_bytes, file_bytes = _try(replace(request, shards=[shards[0].url], limit=TRIED), pick_device(device))
+    hours = samples / rate / workers / 3600
+    output = round(samples * row_bytes + len(shards) * file_bytes)
+    return replace(plan, images_per_s=rate, hours=hours, output_bytes=output), hints
+
+
+def _try(request: Request, device: str) -> tuple[float, float, int]:
+    """Images/s, stored bytes an image, and bytes of a file beside its rows."""
+    run, _ = resolve(request, None, device, 1)
+    with tempfile.TemporaryDirectory(prefix="saltern-plan-") as root, session(Store(root)) as scratch:
+        processor = Processor(Spec(run, root, str(scratch), device, cores()))
+        processor.process(run.shards[0])  # the first time pays for set-up
+        since = time.perf_counter()
+        receipt = processor.process(run.shards[0])
+        seconds = time.perf_counter() - since
+        footer = pq.read_metadata(f"{root}/{data_name(receipt.shard)}")
+    if not receipt.samples:
+        raise UserError(f"{run.shards[0].url} holds no samples to try; put another shard first")
+    groups = [footer.row_group(index) for index in range(footer.num_row_groups)]
+    columns = (group.column(index) for group in groups for index in range(group.num_columns))
+    stored = sum(column.total_compressed_size for column in columns)
+    return receipt.samples / seconds, stored / receipt.samples, receipt.data_bytes - stored

@@ -1,0 +1,1 @@
+"""What a saliency map becomes: masks, boxes, stored bytes, positions in the original image."""

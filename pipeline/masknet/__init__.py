@@ -1,0 +1,1 @@
+"""CASM's mask network and its checkpoints, as inference needs them."""

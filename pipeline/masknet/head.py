@@ -1,0 +1,47 @@
+"""A classifier for some of its classes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saltern.pipeline.masknet.stages import watch
+from saltern.schemas.errors import UserError
+
+
+def restrict(model: nn.Module, classes: Sequence[int]) -> None:
+    """Leave a model the logits of some classes alone, in the order given; in place.
+
+    Raises:
+        UserError: no class, a class given twice or out of range, or a model whose logits no linear layer gives.
+    """
+    name, head = _head(model)
+    if not classes or len(set(classes)) < len(classes):
+        raise UserError("the classes to train on must be at least one, each given once")
+    wrong = [number for number in classes if not 0 <= number < head.out_features]
+    if wrong:
+        raise UserError(f"class {wrong[0]} is out of range: the model has classes 0..{head.out_features - 1}")
+    rows = torch.tensor(classes, device=head.weight.device)
+    kept = nn.Linear(head.in_features, len(rows), head.bias is not None, head.weight.device, head.weight.dtype)
+    with torch.no_grad():
+        kept.weight.copy_(head.weight[rows])
+        if head.bias is not None:
+            kept.bias.copy_(head.bias[rows])
+    kept.train(head.training).requires_grad_(head.weight.requires_grad)
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, kept)
+
+
+def _head(model: nn.Module) -> tuple[str, nn.Linear]:
+    given: dict[str, tuple[nn.Linear, Tensor]] = {}
+
+    def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if type(module) is nn.Linear:
+            given[name] = (module, output)
+
+    logits_BK = watch(model, note)
+    for name, (head, output) in given.items():
+        if output.shape == logits_BK.shape and torch.equal(output, logits_BK):
+            return name, head
+    raise UserError(f"{type(model).__name__} has no linear layer that gives its logits; it can't be cut to classes")

@@ -1,0 +1,203 @@
+"""The CAM family: channels of a target layer, weighted and summed.
+
+Shape suffixes: B batch, C H W the network's input, K channels, h w the layer's grid.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from saltern.pipeline.methods.base import Maps, Method, register
+from saltern.pipeline.models.layers import probe
+from saltern.pipeline.models.passes import full_precision, pick_target
+from saltern.pipeline.models.taps import Taps
+from saltern.schemas.errors import UserError
+
+
+class GradientCAM(Method):
+    """Base of the CAMs that need the activation A and its gradient G = dz_c/dA. They write `combine`."""
+
+    layered = True
+    many_layers = True
+
+    def prepare(self) -> None:
+        self._taps = Taps(self.model, self.layer)
+
+    def combine(self, A_BKhw: Tensor, G_BKhw: Tensor) -> Tensor:
+        """map_Bhw from float32 activations and gradients of one layer."""
+        raise NotImplementedError
+
+    def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
+        logits_BK, outputs = self._taps.forward(x_BCHW, differentiable=True)
+        target_B = pick_target(logits_BK, target_B)
+        gradients = self._taps.gradients(logits_BK, target_B, outputs)
+        image = x_BCHW.shape[2:]
+        with full_precision(x_BCHW.device), torch.no_grad():
+            maps = tuple(
+                self.combine(self._taps.grid(index, output, image), self._taps.grid(index, gradient, image))
+                for index, (output, gradient) in enumerate(zip(outputs, gradients, strict=True))
+            )
+        return maps, logits_BK, target_B
+
+
+@register("grad-cam")
+class GradCAM(GradientCAM):
+    """ReLU of the activations weighted by the mean gradient of the logit (Selvaraju 2017, eq. 1-2)."""
+
+    def combine(self, A_BKhw: Tensor, G_BKhw: Tensor) -> Tensor:
+        return weighted_sum(G_BKhw.mean((2, 3)), A_BKhw).relu()
+
+
+@register("grad-cam++")
+class GradCAMPlusPlus(GradientCAM):
+    """Gradients that raise the logit, each weighted by its alpha, then as Grad-CAM (Chattopadhay 2018, eq. 10 and 19).
+
+    Options:
+        eps: added to the alphas' denominators. Gradients are about 1e-3, so that it shows: 1e-6 as pytorch-grad-cam.
+    """
+
+    eps: float = 1e-6
+
+    def prepare(self) -> None:
+        super().prepare()
+        if not 0 <= self.eps < math.inf:
+            raise UserError(f"eps={self.eps} of {self.title()} must be 0 or more, and finite")
+
+    def combine(self, A_BKhw: Tensor, G_BKhw: Tensor) -> Tensor:
+        square_BKhw = G_BKhw.square()
+        # The third power as a product: G * G * G keeps its sign, and S * G first keeps it from underflowing.
+        denominator_BKhw = square_BKhw * (2 + A_BKhw.sum((2, 3), keepdim=True) * G_BKhw) + self.eps
+        weight_BK = (G_BKhw.relu() * safe_divide(square_BKhw, denominator_BKhw)).sum((2, 3))
+        return weighted_sum(weight_BK, A_BKhw).relu()
+
+
+@register("layer-cam")
+class LayerCAM(GradientCAM):
+    """ReLU of the activations, each weighted by its own gradient where that is positive (Jiang 2021, eq. 4-6)."""
+
+    def combine(self, A_BKhw: Tensor, G_BKhw: Tensor) -> Tensor:
+        return (G_BKhw.relu() * A_BKhw).sum(1).relu()
+
+
+@register("hires-cam")
+class HiResCAM(GradientCAM):
+    """ReLU of the activations, each weighted by its own gradient, signed (Draelos 2020, section 3.3)."""
+
+    def combine(self, A_BKhw: Tensor, G_BKhw: Tensor) -> Tensor:
+        return (G_BKhw * A_BKhw).sum(1).relu()
+
+
+@register("xgrad-cam")
+class XGradCAM(GradientCAM):
+    """ReLU of the activations weighted by the mean gradient, cells counting by their activation (Fu 2020, eq. 8).
+
+    A channel whose activations sum to 0 has weight 0. Where activations are signed that sum comes near 0, and the
+    weight grows without bound: take a layer after a ReLU.
+    """
+
+    def combine(self, A_BKhw: Tensor, G_BKhw: Tensor) -> Tensor:
+        weight_BK = safe_divide((G_BKhw * A_BKhw).sum((2, 3)), A_BKhw.sum((2, 3)))
+        return weighted_sum(weight_BK, A_BKhw).relu()
+
+
+@register("eigen-cam")
+class EigenCAM(Method):
+    """Cells projected on the first principal component of a layer's channels; no class (Muhammad 2020, section III).
+
+    The channels are centred over the cells first, so that the map is signed and its sum is 0; without a ReLU. A
+    component has no sign of its own: it gets the one with which the map goes along with the mean of the channels, or,
+    where they sum to about 0 in every cell (after a LayerNorm), with which its largest magnitude is positive. Where
+    the two first components are equally strong, any mixture of them is as good, and the map is arbitrary.
+    """
+
+    needs_target = False
+    layered = True
+    many_layers = True
+
+    def prepare(self) -> None:
+        self._taps = Taps(self.model, self.layer)
+
+    def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
+        logits_BK, outputs = self._taps.forward(x_BCHW)
+        image = x_BCHW.shape[2:]
+        with full_precision(x_BCHW.device):
+            maps = tuple(first_component(self._taps.grid(index, output, image)) for index, output in enumerate(outputs))
+        return maps, logits_BK, None
+
+
+@register("cam")
+class CAM(Method):
+    """Activations weighted by the linear head after global average pooling; signed, no gradient (Zhou 2016, eq. 2).
+
+    On such a network its ReLU equals h * w times Grad-CAM. A functional ReLU between the layer and the pooling
+    (DenseNet) belongs to the activation. The head's bias is left out.
+    """
+
+    layered = True
+
+    def prepare(self) -> None:
+        self._taps = Taps(self.model, self.layer)
+        heads = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
+        x_BCHW = probe(self.model)
+        with torch.no_grad(), full_precision(x_BCHW.device):
+            logits_BK, outputs = self._taps.forward(x_BCHW)
+            A_BKhw = self._taps.grid(0, outputs[0], x_BCHW.shape[2:])
+            for rectified in (False, True):
+                if heads and _explains(heads[-1], A_BKhw.relu() if rectified else A_BKhw, logits_BK.float()):
+                    self._head, self._rectified = heads[-1], rectified
+                    return
+        raise UserError(
+            f"cam needs a linear head right after global average pooling of its layer, and {type(self.model).__name__} "
+            f"with layer {self.layer[0]!r} has none; use grad-cam"
+        )
+
+    def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
+        logits_BK, outputs = self._taps.forward(x_BCHW)
+        target_B = pick_target(logits_BK, target_B)
+        with full_precision(x_BCHW.device):
+            A_BKhw = self._taps.grid(0, outputs[0], x_BCHW.shape[2:])
+            map_Bhw = weighted_sum(self._head.weight[target_B].float(), A_BKhw.relu() if self._rectified else A_BKhw)
+        return map_Bhw, logits_BK, target_B
+
+
+def weighted_sum(weight_BK: Tensor, A_BKhw: Tensor) -> Tensor:
+    """sum_k weight_k * A_k, map_Bhw."""
+    return torch.einsum("bk,bkhw->bhw", weight_BK, A_BKhw)
+
+
+def safe_divide(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, 0 where b is 0."""
+    return torch.where(b == 0, 0, a / b)
+
+
+def first_component(A_BKhw: Tensor) -> Tensor:
+    """map_Bhw of each sample's cells on its first principal component; NaN where an activation is not finite."""
+    X_BNK = A_BKhw.flatten(2).mT.double()
+    X_BNK = X_BNK - X_BNK.mean(1, keepdim=True)
+    # Of the two Gram matrices the smaller one; its squared singular values need float64.
+    few_cells = X_BNK.shape[1] <= X_BNK.shape[2]
+    gram_BMM = X_BNK @ X_BNK.mT if few_cells else X_BNK.mT @ X_BNK
+    finite_B11 = gram_BMM.isfinite().all(2, keepdim=True).all(1, keepdim=True)
+    values_BM, vectors_BMM = torch.linalg.eigh(gram_BMM.where(finite_B11, 0))  # it refuses NaN for the whole batch
+    if few_cells:
+        map_BN = vectors_BMM[..., -1] * values_BM[:, -1:].clamp(min=0).sqrt()
+    else:
+        map_BN = (X_BNK @ vectors_BMM[..., -1:])[..., 0]
+    # The component's cosine with equal loads, times its eigenvalue: of channels that sum to 0 it is rounding.
+    along_B1 = (map_BN * X_BNK.mean(2)).sum(1, keepdim=True) * X_BNK.shape[2] ** 0.5
+    peak_B1 = map_BN.amax(1, keepdim=True) + map_BN.amin(1, keepdim=True)
+    side_B1 = torch.where(along_B1.abs() > 1e-3 * values_BM[:, -1:], along_B1, peak_B1)
+    map_BN = torch.where(side_B1 < 0, -map_BN, map_BN)
+    return map_BN.where(finite_B11[..., 0], torch.nan).reshape(len(A_BKhw), *A_BKhw.shape[2:]).float()
+
+
+def _explains(head: nn.Linear, A_BKhw: Tensor, logits_BK: Tensor) -> bool:
+    # Checked, not assumed: head(mean(A)) must give the model's logits; the bias is left out lest it hide a difference.
+    if A_BKhw.shape[1] != head.in_features or logits_BK.shape[1] != head.out_features:
+        return False
+    weighed_BK = logits_BK if head.bias is None else logits_BK - head.bias.float()
+    error = (A_BKhw.mean((2, 3)) @ head.weight.float().T - weighed_BK).abs().max()
+    scale = weighed_BK.abs().max()
+    rounding = max(1e-3, 8 * torch.finfo(head.weight.dtype).eps)  # a half-precision model's logits are coarse
+    return bool((scale > 0) & (error <= rounding * scale + 1e-6 * logits_BK.abs().max()))

@@ -1,0 +1,110 @@
+"""CAMs whose weights come from forward passes alone: channels shown to the network, or taken from it.
+
+Shape suffixes: B batch, C H W the network's input, K channels, h w the layer's grid, N images of one pass.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from saltern.pipeline.methods.base import Maps, Method, register
+from saltern.pipeline.methods.cams.activation import safe_divide, weighted_sum
+from saltern.pipeline.methods.cams.tail import Begun, Tail
+from saltern.pipeline.models.passes import full_precision, logits_of, pick_target
+from saltern.pipeline.models.taps import Taps
+from saltern.schemas.errors import UserError
+
+
+class ScoredCAM(Method):
+    """Base of the CAMs that run the network once for each channel of one layer.
+
+    Options:
+        chunk: images a pass, at most; a batch that is larger runs channel by channel.
+    """
+
+    layered = True
+
+    chunk: int = 64
+
+    def prepare(self) -> None:
+        if self.chunk < 1:
+            raise UserError(f"chunk={self.chunk} of {self.title()} must be at least 1 image a pass")
+
+    def groups(self, channels: int, batch: int) -> Iterator[slice]:
+        """Channels, as many at a time as make a pass for all samples."""
+        size = max(1, self.chunk // batch)
+        for first in range(0, channels, size):
+            yield slice(first, min(first + size, channels))
+
+
+@register("score-cam")
+class ScoreCAM(ScoredCAM):
+    """ReLU of the activations weighted by the logit of the image seen through each of them (Wang 2020, eq. 5-8).
+
+    Each channel, enlarged (bilinear, align_corners False) and scaled to [0, 1], is multiplied with the normalised
+    image; a constant channel gives 0 everywhere. The weights are the softmax of the logits over the channels.
+    """
+
+    def prepare(self) -> None:
+        super().prepare()
+        self._taps = Taps(self.model, self.layer)
+
+    def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
+        logits_BK, (output,) = self._taps.forward(x_BCHW)
+        target_B = pick_target(logits_BK, target_B)
+        A_BKhw = self._taps.grid(0, output, x_BCHW.shape[2:])
+        found = [
+            self._scores(x_BCHW, A_BKhw[:, group], target_B) for group in self.groups(A_BKhw.shape[1], len(x_BCHW))
+        ]
+        with full_precision(x_BCHW.device):
+            return weighted_sum(torch.cat(found, 1).softmax(1), A_BKhw).relu(), logits_BK, target_B
+
+    def _scores(self, x_BCHW: Tensor, A_BGhw: Tensor, target_B: Tensor) -> Tensor:
+        """Logits of the targets under each mask of a group of G channels, float32 (B, G)."""
+        with full_precision(x_BCHW.device):
+            mask_BGHW = F.interpolate(A_BGhw, x_BCHW.shape[2:], mode="bilinear", align_corners=False)
+            low_BG11, high_BG11 = mask_BGHW.amin((2, 3), keepdim=True), mask_BGHW.amax((2, 3), keepdim=True)
+            mask_BGHW = safe_divide(mask_BGHW - low_BG11, high_BG11 - low_BG11).to(x_BCHW.dtype)
+        masked_NCHW = (x_BCHW[:, None] * mask_BGHW[:, :, None]).flatten(0, 1)
+        group = A_BGhw.shape[1]
+        logits_NK = logits_of(self.model(masked_NCHW))
+        return logits_NK.gather(1, target_B.repeat_interleave(group)[:, None]).view(-1, group).float()
+
+
+@register("ablation-cam")
+class AblationCAM(ScoredCAM):
+    """ReLU of the activations weighted by the share of the logit lost without each channel (Desai 2020, eq. 3-4).
+
+    The channel is set to 0 everywhere; of a layer of tokens, in every token, the class token too. Where the logit is
+    0, so are the weights; where it is negative, a channel that pulls it down counts for it.
+    """
+
+    def prepare(self) -> None:
+        super().prepare()
+        self._tail = Tail(self.model, self.layer[0])
+
+    def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
+        begun, image = self._tail.begin(x_BCHW), x_BCHW.shape[2:]
+        target_B = pick_target(begun.logits_BK, target_B)
+        A_BKhw = self._tail.taps.grid(0, begun.output, image)
+        dimension = self._tail.taps.channel_dimension(0, begun.output, image)
+        groups = [slice(0, 0), *self.groups(A_BKhw.shape[1], len(x_BCHW))]  # the first: nothing taken away
+        score_B1, *found = (self._scores(begun, group, dimension, target_B) for group in groups)
+        weight_BK = safe_divide(score_B1 - torch.cat(found, 1), score_B1)
+        with full_precision(x_BCHW.device):
+            return weighted_sum(weight_BK.float(), A_BKhw).relu(), begun.logits_BK, target_B
+
+    def _scores(self, begun: Begun, group: slice, dimension: int, target_B: Tensor) -> Tensor:
+        """Logits of the targets without each channel of a group, (B, G); (B, 1) with all where it is empty."""
+        count = max(1, group.stop - group.start)
+        device = target_B.device
+        sample_N = torch.arange(len(target_B), device=device).repeat_interleave(count)
+        changed = begun.output.index_select(0, sample_N)
+        if group.stop > group.start:
+            channel_N = torch.arange(group.start, group.stop, device=device).repeat(len(target_B))
+            changed.movedim(dimension, 1)[torch.arange(len(channel_N), device=device), channel_N] = 0
+        logits_NK = begun.again(changed, sample_N)
+        score_BG = logits_NK.gather(1, target_B[sample_N, None]).view(-1, count)
+        return score_BG.to(torch.promote_types(score_BG.dtype, torch.float32))

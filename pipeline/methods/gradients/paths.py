@@ -1,0 +1,133 @@
+"""Gradients averaged over points around or on the way to the image: SmoothGrad, integrated gradients.
+
+Shape suffixes: B batch, S points of an image, C H W the network's input, K classes, N elements of an image.
+"""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saltern.pipeline.methods.base import Maps, register
+from saltern.pipeline.methods.gradients.gradient import Gradient, pixel_gradient
+from saltern.pipeline.methods.gradients.noise import gaussian
+from saltern.pipeline.models.passes import full_precision, pick_target
+from saltern.schemas.errors import UserError
+
+
+class Averaged(Gradient):
+    """Base of the weighted means of gradients at several points for each image. They write `points`.
+
+    The target is the image's own, also at the other points. `chunk` bounds the memory, however many points there are.
+    """
+
+    chunk: int = 64
+
+    _count: int  # points of an image
+
+    def points(self, x_BCHW: Tensor, which: range) -> tuple[Tensor, Tensor | float]:
+        """points_SBCHW in the dtype of x, and their weights: weight_S, float32, or one for all."""
+        raise NotImplementedError
+
+    def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
+        with torch.no_grad():
+            logits_BK = self.forward(x_BCHW)
+        target_B = pick_target(logits_BK, target_B)
+        mean_BCHW = torch.zeros_like(x_BCHW, dtype=torch.float32)
+        for which in groups(self._count, self.chunk, len(x_BCHW)):
+            mean_BCHW += self._part(x_BCHW, target_B, which)
+        return self.reduced(self.weighed(mean_BCHW, x_BCHW)), logits_BK, target_B
+
+    def _part(self, x_BCHW: Tensor, target_B: Tensor, which: range) -> Tensor:
+        with torch.no_grad(), full_precision(x_BCHW.device):
+            points_SBCHW, weight_S = self.points(x_BCHW, which)
+            layout = torch.contiguous_format if x_BCHW.is_contiguous() else torch.channels_last
+            flat = points_SBCHW.flatten(0, 1).contiguous(memory_format=layout)
+        flat.requires_grad_()
+        gradient = pixel_gradient(self.forward(flat), target_B.repeat(len(which)), flat).float()
+        gradient_SBCHW = gradient.view(points_SBCHW.shape)
+        weight = weight_S if isinstance(weight_S, float) else weight_S.view(-1, 1, 1, 1, 1)
+        mean_BCHW: Tensor = (gradient_SBCHW * weight).sum(0)
+        return mean_BCHW
+
+
+@register("smoothgrad")
+class SmoothGrad(Averaged):
+    """Mean gradient over noisy copies of the image; its largest magnitude over the channels (Smilkov 2017).
+
+    The noise follows each sample's seed (`seed_B` of the call).
+
+    Options:
+        samples: noisy copies of an image.
+        noise: standard deviation as a share of the image's range (largest less smallest value, normalised).
+        chunk: images in one pass.
+        value, reduce: as of `gradient`, of the mean.
+    """
+
+    samples: int = 32
+    noise: float = 0.15
+
+    def prepare(self) -> None:
+        _check(self, samples=self.samples, chunk=self.chunk)
+        if self.noise < 0:
+            raise UserError(f"option noise of {self.title()} is 0 or more, not {self.noise}")
+        self._count = self.samples
+
+    def points(self, x_BCHW: Tensor, which: range) -> tuple[Tensor, Tensor | float]:
+        flat_BN = x_BCHW.flatten(1)
+        sigma_B1 = self.noise * (flat_BN.amax(1, keepdim=True) - flat_BN.amin(1, keepdim=True)).float()
+        noise_SBN = gaussian(self.seed_B, which, flat_BN.shape[1])
+        points_SBN = noise_SBN.mul_(sigma_B1).add_(flat_BN).to(x_BCHW.dtype)
+        return points_SBN.view(-1, *x_BCHW.shape), 1 / self.samples
+
+
+@register("integrated-gradients")
+class IntegratedGradients(Averaged):
+    """Gradients integrated on the straight way from a baseline to the image, times its length (Sundararajan 2017).
+
+    Signed and summed over the channels, the map adds up to z_c(x) - z_c(baseline), up to the error of the quadrature
+    (Gauss-Legendre).
+
+    Options:
+        steps: points on the way.
+        baseline: value of all its pixels, normalised: 0 is the mean colour.
+        chunk: images in one pass.
+        value, reduce: as of `gradient`, of the products.
+    """
+
+    default_map_dtype = "float16"  # signed: a uint8 scale would have to span both tails
+
+    steps: int = 32
+    baseline: float = 0.0
+    reduce: Literal["max", "sum", "l2"] = "sum"
+    value: Literal["square", "abs", "signed"] = "signed"
+
+    def prepare(self) -> None:
+        _check(self, steps=self.steps, chunk=self.chunk)
+        self._count = self.steps
+        node_S, weight_S = np.polynomial.legendre.leggauss(self.steps)  # on [-1, 1]
+        weight = next(self.model.parameters(), torch.empty(0))
+        self._way_S = torch.tensor((node_S + 1) / 2, dtype=torch.float32, device=weight.device)
+        self._weight_S = torch.tensor(weight_S / 2, dtype=torch.float32, device=weight.device)
+
+    def points(self, x_BCHW: Tensor, which: range) -> tuple[Tensor, Tensor | float]:
+        part = slice(which.start, which.stop)
+        way_S = self._way_S[part].view(-1, 1, 1, 1, 1)
+        points_SBCHW = (x_BCHW - self.baseline) * way_S + self.baseline
+        return points_SBCHW.to(x_BCHW.dtype), self._weight_S[part]
+
+    def weighed(self, gradient_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
+        return gradient_BCHW * (x_BCHW - self.baseline)
+
+
+def groups(count: int, chunk: int, batch: int) -> list[range]:
+    """Numbers 0..count in runs, so that one for each image of the batch makes about `chunk` images."""
+    size = max(1, chunk // batch)
+    return [range(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def _check(method: Gradient, **options: int) -> None:
+    for name, value in options.items():
+        if value < 1:
+            raise UserError(f"option {name} of {method.title()} is 1 or more, not {value}")

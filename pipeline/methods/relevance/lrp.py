@@ -1,0 +1,209 @@
+"""Layer-wise relevance propagation to the pixels (LRP, CLRP, SGLRP), and Relevance-CAM.
+
+Shape suffixes: B batch, C H W the network's input, K channels of a layer (classes of logits), h w its grid.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from saltern.pipeline.methods.base import Maps, Method, register
+from saltern.pipeline.methods.cams.activation import weighted_sum
+from saltern.pipeline.methods.relevance.propagation import Propagation
+from saltern.pipeline.methods.relevance.rules import RELEVANCE_CAM, composite
+from saltern.pipeline.models.layers import probe
+from saltern.pipeline.models.passes import full_precision, logits_of, pick_target
+from saltern.pipeline.models.taps import Taps
+from saltern.schemas.errors import UserError
+
+_FLOOR = 1e-8
+
+
+def target_logit(logits_BK: Tensor, target_B: Tensor) -> Tensor:
+    """z_c at the class explained, 0 elsewhere."""
+    return _spread(logits_BK.gather(1, target_B[:, None]), torch.zeros_like(logits_BK), target_B)
+
+
+def contrast_unit(logits_BK: Tensor, target_B: Tensor) -> Tensor:
+    """+1 at the class explained, -1/N at each other of N classes, so 1/N in all, whatever the logit's sign."""
+    others_BK = torch.full_like(logits_BK, -1 / logits_BK.shape[1])
+    return _spread(torch.ones_like(logits_BK[:, :1]), others_BK, target_B)
+
+
+def contrast_paper(logits_BK: Tensor, target_B: Tensor) -> Tensor:
+    """z_c at the class explained, -z_c / (N - 1) at each other of N classes (Gu 2018, section 3.2)."""
+    z_B1 = logits_BK.gather(1, target_B[:, None])
+    return _spread(z_B1, (-z_B1 / max(1, logits_BK.shape[1] - 1)).expand_as(logits_BK), target_B)
+
+
+def softmax_gradient(logits_BK: Tensor, target_B: Tensor) -> Tensor:
+    """y_c (1 - y_c) at the class explained, -y_c y_n elsewhere, no magnitude below 1e-8 (Iwana 2019, eq. 8)."""
+    y_BK = logits_BK.softmax(1)
+    y_B1 = y_BK.gather(1, target_B[:, None])
+    rest_BK = y_BK.scatter(1, target_B[:, None], 0)  # its sum is 1 - y_c, without cancellation near y_c = 1
+    return _spread(
+        (y_B1 * rest_BK.sum(1, keepdim=True)).clamp(min=_FLOOR), -(y_B1 * rest_BK).clamp(min=_FLOOR), target_B
+    )
+
+
+def _spread(own_B1: Tensor, others_BK: Tensor, target_B: Tensor) -> Tensor:
+    return others_BK.scatter(1, target_B[:, None], own_B1)
+
+
+Initial = Callable[[Tensor, Tensor], Tensor]
+_INITIAL: dict[str, Initial] = {"unit": contrast_unit, "paper": contrast_paper, "sglrp": softmax_gradient}
+
+
+def _start(initial: Initial, logits_BK: Tensor, target_B: Tensor) -> Tensor:
+    """Relevance of the logits, in their dtype: float32 at least."""
+    with torch.no_grad(), full_precision(logits_BK.device):
+        return initial(logits_BK.detach(), target_B)
+
+
+def _as_ran(logits_BK: Tensor, x_BCHW: Tensor) -> Tensor:
+    """Logits in the dtype that the plain forward pass would give them; relevance had them widened."""
+    kind = x_BCHW.device.type
+    return logits_BK.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BCHW.dtype)
+
+
+class PixelRelevance(Method):
+    """Base of the methods that propagate relevance to the pixels. They name their `_initial` relevance."""
+
+    heavy_tailed = True
+
+    composite: Literal["alpha1beta0", "epsilon", "gamma", "epsilon-plus", "epsilon-gamma-box"] = "alpha1beta0"
+    bn: Literal["merge", "identity"] = "merge"
+
+    def _initial(self) -> Initial:
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        rules = replace(composite(self.composite), merge=self.bn == "merge")
+        advice = "use gradient, or relevance-cam at a layer after it"
+        self._propagation = Propagation(self.model, rules, self.title(), advice)
+        _try_out(self.model, lambda x_BCHW: self._propagation.check(self._forward(x_BCHW)[0]))
+
+    def _forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        wide_BCHW = x_BCHW.to(torch.promote_types(x_BCHW.dtype, torch.float32)).detach().requires_grad_()
+        # The model works on a copy: it may change its input in place.
+        copy_BCHW = wide_BCHW.clone()
+        with self._propagation.interception(copy_BCHW):
+            return logits_of(self.model(copy_BCHW)), wide_BCHW
+
+    def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
+        logits_BK, wide_BCHW = self._forward(x_BCHW)
+        self._propagation.check(logits_BK)
+        target_B = pick_target(logits_BK, target_B)
+        start_BK = _start(self._initial(), logits_BK, target_B)
+        if not logits_BK.requires_grad:
+            raise UserError(f"{self.title()}: the logits of {type(self.model).__name__} do not depend on the image")
+        (R_BCHW,) = torch.autograd.grad(logits_BK, wide_BCHW, start_BK)
+        return R_BCHW.sum(1), _as_ran(logits_BK, x_BCHW), target_B
+
+
+@register("lrp")
+class LRP(PixelRelevance):
+    """Layer-wise relevance propagation of the logit to the pixels; summed over channels, signed (Bach 2015).
+
+    Options:
+        composite: rules for convolutions, linear layers and the convolution on the image, as zennit has them:
+            alpha1beta0 (z^B on the image), epsilon (1e-6), gamma (0.25), epsilon-plus (alpha1beta0 for convolutions,
+            epsilon for linear layers), epsilon-gamma-box (gamma, epsilon, z^B). z^B is bounded by each image's least
+            and largest value.
+        bn: merge = BatchNorm is folded into the layer before it; identity = it passes relevance on.
+    """
+
+    def _initial(self) -> Initial:
+        return target_logit
+
+
+@register("clrp")
+class CLRP(PixelRelevance):
+    """Contrastive LRP: relevance for the class less that of all others; summed over channels, signed (Gu 2018).
+
+    Options:
+        init: unit = +1 for the class, -1/N for each other of N classes; paper = z_c and -z_c / (N - 1).
+        composite, bn: as `lrp` has them.
+    """
+
+    init: Literal["unit", "paper"] = "unit"
+
+    def _initial(self) -> Initial:
+        return _INITIAL[self.init]
+
+
+@register("sglrp")
+class SGLRP(PixelRelevance):
+    """Softmax-gradient LRP: it starts from the derivative of the class's softmax; summed over channels (Iwana 2019).
+
+    Options:
+        composite, bn: as `lrp` has them.
+    """
+
+    def _initial(self) -> Initial:
+        return softmax_gradient
+
+
+@register("relevance-cam")
+class RelevanceCAM(Method):
+    """Activations weighted by the mean relevance of each channel; signed, for shallow layers too (Lee 2021, eq. 8).
+
+    Relevance goes by alpha = 1, beta = 0 as the published code has it: a convolution's bias counts twice, a linear
+    layer's not at all. Its sum over a stage is that over the logits, but for what convolutions' biases absorb.
+
+    Options:
+        init: relevance of the logits. unit = +1 for the class, -1/N for each other of N classes; paper = z_c and
+            -z_c / (N - 1); sglrp = y_c (1 - y_c) and -y_c y_n of the softmax y.
+        bn: identity = BatchNorm passes relevance on; merge = it is folded into the layer before it.
+    """
+
+    layered = True
+    many_layers = True
+
+    init: Literal["unit", "paper", "sglrp"] = "unit"
+    bn: Literal["identity", "merge"] = "identity"
+
+    def prepare(self) -> None:
+        self._taps = Taps(self.model, self.layer)
+        rules = replace(RELEVANCE_CAM, merge=self.bn == "merge")
+        advice = "choose a layer after it, or use grad-cam"
+        self._propagation = Propagation(self.model, rules, self.title(), advice)
+        _try_out(self.model, lambda x_BCHW: self._propagation.check(self._forward(x_BCHW)[0]))
+
+    def _forward(self, x_BCHW: Tensor) -> tuple[Tensor, list[Tensor]]:
+        with self._propagation.interception(x_BCHW):
+            return self._taps.forward(x_BCHW, differentiable=True)
+
+    def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
+        logits_BK, outputs = self._forward(x_BCHW)
+        self._propagation.check(logits_BK)
+        target_B = pick_target(logits_BK, target_B)
+        start_BK = _start(_INITIAL[self.init], logits_BK, target_B)
+        relevance = self._relevance(logits_BK, outputs, start_BK)
+        image = x_BCHW.shape[2:]
+        with full_precision(x_BCHW.device), torch.no_grad():
+            maps = tuple(
+                weighted_sum(self._taps.grid(index, R, image).mean((2, 3)), self._taps.grid(index, A, image))
+                for index, (A, R) in enumerate(zip(outputs, relevance, strict=True))
+            )
+        return maps, _as_ran(logits_BK, x_BCHW), target_B
+
+    def _relevance(self, logits_BK: Tensor, outputs: list[Tensor], start_BK: Tensor) -> list[Tensor]:
+        found: tuple[Tensor | None, ...] = (None,) * len(outputs)
+        if logits_BK.requires_grad:
+            found = torch.autograd.grad(logits_BK, outputs, start_BK, allow_unused=True)
+        for name, R in zip(self._taps.names, found, strict=True):
+            if R is None:
+                raise UserError(f"the logits do not depend on layer {name!r}; choose another")
+        return [R for R in found if R is not None]
+
+
+def _try_out(model: torch.nn.Module, forward: Callable[[Tensor], None]) -> None:
+    """Operations without a rule are refused now, not at the first batch; on models that take no probe they are then."""
+    try:
+        forward(probe(model)[:1])
+    except (RuntimeError, ValueError, TypeError, AssertionError):
+        return

@@ -1,0 +1,1 @@
+"""Classifiers: loading, weights, layers, hooks, forward and backward passes."""

@@ -1,0 +1,156 @@
+"""A model's forward pass that keeps what the target layers give out, and differentiates from there on.
+
+Shape suffixes: B batch, C H W the network's input, K channels of a layer (classes of logits), h w its grid, T tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from saltern.pipeline.models.passes import logits_of, score_gradients
+from saltern.schemas.errors import UserError
+
+_MAX_PREFIX = 16  # class and register tokens before the patches
+
+
+class Taps:
+    """Target layers of a model, read in a forward pass.
+
+    Args:
+        names: dotted names, known to the model.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        self.model = model
+        self.names = list(names)
+        self._modules = [model.get_submodule(name) for name in names]
+        # A shared module (one ReLU for all of a block) runs several times a pass: its last output counts.
+        self._last_call = [1] * len(names)
+        kinds = (type(module).__name__ for module in model.modules())
+        self._tokens_last = any(kind.startswith("SwinTransformer") for kind in kinds)  # N h w K inside
+
+    def forward(self, x_BCHW: Tensor, *, differentiable: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """Logits and the layers' outputs, as the layers gave them (see `grid`), in the order of the names.
+
+        Where differentiable, the first target layer's output is the first tensor that requires a gradient (the
+        parameters being frozen): what runs before records nothing for a backward pass.
+
+        Raises:
+            UserError: a layer that does not run, or whose output holds no tensor.
+        """
+        outputs: list[Tensor | None] = [None] * len(self.names)
+        calls = [0] * len(self.names)
+        handles = [
+            module.register_forward_hook(self._keeper(index, outputs, calls, differentiable))
+            for index, module in enumerate(self._modules)
+        ]
+        try:
+            logits_BK = logits_of(self.model(x_BCHW))
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, count in zip(self.names, calls, strict=True):
+            if not count:
+                raise UserError(f"layer {name!r} does not run in the forward pass; choose another")
+        kept = [output for output in outputs if output is not None]
+        fewer = len(kept) < len(calls)
+        self._last_call = [1] * len(calls) if fewer else calls
+        return self.forward(x_BCHW, differentiable=differentiable) if fewer else (logits_BK, kept)
+
+    def _keeper(
+        self, index: int, outputs: list[Tensor | None], calls: list[int], differentiable: bool
+    ) -> Callable[[nn.Module, Any, Any], Any]:
+        def keep(module: nn.Module, args: Any, output: Any) -> Any:
+            calls[index] += 1
+            if calls[index] < self._last_call[index]:
+                return None
+            given = tensor_of(output, self.names[index])
+            if differentiable and not given.requires_grad:
+                given = given.detach().requires_grad_()
+            outputs[index] = given
+            # The model goes on with a copy: an in-place ReLU that follows must not change what is kept.
+            return with_tensor(output, given.clone())
+
+        return keep
+
+    def replaced(self, x_BCHW: Tensor, output: Tensor) -> Tensor:
+        """Logits of a forward pass in which the first layer gives another output. `forward` must have run before."""
+        calls = 0
+
+        def replace(module: nn.Module, args: Any, given: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return with_tensor(given, output) if calls == self._last_call[0] else None
+
+        handle = self._modules[0].register_forward_hook(replace)
+        try:
+            return logits_of(self.model(x_BCHW))
+        finally:
+            handle.remove()
+
+    def gradients(self, logits_BK: Tensor, target_B: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """dz_c / d output of every layer. Raises UserError where the logits do not depend on a layer."""
+        found = score_gradients(logits_BK, target_B, outputs)
+        for name, gradient in zip(self.names, found, strict=True):
+            if gradient is None:
+                raise UserError(f"the logits do not depend on layer {name!r}; choose another")
+        return [gradient for gradient in found if gradient is not None]
+
+    def grid(self, index: int, output: Tensor, image: Sequence[int]) -> Tensor:
+        """A layer's output (or its gradient) as float32 (B, K, h, w), without gradient.
+
+        Tokens are laid out on their grid, those before the patches (class, registers) left out.
+
+        Args:
+            image: height and width of the network's input.
+
+        Raises:
+            UserError: the output has no grid.
+        """
+        output = output.detach().float()
+        if output.ndim == 4:
+            return output.movedim(self.channel_dimension(index, output, image), 1)
+        layout = _token_grid(output.shape[1], image) if output.ndim == 3 else None
+        if layout is None:
+            raise UserError(
+                f"layer {self.names[index]!r} gives {tuple(output.shape)}, which is no grid; choose one before pooling"
+            )
+        patches_BTK = output[:, -layout[0] * layout[1] :]
+        return patches_BTK.transpose(1, 2).reshape(len(output), -1, *layout)
+
+    def channel_dimension(self, index: int, output: Tensor, image: Sequence[int]) -> int:
+        """Where a layer's output has its channels: dimension 1, or the last one of tokens and channels-last grids."""
+        is_norm = type(self._modules[index]) is nn.LayerNorm  # normalises the last dimension: that is K
+        return -1 if output.ndim == 3 or is_norm or self._channels_last(output, image) else 1
+
+    def _channels_last(self, output: Tensor, image: Sequence[int]) -> bool:
+        first, last = _is_scaled(output.shape[2:], image), _is_scaled(output.shape[1:3], image)
+        return last and (self._tokens_last or not first)
+
+
+def _is_scaled(grid: Sequence[int], image: Sequence[int]) -> bool:
+    # Equal aspect ratios, up to the rounding of the grid to whole cells.
+    return abs(grid[0] * image[1] - grid[1] * image[0]) <= max(image)
+
+
+def _token_grid(tokens: int, image: Sequence[int]) -> tuple[int, int] | None:
+    for prefix in range(min(_MAX_PREFIX, tokens - 1) + 1):
+        height = round(((tokens - prefix) * image[0] / image[1]) ** 0.5)
+        width = (tokens - prefix) // height if height else 0
+        if height * width == tokens - prefix and height * image[1] == width * image[0]:
+            return height, width
+    return None
+
+
+def tensor_of(output: Any, name: str) -> Tensor:
+    """The tensor that counts of what a layer gave: of several, the first. Raises UserError where there is none."""
+    found = output[0] if isinstance(output, tuple | list) and output else output
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        raise UserError(f"layer {name!r} gives {type(output).__name__}, no tensor; choose another")
+    return found
+
+
+def with_tensor(output: Any, replacement: Tensor) -> Any:
+    """What a layer gave, with another tensor in place of the one that counts."""
+    return type(output)([replacement, *output[1:]]) if isinstance(output, tuple | list) else replacement

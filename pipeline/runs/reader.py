@@ -1,0 +1,263 @@
+"""Read a run back: rows in shard order or by key, maps over their originals, rows beside their samples.
+
+Shape suffixes: H W the network's input, h w a stored map's grid, Y X the upright original.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby, zip_longest
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from saltern.pipeline.maps.discretize import upsample
+from saltern.pipeline.maps.encode import dequantise, unpack_mask
+from saltern.pipeline.runs import manifest
+from saltern.pipeline.shards.samples import Sample, read_samples
+from saltern.pipeline.storage.store import Store
+from saltern.schemas.errors import ShardError
+from saltern.schemas.receipt import Receipt
+from saltern.schemas.run import EXTRACT, Run, Shard
+from saltern.schemas.saliency import read_metadata
+
+_AT_ONCE = 64  # rows decoded at a time: 13 MB of 224 x 224 float32 maps
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is common to the rows of a file."""
+
+    map_dtype: str  # uint8 | float16 | float32
+    input_shape: tuple[int, int]  # H, W, pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One (sample, target): the layout of its file, and the columns of schemas.saliency.table_schema, in order."""
+
+    layout: Layout = field(repr=False)
+    key: str
+    shard: str
+    index: int
+    label: int | None
+    predicted: int | None
+    target: int | None
+    score: float | None
+    map_bytes: bytes | None = field(repr=False)
+    map_height: int | None
+    map_width: int | None
+    map_lo: float | None
+    map_hi: float | None
+    mask_bytes: bytes | None = field(repr=False)
+    mask_threshold: float | None
+    mask_area: float | None
+    boxes: list[list[int]] | None  # x0 y0 x1 y1, original pixels, half-open
+    image_height: int | None
+    image_width: int | None
+    geometry: list[float] | None
+    status: str
+    error: str | None
+
+    def map(self, size: str = "native") -> NDArray[np.float32]:
+        """The map in its own unit, up to the rounding of its stored dtype.
+
+        Args:
+            size: native, the stored grid (h, w); or input, brought to (H, W) as the run's masks were made.
+
+        Raises:
+            ValueError: the row has no map (it failed before, or the run was made with --no-map).
+        """
+        if self.map_bytes is None or self.map_height is None or self.map_width is None:
+            raise ValueError(f"{self.shard}: {self.key} has no map ({self.error or 'the run was made with --no-map'})")
+        shape = (self.map_height, self.map_width)
+        map_hw = dequantise(self.map_bytes, self.layout.map_dtype, shape, self.map_lo, self.map_hi)
+        if size == "native":
+            return map_hw
+        if size != "input":
+            raise ValueError(f"size {size!r} is neither native nor input")
+        map_HW: NDArray[np.float32] = upsample(torch.from_numpy(map_hw)[None], self.layout.input_shape)[0].numpy()
+        return map_HW
+
+    def mask(self) -> NDArray[np.bool_]:
+        """Bool (H, W), to the bit as extracted. ValueError where the row has none."""
+        if self.mask_bytes is None:
+            raise ValueError(f"{self.shard}: {self.key} has no mask ({self.error})")
+        return unpack_mask(self.mask_bytes, self.layout.input_shape)
+
+
+def map_in_original(row: Row) -> NDArray[np.float32]:
+    """The row's map over the upright original: (Y, X), NaN where the network did not look (outside of its crop).
+
+    Raises:
+        ValueError: the row has no map.
+    """
+    map_hw = row.map()
+    if row.geometry is None or row.image_height is None or row.image_width is None:
+        raise ValueError(f"{row.shard}: {row.key} has no geometry ({row.error})")
+    return over_frame(map_hw, row.layout.input_shape, row.geometry, row.image_height, row.image_width)
+
+
+def over_frame(
+    map_hw: NDArray[np.float32], input_shape: tuple[int, int], geometry: list[float], height: int, width: int
+) -> NDArray[np.float32]:
+    """A map at the pixel centres of a (height, width) frame in which `geometry` places the input; NaN outside of it.
+
+    Bilinear with cells as areas, the surface of `upsample` with align_corners False.
+    """
+    scale_x, scale_y, offset_x, offset_y = geometry
+    # Shares of the input: 0 at its first edge, 1 at its last.
+    y_Y = (np.arange(height) + 0.5 - offset_y) / (scale_y * input_shape[0])
+    x_X = (np.arange(width) + 0.5 - offset_x) / (scale_x * input_shape[1])
+    map_YX = _lines(_lines(map_hw, y_Y).T, x_X).T
+    map_YX[(y_Y < 0) | (y_Y >= 1)] = np.nan
+    map_YX[:, (x_X < 0) | (x_X >= 1)] = np.nan
+    return map_YX
+
+
+def _lines(map_hw: NDArray[np.float32], share: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    """Lines of the map at shares of its height, between the two nearest."""
+    last = len(map_hw) - 1
+    at = (share * len(map_hw) - 0.5).clip(0, last)
+    before = at.astype(int)
+    part = (at - before).astype(np.float32)[:, None]
+    made: NDArray[np.float32] = map_hw[before] * (1 - part) + map_hw[np.minimum(before + 1, last)] * part
+    return made
+
+
+def open_run(path: str) -> "SaliencyRun":
+    """The run in a folder or under an object store's URL. Raises UserError where there is none."""
+    store, run = manifest.open_run(path, EXTRACT)
+    return SaliencyRun(path, store, run, manifest.read_receipts(store, run))
+
+
+class SaliencyRun:
+    """A run, finished or not: the shards that had a receipt when it was opened, in the order of run.json.
+
+    Iterating gives its rows in shard order, some rows in memory at a time. All that reads rows raises ShardError where
+    a data file is gone, cut or of another run.
+    """
+
+    def __init__(self, path: str, store: Store, run: Run, receipts: dict[str, Receipt]):
+        self.path, self.store, self.run = path, store, run
+        self.shards = [shard for shard in run.shards if shard.name in receipts]
+        self.receipts = [receipts[shard.name] for shard in self.shards]
+        # Number of the first row of each shard, and of all rows at the end.
+        self._starts = np.cumsum([0, *(receipt.rows for receipt in self.receipts)])
+        self._group: tuple[str, int, list[Row]] | None = None
+
+    def __len__(self) -> int:
+        """Rows."""
+        return int(self._starts[-1])
+
+    def __iter__(self) -> Iterator[Row]:
+        for shard in self.shards:
+            yield from self.read(shard)
+
+    def read(self, shard: Shard) -> Iterator[Row]:
+        """The rows of one shard."""
+        with self._open(shard) as file:
+            layout = self._layout(shard, file)
+            for batch in file.iter_batches(_AT_ONCE, use_threads=False):
+                yield from _rows(batch, layout)
+
+    def joined(self, shard: Shard) -> Iterator[tuple[Sample, list[Row]]]:
+        """Each sample of one shard's tar with its rows.
+
+        Raises:
+            ShardError: tar and data file do not hold the same samples; or as read_samples does.
+            OSError: the tar cannot be read.
+        """
+        rows = groupby(self.read(shard), lambda row: row.index)
+        for sample, group in zip_longest(read_samples(shard), (list(group) for _, group in rows)):
+            if sample is None or group is None or (sample.index, sample.key) != (group[0].index, group[0].key):
+                there = "ends" if sample is None else f"has {sample.key!r} at {sample.index}"
+                here = "ends" if group is None else f"has {group[0].key!r} at {group[0].index}"
+                raise self._broken(shard, f"does not fit {shard.url}: the tar {there}, the data file {here}")
+            yield sample, group
+
+    def columns(self, *names: str) -> pa.Table:
+        """These columns of all rows, in shard order; read in parallel."""
+        paths = [self.store.full(manifest.data_name(shard.name)) for shard in self.shards]
+        try:
+            table = ds.dataset(paths, filesystem=self.store.fs, format="parquet").to_table(list(names))
+        except (FileNotFoundError, pa.ArrowInvalid) as error:
+            raise ShardError(f"{self.path}: {error}; {self._fix}") from error
+        if len(table) != len(self):
+            raise ShardError(f"{self.path} holds {len(table)} rows, its receipts say {len(self)}; {self._fix}")
+        return table
+
+    def at(self, number: int) -> Row:
+        """The row of this number, counted from 0 in shard order. Neighbours are found in memory."""
+        position = int(np.searchsorted(self._starts, number, "right")) - 1
+        shard, within = self.shards[position], number - int(self._starts[position])
+        if (
+            self._group is None
+            or self._group[0] != shard.name
+            or not 0 <= within - self._group[1] < len(self._group[2])
+        ):
+            self._group = (shard.name, *self._row_group(shard, within))
+        return self._group[2][within - self._group[1]]
+
+    def _row_group(self, shard: Shard, within: int) -> tuple[int, list[Row]]:
+        """The number of its first row in the shard, and the rows of the group that holds row `within`."""
+        with self._open(shard) as file:
+            first = 0
+            for group in range(file.num_row_groups):
+                count = file.metadata.row_group(group).num_rows
+                if within < first + count:
+                    return first, _rows(file.read_row_group(group), self._layout(shard, file))
+                first += count
+        raise self._broken(shard, f"holds {first} rows, its receipt says more")
+
+    @cached_property
+    def _keys(self) -> pa.ChunkedArray:
+        return self.columns("key")["key"] if self.shards else pa.chunked_array([], pa.string())
+
+    def rows(self, key: str, shard: str | None = None) -> list[Row]:
+        """All rows of a key, in shard order: one for each target, in each shard (or the one named) that has the key.
+
+        The first call reads the keys of the whole run. An unknown key has no rows.
+        """
+        numbers = pc.indices_nonzero(pc.equal(self._keys, key)).to_pylist()
+        return [row for row in map(self.at, numbers) if shard in (None, row.shard)]
+
+    def row(self, key: str, shard: str | None = None) -> Row:
+        """The first row of a key. Raises KeyError where there is none, or where several shards have the key."""
+        rows = self.rows(key, shard)
+        shards = sorted({row.shard for row in rows})
+        if len(shards) != 1:
+            where = f"is in several shards: name one of {', '.join(shards)}" if shards else "has no row"
+            raise KeyError(f"{key!r} {where}")
+        return rows[0]
+
+    @property
+    def _fix(self) -> str:
+        return f"`saltern verify {self.path}` lists what does not hold"
+
+    def _broken(self, shard: Shard, what: str) -> ShardError:
+        return ShardError(f"{self.store.full(manifest.data_name(shard.name))} {what}; {self._fix}")
+
+    def _open(self, shard: Shard) -> pq.ParquetFile:
+        try:
+            return pq.ParquetFile(self.store.fs.open_input_file(self.store.full(manifest.data_name(shard.name))))
+        except (FileNotFoundError, pa.ArrowInvalid) as error:
+            raise self._broken(shard, f"cannot be read ({error})") from error
+
+    def _layout(self, shard: Shard, file: pq.ParquetFile) -> Layout:
+        found = read_metadata(file.schema_arrow)
+        if found.get("fingerprint") != self.run.fingerprint:
+            raise self._broken(shard, f"has the fingerprint {found.get('fingerprint')}, its run {self.run.fingerprint}")
+        height, width = found["input_shape"]
+        return Layout(found["map_dtype"], (height, width))
+
+
+def _rows(table: Any, layout: Layout) -> list[Row]:
+    """Rows of an Arrow table or record batch."""
+    return [Row(layout, *values) for values in zip(*(column.to_pylist() for column in table.columns), strict=True)]

@@ -1,0 +1,1 @@
+"""Input tars: listing, reading, decoding, packing."""

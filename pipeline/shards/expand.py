@@ -1,0 +1,241 @@
+"""SHARDS as the user writes them -> the list of wanted shards, each with its name, URL and size."""
+
+import glob
+import math
+import os
+import re
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from braceexpand import braceexpand
+from pyarrow import fs
+
+from saltern.pipeline.shards.samples import filesystem
+from saltern.schemas.errors import UserError
+from saltern.schemas.run import Shard
+
+ENDINGS = (".tar", ".tar.gz", ".tgz")
+FLAT = 10_000  # data files that one folder may hold
+BUCKET = 1_000  # data files in each of its sub-folders beyond that, about
+
+Found = tuple[str, int, object]  # URL or absolute path; bytes; what tells one file from another
+
+
+def expand(patterns: Sequence[str]) -> tuple[list[Shard], list[str]]:
+    """The shards that the patterns name: in the patterns' order, sorted within a glob or a folder, each once.
+
+    Args:
+        patterns: local paths and s3:// or gs:// URLs, with braces and globs; folders; @FILE with one pattern a line.
+
+    Returns:
+        The shards, local ones by absolute path; hints in words on what may not be meant.
+
+    Raises:
+        UserError: a pattern that matches nothing, a missing shard, another scheme, two shards with one name.
+    """
+    wanted = [(pattern, url) for pattern in _listed(patterns) for url in _braces(pattern)]
+    try:
+        files, repeats = _distinct(_find(wanted))
+        names = _names(list(files))
+        hints = _sibling_hint(next(iter(files))) if len(wanted) == len(files) == 1 else []
+    except (OSError, ValueError) as error:
+        raise UserError(f"the shards cannot be listed: {error}") from error
+    if repeats:
+        others = f" (and {len(repeats) - 1} others)" if len(repeats) > 1 else ""
+        hints.append(f"{repeats[0]}{others} is named more than once, and taken once")
+    return [Shard(name, url, size) for name, (url, size) in zip(names, files.items(), strict=True)], hints
+
+
+def _listed(patterns: Iterable[str]) -> Iterator[str]:
+    """The patterns, those of @FILE in its place."""
+    for pattern in patterns:
+        if not pattern.startswith("@"):
+            yield pattern
+            continue
+        try:
+            lines = Path(pattern[1:]).read_text().splitlines()
+        except (OSError, UnicodeError) as error:
+            raise UserError(f"{pattern}: cannot read the list of shards: {error}") from error
+        yield from (line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    if not pattern:
+        raise UserError("an empty string among the shards: is a variable of the shell unset?")
+    try:
+        literal = "{" not in pattern or os.path.exists(pattern)
+        urls: Iterable[str] = [pattern] if literal else braceexpand(pattern, escape=False)
+    except ValueError as error:
+        raise UserError(f"{pattern}: the braces do not match; write it like 'train-{{000000..000123}}.tar'") from error
+    yield from (url.rstrip("/") if _remote(url) else os.path.abspath(url) for url in urls)
+
+
+def _remote(url: str) -> bool:
+    return "://" in url or url.startswith("pipe:")
+
+
+def _find(wanted: list[tuple[str, str]]) -> Iterator[Found]:
+    """All files of all patterns. Raises UserError for the first pattern that lacks any."""
+    infos = _look_up([url for _, url in wanted if _remote(url)])
+    missing = []
+    for pattern, url in wanted:
+        found = list(_find_remote(url, infos[url]) if _remote(url) else _find_local(url))
+        yield from found
+        if not found:
+            missing.append((pattern, url))
+    if missing:
+        raise _missing(*missing[0], [pattern for pattern, _ in missing], [pattern for pattern, _ in wanted])
+
+
+def _missing(pattern: str, url: str, missing: list[str], wanted: list[str]) -> UserError:
+    ends = f"a file that ends in {', '.join(ENDINGS)}"
+    if wanted.count(pattern) > 1:
+        count = f"{missing.count(pattern)} of its {wanted.count(pattern)} shards are missing"
+        return UserError(f"{pattern}: {count}, the first is {url}")
+    if os.path.isdir(url):
+        return UserError(f"{pattern}: holds nowhere {ends}; `saltern pack` makes shards of an image folder")
+    if glob.has_magic(url):
+        return UserError(f"{pattern}: matches nowhere {ends}")
+    return UserError(f"{pattern}: no such file or folder")
+
+
+def _find_local(url: str) -> Iterator[Found]:
+    for path in _local_paths(url):
+        found = os.stat(path)
+        yield path, found.st_size, (found.st_dev, found.st_ino)
+
+
+def _local_paths(url: str) -> Iterator[str]:
+    if os.path.isdir(url):
+        below = glob.iglob("**/*", root_dir=url, recursive=True)
+        paths = (os.path.join(url, name) for name in below if name.endswith(ENDINGS))
+        yield from sorted(path for path in paths if not os.path.isdir(path))
+    elif os.path.lexists(url):
+        yield url
+    elif glob.has_magic(url):
+        for path in sorted(glob.iglob(url, recursive=True)):
+            if path.endswith(ENDINGS) or os.path.isdir(path):
+                yield from _local_paths(path)
+
+
+def _look_up(urls: list[str]) -> dict[str, fs.FileInfo | None]:
+    """What stands at each URL. Several in one folder take one listing, as each by itself would be a request."""
+    folders = defaultdict(list)
+    for url in urls:
+        folders[url.rpartition("/")[0]].append(url)
+    infos: dict[str, fs.FileInfo | None] = {}
+    for inside in folders.values():
+        paths = {url: filesystem(url)[1] for url in inside}
+        store, path = filesystem(inside[0])
+        folder = fs.FileSelector(path.rpartition("/")[0], allow_not_found=True)
+        known = {info.path: info for info in store.get_file_info(folder if len(inside) > 2 else list(paths.values()))}
+        infos |= {url: known.get(path) for url, path in paths.items()}
+    return infos
+
+
+def _find_remote(url: str, info: fs.FileInfo | None) -> Iterator[Found]:
+    if info is not None and info.type == fs.FileType.File:
+        yield url, info.size, url
+        return
+    pattern = (
+        [*url.split("/"), "**", "*"] if info is not None and info.type == fs.FileType.Directory else url.split("/")
+    )
+    fixed = next((index for index, part in enumerate(pattern) if index > 2 and glob.has_magic(part)), 0)
+    if not fixed:
+        return
+    base = "/".join(pattern[:fixed])
+    store, path = filesystem(base)
+    below = fs.FileSelector(path, allow_not_found=True, recursive=fixed < len(pattern) - 1)
+    for info in sorted(store.get_file_info(below), key=lambda info: str(info.path)):
+        parts = info.path[len(path) + 1 :].split("/")
+        if info.type == fs.FileType.File and info.path.endswith(ENDINGS) and _matches(parts, pattern[fixed:]):
+            found = "/".join([base, *parts])
+            yield found, info.size, found
+
+
+def _matches(parts: list[str], pattern: list[str]) -> bool:
+    """Whether path components match a glob's, as the glob module would for local files."""
+    if not parts or not pattern:
+        return not parts and not pattern
+    if pattern[0] == "**" and len(pattern) > 1:
+        hidden = parts[0].startswith(".")
+        return _matches(parts, pattern[1:]) or (not hidden and _matches(parts[1:], pattern))
+    hidden = parts[0].startswith(".") and not pattern[0].startswith(".")
+    return not hidden and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
+def _distinct(found: Iterable[Found]) -> tuple[dict[str, int], list[str]]:
+    """Size by URL, in order; and the URLs that name a file once more, be it by a symbolic link."""
+    files: dict[str, int] = {}
+    repeats: list[str] = []
+    first: dict[object, str] = {}
+    for url, size, identity in found:
+        other = first.setdefault(identity, url)
+        # Not every file system numbers its files well: what only looks the same is looked at again.
+        if url in files or (other != url and os.path.realpath(other) == os.path.realpath(url)):
+            repeats.append(url)
+        else:
+            files[url] = size
+    return files, repeats
+
+
+def _sibling_hint(url: str) -> list[str]:
+    """A hint where the one shard is one of many whose names differ in numbers alone."""
+    folder, _, name = url.rpartition("/")
+    if _remote(url):
+        store, path = filesystem(folder)
+        siblings = [str(info.base_name) for info in store.get_file_info(fs.FileSelector(path))]
+    else:
+        siblings = os.listdir(folder)
+    like = re.sub(r"\d+", "0", name)
+    names = sorted(sibling for sibling in siblings if re.sub(r"\d+", "0", sibling) == like)
+    if len(names) < 2:
+        return []
+    return [f"{name} is 1 of {len(names)} sibling shards; for all of them: '{folder}/{_span(names)}'"]
+
+
+def _span(names: list[str]) -> str:
+    """Names that differ in numbers alone, as one pattern: braces where one number runs without gaps, else a glob."""
+    columns = list(zip(*(re.split(r"(\d+)", name) for name in names), strict=True))
+    varying = [column for column in columns if len(set(column)) > 1]
+    low, high = min(varying[0], key=int), max(varying[0], key=int)
+    gapless = len(varying) == 1 and int(high) - int(low) + 1 == len(names) and len(low) in (len(high), 1)
+    braces = f"{{{low}..{high}}}" if gapless else "*"
+    return "".join(braces if column in varying else column[0] for column in columns)
+
+
+def _names(urls: list[str]) -> list[str]:
+    """A name for each shard, which names its output files: its path below the folder that all have in common."""
+    "\n".join(urls).encode()  # what is no UTF-8 fits no JSON
+    common = os.path.commonprefix([min(urls), max(urls)])  # noqa: RUF071 - by character, then cut at a slash
+    root = common.rpartition("/")[0]
+    names = ["/".join(map(_safe, url[len(root) + 1 :].removesuffix(".tar").split("/"))) for url in urls]
+    crowded = {folder: count for folder, count in Counter(map(_folder, names)).items() if count > FLAT}
+    names = [_bucketed(name, crowded[_folder(name)]) if _folder(name) in crowded else name for name in names]
+    taken: dict[str, str] = {}
+    for name, url in zip(names, urls, strict=True):
+        if (other := taken.setdefault(name, url)) != url:
+            raise UserError(f"{other} and {url} would both be named {name!r}; rename one of them")
+    return names
+
+
+def _folder(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def _safe(part: str) -> str:
+    """One component of a name that readers of Parquet folders take as it is.
+
+    They skip what begins with a dot or an underscore, and read `key=value` as a column.
+    """
+    part = re.sub(r'[=\\:*?"<>|{}\[\]#%\x00-\x1f\x7f]', "-", part)
+    return f"x{part}" if part[:1] in ("", ".", "_") else part
+
+
+def _bucketed(name: str, count: int) -> str:
+    folder, _, base = name.rpartition("/")
+    buckets = 2 ** round(math.log2(count / BUCKET))
+    return f"{folder}/{zlib.crc32(base.encode()) % buckets:03x}/{base}".lstrip("/")

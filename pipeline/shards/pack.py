@@ -1,0 +1,217 @@
+"""An image folder -> tar shards: the image files as they are, with their class and boxes beside them."""
+
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from webdataset.writer import TarWriter
+
+from saltern.pipeline.shards.expand import ENDINGS
+from saltern.pipeline.shards.samples import split_name
+from saltern.pipeline.shards.tape import IMAGES
+from saltern.schemas.errors import UserError
+
+SCRATCH = ".tmp-pack"  # what begins with a dot is no shard to `expand`
+_MAX_XML = 2**20  # bytes
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+@dataclass(slots=True)
+class Packed:
+    """What `pack` wrote."""
+
+    shards: int = 0
+    samples: int = 0
+    classes: int = 0  # sub-folders, empty ones included; 0 for a flat folder
+    bytes: int = 0  # of the tars
+    skipped: int = 0  # files that are no images, by their names
+    unboxed: int = 0  # images without an annotation, where boxes were asked for
+
+
+@dataclass(frozen=True, slots=True)
+class _Image:
+    path: Path
+    key: str
+    ext: str
+    label: int | None
+
+
+def pack(folder: Path, out: Path, *, per_shard: int = 1000, boxes: Path | None = None) -> Packed:
+    """Writes `shard-000000.tar` and so on, in the order of the sorted paths. The same folder gives the same bytes.
+
+    A sample's key is its path without the extension, further dots in the file's name made dashes, as a key ends at the
+    first dot. Members: the image; `cls`, the index of its class among the sorted sub-folders, as in torchvision's
+    ImageFolder; `json` with `name`, the class's folder, and `boxes` [[x0, y0, x1, y1]], inclusive pixels, `height` and
+    `width` of the annotation.
+
+    Args:
+        folder: one sub-folder a class, or images alone.
+        out: made where missing. The shards appear in it when all are written.
+        per_shard: samples a shard.
+        boxes: ILSVRC annotations, as CLASS/STEM.xml or STEM.xml, in it or in its sub-folder Annotation.
+
+    Raises:
+        UserError: no images, images beside class folders, shards in `out`, a damaged annotation, an unreadable file.
+    """
+    _check(folder, out, per_shard, boxes)
+    packed, scratch = Packed(), out / SCRATCH
+    try:
+        images = _images(folder, packed)
+        first = next(images, None)
+        if first is None:
+            raise UserError(f"{folder}: no image in {packed.skipped} files; images end in {', '.join(IMAGES)}")
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        _write(chain([first], images), scratch, per_shard, boxes, packed)
+        for path in sorted(scratch.iterdir()):
+            path.rename(out / path.name)
+        return packed
+    except OSError as error:
+        raise UserError(f"packing {folder} failed, and no shard was left in {out}: {error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check(folder: Path, out: Path, per_shard: int, boxes: Path | None) -> None:
+    if per_shard < 1:
+        raise UserError(f"--per-shard {per_shard}: at least one sample is needed")
+    for needed in (folder, boxes):
+        if needed is not None and not needed.is_dir():
+            raise UserError(f"{needed}: no such folder")
+    if boxes is not None and next(boxes.rglob("*.xml"), None) is None:
+        raise UserError(f"--boxes {boxes}: no .xml file below it")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: not a folder")
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"--out {out} lies in {folder} itself; give a folder beside it")
+    standing = [path.name for path in out.glob("*") if path.name.endswith(ENDINGS)]
+    if standing:
+        raise UserError(f"--out {out} holds shards already ({min(standing)}, ...); give another folder or remove them")
+
+
+def _images(folder: Path, packed: Packed) -> Iterator[_Image]:
+    """All images in order; counts classes and skipped files on the way."""
+    folders, files = _scan(folder)
+    flat = [name for name in files if _extension(name)]
+    if flat and folders:
+        fix = "move the images into class folders, or pack them by themselves"
+        raise UserError(f"{folder}: {len(flat)} images ({flat[0]}, ...) beside {len(folders)} folders; {fix}")
+    packed.classes, packed.skipped = len(folders), len(files) - len(flat)
+    yield from _keyed(folder, flat, None)
+    for label, name in enumerate(folders):
+        inside = sorted(_walk(folder, name, (_identity(folder),)))
+        images = [path for path in inside if _extension(path)]
+        packed.skipped += len(inside) - len(images)
+        yield from _keyed(folder, images, label)
+
+
+def _scan(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the sub-folders and of the files, sorted, hidden ones left out; symbolic links are followed."""
+    with os.scandir(folder) as entries:
+        seen = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith((".", "__MACOSX")))
+    return [name for name, is_dir in seen if is_dir], [name for name, is_dir in seen if not is_dir]
+
+
+def _walk(root: Path, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """Files below a sub-folder, relative to the root. A link back to a folder above is not followed."""
+    here = _identity(root / below)
+    if here in above:
+        return
+    folders, files = _scan(root / below)
+    yield from (f"{below}/{name}" for name in files)
+    for name in folders:
+        yield from _walk(root, f"{below}/{name}", (*above, here))
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+def _extension(name: str) -> str | None:
+    """The lower-case ending of an image; None where the file is none."""
+    ext = name.rpartition(".")[2].lower()
+    return ext if ext in IMAGES else None
+
+
+def _keyed(folder: Path, names: list[str], label: int | None) -> Iterator[_Image]:
+    """The images with keys that no two share: where stems are the same, the extension joins the key."""
+    plain = Counter(map(_key, names))
+    taken: dict[str, str] = {}
+    for name in names:
+        key, ext = _key(name), _extension(name)
+        if plain[key] > 1:
+            key = f"{key}-{ext}"
+        if taken.setdefault(key, name) != name:
+            raise UserError(f"{folder}: {taken[key]} and {name} would both have the key {key!r}; rename one of them")
+        if ext is None or split_name(f"{key}.{ext}") != (key, ext) or re.match(r"__[^/]*__/", key):
+            raise UserError(f"{str(folder / name)!r} makes no webdataset key; rename the file or its folder")
+        yield _Image(folder / name, key, ext, label)
+
+
+def _key(name: str) -> str:
+    folder, slash, base = name.rpartition("/")
+    return f"{folder}{slash}{base.rpartition('.')[0].replace('.', '-')}"
+
+
+def _write(images: Iterator[_Image], scratch: Path, per_shard: int, boxes: Path | None, packed: Packed) -> None:
+    while batch := list(islice(images, per_shard)):
+        path = scratch / f"shard-{packed.shards:06d}.tar"
+        with open(path, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+            for image in batch:
+                tar.write(_sample(image, boxes, packed))
+        packed.shards += 1
+        packed.samples += len(batch)
+        packed.bytes += path.stat().st_size
+
+
+def _sample(image: _Image, boxes: Path | None, packed: Packed) -> dict[str, Any]:
+    made: dict[str, Any] = {"__key__": image.key, image.ext: image.path.read_bytes()}
+    known: dict[str, Any] = {}
+    if image.label is not None:
+        made["cls"] = str(image.label).encode()
+        known["name"] = image.key.partition("/")[0]
+    if boxes is not None:
+        annotation = _annotation(image, boxes)
+        packed.unboxed += annotation is None
+        known |= read_annotation(annotation) if annotation else {}
+    if known:
+        made["json"] = json.dumps(known).encode()
+    return made
+
+
+def _annotation(image: _Image, boxes: Path) -> Path | None:
+    name = f"{image.path.stem}.xml"
+    folders = [boxes / "Annotation", boxes]
+    if image.label is not None:
+        folders = [place for folder in folders for place in (folder / image.key.partition("/")[0], folder)]
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+
+
+def read_annotation(path: Path) -> dict[str, Any]:
+    """Boxes [[x0, y0, x1, y1]], inclusive pixels, height and width of an ILSVRC annotation. Raises UserError."""
+    raw = path.read_bytes()
+    # A document type may declare entities that unfold without end; none of these files has one, or another encoding.
+    if len(raw) > _MAX_XML or any(mark in raw for mark in (b"<!DOCTYPE", b"<!ENTITY", b"\0")):
+        raise UserError(f"{path}: refused, as no ILSVRC annotation declares a document type or is that large")
+    try:
+        tree = ElementTree.fromstring(raw)  # noqa: S314 - see above
+        found = [[_pixels(thing, f"bndbox/{corner}") for corner in _CORNERS] for thing in tree.iter("object")]
+        return {"boxes": found, "height": _pixels(tree, "size/height"), "width": _pixels(tree, "size/width")}
+    except (ElementTree.ParseError, ValueError, OverflowError, LookupError) as error:
+        raise UserError(f"{path}: no ILSVRC annotation ({error}); restore it, or remove it to pack no boxes") from error
+
+
+def _pixels(element: ElementTree.Element, path: str) -> int:
+    text = element.findtext(path)
+    if text is None:
+        raise ValueError(f"{path} is missing")
+    return round(float(text))
