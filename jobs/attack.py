@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from saltern.jobs import driving
+from saltern.jobs import options
 from saltern.jobs.options import Model, Shards, Weights, parse_options, read_config
 from saltern.schemas.errors import UserError
 
@@ -43,15 +43,15 @@ def attack(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many samples.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images; default 16 on a CPU, 128 on a GPU.")] = None,
     decode_threads: Annotated[int | None, typer.Option(min=1, help="Of each worker.")] = None,
-    engine: driving.Engine = "auto",
-    address: driving.Address = None,
-    workers: driving.Workers = None,
-    gpus_per_worker: driving.GpusPerWorker = None,
-    device: driving.Device = "auto",
-    overwrite: driving.Overwrite = False,
+    engine: options.Engine = "auto",
+    address: options.Address = None,
+    workers: options.Workers = None,
+    gpus_per_worker: options.GpusPerWorker = None,
+    device: options.Device = "auto",
+    overwrite: options.Overwrite = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Redo samples that are not ok.")] = False,
-    shard_timeout: driving.ShardTimeout = None,
-    max_failed_shards: driving.MaxFailedShards = None,
+    shard_timeout: options.ShardTimeout = None,
+    max_failed_shards: options.MaxFailedShards = None,
     config: Annotated[
         Path | None, typer.Option(callback=read_config, is_eager=True, help="TOML file with the same keys.")
     ] = None,
@@ -90,7 +90,7 @@ def attack(
             "save_images": save_images,
         },
     )
-    driving.drive(
+    options.drive(
         Job(partial(plan, request), partial(Processor, work=Attack), close),
         out=out,
         engine=engine,

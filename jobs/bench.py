@@ -28,9 +28,9 @@ def extract(
 
     from saltern.pipeline.bench.extract import measure
     from saltern.pipeline.bench.figures import as_json, as_markdown, describe_machine
-    from saltern.pipeline.bench.settings import Settings
+    from saltern.pipeline.bench.workload import Settings
     from saltern.pipeline.engine.choose import choose
-    from saltern.pipeline.extract.request import pick_device
+    from saltern.pipeline.machine import pick_device
 
     settings = Settings(
         command=[sys.executable, "-m", "saltern"],
@@ -67,7 +67,7 @@ def methods(
 
     from saltern.pipeline.bench.figures import describe_machine
     from saltern.pipeline.bench.methods import Bench, as_table, measure
-    from saltern.pipeline.extract.request import pick_device
+    from saltern.pipeline.machine import pick_device
     from saltern.pipeline.methods import find
 
     for name in only or ():
@@ -100,7 +100,7 @@ def casm(
 
     from saltern.pipeline.bench.casm import Bench, as_table, measure
     from saltern.pipeline.bench.figures import describe_machine
-    from saltern.pipeline.extract.request import pick_device, see_own_modules
+    from saltern.pipeline.machine import pick_device, see_own_modules
 
     see_own_modules()
     machine = describe_machine()

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from saltern.jobs import driving
+from saltern.jobs import options
 from saltern.jobs.options import Model, Shards, Weights, parse_floats, parse_options, read_config
 
 
@@ -27,13 +27,13 @@ def extract(
     map_size: Annotated[str, typer.Option(help="native (the method's grid) or input (upsampled).")] = "native",
     map_dtype: Annotated[str | None, typer.Option(help="uint8, float16 or float32; default: the method's.")] = None,
     no_map: Annotated[bool, typer.Option("--no-map", help="Store masks and boxes only.")] = False,
-    engine: driving.Engine = "auto",
-    address: driving.Address = None,
-    workers: driving.Workers = None,
-    gpus_per_worker: driving.GpusPerWorker = None,
+    engine: options.Engine = "auto",
+    address: options.Address = None,
+    workers: options.Workers = None,
+    gpus_per_worker: options.GpusPerWorker = None,
     decode_threads: Annotated[int | None, typer.Option(min=1, help="Of each worker.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images; default 16 on a CPU, 128 on a GPU.")] = None,
-    device: driving.Device = "auto",
+    device: options.Device = "auto",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 (autocast, channels last).")] = "fp32",
     resize: Annotated[
         int | None, typer.Option(min=1, help="Shorter side before the crop; default: the weights'.")
@@ -43,17 +43,17 @@ def extract(
     mean: Annotated[str | None, typer.Option(metavar="R,G,B", help="Of RGB in 0..1; default: the weights'.")] = None,
     std: Annotated[str | None, typer.Option(metavar="R,G,B", help="Of RGB in 0..1; default: the weights'.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many samples.")] = None,
-    overwrite: driving.Overwrite = False,
+    overwrite: options.Overwrite = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Redo samples that are not ok.")] = False,
-    shard_timeout: driving.ShardTimeout = None,
-    max_failed_shards: driving.MaxFailedShards = None,
+    shard_timeout: options.ShardTimeout = None,
+    max_failed_shards: options.MaxFailedShards = None,
     config: Annotated[
         Path | None, typer.Option(callback=read_config, is_eager=True, help="TOML file with the same keys.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of random weights and random methods.")] = 0,
 ) -> None:
     """Extract saliency maps, masks and boxes. The same command again goes on where the last one ended."""
-    from saltern.pipeline.engine.conduct import extraction
+    from saltern.pipeline.extract.extraction import extraction
     from saltern.pipeline.extract.request import Request
 
     request = Request(
@@ -78,7 +78,7 @@ def extract(
         limit=limit,
         batch_size=batch_size,
     )
-    driving.drive(
+    options.drive(
         extraction(request),
         out=out,
         engine=engine,

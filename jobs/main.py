@@ -21,7 +21,7 @@ from saltern.jobs.train_casm import train_casm
 from saltern.jobs.unseen_classes import unseen_classes
 from saltern.jobs.verify import verify
 from saltern.jobs.visualize_class import visualize_class
-from saltern.pipeline.allocator import keep_memory
+from saltern.pipeline.machine import keep_memory
 from saltern.schemas.errors import UserError
 
 EXIT_CODES = (

@@ -1,14 +1,19 @@
 """Options that several commands share, and the files and words that they are read from."""
 
 import json
+import os
+import sys
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from saltern.schemas.errors import UserError
 from saltern.schemas.run import check_keys
+
+if TYPE_CHECKING:
+    from saltern.pipeline.engine.conduct import Job
 
 Shards = Annotated[
     list[str],
@@ -92,3 +97,41 @@ def parse_floats(text: str | None, name: str) -> list[float] | None:
     if len(numbers) != 3:
         raise UserError(f"{name} {text!r}: three numbers are needed, as 0.485,0.456,0.406")
     return numbers
+
+
+Engine = Annotated[str, typer.Option(help="local (this process), ray (actors) or auto.")]
+
+
+Address = Annotated[str | None, typer.Option(help="Ray cluster to join; default: $RAY_ADDRESS, or one of our own.")]
+
+
+Workers = Annotated[int | None, typer.Option(min=1, help="Ray actors; default: one for each GPU.")]
+
+
+GpusPerWorker = Annotated[
+    float | None, typer.Option(min=0, help="GPUs of an actor; fractions allowed; default: 1, on a CPU 0.")
+]
+
+
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the run that stands there first.")]
+
+
+ShardTimeout = Annotated[float | None, typer.Option(min=0, help="Seconds a shard may take.")]
+
+
+MaxFailedShards = Annotated[int | None, typer.Option(min=0, help="Stop when more have failed.")]
+
+
+def drive(job: "Job", **settings: Any) -> None:
+    """Do the job and leave with its exit code."""
+    from saltern.pipeline.engine.conduct import Settings, conduct
+
+    ended = conduct(job, Settings(**settings))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if ended.stuck:
+        os._exit(ended.code)  # a thread is stuck in a shard: an ordinary exit would wait for it
+    raise typer.Exit(ended.code)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from saltern.jobs import driving
+from saltern.jobs import options
 from saltern.jobs.options import Model, Shards, Weights, read_config
 from saltern.schemas.errors import UserError
 
@@ -51,11 +51,11 @@ def train_casm(
     precision: Annotated[str, typer.Option(help="fp32 or bf16 (autocast).")] = "fp32",
     checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps; default: an epoch.")] = None,
     decode_threads: Annotated[int | None, typer.Option(min=1, help="Default: one a core, at most 16.")] = None,
-    device: driving.Device = "auto",
+    device: options.Device = "auto",
     workers: Annotated[int, typer.Option(min=1, help="Data-parallel, on Ray; 1 works in this process.")] = 1,
-    gpus_per_worker: driving.GpusPerWorker = None,
+    gpus_per_worker: options.GpusPerWorker = None,
     pool_draw: Annotated[str, typer.Option(help="shared: one past classifier for all workers; per-rank.")] = "shared",
-    address: driving.Address = None,
+    address: options.Address = None,
     val: Annotated[
         list[str] | None,
         typer.Option(metavar="SHARDS", help="With boxes: LE, F1 and a page of masks after each epoch; repeatable."),

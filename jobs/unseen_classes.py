@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from saltern.jobs import driving
+from saltern.jobs import options
 from saltern.jobs.options import AsJson, Model, Shards, Weights
 from saltern.jobs.train_casm import parse_classes, parse_lambda
 
@@ -34,10 +34,10 @@ def unseen_classes(
         typer.Option(min=1, help="Of the network's input, and of images to judge by; default: the weights'."),
     ] = None,
     min_crop: Annotated[float, typer.Option(help="Share of an image that a random crop covers, at least.")] = 0.08,
-    device: driving.Device = "auto",
+    device: options.Device = "auto",
     workers: Annotated[int, typer.Option(min=1, help="Of a training: data-parallel, on Ray.")] = 1,
-    gpus_per_worker: driving.GpusPerWorker = None,
-    address: driving.Address = None,
+    gpus_per_worker: options.GpusPerWorker = None,
+    address: options.Address = None,
     precision: Annotated[str, typer.Option(help="fp32 or bf16 (autocast).")] = "fp32",
     seed: Annotated[int, typer.Option(help="Of the split and all else that is drawn.")] = 0,
     as_json: AsJson = False,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from saltern.jobs import driving
+from saltern.jobs import options
 from saltern.jobs.options import Model, Weights
 
 
@@ -22,14 +22,14 @@ def visualize_class(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Classes at a time; default 8 on a CPU, 64 on a GPU.")
     ] = None,
-    engine: driving.Engine = "auto",
-    address: driving.Address = None,
-    workers: driving.Workers = None,
-    gpus_per_worker: driving.GpusPerWorker = None,
-    device: driving.Device = "auto",
-    overwrite: driving.Overwrite = False,
-    shard_timeout: driving.ShardTimeout = None,
-    max_failed_shards: driving.MaxFailedShards = None,
+    engine: options.Engine = "auto",
+    address: options.Address = None,
+    workers: options.Workers = None,
+    gpus_per_worker: options.GpusPerWorker = None,
+    device: options.Device = "auto",
+    overwrite: options.Overwrite = False,
+    shard_timeout: options.ShardTimeout = None,
+    max_failed_shards: options.MaxFailedShards = None,
     seed: Annotated[int, typer.Option(help="Of random weights and of the noise.")] = 0,
 ) -> None:
     """Make the image that each class's logit likes best: ascent of logit - lambda * ||I||^2 on the normalised image.
@@ -51,7 +51,7 @@ def visualize_class(
         seed=seed,
         pinned={"batch_size": batch_size},
     )
-    driving.drive(
+    options.drive(
         Job(partial(plan, wish), Visualizer, close),
         out=out,
         engine=engine,

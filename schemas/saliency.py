@@ -87,3 +87,6 @@ def read_metadata(schema: pa.Schema) -> dict[str, Any]:
     raw = (schema.metadata or {}).get(METADATA_KEY)
     found: dict[str, Any] = json.loads(raw) if raw else {}
     return found
+
+
+Box = tuple[int, int, int, int]

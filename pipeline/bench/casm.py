@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from saltern.pipeline.bench.figures import Side, by_turns, ratio
-from saltern.pipeline.bench.memory import peak_bytes
+from saltern.pipeline.bench.figures import Side, by_turns, peak_bytes, ratio
 from saltern.pipeline.casm.algorithm.settings import Precision, Settings
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS, Thinning, thinning_named
-from saltern.pipeline.casm.exact import exact
+from saltern.pipeline.machine import exact
 from saltern.pipeline.masknet.network import Decoder, Trunk
 from saltern.pipeline.masknet.stages import find_stages
 from saltern.pipeline.models import classifiers

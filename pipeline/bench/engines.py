@@ -12,9 +12,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from saltern.pipeline.bench.figures import Figure, Side, by_turns, ratio, skipped
-from saltern.pipeline.bench.settings import Layout, Settings
-from saltern.pipeline.bench.workload import Resident, Work, drive, images, spec_for
-from saltern.pipeline.engine.pool import LocalPool, Pool
+from saltern.pipeline.bench.workload import Layout, Resident, Settings, Work, drive, images, spec_for
+from saltern.pipeline.engine.local import LocalPool
+from saltern.pipeline.engine.pool import Pool
+from saltern.pipeline.extract.extraction import Extraction
 from saltern.pipeline.extract.processor import Processor, Spec
 from saltern.schemas.errors import UserError
 
@@ -48,7 +49,7 @@ def _cost(
 ) -> Figure:
     """With a no-op method, as the least work is the hardest to hold an engine against."""
     with spec_for(settings.noop(), "cpu", _LAYOUT) as spec, _actors(spec, make, core) as actor, _on(core):
-        local = Resident(LocalPool(partial(Processor, spec)))
+        local = Resident(LocalPool(partial(Processor, spec, Extraction)))
         worker = drive(actor, work.images(settings.batch))[0].worker
         process = process_of(int(worker.rpartition(":")[2]))
 
@@ -103,7 +104,7 @@ def bound(spec: Spec, claims: str, cores: Sequence[int]) -> Processor:
         with contextlib.suppress(FileExistsError):
             Path(claims, str(core)).touch(exist_ok=False)
             _bind([core])
-            return Processor(spec)
+            return Processor(spec, Extraction)
     raise RuntimeError("more workers than cores")
 
 

@@ -10,8 +10,7 @@ from tempfile import TemporaryDirectory
 from saltern.pipeline.bench import footprint, rates
 from saltern.pipeline.bench.engines import engines
 from saltern.pipeline.bench.figures import Figure
-from saltern.pipeline.bench.settings import Settings
-from saltern.pipeline.bench.workload import Work, make_shards
+from saltern.pipeline.bench.workload import Settings, Work, make_shards
 
 _SHARDS = 4
 

@@ -12,10 +12,9 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 from saltern.pipeline.bench.figures import Figure, by_turns, ratio
-from saltern.pipeline.bench.settings import Settings
-from saltern.pipeline.bench.workload import Blank, make_shards
+from saltern.pipeline.bench.workload import Blank, Settings, make_shards
 from saltern.pipeline.engine.driver import Driver
-from saltern.pipeline.engine.pool import LocalPool
+from saltern.pipeline.engine.local import LocalPool
 from saltern.pipeline.extract.request import resolve
 from saltern.pipeline.runs.manifest import receipt_name
 from saltern.schemas.errors import UserError

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saltern.pipeline.bench.figures import by_turns
-from saltern.pipeline.bench.memory import peak_bytes
+from saltern.pipeline.bench.figures import by_turns, peak_bytes
 from saltern.pipeline.bench.peers import PEERS, Call
 from saltern.pipeline.methods import Method, build
-from saltern.pipeline.methods.base import frozen
 from saltern.pipeline.models import classifiers
+from saltern.pipeline.models.passes import frozen
 from saltern.pipeline.models.taps import Taps
 
 _IMPORTED_AS = {"captum": "captum", "pytorch-grad-cam": "pytorch_grad_cam", "torchcam": "torchcam", "zennit": "zennit"}

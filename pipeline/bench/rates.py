@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import torch
 
 from saltern.pipeline.bench.figures import Figure, Side, by_turns, ratio
-from saltern.pipeline.bench.settings import Layout, Settings, layouts
-from saltern.pipeline.bench.workload import Resident, Work, drive, images, spec_for
-from saltern.pipeline.engine.pool import LocalPool
+from saltern.pipeline.bench.workload import Layout, Resident, Settings, Work, drive, images, layouts, spec_for
+from saltern.pipeline.engine.local import LocalPool
 from saltern.pipeline.extract.explain import AUTOCAST
+from saltern.pipeline.extract.extraction import Extraction
 from saltern.pipeline.extract.processor import Processor, Spec
-from saltern.pipeline.extract.request import cores
+from saltern.pipeline.machine import cores
 from saltern.pipeline.methods import build
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.runs.manifest import data_name
@@ -129,7 +129,7 @@ def decode_bound(settings: Settings, work: Work) -> list[Figure]:
 def _against(held: _Held, rounds: int, work: Work, spec: Spec, limit: Callable[[float], int]) -> Figure:
     """A run of one worker, that stands when the clock starts, ÷ what limits it."""
     batch = spec.run.config.batch_size
-    pool = Resident(LocalPool(lambda: Processor(spec)))
+    pool = Resident(LocalPool(lambda: Processor(spec, Extraction)))
     drive(pool, work.images(2 * batch))
     limit(2 * batch)
     rate = Side(lambda: limit(4 * batch))()
@@ -158,7 +158,7 @@ def stored(settings: Settings, work: Work) -> Figure:
     """Bytes of masks and native maps an image, in one data file of all the images."""
     every = cores()
     with spec_for(settings.request(), settings.device, Layout("", every, every)) as spec:
-        processor = Processor(spec)
+        processor = Processor(spec, Extraction)
         rows: list[Row] = []
         for shard in work.shards:
             left = settings.stored_images - len(rows)

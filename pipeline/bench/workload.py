@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from saltern.pipeline.bench.settings import Layout
 from saltern.pipeline.engine.driver import Driver
 from saltern.pipeline.engine.pool import Died, Event, Pool, Raised, Ready
 from saltern.pipeline.extract.processor import Spec
-from saltern.pipeline.extract.request import Request, resolve
+from saltern.pipeline.extract.request import BATCH_SIZE, Request, resolve
+from saltern.pipeline.machine import cores
 from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.samples import list_keys
 from saltern.pipeline.storage.store import Store, session
@@ -26,6 +26,15 @@ from saltern.schemas.receipt import Failure, Receipt
 from saltern.schemas.run import Shard
 
 HEIGHT, WIDTH, QUALITY = 375, 500, 92  # as ImageNet's, about 110 kB a photograph
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who gets the cores."""
+
+    name: str
+    torch_threads: int
+    decode_threads: int
 
 
 def make_shards(folder: Path, shards: int, each: int, height: int = HEIGHT, width: int = WIDTH) -> None:
@@ -148,3 +157,71 @@ def drive(pool: Resident, shards: Sequence[Shard], workers: int = 1) -> list[Rec
 
 def images(receipts: Sequence[Receipt]) -> int:
     return sum(receipt.samples for receipt in receipts)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The defaults take about nine minutes on two cores."""
+
+    command: Sequence[str]  # that runs `saltern`
+    shards: Sequence[str] = ()  # as `extract` takes them
+    made: bool = False  # they hold made pictures, no photographs
+    model: str = "resnet50"
+    weights: str = "none"
+    method: str = "grad-cam"
+    precision: str = "fp32"
+    batch_size: int | None = None
+    device: str = "cpu"  # cpu | cuda
+    rounds: int = 5
+    seconds: float = 6.0  # of each side in each round, about; half of it with the no-op method
+    stored_images: int = 512  # at most, whose bytes are counted
+    few_shards: int = 10  # memory: few against many
+    many_shards: int = 200
+    done_shards: int = 100_000  # resume
+    loop_shards: int = 5_000  # of the driver's loop, each round
+
+    @property
+    def batch(self) -> int:
+        return self.batch_size or BATCH_SIZE[self.device]
+
+    def request(self) -> Request:
+        """The run that is measured."""
+        return Request(
+            shards=self.shards,
+            model=self.model,
+            method=self.method,
+            weights=self.weights,
+            precision=self.precision,
+            target="top1",
+            batch_size=self.batch,
+        )
+
+    def noop(self) -> Request:
+        """The same on a model and a method that do next to nothing."""
+        return Request(
+            shards=self.shards,
+            model="saltern.pipeline.bench.noop:net",
+            method="saltern.pipeline.bench.noop:Noop",
+            target="top1",
+            batch_size=self.batch,
+        )
+
+
+def layouts(device: str, bound: str) -> list[Layout]:
+    """One core left to the rest of the pipeline, and all cores to what it waits for.
+
+    Args:
+        device: cpu | cuda; a GPU needs no cores.
+        bound: model | decode, what the run waits for.
+    """
+    every = cores()
+    threads = min(16, every)
+    if device == "cuda" and bound == "model":
+        return [Layout("GPU", 1, threads)]
+    if bound == "model":
+        shared = Layout(f"torch on {every} of {every} cores", every, threads)
+        spared = Layout(f"torch on {every - 1} of {every} cores", every - 1, 1)
+    else:
+        shared = Layout(f"decode threads: {every} on {every} cores", 1, every)
+        spared = Layout(f"decode threads: {every - 1} on {every} cores", 1, every - 1)
+    return [spared, shared] if every > 1 else [shared]

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
-from saltern.pipeline import allocator
+from saltern.pipeline import machine
 from saltern.pipeline.engine.pool import Died, Done, Event, Factory, Processor, Raised, Ready
 from saltern.schemas.errors import UserError
 from saltern.schemas.receipt import Receipt
@@ -78,7 +78,7 @@ class RayPool:
         fit = [node.get("CPU", 0.0) for node in _alive().values() if node.get("GPU", 0.0) >= gpus]
         cpus = min(cpus, max(fit, default=0.0) or cpus)
         environment = {
-            **allocator.ENVIRONMENT,
+            **machine.ENVIRONMENT,
             "OMP_NUM_THREADS": str(torch_threads),
             "PYTHONPATH": os.pathsep.join([*import_paths, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
         }

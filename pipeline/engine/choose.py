@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from saltern.pipeline.engine.pool import Factory, LocalPool, Pool
-from saltern.pipeline.extract.request import pick_device
+from saltern.pipeline.engine.local import LocalPool
+from saltern.pipeline.engine.pool import Factory, Pool
+from saltern.pipeline.machine import pick_device
 from saltern.schemas.errors import UserError
 
 

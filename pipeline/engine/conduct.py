@@ -2,22 +2,21 @@
 
 import contextlib
 import os
-import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from saltern.pipeline.engine.choose import Engine, choose, make_pool
 from saltern.pipeline.engine.driver import Driver, Outcome
-from saltern.pipeline.engine.pool import Factory, LocalPool
+from saltern.pipeline.engine.local import LocalPool
+from saltern.pipeline.engine.pool import Factory
 from saltern.pipeline.engine.pool import Processor as AnyProcessor
 from saltern.pipeline.engine.progress import Progress, clock, spent
-from saltern.pipeline.extract.processor import Processor
-from saltern.pipeline.extract.request import Request, cores, resolve
+from saltern.pipeline.machine import cores, sigterm_as_interrupt
 from saltern.pipeline.runs.manifest import (
     begin,
     failure_name,
@@ -97,11 +96,6 @@ class Job:
     close: Callable[[Store, Run, Path], None] = lambda store, run, scratch: None
 
 
-def extraction(request: Request) -> Job:
-    """The job of `saltern extract`."""
-    return Job(partial(resolve, request), Processor)
-
-
 def conduct(job: Job, settings: Settings) -> Exit:
     """Do the job, or go on with it.
 
@@ -134,20 +128,6 @@ def _wipe(store: Store, out: str) -> None:
     if store.read("run.json") is None and store.listing("", ""):
         raise UserError(f"--overwrite: {out} holds files but no run.json, so it is no run; choose another --out")
     wipe(store)
-
-
-@contextlib.contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """Schedulers end jobs with SIGTERM: it is answered as Ctrl-C is."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _drive(store: Store, spec: Spec, factory: Factory, settings: Settings, engine: Engine) -> Exit:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 
 import pyarrow.parquet as pq
 
+from saltern.pipeline.extract.extraction import Extraction
 from saltern.pipeline.extract.processor import Processor, Spec
-from saltern.pipeline.extract.request import Request, cores, pick_device, resolve
+from saltern.pipeline.extract.request import Request, resolve
+from saltern.pipeline.machine import cores, pick_device
 from saltern.pipeline.runs.manifest import data_name
 from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.samples import list_keys
@@ -81,7 +83,7 @@ def _try(request: Request, device: str) -> tuple[float, float, int]:
     """Images/s, stored bytes an image, and bytes of a file beside its rows."""
     run, _ = resolve(request, None, device, 1)
     with tempfile.TemporaryDirectory(prefix="saltern-plan-") as root, session(Store(root)) as scratch:
-        processor = Processor(Spec(run, root, str(scratch), device, cores()))
+        processor = Processor(Spec(run, root, str(scratch), device, cores()), Extraction)
         processor.process(run.shards[0])  # the first time pays for set-up
         since = time.perf_counter()
         receipt = processor.process(run.shards[0])

@@ -4,76 +4,17 @@ Shape suffixes: B batch, H W the network's input, h w the stored map's grid, K c
 each of its targets), N bytes.
 """
 
-import time
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from saltern.pipeline.extract.work import Pending
 from saltern.pipeline.maps.discretize import discretize, parse_rule, upsample
 from saltern.pipeline.maps.encode import CLIP_QUANTILE, pack_mask, quantise
 from saltern.pipeline.methods import Method
 from saltern.schemas.errors import UserError
 from saltern.schemas.run import RunConfig
-from saltern.schemas.saliency import NONFINITE, OK, ZERO_MAP
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_STATUS = (OK, ZERO_MAP, NONFINITE)
-
-
-@dataclass(frozen=True)
-class Explained:
-    """What one batch gave, on the host; R = B * targets, all targets of a sample in a run."""
-
-    columns: dict[str, NDArray[Any]]
-    statuses: list[str]  # of each row
-
-    @classmethod
-    def concatenate(cls, parts: "list[Explained]") -> "Explained":
-        """One batch of the parts into which it was split."""
-        if len(parts) == 1:
-            return parts[0]
-        names = parts[0].columns
-        joined = {name: np.concatenate([part.columns[name] for part in parts]) for name in names}
-        return cls(joined, [status for part in parts for status in part.statuses])
-
-
-class Pending:
-    """Results on their way to the host. `wait` blocks the caller, not the device's thread."""
-
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
-        self._started = self._mark()
-
-    def _mark(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-    def send(self, columns: dict[str, Tensor]) -> "Pending":
-        self._columns = {name: self._to_host(column) for name, column in columns.items()}
-        self._ended = self._mark()
-        return self
-
-    def _to_host(self, column: Tensor) -> Tensor:
-        if not self._cuda:
-            return column
-        return torch.empty(column.shape, dtype=column.dtype, pin_memory=True).copy_(column, non_blocking=True)
-
-    def wait(self) -> tuple[Explained, float]:
-        """The results, and the seconds that the device spent on them."""
-        if self._cuda:
-            self._ended.synchronize()
-            seconds = self._started.elapsed_time(self._ended) / 1000
-        else:
-            seconds = self._ended - self._started
-        columns = {name: column.numpy() for name, column in self._columns.items()}
-        return Explained(columns, [_STATUS[code] for code in columns.pop("status").tolist()]), seconds
 
 
 def parse_target(target: str, classes: int) -> tuple[str, int]:

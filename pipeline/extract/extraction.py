@@ -1,36 +1,33 @@
 """What the processor does with its samples in `extract`: explain them on the device, make them rows."""
 
-from dataclasses import replace
-from typing import Protocol
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
-import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from saltern.pipeline.extract.explain import Explained, Explainer, Pending
+from saltern.pipeline.engine.conduct import (
+    Job,
+)
+from saltern.pipeline.extract.explain import Explainer
+from saltern.pipeline.extract.processor import Processor
+from saltern.pipeline.extract.request import Request, resolve
+from saltern.pipeline.extract.work import Explained, Item, Pending
+from saltern.pipeline.maps.discretize import largest_box
+from saltern.pipeline.maps.encode import unpack_mask
+from saltern.pipeline.maps.frame import to_original
 from saltern.pipeline.methods import Method, build
 from saltern.pipeline.models import classifiers
-from saltern.pipeline.rows import Item, Storage, assemble
-from saltern.pipeline.runs.outlet import Spec, check_weights, origin
+from saltern.pipeline.runs.outlet import Spec, origin
 from saltern.pipeline.runs.writer import Row
+from saltern.pipeline.shards.decode import Decoded
 from saltern.pipeline.shards.samples import Sample
+from saltern.schemas.errors import UserError
 from saltern.schemas.run import RunConfig, Shard
-from saltern.schemas.saliency import MISSING_LABEL, table_schema, with_metadata
-
-
-class Work(Protocol):
-    """What a job does with samples; made and called in the thread that owns the device, but for `rows`."""
-
-    schema: pa.Schema  # of the data files; begins with key, shard, index, ends with status, error
-
-    def __call__(self, pixels_BHWC: Tensor, label_B: Tensor, seed_B: Tensor) -> Pending:
-        """Begin one batch, on the host as yet: pixels uint8, labels and seeds int64."""
-
-    def problem(self, sample: Sample) -> tuple[str, str] | None:
-        """Status and reason where a sample with an image cannot be worked on all the same."""
-
-    def rows(self, shard: Shard, batch: list[Item], found: Explained | None) -> list[Row]:
-        """Rows of a settled batch, in its order."""
+from saltern.schemas.saliency import MISSING_LABEL, NONFINITE, OK, ZERO_MAP, table_schema, with_metadata
 
 
 class Extraction:
@@ -87,3 +84,103 @@ def load_method(config: RunConfig, device: torch.device) -> tuple[nn.Module, Met
     """The run's model, and its method on it."""
     model = load_model(config, device)
     return model, build(config.method, model, layer=next(iter(config.layer), None), **config.options)
+
+
+def extraction(request: Request) -> Job:
+    """The job of `saltern extract`."""
+    return Job(partial(resolve, request), partial(Processor, work=Extraction))
+
+
+def check_weights(config: RunConfig, digest: str) -> None:
+    """Raises UserError where the weights that were loaded here are not the run's."""
+    if digest != config.weights_digest:
+        raise UserError(
+            f"the weights of {config.model} on {socket.gethostname()} are not the run's "
+            f"(digest {digest[:12]}, the run has {config.weights_digest[:12]}): "
+            "give the same file everywhere with --weights, or seed your factory"
+        )
+
+
+_REASONS = {
+    OK: None,
+    ZERO_MAP: "the method gave zeros everywhere",
+    NONFINITE: "the map is not finite, or does not fit the stored dtype",
+}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the maps and masks of a run are stored."""
+
+    shard: str  # name
+    map_shape: tuple[int, int] | None  # cells; None where maps are not stored
+    scaled: bool  # uint8: lo and hi belong to the map
+    input_shape: tuple[int, int]  # pixels
+
+
+def assemble(items: Sequence[Item], found: Explained | None, each: int, storage: Storage) -> list[Row]:
+    """Rows of a batch, in the order of saltern.schemas.saliency.table_schema.
+
+    Args:
+        items: settled.
+        found: what the device gave for the decoded ones among them, `each` rows a sample; None where there are none.
+        each: rows of a decoded sample.
+        storage: how maps and masks are stored.
+    """
+    rows: list[Row] = []
+    at = 0
+    for item in items:
+        if item.kept is not None:
+            rows += item.kept
+        elif item.decoded is None or found is None:
+            rows.append(_failed(item, storage))
+        else:
+            rows += [_explained(item, item.decoded, found, row, storage) for row in range(at, at + each)]
+            at += each
+    return rows
+
+
+def _failed(item: Item, storage: Storage) -> Row:
+    sample, (status, reason) = item.sample, item.problem or ("", "")
+    return (sample.key, storage.shard, sample.index, sample.label, *[None] * 15, status, reason)
+
+
+def _explained(item: Item, decoded: Decoded, found: Explained, row: int, storage: Storage) -> Row:
+    status, columns = found.statuses[row], found.columns
+    target = int(columns["target"][row])
+    score = None if target < 0 else float(columns["score"][row])
+    return (
+        item.sample.key,
+        storage.shard,
+        item.sample.index,
+        item.sample.label,
+        int(columns["predicted"][row]),
+        None if target < 0 else target,
+        score,
+        *_map_columns(columns, row, storage, status),
+        *_mask_columns(columns, row, storage, status, decoded),
+        decoded.image_height,
+        decoded.image_width,
+        list(decoded.geometry),
+        status,
+        _REASONS[status],
+    )
+
+
+def _map_columns(columns: dict[str, Any], row: int, storage: Storage, status: str) -> tuple[Any, ...]:
+    if storage.map_shape is None or status == NONFINITE:
+        return (None,) * 5
+    scale = (float(columns["map_lo"][row]), float(columns["map_hi"][row])) if storage.scaled else (None, None)
+    return (columns["map"][row].tobytes(), *storage.map_shape, *scale)
+
+
+def _mask_columns(
+    columns: dict[str, Any], row: int, storage: Storage, status: str, decoded: Decoded
+) -> tuple[Any, ...]:
+    if status == NONFINITE:
+        return (None,) * 4
+    raw = columns["mask"][row].tobytes()
+    box = largest_box(unpack_mask(raw, storage.input_shape))
+    boxes = [] if box is None else [to_original(box, decoded.geometry, decoded.image_height, decoded.image_width)]
+    threshold = float(columns["mask_threshold"][row]) if status == OK else None
+    return raw, threshold, float(columns["mask_area"][row]), boxes

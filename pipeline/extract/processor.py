@@ -17,16 +17,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from saltern.pipeline.extract.explain import Explained, Pending
-from saltern.pipeline.extract.extraction import Extraction, Work
-from saltern.pipeline.rows import Item
+from saltern.pipeline.extract.work import Explained, Item, Pending, Work, device_losses
 from saltern.pipeline.runs.manifest import data_name
 from saltern.pipeline.runs.outlet import Outlet, Spec, Tally
 from saltern.pipeline.runs.writer import ROW_GROUP, Row, ShardWriter, read_rows
 from saltern.pipeline.shards.decode import Decoded, decode
 from saltern.pipeline.shards.prefetch import prefetch
 from saltern.pipeline.shards.samples import Sample, read_samples
-from saltern.schemas.errors import DeviceLostError
 from saltern.schemas.receipt import Receipt
 from saltern.schemas.run import RunConfig, Shard
 from saltern.schemas.saliency import OK
@@ -49,7 +46,7 @@ class Processor:
         UserError: the model, its weights or the method cannot be had here, or the weights are not the driver's.
     """
 
-    def __init__(self, spec: Spec, work: Callable[[Spec, torch.device], Work] = Extraction):
+    def __init__(self, spec: Spec, work: Callable[[Spec, torch.device], Work]):
         self.config = spec.run.config
         self.images = 0  # samples whose rows were handed to a writer, for progress
         self._outlet = Outlet(spec)
@@ -174,19 +171,6 @@ class Processor:
         raw = self._outlet.store.read(data_name(shard.name))
         rows = {} if raw is None else read_rows(pa.BufferReader(raw))
         return {index: found for index, found in rows.items() if all(row[-2] == OK for row in found)}
-
-
-@contextlib.contextmanager
-def device_losses() -> Iterator[None]:
-    """A CUDA error leaves the process unusable: said as what it means."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        if "CUDA error" in str(error) or "CUBLAS" in str(error):
-            raise DeviceLostError(str(error).splitlines()[0]) from error
-        raise
 
 
 def _decode(data: bytes, config: RunConfig) -> tuple[Decoded, float]:

@@ -1,15 +1,13 @@
 """From what the user asked for to a run: shards named and sized, model and method resolved, every default filled in."""
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
-import torch
-
 from saltern.pipeline.extract.explain import parse_target
+from saltern.pipeline.machine import see_own_modules, torch_threads
 from saltern.pipeline.maps.discretize import parse_rule
 from saltern.pipeline.methods import Method, build
 from saltern.pipeline.models import classifiers
@@ -55,11 +53,6 @@ class Request:
     job_options: dict[str, Any] = field(default_factory=dict)  # complete
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def resolve(request: Request, standing: Run | None, device: str, workers: int) -> tuple[Run, list[str]]:
     """The run that is asked for, and hints for the user in words.
 
@@ -102,12 +95,6 @@ def new_run(config: RunConfig, shards: list[Shard], class_names: list[str] | Non
     """The run with its fingerprint and the versions that it is made with."""
     versions = {name: version(name) for name in ("saltern", "torch", "torchvision", "pyarrow", "pillow", "numpy")}
     return Run(config, shards, versions, config.fingerprint(), class_names)
-
-
-def torch_threads(device: str, workers: int) -> int:
-    if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
-        return int(os.environ["OMP_NUM_THREADS"])
-    return max(1, cores() // workers) if device == "cpu" else 1
 
 
 def limited(shards: list[Shard], limit: int | None) -> list[Shard]:
@@ -165,12 +152,6 @@ def _config(request: Request, pinned: dict[str, Any]) -> tuple[RunConfig, list[s
     return config, classifier.class_names
 
 
-def see_own_modules() -> None:
-    """Make a user's own `package.module:factory` in the current folder one that can be imported."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-
-
 def absolute(weights: str) -> str:
     """A file is found from any folder; a name stays as it is."""
     return os.path.abspath(weights) if os.path.isfile(weights) else weights
@@ -192,11 +173,3 @@ def _check(config: RunConfig) -> None:
         raise UserError("--std: each number must be larger than 0")
     if config.batch_size < 1 or config.torch_threads < 1:
         raise UserError("--batch-size must be at least 1")
-
-
-def pick_device(device: str) -> str:
-    """`auto` as cpu or cuda, whichever this machine has. Raises UserError for cuda without one."""
-    there = torch.cuda.is_available()
-    if device == "cuda" and not there:
-        raise UserError("--device cuda, but no CUDA device is visible; --device cpu runs without one")
-    return "cuda" if there and device != "cpu" else "cpu"

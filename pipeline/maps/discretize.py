@@ -133,21 +133,3 @@ def largest_box(mask_HW: np.ndarray) -> tuple[int, int, int, int] | None:
         left, top, width, height = cv2.boundingRect((label_HW == largest).view(np.uint8))
         x, y = x + left, y + top
     return x, y, x + width, y + height
-
-
-def to_original(
-    box: tuple[int, int, int, int], geometry: tuple[float, float, float, float], height: int, width: int
-) -> list[int]:
-    """A box of input pixels in the original's pixels: rounded to the nearest, inside the image, at least one pixel.
-
-    Args:
-        box: x0, y0, x1, y1, half-open, pixels of the network's input.
-        geometry: scale x, scale y, offset x, offset y (see saltern.schemas.saliency).
-        height, width: of the upright original, pixels.
-    """
-    scale_x, scale_y, offset_x, offset_y = geometry
-    x0 = min(max(round(offset_x + scale_x * box[0]), 0), width - 1)
-    y0 = min(max(round(offset_y + scale_y * box[1]), 0), height - 1)
-    x1 = min(max(round(offset_x + scale_x * box[2]), x0 + 1), width)
-    y1 = min(max(round(offset_y + scale_y * box[3]), y0 + 1), height)
-    return [x0, y0, x1, y1]

@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,33 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from saltern.pipeline.casm.algorithm.pool import Member
 from saltern.pipeline.naming import brief
-from saltern.pipeline.storage.store import fsync, settle
+from saltern.pipeline.storage.files import fsync, settle
 from saltern.schemas.errors import UserError
 
 FORMAT = 1
 KEPT = 2  # checkpoints; the older go, and the pool files that none of the kept ones names
 _TENSORS, _REST, _UNFINISHED = "tensors.safetensors", "state.json", ".unfinished-"
+
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A past classifier: never changed once made, so that a file of it is written once."""
+
+    step: int  # whose snapshot it is
+    state: State  # on the CPU; weights, perhaps in 16 bits, and buffers
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256, hex, over its step and the state: name, dtype, shape and bytes of each entry, in order of names."""
+        total = hashlib.sha256(f"{self.step}\n".encode())
+        for key, value in sorted(self.state.items()):
+            total.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+            total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return total.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ Shape suffixes: B batch, C H W the network's input, K classes, h w a map's own g
 """
 # ruff: noqa: N815  (fields carry a shape suffix)
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from saltern.pipeline.methods import options
 from saltern.pipeline.models import layers
+from saltern.pipeline.models.passes import frozen
 from saltern.schemas.errors import UserError
 
 Maps = Tensor | tuple[Tensor, ...]
@@ -146,24 +146,6 @@ class Method:
         self.close()
 
 
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, its parameters without gradients; all flags as before on the way out."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    training = [module for module in model.modules() if module.training]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        for module in training:
-            module.training = True
-
-
 def _check(x_BCHW: Tensor, target_B: Tensor | None, seed_B: Tensor | None) -> None:
     if x_BCHW.ndim != 4 or not x_BCHW.is_floating_point():
         raise UserError(f"images must be floating, (B, C, H, W), not {x_BCHW.dtype} {tuple(x_BCHW.shape)}")
@@ -187,3 +169,13 @@ def register(name: str) -> Callable[[type[M]], type[M]]:
         return kind
 
     return add
+
+
+def weighted_sum(weight_BK: Tensor, A_BKhw: Tensor) -> Tensor:
+    """sum_k weight_k * A_k, map_Bhw."""
+    return torch.einsum("bk,bkhw->bhw", weight_BK, A_BKhw)
+
+
+def safe_divide(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, 0 where b is 0."""
+    return torch.where(b == 0, 0, a / b)

@@ -5,11 +5,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from saltern.pipeline.metrics.localization import Box, box_f1, centre_box, is_hit, lay, map_f1, unit, whole_image
+from saltern.pipeline.maps.frame import lay, whole_image
+from saltern.pipeline.metrics.localization import box_f1, centre_box, is_hit, map_f1, unit
 from saltern.pipeline.runs.reader import Row
 from saltern.pipeline.shards.annotations import Annotation, read_annotation
 from saltern.pipeline.shards.samples import Sample
-from saltern.schemas.saliency import OK, ZERO_MAP
+from saltern.schemas.saliency import OK, ZERO_MAP, Box
 
 COLUMNS = ("le", "om", "f1", "f1_mask")
 FOUND, CENTRE, WHOLE = SUBJECTS = ("found", "centre", "whole")  # the run's, and the two baselines

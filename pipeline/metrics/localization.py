@@ -6,14 +6,12 @@ Shape suffixes: Y X the original, h w a map's own grid.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Box = tuple[int, int, int, int]
-Numbers = NDArray[np.floating[Any]]
+from saltern.pipeline.maps.frame import Laid
+from saltern.schemas.saliency import Box
 
 
 def area(box: Box) -> int:
@@ -69,82 +67,8 @@ def centre_box(height: int, width: int, share: float = 0.5) -> Box:
     return left, top, width - left, height - top
 
 
-def whole_image(height: int, width: int) -> Box:
-    """The box that is all of the image."""
-    return 0, 0, width, height
-
-
 def unit(map_hw: NDArray[np.float32]) -> NDArray[np.float32]:
     """The map scaled to [0, 1] from its least to its largest value; zeros where it is constant."""
     lo, hi = np.float64(map_hw.min()), np.float64(map_hw.max())
     scaled: NDArray[np.float32] = ((map_hw - lo) / (hi - lo if hi > lo else 1)).astype(np.float32)
     return scaled
-
-
-@dataclass(frozen=True)
-class Laid:
-    """A map over the pixel centres of its original; 0 where the network did not look (outside of its crop).
-
-    Sums over boxes need no map of the original's size: bilinear weights are summed along each axis first.
-    """
-
-    map_hw: Numbers
-    y: "_Axis"
-    x: "_Axis"
-
-    @property
-    def frame(self) -> Box:
-        return whole_image(len(self.y.share), len(self.x.share))
-
-    def sum(self, box: Box) -> float:
-        """Sum over the pixels in the box; none lie beyond the frame."""
-        x0, y0, x1, y1 = (max(edge, 0) for edge in box)
-        return float(
-            self.y.weights(y0, y1, len(self.map_hw)) @ self.map_hw @ self.x.weights(x0, x1, self.map_hw.shape[1])
-        )
-
-
-def lay(
-    map_hw: Numbers,
-    input_shape: tuple[int, int],
-    geometry: Sequence[float],
-    height: int,
-    width: int,
-    *,
-    smooth: bool,
-) -> Laid:
-    """A map of the network's input (H, W), of any grid, over an original of height x width.
-
-    Args:
-        geometry: scale x, scale y, offset x, offset y (saltern.schemas.saliency).
-        smooth: bilinear between the cells, the surface of reader.over_frame; else each pixel has its cell's value.
-    """
-    scale_x, scale_y, offset_x, offset_y = geometry
-    y_Y = (np.arange(height) + 0.5 - offset_y) / (scale_y * input_shape[0])
-    x_X = (np.arange(width) + 0.5 - offset_x) / (scale_x * input_shape[1])
-    return Laid(map_hw.astype(np.float64), _Axis(y_Y, smooth), _Axis(x_X, smooth))
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """Where the pixel centres of the original lie along one side of the input: 0 its first edge, 1 its last."""
-
-    share: Numbers
-    smooth: bool
-
-    def weights(self, start: int, stop: int, cells: int) -> NDArray[np.float64]:
-        """How much each of the map's cells gives to the pixels start..stop together."""
-        share = self.share[start:stop]
-        at = share[(share >= 0) & (share < 1)] * cells
-        if not self.smooth:
-            return np.bincount(at.astype(int).clip(0, cells - 1), minlength=cells).astype(np.float64)
-        at = (at - 0.5).clip(0, cells - 1)
-        before = at.astype(int)
-        part = at - before
-        after = np.minimum(before + 1, cells - 1)
-        made: NDArray[np.float64] = _counted(before, 1 - part, cells) + _counted(after, part, cells)
-        return made
-
-
-def _counted(cell: NDArray[np.intp], weight: Numbers, cells: int) -> NDArray[np.float64]:
-    return np.bincount(cell, weight, cells).astype(np.float64)

@@ -3,11 +3,12 @@
 Shape suffixes: B batch, K classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saltern.schemas.errors import UserError
 
@@ -48,3 +49,21 @@ def score_gradients(logits_BK: Tensor, target_B: Tensor, inputs: Sequence[Tensor
     score = logits_BK.float().gather(1, target_B[:, None]).sum()
     with full_precision(logits_BK.device):
         return torch.autograd.grad(score, inputs, allow_unused=True)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, its parameters without gradients; all flags as before on the way out."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    training = [module for module in model.modules() if module.training]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True

@@ -17,9 +17,9 @@ import pyarrow as pa
 from saltern.pipeline.runs.manifest import data_name, publish_receipt
 from saltern.pipeline.runs.writer import Row, ShardWriter, Written
 from saltern.pipeline.storage.store import Store
-from saltern.schemas.errors import OutputError, UserError
+from saltern.schemas.errors import OutputError
 from saltern.schemas.receipt import PHASES, Receipt
-from saltern.schemas.run import Run, RunConfig, Shard
+from saltern.schemas.run import Run, Shard
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -118,13 +118,3 @@ class Outlet:
 def origin(run: Run) -> dict[str, Any]:
     """What every data file says of the run that it belongs to."""
     return {"fingerprint": run.fingerprint, "config": run.config.marked(), "versions": run.versions}
-
-
-def check_weights(config: RunConfig, digest: str) -> None:
-    """Raises UserError where the weights that were loaded here are not the run's."""
-    if digest != config.weights_digest:
-        raise UserError(
-            f"the weights of {config.model} on {socket.gethostname()} are not the run's "
-            f"(digest {digest[:12]}, the run has {config.weights_digest[:12]}): "
-            "give the same file everywhere with --weights, or seed your factory"
-        )

@@ -3,7 +3,7 @@
 Shape suffixes: H W the network's input, h w a stored map's grid, Y X the upright original.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby, zip_longest
@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 from saltern.pipeline.maps.discretize import upsample
 from saltern.pipeline.maps.encode import dequantise, unpack_mask
+from saltern.pipeline.maps.frame import over_frame
 from saltern.pipeline.runs import manifest
+from saltern.pipeline.runs.manifest import data_name, read_receipts
 from saltern.pipeline.shards.samples import Sample, read_samples
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.errors import ShardError
@@ -102,33 +104,6 @@ def map_in_original(row: Row) -> NDArray[np.float32]:
     if row.geometry is None or row.image_height is None or row.image_width is None:
         raise ValueError(f"{row.shard}: {row.key} has no geometry ({row.error})")
     return over_frame(map_hw, row.layout.input_shape, row.geometry, row.image_height, row.image_width)
-
-
-def over_frame(
-    map_hw: NDArray[np.float32], input_shape: tuple[int, int], geometry: list[float], height: int, width: int
-) -> NDArray[np.float32]:
-    """A map at the pixel centres of a (height, width) frame in which `geometry` places the input; NaN outside of it.
-
-    Bilinear with cells as areas, the surface of `upsample` with align_corners False.
-    """
-    scale_x, scale_y, offset_x, offset_y = geometry
-    # Shares of the input: 0 at its first edge, 1 at its last.
-    y_Y = (np.arange(height) + 0.5 - offset_y) / (scale_y * input_shape[0])
-    x_X = (np.arange(width) + 0.5 - offset_x) / (scale_x * input_shape[1])
-    map_YX = _lines(_lines(map_hw, y_Y).T, x_X).T
-    map_YX[(y_Y < 0) | (y_Y >= 1)] = np.nan
-    map_YX[:, (x_X < 0) | (x_X >= 1)] = np.nan
-    return map_YX
-
-
-def _lines(map_hw: NDArray[np.float32], share: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-    """Lines of the map at shares of its height, between the two nearest."""
-    last = len(map_hw) - 1
-    at = (share * len(map_hw) - 0.5).clip(0, last)
-    before = at.astype(int)
-    part = (at - before).astype(np.float32)[:, None]
-    made: NDArray[np.float32] = map_hw[before] * (1 - part) + map_hw[np.minimum(before + 1, last)] * part
-    return made
 
 
 def open_run(path: str) -> "SaliencyRun":
@@ -261,3 +236,19 @@ class SaliencyRun:
 def _rows(table: Any, layout: Layout) -> list[Row]:
     """Rows of an Arrow table or record batch."""
     return [Row(layout, *values) for values in zip(*(column.to_pylist() for column in table.columns), strict=True)]
+
+
+def read_columns(store: Store, run: Run, columns: Sequence[str], limit: int | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of the shards that stand, in order; of the columns named nothing else is read."""
+    done = read_receipts(store, run)
+    for shard in run.shards:
+        if shard.name not in done or limit == 0:
+            continue
+        file = pq.ParquetFile(store.full(data_name(shard.name)), filesystem=store.fs)
+        for batch in file.iter_batches(min(512, limit or 512), columns=list(columns)):
+            rows = batch.to_pylist()[:limit]
+            yield from rows
+            if limit is not None:
+                limit -= len(rows)
+                if limit == 0:
+                    break

@@ -2,9 +2,10 @@
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
-from saltern.pipeline.metrics.localization import Box
 from saltern.pipeline.shards.samples import Sample
+from saltern.schemas.saliency import Box
 
 
 @dataclass(frozen=True)
@@ -47,3 +48,12 @@ def _half_open(box: object) -> Box:
         if all(float(edge).is_integer() for edge in box) and x0 <= x1 and y0 <= y1:
             return int(x0), int(y0), int(x1) + 1, int(y1) + 1
     raise ValueError(f"{box!r} is no box: x0, y0, x1, y1 in whole pixels, x0 <= x1, y0 <= y1")
+
+
+def extra(sample: Sample) -> dict[str, Any]:
+    """The sample's json member; empty where there is none of our kind."""
+    try:
+        found = json.loads(sample.members.get("json", b"{}"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

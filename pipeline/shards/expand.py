@@ -13,7 +13,7 @@ from pathlib import Path
 from braceexpand import braceexpand
 from pyarrow import fs
 
-from saltern.pipeline.shards.samples import filesystem
+from saltern.pipeline.storage.filesystem import filesystem
 from saltern.schemas.errors import UserError
 from saltern.schemas.run import Shard
 

@@ -6,17 +6,16 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
 
-import pyarrow as pa
 from pyarrow import fs
 from webdataset.handlers import reraise_exception
 from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
 from saltern.pipeline.shards.tape import IMAGES, Source, Tape, TapeError
-from saltern.schemas.errors import ShardError, UserError
+from saltern.pipeline.storage.filesystem import filesystem
+from saltern.schemas.errors import ShardError
 from saltern.schemas.run import Shard
 from saltern.schemas.saliency import DUPLICATE_KEY, MISSING_IMAGE, TOO_LARGE
 
@@ -53,37 +52,6 @@ class _Member(NamedTuple):
     ext: str  # lower case
     data: bytes | None  # None where it was not wanted, or is too large
     size: int
-
-
-def filesystem(url: str) -> tuple[fs.FileSystem, str]:
-    """Where a local path or an s3:// or gs:// URL lies, and its path there.
-
-    Raises UserError where the URL is none of these or the bucket cannot be had, OSError where the network fails.
-    """
-    match = re.fullmatch(r"(?:(\w[\w+.-]*)://|(pipe):)([^/]*)/?(.*)", url, re.DOTALL)
-    if match is None:
-        return fs.LocalFileSystem(), url
-    scheme, _, place, path = match.groups()
-    if scheme not in ("s3", "gs"):
-        raise UserError(
-            f"{url}: give a local path, an s3:// or a gs:// URL; anything else must be downloaded or mounted"
-        )
-    user, _, bucket = place.rpartition("@")
-    if not bucket or user not in ("", "anonymous"):
-        raise UserError(f"write {scheme}://BUCKET/PATH; credentials come from the environment, never from the URL")
-    return _bucket(scheme, place), f"{bucket}/{path}".rstrip("/")
-
-
-@lru_cache(maxsize=64)
-def _bucket(scheme: str, place: str) -> fs.FileSystem:
-    try:
-        return fs.FileSystem.from_uri(f"{scheme}://{place}")[0]
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{scheme}://{place} is no bucket: {error}") from error
-    except OSError as error:
-        if re.search("ACCESS_DENIED|not found", str(error)):
-            raise UserError(f"{scheme}://{place}: {error}") from error
-        raise
 
 
 def read_samples(shard: Shard) -> Iterator[Sample]:

@@ -2,18 +2,14 @@
 
 import io
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from saltern.pipeline.runs.manifest import data_name, read_receipts
 from saltern.pipeline.storage.store import Store
-from saltern.schemas.run import Run
 
 _LINE = 16  # height of a caption, pixels
 _GAP = 4
@@ -25,22 +21,6 @@ def png(pixels: NDArray[np.uint8]) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
     return stream.getvalue()
-
-
-def read_columns(store: Store, run: Run, columns: Sequence[str], limit: int | None = None) -> Iterator[dict[str, Any]]:
-    """Rows of the shards that stand, in order; of the columns named nothing else is read."""
-    done = read_receipts(store, run)
-    for shard in run.shards:
-        if shard.name not in done or limit == 0:
-            continue
-        file = pq.ParquetFile(store.full(data_name(shard.name)), filesystem=store.fs)
-        for batch in file.iter_batches(min(512, limit or 512), columns=list(columns)):
-            rows = batch.to_pylist()[:limit]
-            yield from rows
-            if limit is not None:
-                limit -= len(rows)
-                if limit == 0:
-                    break
 
 
 def publish_grid(

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from saltern.pipeline.runs.reader import Row, SaliencyRun
+from saltern.pipeline.shards.annotations import extra
 from saltern.pipeline.shards.samples import Sample, read_samples
 from saltern.pipeline.show.page import Card, Picture, View, render
-from saltern.pipeline.show.thumbnails import encode, extra, given_boxes, overlay, photograph, pictures
+from saltern.pipeline.show.thumbnails import encode, given_boxes, overlay, photograph, pictures
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.run import Shard
 from saltern.schemas.saliency import OK, table_schema

@@ -4,16 +4,16 @@ Shape suffixes: Y X a thumbnail of the whole upright original, h w a stored map'
 """
 
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from saltern.pipeline.runs.reader import Row, over_frame
+from saltern.pipeline.maps.frame import over_frame
+from saltern.pipeline.runs.reader import Row
+from saltern.pipeline.shards.annotations import extra
 from saltern.pipeline.shards.decode import DecodeError, decode_image
 from saltern.pipeline.shards.samples import Sample
 from saltern.pipeline.show.page import CROP, FOUND, GIVEN, Box, Picture
@@ -146,12 +146,3 @@ def encode(pixels_YX3: Pixels, words: str, boxes: Iterable[Box] = (), caption: s
     Image.fromarray(pixels_YX3).save(stream, "JPEG", quality=75)
     height, width = pixels_YX3.shape[:2]
     return Picture(stream.getvalue(), width, height, words, tuple(boxes), caption)
-
-
-def extra(sample: Sample) -> dict[str, Any]:
-    """The sample's json member; empty where there is none of our kind."""
-    try:
-        found = json.loads(sample.members.get("json", b"{}"))
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from pyarrow import fs
 
-from saltern.pipeline.shards.samples import filesystem
+from saltern.pipeline.storage.files import fsync, settle
+from saltern.pipeline.storage.filesystem import filesystem
 
 SCRATCH = "_tmp-"  # Arrow's and Spark's readers skip names that begin so
 _UNLOCKED_GRACE_S = 60.0  # between the making of a scratch folder and the locking of it
@@ -113,30 +114,6 @@ def _walk(base: str, below: str, suffix: str) -> Iterator[str]:
             yield from _walk(base, name, suffix)
         elif entry.name.endswith(suffix):
             yield name
-
-
-def settle(made: Path, path: Path) -> None:
-    """Give a finished file its name, in place of what stands there; it is on the disk when this returns."""
-    fsync(made)
-    made.replace(path)
-    fsync(path.parent)
-
-
-def write(path: Path, content: bytes) -> None:
-    """Under its name stands the whole content, or what stood there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made = path.with_name(f".unfinished-{path.name}")
-    made.write_bytes(content)
-    settle(made, path)
-
-
-def fsync(path: Path) -> None:
-    """What the file or folder holds is on the disk when this returns."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

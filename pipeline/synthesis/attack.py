@@ -11,14 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saltern.pipeline.extract.explain import Explained, Pending
 from saltern.pipeline.extract.extraction import load_method
 from saltern.pipeline.extract.request import Request, resolve
+from saltern.pipeline.extract.work import Explained, Item, Pending
 from saltern.pipeline.maps.discretize import upsample
 from saltern.pipeline.methods import find
-from saltern.pipeline.methods.base import frozen
-from saltern.pipeline.models.passes import logits_of
-from saltern.pipeline.rows import Item
+from saltern.pipeline.models.passes import frozen, logits_of
 from saltern.pipeline.runs.outlet import Spec, origin
 from saltern.pipeline.runs.writer import Row
 from saltern.pipeline.shards.decode import Decoded

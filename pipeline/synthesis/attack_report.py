@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from saltern.pipeline.show.grid import publish_grid, read_columns
+from saltern.pipeline.runs.reader import read_columns
+from saltern.pipeline.show.grid import publish_grid
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.attack import SIDES
 from saltern.schemas.run import Run

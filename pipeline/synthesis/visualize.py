@@ -17,14 +17,15 @@ from PIL import Image
 from torch import Tensor
 
 from saltern.pipeline.extract.extraction import load_model
-from saltern.pipeline.extract.processor import device_losses
-from saltern.pipeline.extract.request import absolute, new_run, pin, see_own_modules
-from saltern.pipeline.methods.base import frozen
+from saltern.pipeline.extract.request import absolute, new_run, pin
+from saltern.pipeline.extract.work import device_losses
+from saltern.pipeline.machine import see_own_modules
 from saltern.pipeline.models import classifiers
-from saltern.pipeline.models.passes import logits_of
+from saltern.pipeline.models.passes import frozen, logits_of
 from saltern.pipeline.runs.outlet import Outlet, Spec, Tally, origin
+from saltern.pipeline.runs.reader import read_columns
 from saltern.pipeline.runs.writer import Row
-from saltern.pipeline.show.grid import png, publish_grid, read_columns
+from saltern.pipeline.show.grid import png, publish_grid
 from saltern.pipeline.storage.store import Store
 from saltern.pipeline.synthesis.ascend import Ascent, Peak, ascend, start
 from saltern.schemas.errors import UserError

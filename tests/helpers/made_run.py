@@ -9,8 +9,9 @@ import torch
 from making import Members, picture, write_tar
 from numpy.typing import NDArray
 
-from saltern.pipeline.maps.discretize import discretize, largest_box, parse_rule, to_original, upsample
+from saltern.pipeline.maps.discretize import discretize, largest_box, parse_rule, upsample
 from saltern.pipeline.maps.encode import pack_mask, quantise
+from saltern.pipeline.maps.frame import to_original
 from saltern.pipeline.runs.manifest import data_name, publish_receipt
 from saltern.pipeline.runs.writer import ShardWriter
 from saltern.pipeline.shards.decode import decode

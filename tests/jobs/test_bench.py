@@ -10,8 +10,7 @@ from making import write_shards
 
 from saltern.pipeline.bench.extract import measure
 from saltern.pipeline.bench.figures import Figure, as_json, as_markdown, by_turns, describe_machine, skipped
-from saltern.pipeline.bench.settings import Settings
-from saltern.pipeline.bench.workload import Work, make_shards
+from saltern.pipeline.bench.workload import Settings, Work, make_shards
 from saltern.schemas.errors import UserError
 
 

@@ -228,7 +228,8 @@ def test_a_resume_does_the_rest_alone_and_writes_the_same(tmp_path: Path) -> Non
 
 
 def test_an_extraction_is_another_job(tmp_path: Path) -> None:
-    from saltern.pipeline.engine.conduct import conduct, extraction
+    from saltern.pipeline.engine.conduct import conduct
+    from saltern.pipeline.extract.extraction import extraction
 
     write_shards(tmp_path / "in", 1, 2)
     assert attack(tmp_path / "in", tmp_path / "run") == 0
@@ -240,7 +241,8 @@ def test_an_extraction_is_another_job(tmp_path: Path) -> None:
 
 def test_a_run_that_names_no_job_is_an_extraction(tmp_path: Path) -> None:
     """Runs made before there were other jobs go on, their receipts standing."""
-    from saltern.pipeline.engine.conduct import conduct, extraction
+    from saltern.pipeline.engine.conduct import conduct
+    from saltern.pipeline.extract.extraction import extraction
 
     write_shards(tmp_path / "in", 1, 2)
     request, settings = replace(REQUEST, shards=[str(tmp_path / "in")]), Settings(str(tmp_path / "run"), device="cpu")

@@ -14,7 +14,8 @@ from making import picture, write_tar
 from torch import distributed
 from torch.utils.data import DataLoader
 
-from saltern.pipeline.maps.discretize import largest_box, to_original
+from saltern.pipeline.maps.discretize import largest_box
+from saltern.pipeline.maps.frame import to_original
 from saltern.pipeline.runs.dataset import SaliencyDataset
 from saltern.pipeline.runs.reader import open_run
 from saltern.pipeline.shards.decode import decode

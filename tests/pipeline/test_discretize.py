@@ -12,7 +12,8 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 from torch import Tensor
 
-from saltern.pipeline.maps.discretize import discretize, largest_box, parse_rule, to_original, upsample
+from saltern.pipeline.maps.discretize import discretize, largest_box, parse_rule, upsample
+from saltern.pipeline.maps.frame import to_original
 from saltern.schemas.errors import UserError
 
 RULES = [

@@ -11,7 +11,8 @@ from making import HELPERS
 
 from saltern.pipeline.engine import driver
 from saltern.pipeline.engine.driver import Driver, State
-from saltern.pipeline.engine.pool import LocalPool, Pool
+from saltern.pipeline.engine.local import LocalPool
+from saltern.pipeline.engine.pool import Pool
 from saltern.schemas.receipt import Failure, Receipt
 from saltern.schemas.run import Shard
 

@@ -15,7 +15,8 @@ from making import HELPERS, files, picture, tiny, write_shards, write_tar
 from PIL import Image
 from scipy import ndimage
 
-from saltern.pipeline.engine.conduct import Settings, conduct, extraction
+from saltern.pipeline.engine.conduct import Settings, conduct
+from saltern.pipeline.extract.extraction import extraction
 from saltern.pipeline.extract.request import Request
 from saltern.pipeline.maps.discretize import upsample
 from saltern.pipeline.maps.encode import dequantise, unpack_mask

@@ -16,27 +16,17 @@ from making import picture, write_tar
 from typer.testing import CliRunner
 
 from saltern.jobs.main import app
-from saltern.pipeline.maps.discretize import to_original
+from saltern.pipeline.maps.frame import lay, over_frame, to_original, whole_image
 from saltern.pipeline.metrics.evaluate import evaluate
 from saltern.pipeline.metrics.judge import COLUMNS
-from saltern.pipeline.metrics.localization import (
-    Box,
-    box_f1,
-    centre_box,
-    iou,
-    is_hit,
-    lay,
-    map_f1,
-    unit,
-    whole_image,
-)
+from saltern.pipeline.metrics.localization import box_f1, centre_box, iou, is_hit, map_f1, unit
 from saltern.pipeline.metrics.table import as_table, remarks
 from saltern.pipeline.runs.manifest import receipt_name
-from saltern.pipeline.runs.reader import Row, map_in_original, open_run, over_frame
+from saltern.pipeline.runs.reader import Row, map_in_original, open_run
 from saltern.pipeline.shards.annotations import read_annotation
 from saltern.pipeline.shards.samples import Sample
 from saltern.schemas.errors import UserError
-from saltern.schemas.saliency import ZERO_MAP
+from saltern.schemas.saliency import ZERO_MAP, Box
 
 HEIGHT, WIDTH = SIZE
 

@@ -7,7 +7,8 @@ from making import HELPERS, files, write_shards
 from s3server import BUCKET, S3, s3_server
 from test_extractor import REQUEST, extract
 
-from saltern.pipeline.engine.conduct import Settings, conduct, extraction
+from saltern.pipeline.engine.conduct import Settings, conduct
+from saltern.pipeline.extract.extraction import extraction
 from saltern.pipeline.extract.request import Request
 from saltern.pipeline.runs.manifest import open_run
 from saltern.pipeline.runs.verify import verify

@@ -11,12 +11,14 @@ from making import picture, write_shards, write_tar
 from numpy.typing import NDArray
 from pyarrow import fs
 
-from saltern.pipeline.engine.conduct import Settings, conduct, extraction
+from saltern.pipeline.engine.conduct import Settings, conduct
+from saltern.pipeline.extract.extraction import extraction
 from saltern.pipeline.extract.request import Request
-from saltern.pipeline.maps.discretize import to_original, upsample
+from saltern.pipeline.maps.discretize import upsample
+from saltern.pipeline.maps.frame import over_frame, to_original
 from saltern.pipeline.runs.dataset import SaliencyDataset
 from saltern.pipeline.runs.manifest import read_receipts
-from saltern.pipeline.runs.reader import SaliencyRun, map_in_original, open_run, over_frame
+from saltern.pipeline.runs.reader import SaliencyRun, map_in_original, open_run
 from saltern.pipeline.shards.decode import decode
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.errors import ShardError, UserError

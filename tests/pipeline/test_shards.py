@@ -11,7 +11,8 @@ from tars import Members, samples, shard_at, tar_bytes
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from saltern.pipeline.shards import samples as reading
-from saltern.pipeline.shards.samples import Sample, filesystem, list_keys, read_samples
+from saltern.pipeline.shards.samples import Sample, list_keys, read_samples
+from saltern.pipeline.storage.filesystem import filesystem
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.run import Shard
 from saltern.schemas.saliency import DUPLICATE_KEY, MISSING_IMAGE, TOO_LARGE

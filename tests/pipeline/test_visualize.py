@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from saltern.jobs.main import app
 from saltern.pipeline.engine.conduct import Job, Settings, conduct
-from saltern.pipeline.methods.base import frozen
 from saltern.pipeline.models.classifiers import load
+from saltern.pipeline.models.passes import frozen
 from saltern.pipeline.runs.manifest import open_run
 from saltern.pipeline.runs.verify import verify
 from saltern.pipeline.synthesis.ascend import Ascent, ascend, start

@@ -3,34 +3,14 @@
 import copy
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from saltern.pipeline.masknet.checkpoint import Member, State
 from saltern.pipeline.models.passes import logits_of
 from saltern.schemas.errors import UserError
-
-State = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Member:
-    """A past classifier: never changed once made, so that a file of it is written once."""
-
-    step: int  # whose snapshot it is
-    state: State  # on the CPU; weights, perhaps in 16 bits, and buffers
-
-    @cached_property
-    def digest(self) -> str:
-        """sha256, hex, over its step and the state: name, dtype, shape and bytes of each entry, in order of names."""
-        total = hashlib.sha256(f"{self.step}\n".encode())
-        for key, value in sorted(self.state.items()):
-            total.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-            total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return total.hexdigest()
 
 
 class Pool:

@@ -25,7 +25,7 @@ from torch import Tensor
 from saltern.pipeline.casm.data.index import Index
 from saltern.pipeline.shards.decode import INTERPOLATIONS, DecodeError, decode_image
 from saltern.pipeline.shards.prefetch import prefetch
-from saltern.pipeline.shards.samples import filesystem
+from saltern.pipeline.storage.filesystem import filesystem
 from saltern.schemas.errors import ShardError
 
 AHEAD = 2  # batches decoded before they are needed

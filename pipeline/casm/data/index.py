@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pyarrow import fs
 
-from saltern.pipeline.shards.samples import MAX_MEMBER, filesystem, list_keys, split_name
+from saltern.pipeline.shards.samples import MAX_MEMBER, list_keys, split_name
 from saltern.pipeline.shards.tape import IMAGES
+from saltern.pipeline.storage.filesystem import filesystem
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.run import Shard
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saltern.pipeline.casm.algorithm.log import Log
 from saltern.pipeline.engine.progress import clock
-from saltern.pipeline.storage.store import write
+from saltern.pipeline.storage.files import write
 from saltern.schemas.errors import UserError
 
 EVERY = 20  # steps between two readings of the device, each of which waits for it

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.data.batches import Batches
-from saltern.pipeline.casm.exact import exact
 from saltern.pipeline.casm.training.journal import Journal
 from saltern.pipeline.casm.training.ranks import Ranks
 from saltern.pipeline.casm.training.work import Work
 from saltern.pipeline.casm.watch import curves
 from saltern.pipeline.casm.watch.validation import Validation
-from saltern.pipeline.extract.request import see_own_modules
+from saltern.pipeline.machine import available_memory, exact, see_own_modules
 from saltern.pipeline.masknet.checkpoint import Checkpoints
 from saltern.pipeline.masknet.head import restrict
 from saltern.pipeline.models import classifiers
@@ -186,18 +185,6 @@ def _state_memory(training: Training, beside: int, say: Callable[[str], None]) -
             f"{stated}, and {free / _GB:,.2f} GB are free; lower --pool-size (to {free // one} at most), or keep "
             "weights in 16 bits: --pool-half"
         )
-
-
-def available_memory() -> int | None:
-    """Bytes that this process may still take, by the machine and its control group; None where neither says."""
-    found = []
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found.append(int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024)
-    with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
-        group = Path("/sys/fs/cgroup")
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return max(0, min(found)) if found else None
 
 
 @contextlib.contextmanager

@@ -11,8 +11,7 @@ from saltern.pipeline.casm.training.loop import locked, run
 from saltern.pipeline.casm.training.ranks import Ranks
 from saltern.pipeline.casm.training.work import Request, make_work
 from saltern.pipeline.engine.choose import secure
-from saltern.pipeline.engine.conduct import sigterm_as_interrupt
-from saltern.pipeline.extract.request import pick_device
+from saltern.pipeline.machine import pick_device, sigterm_as_interrupt
 from saltern.pipeline.masknet.checkpoint import Checkpoint, Checkpoints
 from saltern.schemas.errors import UserError
 

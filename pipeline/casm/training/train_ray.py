@@ -17,7 +17,7 @@ from ray.train import RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Empty, Queue
 
-from saltern.pipeline import allocator
+from saltern.pipeline import machine
 from saltern.pipeline.casm.training.loop import locked, run, stands
 from saltern.pipeline.casm.training.ranks import Ranks
 from saltern.pipeline.casm.training.work import Request, Work, make_work
@@ -174,7 +174,7 @@ def _resources(cpus: float, gpus: float) -> dict[str, float]:
 
 def _environment(work: Work) -> dict[str, str]:
     return {
-        **allocator.ENVIRONMENT,
+        **machine.ENVIRONMENT,
         "OMP_NUM_THREADS": str(work.config["torch_threads"]),
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),

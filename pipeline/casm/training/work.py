@@ -8,7 +8,8 @@ from typing import Any
 from saltern.pipeline.casm.algorithm.settings import Settings
 from saltern.pipeline.casm.data.batches import LEAST
 from saltern.pipeline.casm.data.index import Index, make_index
-from saltern.pipeline.extract.request import absolute, cores, see_own_modules, torch_threads
+from saltern.pipeline.extract.request import absolute
+from saltern.pipeline.machine import cores, see_own_modules, torch_threads
 from saltern.pipeline.masknet.checkpoint import Checkpoint
 from saltern.pipeline.masknet.head import restrict
 from saltern.pipeline.masknet.stages import find_stages

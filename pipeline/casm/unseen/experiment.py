@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 from saltern.pipeline.casm.data.index import make_index
 from saltern.pipeline.casm.training.train import Request, say_aside, train
 from saltern.pipeline.casm.unseen.split import SUBSETS, Split, check_val, make_split
-from saltern.pipeline.engine.conduct import Settings, conduct, extraction
+from saltern.pipeline.engine.conduct import Settings, conduct
+from saltern.pipeline.extract.extraction import extraction
 from saltern.pipeline.extract.request import Request as Extraction
-from saltern.pipeline.extract.request import pick_device, see_own_modules
+from saltern.pipeline.machine import pick_device, see_own_modules
 from saltern.pipeline.masknet.checkpoint import Checkpoints
 from saltern.pipeline.masknet.head import restrict
 from saltern.pipeline.metrics.evaluate import Evaluation, Mean, evaluate
@@ -27,7 +28,7 @@ from saltern.pipeline.metrics.judge import CENTRE, FOUND, WHOLE
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.naming import brief
 from saltern.pipeline.shards.expand import expand
-from saltern.pipeline.storage.store import write
+from saltern.pipeline.storage.files import write
 from saltern.schemas.errors import UserError
 
 TRAININGS = {"F": "F", "EF": "E+F", "DEF": "D-F", "CDEF": "C-F", "BCDEF": "B-F"}  # subsets -> name in print

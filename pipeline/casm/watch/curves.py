@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from saltern.pipeline.storage.store import write
+from saltern.pipeline.storage.files import write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,14 +11,16 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from saltern.pipeline.maps.frame import over_frame
 from saltern.pipeline.metrics.judge import AS_IS, Judged
-from saltern.pipeline.metrics.localization import Box, iou
-from saltern.pipeline.runs.reader import Row, over_frame
-from saltern.pipeline.shards.annotations import read_annotation
+from saltern.pipeline.metrics.localization import iou
+from saltern.pipeline.runs.reader import Row
+from saltern.pipeline.shards.annotations import extra, read_annotation
 from saltern.pipeline.shards.samples import Sample
 from saltern.pipeline.show.page import Card, Number, Picture, View, render
-from saltern.pipeline.show.thumbnails import encode, extra, found_boxes, given_boxes, photograph
+from saltern.pipeline.show.thumbnails import encode, found_boxes, given_boxes, photograph
 from saltern.schemas.run import Shard
+from saltern.schemas.saliency import Box
 
 Pixels = NDArray[np.uint8]
 SHOWN = 24  # samples on a page

@@ -22,15 +22,16 @@ from saltern.pipeline.casm.algorithm.step import Average, Training
 from saltern.pipeline.casm.watch import curves
 from saltern.pipeline.casm.watch.mask_page import Chosen, mask_page
 from saltern.pipeline.extract.explain import Explainer
+from saltern.pipeline.extract.extraction import Storage, assemble
+from saltern.pipeline.extract.work import Item
 from saltern.pipeline.methods import Method
 from saltern.pipeline.metrics.judge import AS_IS, Judged
-from saltern.pipeline.rows import Item, Storage, assemble
 from saltern.pipeline.runs.reader import Layout, Row
 from saltern.pipeline.shards.annotations import read_annotation
 from saltern.pipeline.shards.decode import Decoded, decode
 from saltern.pipeline.shards.prefetch import prefetch
 from saltern.pipeline.shards.samples import Sample, list_keys, read_samples
-from saltern.pipeline.storage.store import write
+from saltern.pipeline.storage.files import write
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.run import RunConfig, Shard
 

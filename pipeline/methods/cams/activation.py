@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from saltern.pipeline.methods.base import Maps, Method, register
+from saltern.pipeline.methods.base import Maps, Method, register, safe_divide, weighted_sum
 from saltern.pipeline.models.layers import probe
 from saltern.pipeline.models.passes import full_precision, pick_target
 from saltern.pipeline.models.taps import Taps
@@ -159,16 +159,6 @@ class CAM(Method):
             A_BKhw = self._taps.grid(0, outputs[0], x_BCHW.shape[2:])
             map_Bhw = weighted_sum(self._head.weight[target_B].float(), A_BKhw.relu() if self._rectified else A_BKhw)
         return map_Bhw, logits_BK, target_B
-
-
-def weighted_sum(weight_BK: Tensor, A_BKhw: Tensor) -> Tensor:
-    """sum_k weight_k * A_k, map_Bhw."""
-    return torch.einsum("bk,bkhw->bhw", weight_BK, A_BKhw)
-
-
-def safe_divide(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, 0 where b is 0."""
-    return torch.where(b == 0, 0, a / b)
 
 
 def first_component(A_BKhw: Tensor) -> Tensor:

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saltern.pipeline.methods.base import Maps, Method, register
-from saltern.pipeline.methods.cams.activation import safe_divide, weighted_sum
+from saltern.pipeline.methods.base import Maps, Method, register, safe_divide, weighted_sum
 from saltern.pipeline.methods.cams.tail import Begun, Tail
 from saltern.pipeline.models.passes import full_precision, logits_of, pick_target
 from saltern.pipeline.models.taps import Taps

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saltern.pipeline.methods.base import Maps, register
-from saltern.pipeline.methods.cams.activation import weighted_sum
+from saltern.pipeline.methods.base import Maps, register, weighted_sum
 from saltern.pipeline.methods.gradients.gradient import Gradient, pixel_gradient
 from saltern.pipeline.models.interception import Interception, Swap, check_visible
 from saltern.pipeline.models.layers import probe

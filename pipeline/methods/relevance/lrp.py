@@ -10,8 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from saltern.pipeline.methods.base import Maps, Method, register
-from saltern.pipeline.methods.cams.activation import weighted_sum
+from saltern.pipeline.methods.base import Maps, Method, register, weighted_sum
 from saltern.pipeline.methods.relevance.propagation import Propagation
 from saltern.pipeline.methods.relevance.rules import RELEVANCE_CAM, composite
 from saltern.pipeline.models.layers import probe

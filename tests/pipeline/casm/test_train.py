@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import casm_toys
@@ -33,6 +34,7 @@ from saltern.pipeline.casm.training import journal, loop
 from saltern.pipeline.casm.training.train import train
 from saltern.pipeline.engine.conduct import Job, conduct
 from saltern.pipeline.engine.conduct import Settings as Engine
+from saltern.pipeline.extract.extraction import Extraction
 from saltern.pipeline.extract.processor import Processor
 from saltern.pipeline.extract.request import Request, resolve
 from saltern.pipeline.masknet import checkpoint
@@ -432,7 +434,9 @@ def test_extract_gives_rows_without_target(undisturbed, shards, tmp_path):
     def plan(standing, device, workers):
         return resolve(wanted, standing, device, workers)
 
-    ended = conduct(Job(plan, Processor), Engine(out=str(tmp_path / "run"), engine="local", device="cpu"))
+    ended = conduct(
+        Job(plan, partial(Processor, work=Extraction)), Engine(out=str(tmp_path / "run"), engine="local", device="cpu")
+    )
     assert ended.code == 0
     rows = [row for path in sorted(tmp_path.glob("run/data/*.parquet")) for row in pq.read_table(path).to_pylist()]
     assert len(rows) == 24

@@ -5,6 +5,7 @@ import re
 import threading
 from collections import Counter
 from contextlib import closing
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from saltern.pipeline.casm.watch.mask_page import SHOWN
 from saltern.pipeline.casm.watch.validation import Validation
 from saltern.pipeline.engine.conduct import Job, conduct
 from saltern.pipeline.engine.conduct import Settings as Engine
+from saltern.pipeline.extract.extraction import Extraction
 from saltern.pipeline.extract.processor import Processor
 from saltern.pipeline.extract.request import Request, resolve
 from saltern.pipeline.masknet.checkpoint import Checkpoints
@@ -114,7 +116,9 @@ def extracted(training: Training, classes, val: Path, folder: Path, resize: int)
     def plan(standing, device, workers):
         return resolve(wanted, standing, device, workers)
 
-    conduct(Job(plan, Processor), Engine(out=str(folder / "run"), engine="local", device="cpu"))
+    conduct(
+        Job(plan, partial(Processor, work=Extraction)), Engine(out=str(folder / "run"), engine="local", device="cpu")
+    )
     return str(folder / "run")
 
 

@@ -9,7 +9,7 @@ from references import agree
 from torch import nn
 from torch.nn import functional as F
 
-from saltern.pipeline.bench.memory import peak_bytes
+from saltern.pipeline.bench.figures import peak_bytes
 from saltern.pipeline.methods import build
 from saltern.pipeline.methods.cams import upsampled
 from saltern.schemas.errors import UserError

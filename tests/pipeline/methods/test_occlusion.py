@@ -8,7 +8,7 @@ import torch
 from references import agree
 from torch import Tensor, nn
 
-from saltern.pipeline.bench.memory import peak_bytes
+from saltern.pipeline.bench.figures import peak_bytes
 from saltern.pipeline.methods import build
 from saltern.schemas.errors import UserError
 

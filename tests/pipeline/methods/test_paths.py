@@ -10,7 +10,7 @@ import torch
 from references import agree
 from torch import nn
 
-from saltern.pipeline.bench.memory import peak_bytes
+from saltern.pipeline.bench.figures import peak_bytes
 from saltern.pipeline.methods import build
 from saltern.pipeline.methods.gradients.noise import gaussian
 from saltern.schemas.errors import UserError

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from saltern.pipeline.methods import build
-from saltern.pipeline.methods.base import frozen
+from saltern.pipeline.models.passes import frozen
 from saltern.schemas.errors import UserError
 
 TARGET = torch.tensor([7, 500])

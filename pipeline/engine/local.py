@@ -1,0 +1,75 @@
+"""Workers as threads of this process."""
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from saltern.pipeline.engine.pool import Done, Event, Factory, Processor, Raised, Ready
+from saltern.schemas.run import Shard
+
+
+@dataclass
+class _Local:
+    processor: Processor | None = None
+    busy: set[str] = field(default_factory=set)  # shard names
+
+
+class LocalPool:
+    """Workers in this process: threads, which can be abandoned but not killed."""
+
+    def __init__(self, factory: Factory):
+        self._factory = factory
+        self._events: queue.Queue[Event] = queue.Queue()
+        self._workers: dict[int, _Local] = {}
+        self._numbers = itertools.count()
+        self.abandoned = False  # a thread is stuck: the process must be left with os._exit
+
+    def start(self) -> int:
+        number = next(self._numbers)
+        self._workers[number] = _Local()
+        self._thread(self._build, number)
+        return number
+
+    def _thread(self, target: Callable[..., None], *args: object) -> None:
+        threading.Thread(target=target, args=args, name="saltern-shard", daemon=True).start()
+
+    def _build(self, number: int) -> None:
+        try:
+            self._workers[number].processor = self._factory()
+            self._events.put(Ready(number))
+        except BaseException as error:  # raised again by the driver
+            self._events.put(Raised(number, None, error))
+
+    def submit(self, worker: int, shard: Shard, redo: bool) -> None:
+        self._workers[worker].busy.add(shard.name)
+        self._thread(self._process, worker, self._workers[worker], shard, redo)
+
+    def _process(self, number: int, worker: _Local, shard: Shard, redo: bool) -> None:
+        assert worker.processor is not None  # noqa: S101 - the driver waits for Ready
+        try:
+            event: Event = Done(number, shard, worker.processor.process(shard, redo))
+        except BaseException as error:  # judged by the driver
+            event = Raised(number, shard, error)
+        worker.busy.discard(shard.name)
+        self._events.put(event)
+
+    def wait(self, timeout_s: float) -> list[Event]:
+        try:
+            events = [self._events.get(timeout=timeout_s)]
+        except queue.Empty:
+            return []
+        while not self._events.empty():
+            events.append(self._events.get_nowait())
+        return [event for event in events if event.worker in self._workers]
+
+    def kill(self, worker: int) -> None:
+        self.abandoned |= bool(self._workers.pop(worker).busy)
+
+    def images(self) -> int:
+        return sum(worker.processor.images for worker in self._workers.values() if worker.processor)
+
+    def close(self) -> None:
+        for number in list(self._workers):
+            self.kill(number)
