@@ -11,6 +11,29 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BELOW = {"schemas": set(), "pipeline": {"schemas"}, "jobs": {"schemas", "pipeline"}}
 RAY = {"pipeline/engine/actors.py", "pipeline/casm/training/train_ray.py", "pipeline/submit/submission.py"}
+# Rooms of pipeline/, lowest first, and the rooms that each may import. A new arrow is a decision, made here.
+_BASE = {"machine", "naming"}
+_RUNS = {"storage", "shards", "maps", "runs"}
+_MODELS = {"models", "masknet", "methods"}
+ROOMS: dict[str, set[str]] = {
+    "machine": set(),
+    "naming": set(),
+    "storage": set(),
+    "shards": {"storage"},
+    "maps": set(),
+    "models": _BASE,
+    "masknet": {"models", "storage", *_BASE},
+    "methods": {"models", "masknet", *_BASE},
+    "runs": {"storage", "shards", "maps"},
+    "engine": _RUNS | _BASE,
+    "extract": {"engine", *_RUNS, *_MODELS, *_BASE},
+    "metrics": _RUNS,
+    "show": _RUNS,
+    "synthesis": {"extract", "show", "engine", *_RUNS, *_MODELS, *_BASE},
+    "casm": {"extract", "metrics", "show", "engine", *_RUNS, *_MODELS, *_BASE},
+    "submit": set(),
+    "bench": {"casm", "extract", "engine", *_RUNS, *_MODELS, *_BASE},
+}
 HEAVY = ("torch", "ray", "pyarrow", "webdataset", "numpy")
 
 
@@ -26,7 +49,9 @@ def imported(path: Path, *, inside: bool) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
-            yield node.module or ""
+            # `from saltern.pipeline import machine` names its room in what it imports.
+            bare = node.module == "saltern.pipeline"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names) if bare else (node.module or "",)
 
 
 @pytest.mark.parametrize("package", BELOW)
@@ -38,6 +63,28 @@ def test_no_import_goes_up(package: str) -> None:
             assert top not in {*BELOW, "tests", "deploy"}, f"{path} imports {module} past the package `saltern`"
             if top == "saltern":
                 assert rest.split(".")[0] in {package} | BELOW[package], f"{path} imports {module}"
+
+
+def room(module: str) -> str:
+    """`saltern.pipeline.runs.reader` -> runs."""
+    return module.split(".")[2]
+
+
+def test_every_room_is_in_the_plan() -> None:
+    folder = ROOT / "pipeline"
+    there = {path.stem for path in folder.iterdir() if path.stem != "__init__" and path.suffix in ("", ".py")}
+    assert there - {"__pycache__"} == set(ROOMS)
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_a_room_imports_only_those_below_it(name: str) -> None:
+    below = list(ROOMS)[: list(ROOMS).index(name)]
+    assert ROOMS[name] <= set(below), "the table itself goes up"
+    folder = ROOT / "pipeline" / name
+    for path in sources(f"pipeline/{name}") if folder.is_dir() else [folder.with_suffix(".py")]:
+        for module in imported(path, inside=True):
+            if module.startswith("saltern.pipeline."):
+                assert room(module) in {name, *ROOMS[name]}, f"{path} imports {module}"
 
 
 def test_schemas_need_pyarrow_and_the_standard_library_alone() -> None:

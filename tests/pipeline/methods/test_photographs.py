@@ -61,7 +61,7 @@ def in_few_pixels(map_Bhw: Tensor) -> Tensor:
     return sorted_BN[:, : sorted_BN.shape[1] // 20].sum(1) / sorted_BN.sum(1)
 
 
-# casm needs a checkpoint; see tests/pipeline/casm/test_train.py
+# casm needs a checkpoint; see tests/pipeline/casm/training/test_train.py
 @pytest.mark.parametrize("name", [name for name in available() if name != "casm"])
 def test_no_photograph_gives_a_zero_or_broken_map(name: str, maps: Callable[..., Tensor]) -> None:
     found = maps(name)

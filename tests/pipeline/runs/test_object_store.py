@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
+from extracting import REQUEST, extract
 from making import HELPERS, files, write_shards
 from s3server import BUCKET, S3, s3_server
-from test_extractor import REQUEST, extract
 
 from saltern.pipeline.engine.conduct import Settings, conduct
 from saltern.pipeline.extract.extraction import extraction

@@ -2,7 +2,6 @@
 
 import io
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from extracting import extract
 from making import HELPERS, files, picture, tiny, write_shards, write_tar
 from PIL import Image
 from scipy import ndimage
 
-from saltern.pipeline.engine.conduct import Settings, conduct
-from saltern.pipeline.extract.extraction import extraction
-from saltern.pipeline.extract.request import Request
 from saltern.pipeline.maps.discretize import upsample
 from saltern.pipeline.maps.encode import dequantise, unpack_mask
 from saltern.pipeline.methods import build
@@ -28,17 +25,10 @@ from saltern.pipeline.shards.decode import decode
 from saltern.schemas.errors import UserError
 from saltern.schemas.saliency import read_metadata
 
-REQUEST = Request(shards=[], model="making:tiny", method="grad-cam", layer="body", resize=40, crop=32, batch_size=4)
-
 
 @pytest.fixture(autouse=True)
 def _home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(HELPERS)
-
-
-def extract(shards: Path | str, out: Path, settings: dict[str, Any] | None = None, **wishes: Any) -> int:
-    request = replace(REQUEST, shards=[str(shards)], **{"torch_threads": 1, **wishes})
-    return conduct(extraction(request), Settings(str(out), device="cpu", engine="local", **(settings or {}))).code
 
 
 def rows(out: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,16 @@
+"""A run of `extract` in this process, on the toy network."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from saltern.pipeline.engine.conduct import Settings, conduct
+from saltern.pipeline.extract.extraction import extraction
+from saltern.pipeline.extract.request import Request
+
+REQUEST = Request(shards=[], model="making:tiny", method="grad-cam", layer="body", resize=40, crop=32, batch_size=4)
+
+
+def extract(shards: Path | str, out: Path, settings: dict[str, Any] | None = None, **wishes: Any) -> int:
+    request = replace(REQUEST, shards=[str(shards)], **{"torch_threads": 1, **wishes})
+    return conduct(extraction(request), Settings(str(out), device="cpu", engine="local", **(settings or {}))).code

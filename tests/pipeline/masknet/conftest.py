@@ -1,0 +1,3 @@
+"""Fixtures of the mask network's tests."""
+
+from staged import staged  # noqa: F401  (a fixture)
