@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from saltern.pipeline.naming import brief
-from saltern.pipeline.storage.files import fsync, settle
+from saltern.pipeline.storage.files import fsync, publish
 from saltern.schemas.errors import UserError
 
 FORMAT = 1
@@ -131,7 +131,7 @@ class Checkpoints:
         # One entry of metadata alone: safetensors writes several in random order.
         state = {key: value.contiguous() for key, value in member.state.items()}
         safetensors.torch.save_file(state, made, {"digest": member.digest})
-        settle(made, path)
+        publish(made, path)
         self._written[member.step] = member.digest
 
     def known(self, members: Sequence[Member]) -> None:

@@ -16,7 +16,7 @@ FOUND, GIVEN, CROP = "found", "given", "crop"  # kinds of boxes
 
 
 @dataclass(frozen=True)
-class Box:
+class DrawnBox:
     """In shares of the picture's width and height, [0, 1]."""
 
     kind: str  # FOUND | GIVEN | CROP
@@ -34,7 +34,7 @@ class Picture:
     width: int
     height: int
     words: str  # what a reader who does not see it should know
-    boxes: tuple[Box, ...] = ()
+    boxes: tuple[DrawnBox, ...] = ()
     caption: str = ""
 
 
@@ -124,7 +124,7 @@ def _picture(picture: Picture) -> str:
     )
 
 
-def _rectangle(box: Box, width: int, height: int) -> str:
+def _rectangle(box: DrawnBox, width: int, height: int) -> str:
     place = (
         f'x="{box.x0 * width:.1f}" y="{box.y0 * height:.1f}" '
         f'width="{(box.x1 - box.x0) * width:.1f}" height="{(box.y1 - box.y0) * height:.1f}"'

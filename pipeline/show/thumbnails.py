@@ -16,7 +16,7 @@ from saltern.pipeline.runs.reader import Row
 from saltern.pipeline.shards.annotations import extra
 from saltern.pipeline.shards.decode import DecodeError, decode_image
 from saltern.pipeline.shards.samples import Sample
-from saltern.pipeline.show.page import CROP, FOUND, GIVEN, Box, Picture
+from saltern.pipeline.show.page import CROP, FOUND, GIVEN, DrawnBox, Picture
 
 SIDE = 320  # longer side of a thumbnail, pixels
 _TOP = 0.995  # quantile of a map that gets the colours' end, so that one bright pixel does not darken a map
@@ -82,7 +82,7 @@ def _size(width: int, height: int) -> tuple[int, int]:
     return max(1, round(scale * width)), max(1, round(scale * height))
 
 
-def given_boxes(sample: Sample | None, row: Row) -> list[Box]:
+def given_boxes(sample: Sample | None, row: Row) -> list[DrawnBox]:
     """The boxes in the sample's json: x0 y0 x1 y1, both ends inside, original pixels."""
     boxes = [] if sample is None else extra(sample).get("boxes", [])
     try:
@@ -92,23 +92,23 @@ def given_boxes(sample: Sample | None, row: Row) -> list[Box]:
     return [_box(GIVEN, box, row) for box in ends if row.image_width]
 
 
-def found_boxes(row: Row) -> list[Box]:
+def found_boxes(row: Row) -> list[DrawnBox]:
     """The boxes of the row's mask."""
     return [_box(FOUND, box, row) for box in row.boxes or ()]
 
 
-def _box(kind: str, box: Sequence[float], row: Row) -> Box:
+def _box(kind: str, box: Sequence[float], row: Row) -> DrawnBox:
     width, height = row.image_width or 1, row.image_height or 1
-    return Box(kind, box[0] / width, box[1] / height, box[2] / width, box[3] / height)
+    return DrawnBox(kind, box[0] / width, box[1] / height, box[2] / width, box[3] / height)
 
 
-def _crop(row: Row, geometry: list[float], photo_YX3: Pixels) -> list[Box]:
+def _crop(row: Row, geometry: list[float], photo_YX3: Pixels) -> list[DrawnBox]:
     """The part of the original that the network saw, where that is not all."""
     (height, width), input_shape = photo_YX3.shape[:2], row.layout.input_shape
     scale_x, scale_y, x0, y0 = geometry
     x1, y1 = x0 + scale_x * input_shape[1], y0 + scale_y * input_shape[0]
     whole = x0 < 1 and y0 < 1 and x1 > width - 1 and y1 > height - 1
-    return [] if whole else [Box(CROP, x0 / width, y0 / height, x1 / width, y1 / height)]
+    return [] if whole else [DrawnBox(CROP, x0 / width, y0 / height, x1 / width, y1 / height)]
 
 
 def _unit(map_hw: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -140,7 +140,7 @@ def _cut_out(row: Row, photo_YX3: Pixels, geometry: list[float]) -> Pixels:
     return made
 
 
-def encode(pixels_YX3: Pixels, words: str, boxes: Iterable[Box] = (), caption: str = "") -> Picture:
+def encode(pixels_YX3: Pixels, words: str, boxes: Iterable[DrawnBox] = (), caption: str = "") -> Picture:
     """A picture for the page; `words` tell a reader who does not see it."""
     stream = io.BytesIO()
     Image.fromarray(pixels_YX3).save(stream, "JPEG", quality=75)

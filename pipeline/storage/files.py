@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 
-def settle(made: Path, path: Path) -> None:
+def publish(made: Path, path: Path) -> None:
     """Give a finished file its name, in place of what stands there; it is on the disk when this returns."""
     fsync(made)
     made.replace(path)
@@ -16,7 +16,7 @@ def write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     made = path.with_name(f".unfinished-{path.name}")
     made.write_bytes(content)
-    settle(made, path)
+    publish(made, path)
 
 
 def fsync(path: Path) -> None:

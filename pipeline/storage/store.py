@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pyarrow import fs
 
-from saltern.pipeline.storage.files import fsync, settle
+from saltern.pipeline.storage.files import fsync, publish
 from saltern.pipeline.storage.filesystem import filesystem
 
 SCRATCH = "_tmp-"  # Arrow's and Spark's readers skip names that begin so
@@ -73,7 +73,7 @@ class Store:
             made.unlink()
             return
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        settle(made, Path(target))
+        publish(made, Path(target))
 
     def create(self, made: Path, name: str) -> bool:
         """Like `publish`, but only where nothing stands under the name: False means that another was first."""
