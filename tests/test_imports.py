@@ -18,6 +18,7 @@ _MODELS = {"models", "masknet", "methods"}
 ROOMS: dict[str, set[str]] = {
     "machine": set(),
     "naming": set(),
+    "tables": set(),
     "storage": set(),
     "shards": {"storage"},
     "maps": set(),
@@ -27,12 +28,12 @@ ROOMS: dict[str, set[str]] = {
     "runs": {"storage", "shards", "maps"},
     "engine": _RUNS | _BASE,
     "extract": {"engine", *_RUNS, *_MODELS, *_BASE},
-    "metrics": _RUNS,
+    "metrics": {"tables", *_RUNS},
     "show": _RUNS,
     "synthesis": {"extract", "show", "engine", *_RUNS, *_MODELS, *_BASE},
-    "casm": {"extract", "metrics", "show", "engine", *_RUNS, *_MODELS, *_BASE},
+    "casm": {"extract", "metrics", "show", "engine", "tables", *_RUNS, *_MODELS, *_BASE},
     "submit": set(),
-    "bench": {"casm", "extract", "engine", *_RUNS, *_MODELS, *_BASE},
+    "bench": {"casm", "extract", "engine", "tables", *_RUNS, *_MODELS, *_BASE},
 }
 HEAVY = ("torch", "ray", "pyarrow", "webdataset", "numpy")
 
