@@ -127,9 +127,9 @@ MaxFailedShards = Annotated[int | None, typer.Option(min=0, help="Stop when more
 
 def drive(job: "Job", **settings: Any) -> None:
     """Do the job and leave with its exit code."""
-    from saltern.pipeline.engine.conduct import Settings, conduct
+    from saltern.pipeline.engine.conduct import RunOptions, conduct
 
-    ended = conduct(job, Settings(**settings))
+    ended = conduct(job, RunOptions(**settings))
     sys.stdout.flush()
     sys.stderr.flush()
     if ended.stuck:

@@ -36,7 +36,7 @@ from saltern.schemas.run import Run, Shard
 
 
 @dataclass(frozen=True)
-class Settings:
+class RunOptions:
     """How a run is driven; nothing here changes what its files hold."""
 
     out: str
@@ -96,7 +96,7 @@ class Job:
     close: Callable[[Store, Run, Path], None] = lambda store, run, scratch: None
 
 
-def conduct(job: Job, settings: Settings) -> Exit:
+def conduct(job: Job, settings: RunOptions) -> Exit:
     """Do the job, or go on with it.
 
     Raises:
@@ -120,7 +120,7 @@ def conduct(job: Job, settings: Settings) -> Exit:
         return ended
 
 
-def _threads(settings: Settings, engine: Engine) -> int:
+def _threads(settings: RunOptions, engine: Engine) -> int:
     return settings.decode_threads or max(1, min(16, cores() // engine.workers))
 
 
@@ -130,7 +130,7 @@ def _wipe(store: Store, out: str) -> None:
     wipe(store)
 
 
-def _drive(store: Store, spec: Spec, factory: Factory, settings: Settings, engine: Engine) -> Exit:
+def _drive(store: Store, spec: Spec, factory: Factory, settings: RunOptions, engine: Engine) -> Exit:
     run = spec.run
     receipts = read_receipts(store, run)
     book = Book(store, run, Path(spec.scratch), set(read_failures(store, receipts)))

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from saltern.pipeline.engine.conduct import Settings, conduct
+from saltern.pipeline.engine.conduct import RunOptions, conduct
 from saltern.pipeline.extract.extraction import extraction
 from saltern.pipeline.extract.request import Request
 
@@ -13,4 +13,4 @@ REQUEST = Request(shards=[], model="making:tiny", method="grad-cam", layer="body
 
 def extract(shards: Path | str, out: Path, settings: dict[str, Any] | None = None, **wishes: Any) -> int:
     request = replace(REQUEST, shards=[str(shards)], **{"torch_threads": 1, **wishes})
-    return conduct(extraction(request), Settings(str(out), device="cpu", engine="local", **(settings or {}))).code
+    return conduct(extraction(request), RunOptions(str(out), device="cpu", engine="local", **(settings or {}))).code

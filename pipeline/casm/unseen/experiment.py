@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from saltern.pipeline.casm.data.index import make_index
 from saltern.pipeline.casm.training.train import Request, say_aside, train
 from saltern.pipeline.casm.unseen.split import SUBSETS, Split, check_val, make_split
-from saltern.pipeline.engine.conduct import Settings, conduct
+from saltern.pipeline.engine.conduct import RunOptions, conduct
 from saltern.pipeline.extract.extraction import extraction
 from saltern.pipeline.extract.request import Request as Extraction
 from saltern.pipeline.machine import pick_device, see_own_modules
@@ -211,7 +211,7 @@ def _extracted(request: Request, val: Sequence[str], folder: Path, run: Path) ->
     with contextlib.redirect_stdout(sys.stderr):  # what it reports is no result of this job
         ended = conduct(
             extraction(wanted),
-            Settings(
+            RunOptions(
                 out=str(run),
                 address=request.address,
                 workers=request.workers if request.workers > 1 else None,

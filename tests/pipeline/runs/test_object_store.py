@@ -7,7 +7,7 @@ from extracting import REQUEST, extract
 from making import HELPERS, files, write_shards
 from s3server import BUCKET, S3, s3_server
 
-from saltern.pipeline.engine.conduct import Settings, conduct
+from saltern.pipeline.engine.conduct import RunOptions, conduct
 from saltern.pipeline.extract.extraction import extraction
 from saltern.pipeline.extract.request import Request
 from saltern.pipeline.runs.manifest import open_run
@@ -32,7 +32,7 @@ def test_a_run_in_a_bucket_equals_one_on_a_disk(s3: S3, tmp_path: Path, monkeypa
     for path in (tmp_path / "in").iterdir():
         s3.objects[f"in/{path.name}"] = path.read_bytes()
     request = Request(**{**vars(REQUEST), "shards": [f"s3://{BUCKET}/in"], "torch_threads": 1})
-    settings = Settings(f"s3://{BUCKET}/run", device="cpu", engine="local")
+    settings = RunOptions(f"s3://{BUCKET}/run", device="cpu", engine="local")
     assert conduct(extraction(request), settings).code == 0
     stored = {name.removeprefix("run/"): raw for name, raw in s3.objects.items() if name.startswith("run/data/")}
     assert stored == files(tmp_path / "run")

@@ -11,7 +11,7 @@ from making import picture, write_shards, write_tar
 from numpy.typing import NDArray
 from pyarrow import fs
 
-from saltern.pipeline.engine.conduct import Settings, conduct
+from saltern.pipeline.engine.conduct import RunOptions, conduct
 from saltern.pipeline.extract.extraction import extraction
 from saltern.pipeline.extract.request import Request
 from saltern.pipeline.maps.discretize import upsample
@@ -207,7 +207,7 @@ def test_what_the_extractor_writes_is_read_back(tmp_path: Path) -> None:
         model="making:tiny", method="grad-cam", layer="body", target="top:2", resize=40, crop=32, batch_size=4,
         map_dtype="float32", torch_threads=1,
     )  # fmt: skip
-    assert conduct(extraction(request), Settings(str(tmp_path / "run"), device="cpu", engine="local")).code == 0
+    assert conduct(extraction(request), RunOptions(str(tmp_path / "run"), device="cpu", engine="local")).code == 0
     run = open_run(str(tmp_path / "run"))
     rows = [row for row in run if row.status == OK]
     assert len(rows) > 12

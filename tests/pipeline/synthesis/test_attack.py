@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from saltern.jobs.main import app
-from saltern.pipeline.engine.conduct import Job, Settings, conduct
+from saltern.pipeline.engine.conduct import Job, RunOptions, conduct
 from saltern.pipeline.extract.processor import Processor
 from saltern.pipeline.extract.request import Request
 from saltern.pipeline.runs import reader
@@ -47,7 +47,7 @@ def _home(monkeypatch: pytest.MonkeyPatch) -> None:
 def attack(shards: Path, out: Path, wishes: dict[str, Any] | None = None, **options: Any) -> int:
     request = replace(REQUEST, shards=[str(shards)], job_options={**OPTIONS, **options}, **(wishes or {}))
     job = Job(partial(plan, request), partial(Processor, work=Attack), close)
-    return conduct(job, Settings(str(out), device="cpu", engine="local")).code
+    return conduct(job, RunOptions(str(out), device="cpu", engine="local")).code
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -235,7 +235,7 @@ def test_an_extraction_is_another_job(tmp_path: Path) -> None:
     assert attack(tmp_path / "in", tmp_path / "run") == 0
     with pytest.raises(UserError, match="job: 'attack' there, 'extract' asked for"):
         conduct(
-            extraction(replace(REQUEST, shards=[str(tmp_path / "in")])), Settings(str(tmp_path / "run"), device="cpu")
+            extraction(replace(REQUEST, shards=[str(tmp_path / "in")])), RunOptions(str(tmp_path / "run"), device="cpu")
         )
 
 
@@ -245,7 +245,7 @@ def test_a_run_that_names_no_job_is_an_extraction(tmp_path: Path) -> None:
     from saltern.pipeline.extract.extraction import extraction
 
     write_shards(tmp_path / "in", 1, 2)
-    request, settings = replace(REQUEST, shards=[str(tmp_path / "in")]), Settings(str(tmp_path / "run"), device="cpu")
+    request, settings = replace(REQUEST, shards=[str(tmp_path / "in")]), RunOptions(str(tmp_path / "run"), device="cpu")
     assert conduct(extraction(request), settings).code == 0
     made = json.loads((tmp_path / "run/run.json").read_text())
     assert (made["config"].pop("job"), made["config"].pop("job_options")) == ("extract", {})

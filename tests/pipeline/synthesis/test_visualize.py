@@ -16,7 +16,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from saltern.jobs.main import app
-from saltern.pipeline.engine.conduct import Job, Settings, conduct
+from saltern.pipeline.engine.conduct import Job, RunOptions, conduct
 from saltern.pipeline.models.classifiers import load
 from saltern.pipeline.models.passes import frozen
 from saltern.pipeline.runs.manifest import open_run
@@ -37,7 +37,7 @@ def _home(monkeypatch: pytest.MonkeyPatch) -> None:
 def visualize(out: Path, classes: str = "0-4", **wishes: Any) -> int:
     made: dict[str, Any] = {"steps": 10, "crop": 32, "pinned": {"batch_size": 2, "torch_threads": 1}, **wishes}
     wish = Wish(classes, "making:tiny", **made)
-    return conduct(Job(partial(plan, wish), Visualizer, close), Settings(str(out), device="cpu", engine="local")).code
+    return conduct(Job(partial(plan, wish), Visualizer, close), RunOptions(str(out), device="cpu", engine="local")).code
 
 
 def rows(out: Path) -> list[dict[str, Any]]:

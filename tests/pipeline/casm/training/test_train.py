@@ -32,8 +32,7 @@ from saltern.pipeline.casm.data.batches import Batches, crop, crop_box
 from saltern.pipeline.casm.data.index import make_index
 from saltern.pipeline.casm.training import journal, loop
 from saltern.pipeline.casm.training.train import train
-from saltern.pipeline.engine.conduct import Job, conduct
-from saltern.pipeline.engine.conduct import Settings as Engine
+from saltern.pipeline.engine.conduct import Job, RunOptions, conduct
 from saltern.pipeline.extract.extraction import Extraction
 from saltern.pipeline.extract.processor import Processor
 from saltern.pipeline.extract.request import Request, resolve
@@ -435,7 +434,8 @@ def test_extract_gives_rows_without_target(undisturbed, shards, tmp_path):
         return resolve(wanted, standing, device, workers)
 
     ended = conduct(
-        Job(plan, partial(Processor, work=Extraction)), Engine(out=str(tmp_path / "run"), engine="local", device="cpu")
+        Job(plan, partial(Processor, work=Extraction)),
+        RunOptions(out=str(tmp_path / "run"), engine="local", device="cpu"),
     )
     assert ended.code == 0
     rows = [row for path in sorted(tmp_path.glob("run/data/*.parquet")) for row in pq.read_table(path).to_pylist()]

@@ -21,8 +21,7 @@ from saltern.pipeline.casm.training.train import train
 from saltern.pipeline.casm.watch import curves
 from saltern.pipeline.casm.watch.mask_page import SHOWN
 from saltern.pipeline.casm.watch.validation import Validation
-from saltern.pipeline.engine.conduct import Job, conduct
-from saltern.pipeline.engine.conduct import Settings as Engine
+from saltern.pipeline.engine.conduct import Job, RunOptions, conduct
 from saltern.pipeline.extract.extraction import Extraction
 from saltern.pipeline.extract.processor import Processor
 from saltern.pipeline.extract.request import Request, resolve
@@ -117,7 +116,8 @@ def extracted(training: Training, classes, val: Path, folder: Path, resize: int)
         return resolve(wanted, standing, device, workers)
 
     conduct(
-        Job(plan, partial(Processor, work=Extraction)), Engine(out=str(folder / "run"), engine="local", device="cpu")
+        Job(plan, partial(Processor, work=Extraction)),
+        RunOptions(out=str(folder / "run"), engine="local", device="cpu"),
     )
     return str(folder / "run")
 
