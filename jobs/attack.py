@@ -63,11 +63,11 @@ def attack(
     """
     from saltern.pipeline.engine.conduct import Job
     from saltern.pipeline.extract.processor import Processor
-    from saltern.pipeline.extract.request import Request
+    from saltern.pipeline.extract.request import ExtractRequest
     from saltern.pipeline.synthesis.attack import Attack, plan
     from saltern.pipeline.synthesis.attack_report import close
 
-    request = Request(
+    request = ExtractRequest(
         shards=shards,
         model=model,
         method=guide,
@@ -91,7 +91,7 @@ def attack(
         },
     )
     options.drive(
-        Job(partial(plan, request), partial(Processor, work=Attack), close),
+        Job(partial(plan, request), partial(Processor, task=Attack), close),
         out=out,
         engine=engine,
         address=address,

@@ -29,7 +29,7 @@ def extract(
     from saltern.pipeline.bench.extract import measure
     from saltern.pipeline.bench.figures import as_json, as_markdown, describe_machine
     from saltern.pipeline.bench.workload import Settings
-    from saltern.pipeline.engine.choose import choose
+    from saltern.pipeline.engine.selection import select_engine
     from saltern.pipeline.machine import pick_device
 
     settings = Settings(
@@ -44,7 +44,7 @@ def extract(
         rounds=rounds,
     )
     machine = describe_machine()
-    figures = measure(settings, lambda: choose("ray", "cpu", None, 2, 0.0))
+    figures = measure(settings, lambda: select_engine("ray", "cpu", None, 2, 0.0))
     table = as_markdown(figures, machine)
     out.mkdir(parents=True, exist_ok=True)
     (out / "extract.json").write_text(as_json(figures, asdict(settings), machine))

@@ -54,9 +54,9 @@ def extract(
 ) -> None:
     """Extract saliency maps, masks and boxes. The same command again goes on where the last one ended."""
     from saltern.pipeline.extract.extraction import extraction
-    from saltern.pipeline.extract.request import Request
+    from saltern.pipeline.extract.request import ExtractRequest
 
-    request = Request(
+    request = ExtractRequest(
         shards=shards,
         model=model,
         method=method,

@@ -29,9 +29,9 @@ def plan(
     from dataclasses import asdict
 
     from saltern.pipeline.extract.estimate import estimate
-    from saltern.pipeline.extract.request import Request
+    from saltern.pipeline.extract.request import ExtractRequest
 
-    request = Request(
+    request = ExtractRequest(
         shards=shards,
         model=model or "",
         method=method,

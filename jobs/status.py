@@ -10,11 +10,11 @@ def status(run: RunFolder, as_json: AsJson = False) -> None:
     import json
     from collections import Counter
 
-    from saltern.pipeline.runs.manifest import open_run, read_failures, read_receipts
+    from saltern.pipeline.runs.manifest import load_run_folder, read_failures, read_receipts
     from saltern.pipeline.synthesis.attack_report import in_words, means
     from saltern.schemas.run import ATTACK, EXTRACT
 
-    store, found = open_run(run)
+    store, found = load_run_folder(run)
     receipts = read_receipts(store, found)
     failures = read_failures(store, receipts)
     statuses = sum((Counter(receipt.statuses) for receipt in receipts.values()), Counter[str]())

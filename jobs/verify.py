@@ -10,10 +10,10 @@ def verify(run: RunFolder, as_json: AsJson = False) -> None:
     import json
     from dataclasses import asdict
 
-    from saltern.pipeline.runs.manifest import open_run
+    from saltern.pipeline.runs.manifest import load_run_folder
     from saltern.pipeline.runs.verify import verify as check
 
-    verdict = check(*open_run(run))
+    verdict = check(*load_run_folder(run))
     if as_json:
         typer.echo(json.dumps(asdict(verdict), indent=1))
     else:

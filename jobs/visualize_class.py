@@ -37,9 +37,9 @@ def visualize_class(
     command again goes on where the last one ended.
     """
     from saltern.pipeline.engine.conduct import Job
-    from saltern.pipeline.synthesis.visualize import Visualizer, Wish, close, plan
+    from saltern.pipeline.synthesis.visualize import Visualizer, VisualizeRequest, close, plan
 
-    wish = Wish(
+    request = VisualizeRequest(
         classes=classes,
         model=model,
         weights=weights,
@@ -52,7 +52,7 @@ def visualize_class(
         pinned={"batch_size": batch_size},
     )
     options.drive(
-        Job(partial(plan, wish), Visualizer, close),
+        Job(partial(plan, request), Visualizer, close),
         out=out,
         engine=engine,
         address=address,

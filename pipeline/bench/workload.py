@@ -16,7 +16,7 @@ from webdataset.writer import TarWriter
 from saltern.pipeline.engine.driver import Driver
 from saltern.pipeline.engine.pool import Died, Event, Pool, Raised, Ready
 from saltern.pipeline.extract.processor import Spec
-from saltern.pipeline.extract.request import BATCH_SIZE, Request, resolve
+from saltern.pipeline.extract.request import BATCH_SIZE, ExtractRequest, resolve
 from saltern.pipeline.machine import cores
 from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.samples import list_keys
@@ -90,7 +90,7 @@ class Work:
 
 
 @contextmanager
-def spec_for(request: Request, device: str, layout: Layout) -> Iterator[Spec]:
+def spec_for(request: ExtractRequest, device: str, layout: Layout) -> Iterator[Spec]:
     """A processor's spec for a run in a temporary folder."""
     run, _ = resolve(replace(request, torch_threads=layout.torch_threads), None, device, 1)
     with TemporaryDirectory(prefix="saltern-bench-") as root, session(Store(root)) as scratch:
@@ -184,9 +184,9 @@ class Settings:
     def batch(self) -> int:
         return self.batch_size or BATCH_SIZE[self.device]
 
-    def request(self) -> Request:
+    def request(self) -> ExtractRequest:
         """The run that is measured."""
-        return Request(
+        return ExtractRequest(
             shards=self.shards,
             model=self.model,
             method=self.method,
@@ -196,9 +196,9 @@ class Settings:
             batch_size=self.batch,
         )
 
-    def noop(self) -> Request:
+    def noop(self) -> ExtractRequest:
         """The same on a model and a method that do next to nothing."""
-        return Request(
+        return ExtractRequest(
             shards=self.shards,
             model="saltern.pipeline.bench.noop:net",
             method="saltern.pipeline.bench.noop:Noop",

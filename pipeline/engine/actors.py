@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from saltern.pipeline import machine
-from saltern.pipeline.engine.pool import Died, Done, Event, Factory, Processor, Raised, Ready
+from saltern.pipeline.engine.pool import Died, Done, Event, Factory, Raised, Ready, ShardProcessor
 from saltern.schemas.errors import UserError
 from saltern.schemas.receipt import Receipt
 from saltern.schemas.run import Shard
@@ -20,7 +20,7 @@ COUNT_EVERY_S = 2.0  # progress asks every actor, and each question costs core t
 STORE_BYTES = 80_000_000  # the object store of a cluster of our own: receipts are all that crosses it
 
 
-def connect(address: str | None) -> dict[str, float]:
+def join_cluster(address: str | None) -> dict[str, float]:
     """Join a cluster, or start one on this machine.
 
     Returns:
@@ -52,7 +52,7 @@ class _Worker:
     """The actor. Its processor is built by a call, so that an error in it comes back as it is."""
 
     def build(self, factory: Factory) -> str:
-        self._processor: Processor = factory()
+        self._processor: ShardProcessor = factory()
         return str(ray.get_runtime_context().get_node_id())
 
     def process(self, shard: Shard, redo: bool) -> Receipt:
@@ -63,7 +63,7 @@ class _Worker:
 
 
 class RayPool:
-    """Actors on the cluster that `connect` joined.
+    """Actors on the cluster that `join_cluster` joined.
 
     Args:
         factory: makes a processor; travels to the actor.

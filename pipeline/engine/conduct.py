@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from saltern.pipeline.engine.choose import Engine, choose, make_pool
 from saltern.pipeline.engine.driver import Driver, Outcome
 from saltern.pipeline.engine.local import LocalPool
-from saltern.pipeline.engine.pool import Factory
-from saltern.pipeline.engine.pool import Processor as AnyProcessor
+from saltern.pipeline.engine.pool import Factory, ShardProcessor
 from saltern.pipeline.engine.progress import Progress, clock, spent
+from saltern.pipeline.engine.selection import Engine, make_pool, select_engine
 from saltern.pipeline.machine import cores, sigterm_as_interrupt
 from saltern.pipeline.runs.manifest import (
     begin,
@@ -92,7 +91,7 @@ class Job:
     """
 
     plan: Callable[[Run | None, str, int], tuple[Run, list[str]]]
-    processor: Callable[[Spec], AnyProcessor]
+    processor: Callable[[Spec], ShardProcessor]
     close: Callable[[Store, Run, Path], None] = lambda store, run, scratch: None
 
 
@@ -104,7 +103,9 @@ def conduct(job: Job, settings: RunOptions) -> Exit:
     """
     root = settings.out if "://" in settings.out else os.path.abspath(settings.out)
     store = Store(root)
-    engine = choose(settings.engine, settings.device, settings.address, settings.workers, settings.gpus_per_worker)
+    engine = select_engine(
+        settings.engine, settings.device, settings.address, settings.workers, settings.gpus_per_worker
+    )
     standing = None if settings.overwrite else load_run(store)
     run, hints = job.plan(standing, engine.device, engine.workers)
     for line in (*hints, str(engine)):

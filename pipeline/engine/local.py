@@ -6,13 +6,13 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from saltern.pipeline.engine.pool import Done, Event, Factory, Processor, Raised, Ready
+from saltern.pipeline.engine.pool import Done, Event, Factory, Raised, Ready, ShardProcessor
 from saltern.schemas.run import Shard
 
 
 @dataclass
 class _Local:
-    processor: Processor | None = None
+    processor: ShardProcessor | None = None
     busy: set[str] = field(default_factory=set)  # shard names
 
 

@@ -8,7 +8,7 @@ from saltern.schemas.receipt import Receipt
 from saltern.schemas.run import Shard
 
 
-class Processor(Protocol):
+class ShardProcessor(Protocol):
     """What a worker holds: built once, then fed with shards, two at once."""
 
     images: int
@@ -16,7 +16,7 @@ class Processor(Protocol):
     def process(self, shard: Shard, redo: bool = False) -> Receipt: ...
 
 
-Factory = Callable[[], Processor]
+Factory = Callable[[], ShardProcessor]
 
 
 @dataclass(frozen=True)

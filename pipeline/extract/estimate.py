@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from saltern.pipeline.extract.extraction import Extraction
 from saltern.pipeline.extract.processor import Processor, Spec
-from saltern.pipeline.extract.request import Request, resolve
+from saltern.pipeline.extract.request import ExtractRequest, resolve
 from saltern.pipeline.machine import cores, pick_device
 from saltern.pipeline.runs.manifest import data_name
 from saltern.pipeline.shards.expand import expand
@@ -62,7 +62,7 @@ def count(shards: Sequence[Shard]) -> tuple[int, bool]:
     return round(samples * sum(shard.size for shard in shards) / size) if size else 0, False
 
 
-def estimate(request: Request, device: str, workers: int) -> tuple[Plan, list[str]]:
+def estimate(request: ExtractRequest, device: str, workers: int) -> tuple[Plan, list[str]]:
     """Count samples; where a model is named, extract a few images of the first shard and project their time and bytes.
 
     Raises:
@@ -79,7 +79,7 @@ def estimate(request: Request, device: str, workers: int) -> tuple[Plan, list[st
     return replace(plan, images_per_s=rate, hours=hours, output_bytes=output), hints
 
 
-def _try(request: Request, device: str) -> tuple[float, float, int]:
+def _try(request: ExtractRequest, device: str) -> tuple[float, float, int]:
     """Images/s, stored bytes an image, and bytes of a file beside its rows."""
     run, _ = resolve(request, None, device, 1)
     with tempfile.TemporaryDirectory(prefix="saltern-plan-") as root, session(Store(root)) as scratch:

@@ -7,7 +7,7 @@ each of its targets), N bytes.
 import torch
 from torch import Tensor
 
-from saltern.pipeline.extract.work import Pending
+from saltern.pipeline.extract.task import Pending
 from saltern.pipeline.maps.discretize import discretize, parse_rule, upsample
 from saltern.pipeline.maps.encode import CLIP_QUANTILE, pack_mask, quantise
 from saltern.pipeline.methods import Method

@@ -14,8 +14,8 @@ from saltern.pipeline.engine.conduct import (
 )
 from saltern.pipeline.extract.explain import Explainer
 from saltern.pipeline.extract.processor import Processor
-from saltern.pipeline.extract.request import Request, resolve
-from saltern.pipeline.extract.work import Explained, Item, Pending
+from saltern.pipeline.extract.request import ExtractRequest, resolve
+from saltern.pipeline.extract.task import Explained, Item, Pending
 from saltern.pipeline.maps.discretize import largest_box
 from saltern.pipeline.maps.encode import unpack_mask
 from saltern.pipeline.maps.frame import to_original
@@ -86,9 +86,9 @@ def load_method(config: RunConfig, device: torch.device) -> tuple[nn.Module, Met
     return model, build(config.method, model, layer=next(iter(config.layer), None), **config.options)
 
 
-def extraction(request: Request) -> Job:
+def extraction(request: ExtractRequest) -> Job:
     """The job of `saltern extract`."""
-    return Job(partial(resolve, request), partial(Processor, work=Extraction))
+    return Job(partial(resolve, request), partial(Processor, task=Extraction))
 
 
 def check_weights(config: RunConfig, digest: str) -> None:

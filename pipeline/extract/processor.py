@@ -1,6 +1,6 @@
 """The shard processor: built once for a device, then `shard -> Receipt`, any number of times, two at once.
 
-read -> decode -> work -> write, each in threads of its own: a reader for each shard in flight, a pool that decodes,
+read -> decode -> task -> write, each in threads of its own: a reader for each shard in flight, a pool that decodes,
 one thread that owns the device (so that a batch's bits do not depend on what else runs), and the caller, who writes.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from saltern.pipeline.extract.work import Explained, Item, Pending, Work, device_losses
+from saltern.pipeline.extract.task import Explained, Item, Pending, Task, device_losses
 from saltern.pipeline.runs.manifest import data_name
 from saltern.pipeline.runs.outlet import Outlet, Spec, Tally
 from saltern.pipeline.runs.writer import ROW_GROUP, Row, ShardWriter, read_rows
@@ -40,13 +40,13 @@ class Processor:
 
     Args:
         spec: of the run.
-        work: what is done with the samples.
+        task: what is done with the samples.
 
     Raises:
         UserError: the model, its weights or the method cannot be had here, or the weights are not the driver's.
     """
 
-    def __init__(self, spec: Spec, work: Callable[[Spec, torch.device], Work]):
+    def __init__(self, spec: Spec, task: Callable[[Spec, torch.device], Task]):
         self.config = spec.run.config
         self.images = 0  # samples whose rows were handed to a writer, for progress
         self._outlet = Outlet(spec)
@@ -58,7 +58,7 @@ class Processor:
         self._compute = ThreadPoolExecutor(
             1, "saltern-device", lambda: torch.set_num_threads(self.config.torch_threads)
         )
-        self._work = self._compute.submit(work, spec, self._device).result()
+        self._task = self._compute.submit(task, spec, self._device).result()
 
     def process(self, shard: Shard, redo: bool = False) -> Receipt:
         """Extract one shard: its data file, then its receipt, each whole or not at all.
@@ -76,7 +76,7 @@ class Processor:
         tally = Tally()
         kept = self._ok_rows(shard) if redo else {}
         with (
-            self._outlet.open(self._work.schema, tally) as writer,
+            self._outlet.open(self._task.schema, tally) as writer,
             contextlib.closing(self._batches(shard, kept, tally)) as batches,
         ):
             pending: deque[tuple[list[Item], Running | None]] = deque()
@@ -118,7 +118,7 @@ class Processor:
     def _item(self, sample: Sample, kept: dict[int, list[Row]]) -> Item:
         if sample.index in kept:
             return Item(sample, kept=kept[sample.index])
-        problem = sample.problem or self._work.problem(sample)
+        problem = sample.problem or self._task.problem(sample)
         if problem is not None or sample.image is None:
             return Item(sample, problem=problem)
         return Item(sample, self._decoders.submit(_decode, sample.image, self.config))
@@ -144,7 +144,7 @@ class Processor:
             try:
                 parts = zip(*(torch.split(tensor, self._chunk) for tensor in given), strict=True)
                 with device_losses():
-                    return [self._work(*part) for part in parts]
+                    return [self._task(*part) for part in parts]
             except torch.OutOfMemoryError as error:
                 if self._chunk == 1:
                     raise MemoryError("one image does not fit in the device's memory") from error
@@ -161,7 +161,7 @@ class Processor:
             tally.seconds["compute"] += sum(seconds for _, seconds in parts)
             found = Explained.concatenate([part for part, _ in parts])
         with self._outlet.writing(tally):
-            rows = self._work.rows(shard, batch, found)
+            rows = self._task.rows(shard, batch, found)
             writer.write(rows)
         tally.count(len(batch), rows)
         self.images += len(batch)

@@ -25,7 +25,7 @@ _CHOICES = {
 
 
 @dataclass(frozen=True)
-class Request:
+class ExtractRequest:
     """What the user asked for; None where the default, or the standing run, decides."""
 
     shards: Sequence[str]
@@ -53,7 +53,7 @@ class Request:
     job_options: dict[str, Any] = field(default_factory=dict)  # complete
 
 
-def resolve(request: Request, standing: Run | None, device: str, workers: int) -> tuple[Run, list[str]]:
+def resolve(request: ExtractRequest, standing: Run | None, device: str, workers: int) -> tuple[Run, list[str]]:
     """The run that is asked for, and hints for the user in words.
 
     Args:
@@ -113,7 +113,7 @@ def limited(shards: list[Shard], limit: int | None) -> list[Shard]:
     return wanted
 
 
-def _config(request: Request, pinned: dict[str, Any]) -> tuple[RunConfig, list[str] | None]:
+def _config(request: ExtractRequest, pinned: dict[str, Any]) -> tuple[RunConfig, list[str] | None]:
     see_own_modules()
     classifier = classifiers.load(request.model, request.weights, seed=request.seed)
     parse_target(request.target, classifier.classes)
@@ -157,7 +157,7 @@ def absolute(weights: str) -> str:
     return os.path.abspath(weights) if os.path.isfile(weights) else weights
 
 
-def _map_dtype(request: Request, method: Method) -> str:
+def _map_dtype(request: ExtractRequest, method: Method) -> str:
     if request.map_dtype is not None:
         return request.map_dtype
     return "uint8" if request.map_size == "input" else method.default_map_dtype

@@ -29,7 +29,7 @@ def load_run(store: Store) -> Run | None:
     return None if raw is None else Run.from_json(raw)
 
 
-def open_run(root: str, job: str | None = None) -> tuple[Store, Run]:
+def load_run_folder(root: str, job: str | None = None) -> tuple[Store, Run]:
     """Raises UserError where the folder holds no run, or one of another job than the one that is wanted."""
     store = Store(root)
     run = load_run(store)

@@ -108,7 +108,7 @@ def map_in_original(row: Row) -> NDArray[np.float32]:
 
 def open_run(path: str) -> "SaliencyRun":
     """The run in a folder or under an object store's URL. Raises UserError where there is none."""
-    store, run = manifest.open_run(path, EXTRACT)
+    store, run = manifest.load_run_folder(path, EXTRACT)
     return SaliencyRun(path, store, run, manifest.read_receipts(store, run))
 
 

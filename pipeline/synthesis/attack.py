@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saltern.pipeline.extract.extraction import load_method
-from saltern.pipeline.extract.request import Request, resolve
-from saltern.pipeline.extract.work import Explained, Item, Pending
+from saltern.pipeline.extract.request import ExtractRequest, resolve
+from saltern.pipeline.extract.task import Explained, Item, Pending
 from saltern.pipeline.maps.discretize import upsample
 from saltern.pipeline.methods import find
 from saltern.pipeline.models.passes import frozen, logits_of
@@ -154,7 +154,7 @@ def _value(value: NDArray[Any]) -> Any:
     return png(value) if value.ndim else value.item()
 
 
-def plan(request: Request, standing: Run | None, device: str, workers: int) -> tuple[Run, list[str]]:
+def plan(request: ExtractRequest, standing: Run | None, device: str, workers: int) -> tuple[Run, list[str]]:
     """The run that is asked for. Raises UserError where something that was asked for cannot be had."""
     if not find(request.method).needs_target:
         raise UserError(f"--guide {request.method} explains no class; give one that does, as cameras or grad-cam")

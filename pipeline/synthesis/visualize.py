@@ -18,7 +18,7 @@ from torch import Tensor
 
 from saltern.pipeline.extract.extraction import load_model
 from saltern.pipeline.extract.request import absolute, new_run, pin
-from saltern.pipeline.extract.work import device_losses
+from saltern.pipeline.extract.task import device_losses
 from saltern.pipeline.machine import see_own_modules
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.models.passes import frozen, logits_of
@@ -39,7 +39,7 @@ SHOWN = 64  # images of the contact picture
 
 
 @dataclass(frozen=True)
-class Wish:
+class VisualizeRequest:
     """What the user asked for; None where the default, or the standing run, decides."""
 
     classes: str
@@ -76,20 +76,20 @@ def parse_classes(text: str, classes: int) -> list[int]:
     return sorted(found)
 
 
-def plan(wish: Wish, standing: Run | None, device: str, workers: int) -> tuple[Run, list[str]]:
+def plan(request: VisualizeRequest, standing: Run | None, device: str, workers: int) -> tuple[Run, list[str]]:
     """The run that is asked for. Raises UserError where something that was asked for cannot be had."""
-    if wish.init not in ("zero", "noise"):
-        raise UserError(f"--init {wish.init!r} is none of zero, noise")
-    if wish.steps < 1 or wish.step_size <= 0 or wish.weight < 0:
+    if request.init not in ("zero", "noise"):
+        raise UserError(f"--init {request.init!r} is none of zero, noise")
+    if request.steps < 1 or request.step_size <= 0 or request.weight < 0:
         raise UserError("--steps must be at least 1, --step-size larger than 0, --lambda at least 0")
     see_own_modules()
-    classifier = classifiers.load(wish.model, wish.weights, seed=wish.seed)
-    targets = parse_classes(wish.classes, classifier.classes)
-    pinned = pin(wish.pinned, standing, device, workers, BATCH_SIZE)
+    classifier = classifiers.load(request.model, request.weights, seed=request.seed)
+    targets = parse_classes(request.classes, classifier.classes)
+    pinned = pin(request.pinned, standing, device, workers, BATCH_SIZE)
     usual = classifier.preprocess
     config = RunConfig(
-        model=wish.model,
-        weights=absolute(wish.weights),
+        model=request.model,
+        weights=absolute(request.weights),
         weights_digest=classifier.digest,
         classes=classifier.classes,
         method="",
@@ -101,16 +101,21 @@ def plan(wish: Wish, standing: Run | None, device: str, workers: int) -> tuple[R
         map_dtype="",
         save_map=False,
         resize=usual.resize,
-        crop=wish.crop or usual.crop,
+        crop=request.crop or usual.crop,
         squash=False,
         interpolation=usual.interpolation,
         mean=list(usual.mean),
         std=list(usual.std),
         precision="fp32",
-        seed=wish.seed,
+        seed=request.seed,
         limit=None,
         job=VISUALIZE,
-        job_options={"steps": wish.steps, "step_size": wish.step_size, "weight": wish.weight, "init": wish.init},
+        job_options={
+            "steps": request.steps,
+            "step_size": request.step_size,
+            "weight": request.weight,
+            "init": request.init,
+        },
         **pinned,
     )
     size = pinned["batch_size"]

@@ -6,9 +6,11 @@ from typing import Any
 
 from saltern.pipeline.engine.conduct import RunOptions, conduct
 from saltern.pipeline.extract.extraction import extraction
-from saltern.pipeline.extract.request import Request
+from saltern.pipeline.extract.request import ExtractRequest
 
-REQUEST = Request(shards=[], model="making:tiny", method="grad-cam", layer="body", resize=40, crop=32, batch_size=4)
+REQUEST = ExtractRequest(
+    shards=[], model="making:tiny", method="grad-cam", layer="body", resize=40, crop=32, batch_size=4
+)
 
 
 def extract(shards: Path | str, out: Path, settings: dict[str, Any] | None = None, **wishes: Any) -> int:

@@ -10,7 +10,7 @@ import torch
 from saltern.pipeline.casm.training.loop import locked, run
 from saltern.pipeline.casm.training.ranks import Ranks
 from saltern.pipeline.casm.training.work import Request, make_work
-from saltern.pipeline.engine.choose import secure
+from saltern.pipeline.engine.selection import secure
 from saltern.pipeline.machine import pick_device, sigterm_as_interrupt
 from saltern.pipeline.masknet.checkpoint import Checkpoint, Checkpoints
 from saltern.schemas.errors import UserError
@@ -47,9 +47,9 @@ def _on_ray(request: Request, standing: Checkpoint | None, address: str | None, 
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # or Ray Train's workers would not find relative paths
     secure(address)
     from saltern.pipeline.casm.training.train_ray import train_on_ray
-    from saltern.pipeline.engine.actors import connect
+    from saltern.pipeline.engine.actors import join_cluster
 
-    return train_on_ray(request, standing, connect(address), say)
+    return train_on_ray(request, standing, join_cluster(address), say)
 
 
 def _standing(checkpoints: Checkpoints, request: Request, say: Callable[[str], None]) -> Checkpoint | None:

@@ -19,7 +19,7 @@ from saltern.pipeline.casm.training.train import Request, say_aside, train
 from saltern.pipeline.casm.unseen.split import SUBSETS, Split, check_val, make_split
 from saltern.pipeline.engine.conduct import RunOptions, conduct
 from saltern.pipeline.extract.extraction import extraction
-from saltern.pipeline.extract.request import Request as Extraction
+from saltern.pipeline.extract.request import ExtractRequest
 from saltern.pipeline.machine import pick_device, see_own_modules
 from saltern.pipeline.masknet.checkpoint import Checkpoints
 from saltern.pipeline.masknet.head import restrict
@@ -196,7 +196,7 @@ def _trained(request: Request, say: Say) -> int:
 
 def _extracted(request: Request, val: Sequence[str], folder: Path, run: Path) -> None:
     """The masks for all of `val`, as `saltern extract --method casm` makes them."""
-    wanted = Extraction(
+    wanted = ExtractRequest(
         shards=val,
         model=request.model,
         method="casm",

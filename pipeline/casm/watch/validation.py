@@ -23,7 +23,7 @@ from saltern.pipeline.casm.watch import curves
 from saltern.pipeline.casm.watch.mask_page import Chosen, mask_page
 from saltern.pipeline.extract.explain import Explainer
 from saltern.pipeline.extract.extraction import Storage, assemble
-from saltern.pipeline.extract.work import Item
+from saltern.pipeline.extract.task import Item
 from saltern.pipeline.methods import Method
 from saltern.pipeline.metrics.judge import AS_IS, Judged
 from saltern.pipeline.runs.reader import Layout, Row

@@ -19,7 +19,7 @@ import pytest
 from making import HELPERS, PYTHONPATH, TINY, files, picture, write_shards, write_tar
 from PIL import Image
 
-from saltern.pipeline.runs.manifest import open_run, read_failures, read_receipts
+from saltern.pipeline.runs.manifest import load_run_folder, read_failures, read_receipts
 from saltern.pipeline.runs.verify import verify
 
 pytestmark = pytest.mark.slow
@@ -69,7 +69,7 @@ def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 def equals(out: Path, undisturbed: dict[str, bytes]) -> None:
     assert files(out) == undisturbed
-    verdict = verify(*open_run(str(out)))
+    verdict = verify(*load_run_folder(str(out)))
     assert verdict.findings == []
     assert (verdict.rows, verdict.recounted) == (SHARDS * EACH, SHARDS)
     assert not [path for path in out.rglob("*") if path.name.startswith(("_tmp-", "."))]
@@ -111,7 +111,7 @@ def test_actors_write_the_same_bytes(
     code, said = run(line)
     assert code == 0, said
     equals(tmp_path / "run", undisturbed)
-    receipts = read_receipts(*open_run(str(tmp_path / "run"))).values()
+    receipts = read_receipts(*load_run_folder(str(tmp_path / "run"))).values()
     assert len({receipt.worker for receipt in receipts}) == workers
 
 
@@ -202,7 +202,7 @@ def test_a_poison_shard(spoiled: Path, tmp_path: Path, ray_address: str) -> None
     line = command(spoiled, out, "--engine", "ray", "--address", ray_address, "--workers", "2", method=deadly)
     code, said = run(line)
     assert code == 1, said
-    store, made = open_run(str(out))
+    store, made = load_run_folder(str(out))
     assert sorted(read_receipts(store, made)) == ["part-000000", "part-000001", "part-000003"]
     (failure,) = read_failures(store, []).values()
     assert (failure.shard, failure.kind, failure.attempts) == ("part-000002", "poison", 3)
@@ -216,7 +216,7 @@ def test_a_shard_past_its_time(spoiled: Path, tmp_path: Path, ray_address: str, 
     where = ("--engine", "local") if engine == "local" else ("--engine", "ray", "--address", ray_address)
     code, said = run(command(spoiled, out, *where, "--shard-timeout", "2", method=stuck))
     assert code == 1, said
-    store, made = open_run(str(out))
+    store, made = load_run_folder(str(out))
     assert sorted(read_receipts(store, made)) == ["part-000000", "part-000001", "part-000003"]
     assert "part-000002: timeout: not done after --shard-timeout 2 s" in said
     assert not [path.name for path in out.iterdir() if path.name.startswith("_tmp-")]

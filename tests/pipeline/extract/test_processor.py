@@ -19,7 +19,7 @@ from saltern.pipeline.maps.discretize import upsample
 from saltern.pipeline.maps.encode import dequantise, unpack_mask
 from saltern.pipeline.methods import build
 from saltern.pipeline.models.classifiers import load
-from saltern.pipeline.runs.manifest import open_run, read_receipts
+from saltern.pipeline.runs.manifest import load_run_folder, read_receipts
 from saltern.pipeline.runs.verify import verify
 from saltern.pipeline.shards.decode import decode
 from saltern.schemas.errors import UserError
@@ -39,7 +39,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 
 def holds(out: Path) -> bool:
-    return not verify(*open_run(str(out))).findings
+    return not verify(*load_run_folder(str(out))).findings
 
 
 def png(array: np.ndarray, mode: str | None = None) -> bytes:
@@ -147,7 +147,7 @@ def test_a_broken_shard_fails_with_its_reason_and_the_rest_stands(tmp_path: Path
     broken.write_bytes({"cut": whole[:3000], "no tar": b"x" * 3000, "nothing": b""}[damage])
     assert extract(tmp_path / "in", tmp_path / "run") == 1
     assert sorted(files(tmp_path / "run")) == ["data/part-000000.parquet", "data/part-000002.parquet"]
-    findings = verify(*open_run(str(tmp_path / "run"))).findings
+    findings = verify(*load_run_folder(str(tmp_path / "run"))).findings
     assert [finding.shard for finding in findings] == ["part-000001"]
     assert "failed" in findings[0].reason
     # The same command again, once the tar is whole, does that shard and no other.
@@ -243,7 +243,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(tmp_path: Path) -> None:
         assert (
             extract(tmp_path / "in", tmp_path / method, method=f"odd_methods:{method}", layer=None, batch_size=8) == 0
         )
-    receipts = read_receipts(*open_run(str(tmp_path / "Hungry")))
+    receipts = read_receipts(*load_run_folder(str(tmp_path / "Hungry")))
     assert [receipt.batch_size for receipt in receipts.values()] == [2]
     pairs = zip(rows(tmp_path / "Mean"), rows(tmp_path / "Hungry"), strict=True)
     assert all((a["key"], a["mask"], a["status"]) == (b["key"], b["mask"], b["status"]) for a, b in pairs)
@@ -327,7 +327,7 @@ def test_verify_finds_what_was_tampered_with(tmp_path: Path) -> None:
     paths[1].unlink()
     (tmp_path / "run/data/stranger.parquet").write_bytes(b"")
     (tmp_path / "in/part-000002.tar").write_bytes((tmp_path / "in/part-000001.tar").read_bytes())
-    reasons = {finding.shard: finding.reason for finding in verify(*open_run(str(tmp_path / "run"))).findings}
+    reasons = {finding.shard: finding.reason for finding in verify(*load_run_folder(str(tmp_path / "run"))).findings}
     assert "digest" in reasons["part-000000"]
     assert "gone" in reasons["part-000001"]
     assert "keys are not those of the tar" in reasons["part-000002"]

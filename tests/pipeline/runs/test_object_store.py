@@ -9,8 +9,8 @@ from s3server import BUCKET, S3, s3_server
 
 from saltern.pipeline.engine.conduct import RunOptions, conduct
 from saltern.pipeline.extract.extraction import extraction
-from saltern.pipeline.extract.request import Request
-from saltern.pipeline.runs.manifest import open_run
+from saltern.pipeline.extract.request import ExtractRequest
+from saltern.pipeline.runs.manifest import load_run_folder
 from saltern.pipeline.runs.verify import verify
 
 
@@ -31,7 +31,7 @@ def test_a_run_in_a_bucket_equals_one_on_a_disk(s3: S3, tmp_path: Path, monkeypa
     assert extract(tmp_path / "in", tmp_path / "run") == 0
     for path in (tmp_path / "in").iterdir():
         s3.objects[f"in/{path.name}"] = path.read_bytes()
-    request = Request(**{**vars(REQUEST), "shards": [f"s3://{BUCKET}/in"], "torch_threads": 1})
+    request = ExtractRequest(**{**vars(REQUEST), "shards": [f"s3://{BUCKET}/in"], "torch_threads": 1})
     settings = RunOptions(f"s3://{BUCKET}/run", device="cpu", engine="local")
     assert conduct(extraction(request), settings).code == 0
     stored = {name.removeprefix("run/"): raw for name, raw in s3.objects.items() if name.startswith("run/data/")}
@@ -43,5 +43,5 @@ def test_a_run_in_a_bucket_equals_one_on_a_disk(s3: S3, tmp_path: Path, monkeypa
     assert conduct(extraction(request), settings).code == 0
     assert [name for name in s3.requests if name.startswith("PUT run/data")] == ["PUT run/data/part-000001.parquet"]
     assert not [name for name in s3.requests if name.startswith("GET in/") and "part-000001" not in name]
-    verdict = verify(*open_run(settings.out))
+    verdict = verify(*load_run_folder(settings.out))
     assert (verdict.findings, verdict.rows) == ([], 15)

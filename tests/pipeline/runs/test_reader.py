@@ -13,7 +13,7 @@ from pyarrow import fs
 
 from saltern.pipeline.engine.conduct import RunOptions, conduct
 from saltern.pipeline.extract.extraction import extraction
-from saltern.pipeline.extract.request import Request
+from saltern.pipeline.extract.request import ExtractRequest
 from saltern.pipeline.maps.discretize import upsample
 from saltern.pipeline.maps.frame import over_frame, to_original
 from saltern.pipeline.runs.dataset import SaliencyDataset
@@ -202,7 +202,7 @@ def test_a_tar_of_other_samples_is_named(tmp_path: Path, keys: list[str]) -> Non
 
 
 def test_what_the_extractor_writes_is_read_back(tmp_path: Path) -> None:
-    request = Request(
+    request = ExtractRequest(
         shards=[str(write_shards(tmp_path / "shards", 2, 6))],
         model="making:tiny", method="grad-cam", layer="body", target="top:2", resize=40, crop=32, batch_size=4,
         map_dtype="float32", torch_threads=1,

@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 from saltern.jobs.main import app
 from saltern.pipeline.engine.conduct import Job, RunOptions, conduct
 from saltern.pipeline.extract.processor import Processor
-from saltern.pipeline.extract.request import Request
+from saltern.pipeline.extract.request import ExtractRequest
 from saltern.pipeline.runs import reader
-from saltern.pipeline.runs.manifest import open_run
+from saltern.pipeline.runs.manifest import load_run_folder
 from saltern.pipeline.runs.verify import verify
 from saltern.pipeline.synthesis.attack import Attack, plan
 from saltern.pipeline.synthesis.attack_report import close, means
@@ -34,7 +34,7 @@ from saltern.schemas.run import UNMARKED
 
 HOW = PGD(steps=20, step_size=1 / 255, epsilon=12 / 255, beta=50.0, rule="sign")
 OPTIONS = {**vars(HOW), "save_images": True}
-REQUEST = Request(
+REQUEST = ExtractRequest(
     shards=[], model="making:tiny", method="grad-cam", layer="body", resize=40, crop=32, batch_size=4, torch_threads=1
 )
 
@@ -46,7 +46,7 @@ def _home(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def attack(shards: Path, out: Path, wishes: dict[str, Any] | None = None, **options: Any) -> int:
     request = replace(REQUEST, shards=[str(shards)], job_options={**OPTIONS, **options}, **(wishes or {}))
-    job = Job(partial(plan, request), partial(Processor, work=Attack), close)
+    job = Job(partial(plan, request), partial(Processor, task=Attack), close)
     return conduct(job, RunOptions(str(out), device="cpu", engine="local")).code
 
 
@@ -202,12 +202,12 @@ def test_rows_say_what_their_images_show(tmp_path: Path, capsys: pytest.CaptureF
         assert row["norm_reduction"] == pytest.approx(1 - row["guided_norm"] / row["plain_norm"], rel=1e-4)
     fine = [row for row in found if row["status"] == "ok"]
     assert len(fine) > 5
-    said = means(*open_run(str(tmp_path / "run")))
+    said = means(*load_run_folder(str(tmp_path / "run")))
     assert said["images"] == len(fine)
     assert said["guided_score"] == pytest.approx(np.mean([row["guided_score"] for row in fine]))
     with pytest.raises(UserError, match="a run of attack"):
         reader.open_run(str(tmp_path / "run"))
-    assert not verify(*open_run(str(tmp_path / "run"))).findings
+    assert not verify(*load_run_folder(str(tmp_path / "run"))).findings
     with Image.open(tmp_path / "run/attack.png") as strips:
         assert strips.width > 1000
 
@@ -278,7 +278,7 @@ def test_bad_samples_keep_a_row(tmp_path: Path) -> None:
     )
     assert attack_schema().names == list(found[0])
     assert not (tmp_path / "run/attack.png").exists()
-    assert not verify(*open_run(str(tmp_path / "run"))).findings
+    assert not verify(*load_run_folder(str(tmp_path / "run"))).findings
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ from saltern.jobs.main import app
 from saltern.pipeline.engine.conduct import Job, RunOptions, conduct
 from saltern.pipeline.models.classifiers import load
 from saltern.pipeline.models.passes import frozen
-from saltern.pipeline.runs.manifest import open_run
+from saltern.pipeline.runs.manifest import load_run_folder
 from saltern.pipeline.runs.verify import verify
 from saltern.pipeline.synthesis.ascend import Ascent, ascend, start
-from saltern.pipeline.synthesis.visualize import Visualizer, Wish, close, parse_classes, plan
+from saltern.pipeline.synthesis.visualize import Visualizer, VisualizeRequest, close, parse_classes, plan
 from saltern.schemas.errors import UserError
 from saltern.schemas.visualization import visualization_schema
 
@@ -36,8 +36,10 @@ def _home(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def visualize(out: Path, classes: str = "0-4", **wishes: Any) -> int:
     made: dict[str, Any] = {"steps": 10, "crop": 32, "pinned": {"batch_size": 2, "torch_threads": 1}, **wishes}
-    wish = Wish(classes, "making:tiny", **made)
-    return conduct(Job(partial(plan, wish), Visualizer, close), RunOptions(str(out), device="cpu", engine="local")).code
+    request = VisualizeRequest(classes, "making:tiny", **made)
+    return conduct(
+        Job(partial(plan, request), Visualizer, close), RunOptions(str(out), device="cpu", engine="local")
+    ).code
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -124,7 +126,7 @@ def test_rows_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
             assert image.size == (32, 32)
             assert np.asarray(image).std() > 1
     assert (tmp_path / "run/pictures.png").exists()
-    assert not verify(*open_run(str(tmp_path / "run"))).findings
+    assert not verify(*load_run_folder(str(tmp_path / "run"))).findings
 
 
 def test_a_resume_does_the_rest_alone_and_writes_the_same(tmp_path: Path) -> None:
@@ -132,7 +134,7 @@ def test_a_resume_does_the_rest_alone_and_writes_the_same(tmp_path: Path) -> Non
     assert visualize(tmp_path / "cut") == 0
     kept = (tmp_path / "cut/receipts/classes-000000.json").read_bytes()
     (tmp_path / "cut/receipts/classes-000001.json").unlink()  # as a kill before its last write leaves it
-    assert any("not done" in finding.reason for finding in verify(*open_run(str(tmp_path / "cut"))).findings)
+    assert any("not done" in finding.reason for finding in verify(*load_run_folder(str(tmp_path / "cut"))).findings)
     assert visualize(tmp_path / "cut", pinned={}) == 0  # batch size and threads are the run's
     assert (tmp_path / "cut/receipts/classes-000000.json").read_bytes() == kept
     assert files(tmp_path / "cut") == files(tmp_path / "whole")

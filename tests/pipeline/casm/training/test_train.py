@@ -35,7 +35,7 @@ from saltern.pipeline.casm.training.train import train
 from saltern.pipeline.engine.conduct import Job, RunOptions, conduct
 from saltern.pipeline.extract.extraction import Extraction
 from saltern.pipeline.extract.processor import Processor
-from saltern.pipeline.extract.request import Request, resolve
+from saltern.pipeline.extract.request import ExtractRequest, resolve
 from saltern.pipeline.masknet import checkpoint
 from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.samples import read_samples
@@ -426,7 +426,7 @@ def test_a_subset_of_the_classes_and_an_encoder_of_its_own(shards, tmp_path):
 
 
 def test_extract_gives_rows_without_target(undisturbed, shards, tmp_path):
-    wanted = Request(
+    wanted = ExtractRequest(
         [str(shards)], "casm_toys:small", "casm", options={"checkpoint": str(undisturbed)}, resize=SIDE, crop=SIDE
     )
 
@@ -434,7 +434,7 @@ def test_extract_gives_rows_without_target(undisturbed, shards, tmp_path):
         return resolve(wanted, standing, device, workers)
 
     ended = conduct(
-        Job(plan, partial(Processor, work=Extraction)),
+        Job(plan, partial(Processor, task=Extraction)),
         RunOptions(out=str(tmp_path / "run"), engine="local", device="cpu"),
     )
     assert ended.code == 0

@@ -24,7 +24,7 @@ from saltern.pipeline.casm.watch.validation import Validation
 from saltern.pipeline.engine.conduct import Job, RunOptions, conduct
 from saltern.pipeline.extract.extraction import Extraction
 from saltern.pipeline.extract.processor import Processor
-from saltern.pipeline.extract.request import Request, resolve
+from saltern.pipeline.extract.request import ExtractRequest, resolve
 from saltern.pipeline.masknet.checkpoint import Checkpoints
 from saltern.pipeline.masknet.head import restrict
 from saltern.pipeline.metrics.evaluate import evaluate
@@ -110,13 +110,15 @@ def extracted(training: Training, classes, val: Path, folder: Path, resize: int)
     config = {"model": "casm_toys:small", "classes": classes, "model_classes": 6}
     Checkpoints(folder).save(training.state_dict(pool=False), config, training.pool.members)
     options = {"checkpoint": str(folder)}
-    wanted = Request([str(val)], "casm_toys:small", "casm", options=options, resize=resize, crop=SIDE, batch_size=4)
+    wanted = ExtractRequest(
+        [str(val)], "casm_toys:small", "casm", options=options, resize=resize, crop=SIDE, batch_size=4
+    )
 
     def plan(standing, device, workers):
         return resolve(wanted, standing, device, workers)
 
     conduct(
-        Job(plan, partial(Processor, work=Extraction)),
+        Job(plan, partial(Processor, task=Extraction)),
         RunOptions(out=str(folder / "run"), engine="local", device="cpu"),
     )
     return str(folder / "run")

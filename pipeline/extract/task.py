@@ -99,7 +99,7 @@ class Pending:
         return Explained(columns, [_STATUS[code] for code in columns.pop("status").tolist()]), seconds
 
 
-class Work(Protocol):
+class Task(Protocol):
     """What a job does with samples; made and called in the thread that owns the device, but for `rows`."""
 
     schema: pa.Schema  # of the data files; begins with key, shard, index, ends with status, error

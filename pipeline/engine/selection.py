@@ -27,7 +27,9 @@ class Engine:
         return f"engine {kind} ({self.why}): {self.workers} worker{'s' * (self.workers > 1)} on {self.device}"
 
 
-def choose(engine: str, device: str, address: str | None, workers: int | None, gpus_per_worker: float | None) -> Engine:
+def select_engine(
+    engine: str, device: str, address: str | None, workers: int | None, gpus_per_worker: float | None
+) -> Engine:
     """Local for one device and no cluster, else Ray, whose cluster is joined or started.
 
     Raises:
@@ -42,9 +44,9 @@ def choose(engine: str, device: str, address: str | None, workers: int | None, g
         return Engine(False, pick_device(device), 1, 0.0, why or "one device and no cluster")
     address = address or os.environ.get("RAY_ADDRESS")
     secure(address)
-    from saltern.pipeline.engine.actors import connect
+    from saltern.pipeline.engine.actors import join_cluster
 
-    found = connect(address)
+    found = join_cluster(address)
     if device == "auto":
         device = "cuda" if found.get("GPU") else "cpu"
     gpus = float(device == "cuda") if gpus_per_worker is None else gpus_per_worker
