@@ -86,7 +86,7 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if "article" in self._open:
             card = self.cards[-1]
-            card.key = card.key or data
+            card.key = card.key or data.strip()
             card.text += data + " "
         elif "header" in self._open:
             self.head += data + " "
