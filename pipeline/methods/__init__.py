@@ -1,4 +1,8 @@
-"""Saliency methods by name: `build` one, call it on batches."""
+"""Saliency methods by name: `build` one, call it on batches.
+
+`available()` maps names to classes. Each class describes itself: `.summary()` is one line, `.cost` counts its forward
+and backward passes for an image, `.option_specs()` lists (name, default, choices or type, help) of its options.
+"""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -6,25 +10,44 @@ from typing import Any
 
 from torch import nn
 
-from saltern.pipeline.methods import casm  # noqa: F401  (registers itself)
-from saltern.pipeline.methods.base import METHODS, Last, Method
-from saltern.pipeline.methods.cams import activation, cameras, scored  # noqa: F401  (registers itself)
+from saltern.pipeline.methods.base import Last, Method
+from saltern.pipeline.methods.cams.activation import (
+    CAM,
+    EigenCAM,
+    GradCAM,
+    GradCAMPlusPlus,
+    HiResCAM,
+    LayerCAM,
+    XGradCAM,
+)
+from saltern.pipeline.methods.cams.cameras import CAMERAS
+from saltern.pipeline.methods.cams.scored import AblationCAM, ScoreCAM
 from saltern.pipeline.methods.captum_adapter import adapt
-from saltern.pipeline.methods.gradients import gradient, occlusion, paths, rectified  # noqa: F401  (registers itself)
-from saltern.pipeline.methods.relevance import lrp  # noqa: F401  (registers itself)
+from saltern.pipeline.methods.casm import CASM
+from saltern.pipeline.methods.gradients.gradient import Gradient, InputXGradient
+from saltern.pipeline.methods.gradients.occlusion import Occlusion
+from saltern.pipeline.methods.gradients.paths import IntegratedGradients, SmoothGrad
+from saltern.pipeline.methods.gradients.rectified import Deconvnet, GuidedBackprop, GuidedGradCAM
+from saltern.pipeline.methods.options import OptionSpec
+from saltern.pipeline.methods.relevance.lrp import CLRP, LRP, SGLRP, RelevanceCAM
 from saltern.pipeline.naming import import_object, nearest
 from saltern.schemas.errors import UserError
 
-__all__ = ["Last", "Method", "available", "build", "find"]
+__all__ = ["Last", "Method", "OptionSpec", "available", "build", "find"]
+
+_CAMS = (CAM, GradCAM, GradCAMPlusPlus, LayerCAM, HiResCAM, XGradCAM, EigenCAM, ScoreCAM, AblationCAM, CAMERAS)
+_GRADIENTS = (Gradient, InputXGradient, SmoothGrad, IntegratedGradients, Deconvnet, GuidedBackprop, GuidedGradCAM)
+_CLASSES: tuple[type[Method], ...] = (*_CAMS, *_GRADIENTS, Occlusion, LRP, CLRP, SGLRP, RelevanceCAM, CASM)
+_METHODS = {kind.name: kind for kind in sorted(_CLASSES, key=lambda kind: kind.name)}
 
 
 def available() -> Mapping[str, type[Method]]:
-    """The methods in the registry, by name; `summary()` and `defaults()` of each describe it."""
-    return MappingProxyType(dict(sorted(METHODS.items())))
+    """Return the built-in methods by name, in alphabetical order."""
+    return MappingProxyType(_METHODS)
 
 
 def find(name: str) -> type[Method]:
-    """The class of a method: a name in the registry, `captum:NAME` or `package.module:Class`. Raises UserError."""
+    """Return the class of a method: a built-in name, `captum:NAME` or `package.module:Class`. Raises UserError."""
     if name.startswith("captum:"):
         return adapt(name.removeprefix("captum:"))
     if ":" in name:
@@ -32,22 +55,20 @@ def find(name: str) -> type[Method]:
         if not (isinstance(kind, type) and issubclass(kind, Method)):
             raise UserError(f"{name!r} is no subclass of saltern.pipeline.methods.Method")
         return kind
-    if name not in METHODS:
-        known = ", ".join(sorted(METHODS))
-        raise UserError(
-            f"unknown method {name!r}; {nearest(name, METHODS)}known: {known}, captum:NAME, package.module:Class"
-        )
-    return METHODS[name]
+    if name not in _METHODS:
+        hint, known = nearest(name, _METHODS), ", ".join(_METHODS)
+        raise UserError(f"unknown method {name!r}; {hint}known: {known}, captum:NAME, package.module:Class")
+    return _METHODS[name]
 
 
 def build(name: str, model: nn.Module, *, layer: str | Sequence[str] | None = None, **options: Any) -> Method:
-    """A method ready to be called on batches; also a context manager.
+    """Return a method that is ready for batches; it is also a context manager.
 
     Args:
-        name: as `find` takes it.
-        model: gives logits (B, K), on its device; left as it is found.
-        layer: target layer by dotted name; several where the method allows it; None = the model's default.
-        options: of the method; strings stand for other types as JSON does.
+        name: as for `find`.
+        model: returns logits (B, K), on its device; left as it was.
+        layer: target layer by dotted name; several if the method allows it; None = the model's default.
+        options: of the method; texts are read as JSON.
 
     Raises:
         UserError: an unknown method, layer or option, or a model that the method cannot explain.

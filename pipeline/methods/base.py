@@ -1,18 +1,19 @@
-"""The contract of a method, and the registry.
+"""The contract of a saliency method.
 
 Shape suffixes: B batch, C H W the network's input, K classes, h w a map's own grid.
 """
 # ruff: noqa: N815  (fields carry a shape suffix)
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from saltern.pipeline.methods import options
+from saltern.pipeline.methods.options import OptionSpec
 from saltern.pipeline.models import layers
 from saltern.pipeline.models.passes import frozen
 from saltern.schemas.errors import UserError
@@ -22,25 +23,25 @@ Maps = Tensor | tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Last:
-    """What the last call found beside its maps; all on the device."""
+    """What the last call computed besides its maps; all on the device."""
 
     logits_BK: Tensor  # of the same forward pass, in the dtype that it ran in
     target_B: Tensor | None  # int64, the class explained; None for a class-agnostic method
-    zero_B: Tensor  # bool: the map is zero everywhere (of several layers: any map is), and finite
-    nonfinite_B: Tensor  # bool: the map or the logits held NaN or infinity; the map came back as zeros
+    zero_B: Tensor  # bool: the map is finite and zero everywhere (with several layers: any of the maps)
+    nonfinite_B: Tensor  # bool: the map or the logits held NaN or infinity; the returned map is zeros
 
 
 class Method:
-    """Base of all methods: `method(x_BCHW, target_B)` gives raw float32 maps at their native grid.
+    """Base of all methods: `method(x_BCHW, target_B)` returns raw float32 maps at their native grid.
 
-    A subclass declares its options as public class attributes with a type and a default (`steps: int = 32`), overrides
-    the traits below where they differ, and writes `compute`; what it needs to make once goes into `prepare`.
-    Between calls the model is as it was found: hooks, parameters' requires_grad and training flags change inside a
-    call only, and are put back on the way out, also after an error.
+    A subclass declares its options as public class attributes with a type and a default,
+    `steps: Annotated[int, "Points on the path."] = 32`, overrides the traits below that differ, and implements
+    `compute`. `prepare` makes what every call needs. Outside of a call the model stays as it was: hooks, the
+    parameters' requires_grad and training flags change only inside a call and are restored, also after an error.
 
     Args:
-        model: gives logits (B, K); run in eval mode, on its device.
-        layer: target layer by dotted name, or several where the method allows it; None = the model's default.
+        model: returns logits (B, K); run in eval mode, on its device.
+        layer: target layer by dotted name, or several if the method allows it; None = the model's default.
         given: the options.
 
     Raises:
@@ -48,17 +49,18 @@ class Method:
     """
 
     name: ClassVar[str] = ""  # in the registry
+    cost: ClassVar[str] = ""  # of one image, in forward and backward passes
     needs_target: ClassVar[bool] = True  # False: class-agnostic
-    heavy_tailed: ClassVar[bool] = False  # a uint8 scale ends at a quantile, not at the maximum
+    heavy_tailed: ClassVar[bool] = False  # uint8 storage scales to a quantile instead of the maximum
     default_map_dtype: ClassVar[str] = "float32"  # uint8 | float16 | float32, as stored
     layered: ClassVar[bool] = False  # has target layers
-    many_layers: ClassVar[bool] = False  # and allows several in one pass
+    many_layers: ClassVar[bool] = False  # allows several target layers in one pass
 
     model: nn.Module
-    layer: list[str]  # target layers by dotted name; empty where the method has none
-    options: dict[str, Any]  # full, as JSON values
-    last: Last  # from the first call on
-    seed_B: Tensor  # int64, on the device: of the call under way
+    layer: list[str]  # target layers by dotted name; empty if the method has none
+    options: dict[str, Any]  # all of them, as JSON values
+    last: Last  # set by the first call
+    seed_B: Tensor  # int64, on the device: of the current call
 
     def __init__(self, model: nn.Module, *, layer: str | Sequence[str] | None = None, **given: Any) -> None:
         self.model = model
@@ -75,55 +77,59 @@ class Method:
 
     @classmethod
     def title(cls) -> str:
-        """The name that messages use."""
+        """Return the name that messages use."""
         return cls.name or cls.__name__
 
     @classmethod
     def summary(cls) -> str:
-        """One line on what the method does."""
+        """Return one line on what the method does."""
         return (cls.__doc__ or "").strip().partition("\n")[0]
 
     @classmethod
+    def option_specs(cls) -> list[OptionSpec]:
+        """Return (name, default, choices or type, help) of each option."""
+        return options.specs(cls, Method)
+
+    @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """All options with their defaults."""
-        return {name: getattr(cls, name) for name in options.declared(cls, Method)}
+        """Return the defaults of all options."""
+        return {spec.name: spec.default for spec in cls.option_specs()}
 
     @classmethod
     def complete(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """The options given, checked, and the others' defaults. Raises UserError."""
+        """Return the given options, checked, and the defaults of the others. Raises UserError."""
         return options.complete(given, options.declared(cls, Method), cls.defaults(), cls.title())
 
     def prepare(self) -> None:
-        """Make once what every call needs. The model is in eval mode here, as in `compute`."""
+        """Make what every call needs. The model is in eval mode here, as in `compute`."""
 
     def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
-        """One batch: maps (B, h, w), one a layer; logits_BK; target_B, None for a class-agnostic method.
+        """Return the maps of a batch (B, h, w), one for each layer; logits_BK; target_B, None if class-agnostic.
 
-        Gradients are on; nothing requires one yet, parameters included, and x_BCHW may be made to.
+        Gradients are on. Nothing requires a gradient yet, parameters included; x_BCHW may be made to.
         """
         raise NotImplementedError
 
     def __call__(self, x_BCHW: Tensor, target_B: Tensor | None = None, seed_B: Tensor | None = None) -> Maps:
-        """Raw maps of a batch.
+        """Return the raw maps of a batch.
 
         Args:
             x_BCHW: normalised images, floating, on the model's device.
             target_B: int64, the class to explain for each sample; None = each sample's top-1.
-            seed_B: int64, what each sample's noise follows, where the method draws any; None = zeros.
+            seed_B: int64, seeds of each sample's noise if the method draws any; None = zeros.
 
         Returns:
-            map_Bhw float32 on the device; of several layers a tuple of them, in the order of `layer`.
+            map_Bhw float32 on the device; for several layers a tuple of them, in the order of `layer`.
         """
         _check(x_BCHW, target_B, seed_B)
         zeros = torch.zeros(len(x_BCHW), dtype=torch.int64, device=x_BCHW.device)
         self.seed_B = zeros if seed_B is None else seed_B.to(x_BCHW.device)
         with torch.inference_mode(False), torch.enable_grad(), frozen(self.model):
-            # A tensor made under inference mode can take part in no gradient.
+            # A tensor made under inference mode cannot take part in a gradient.
             x_BCHW = x_BCHW.clone() if x_BCHW.is_inference() else x_BCHW.detach()
-            found, logits_BK, target_B = self.compute(x_BCHW, target_B)
+            raw, logits_BK, target_B = self.compute(x_BCHW, target_B)
         logits_BK = logits_BK.detach()
-        flat = found if isinstance(found, tuple) else (found,)
-        maps = tuple(map_Bhw.detach().float() for map_Bhw in flat)
+        maps = tuple(map_Bhw.detach().float() for map_Bhw in (raw if isinstance(raw, tuple) else (raw,)))
         nonfinite_B = ~logits_BK.isfinite().all(1)
         for map_Bhw in maps:
             nonfinite_B = nonfinite_B | ~map_Bhw.isfinite().all(2).all(1)
@@ -133,9 +139,9 @@ class Method:
         return maps[0] if len(maps) == 1 else maps
 
     def close(self) -> None:
-        """Let go of what the method holds on the device."""
-        for held in ("last", "seed_B"):
-            self.__dict__.pop(held, None)
+        """Release what the method holds on the device."""
+        for attribute in ("last", "seed_B"):
+            self.__dict__.pop(attribute, None)
 
     def __enter__(self) -> Self:
         return self
@@ -146,36 +152,21 @@ class Method:
         self.close()
 
 
-def _check(x_BCHW: Tensor, target_B: Tensor | None, seed_B: Tensor | None) -> None:
-    if x_BCHW.ndim != 4 or not x_BCHW.is_floating_point():
-        raise UserError(f"images must be floating, (B, C, H, W), not {x_BCHW.dtype} {tuple(x_BCHW.shape)}")
-    for what, given_B in (("targets", target_B), ("seeds", seed_B)):
-        if given_B is not None and (given_B.dtype != torch.int64 or given_B.shape != x_BCHW.shape[:1]):
-            raise UserError(
-                f"{what} must be int64, one a sample ({len(x_BCHW)}), not {given_B.dtype} {tuple(given_B.shape)}"
-            )
-
-
-METHODS: dict[str, type[Method]] = {}
-M = TypeVar("M", bound=Method)
-
-
-def register(name: str) -> Callable[[type[M]], type[M]]:
-    """Class decorator: the method stands in the registry under this name."""
-
-    def add(kind: type[M]) -> type[M]:
-        kind.name = name
-        METHODS[name] = kind
-        return kind
-
-    return add
-
-
 def weighted_sum(weight_BK: Tensor, A_BKhw: Tensor) -> Tensor:
-    """sum_k weight_k * A_k, map_Bhw."""
+    """Return sum_k weight_k * A_k, map_Bhw."""
     return torch.einsum("bk,bkhw->bhw", weight_BK, A_BKhw)
 
 
 def safe_divide(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, 0 where b is 0."""
+    """Return a / b, and 0 where b is 0."""
     return torch.where(b == 0, 0, a / b)
+
+
+def _check(x_BCHW: Tensor, target_B: Tensor | None, seed_B: Tensor | None) -> None:
+    if x_BCHW.ndim != 4 or not x_BCHW.is_floating_point():
+        raise UserError(f"images must be floating, (B, C, H, W), not {x_BCHW.dtype} {tuple(x_BCHW.shape)}")
+    for plural, values_B in (("targets", target_B), ("seeds", seed_B)):
+        if values_B is not None and (values_B.dtype != torch.int64 or values_B.shape != x_BCHW.shape[:1]):
+            raise UserError(
+                f"{plural} must be int64, one a sample ({len(x_BCHW)}), not {values_B.dtype} {tuple(values_B.shape)}"
+            )

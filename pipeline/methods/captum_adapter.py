@@ -11,43 +11,49 @@ import torch
 from torch import Tensor
 
 from saltern.pipeline.methods.base import Maps, Method
-from saltern.pipeline.methods.options import from_text
+from saltern.pipeline.methods.options import OptionSpec, from_text
 from saltern.pipeline.models.passes import logits_of, pick_target
 from saltern.pipeline.models.taps import Taps
 from saltern.pipeline.naming import nearest
 from saltern.schemas.errors import UserError
 from saltern.schemas.run import check_keys
 
-_OURS = ("self", "inputs", "target", "additional_forward_args", "kwargs")  # of attribute(); all else are options
+_OURS = ("self", "inputs", "target", "additional_forward_args", "kwargs")  # of attribute(); the others are options
+_REQUIRED = "Required."
 
 
 class Captum(Method):
-    """Base of the adapted attributions: the sum over channels of what captum gives."""
+    """Base of the adapted attributions: captum's attribution summed over channels."""
+
+    cost = "that of captum, and 1 forward"
 
     attribution: ClassVar[Any]  # captum's class
 
     @classmethod
-    def defaults(cls) -> dict[str, Any]:
+    def option_specs(cls) -> list[OptionSpec]:
         parameters = inspect.signature(cls.attribution.attribute).parameters.values()
-        return {p.name: None if p.default is p.empty else p.default for p in parameters if p.name not in _OURS}
+        return [
+            OptionSpec(
+                p.name, None if p.default is p.empty else p.default, "JSON", _REQUIRED if p.default is p.empty else ""
+            )
+            for p in parameters
+            if p.name not in _OURS
+        ]
 
     @classmethod
     def complete(cls, given: dict[str, Any]) -> dict[str, Any]:
         defaults = cls.defaults()
         check_keys(given, defaults, f"the options of {cls.title()}")
-        parameters = inspect.signature(cls.attribution.attribute).parameters
-        missing = [
-            name for name in defaults if parameters[name].default is inspect.Parameter.empty and name not in given
-        ]
-        if missing:
-            raise UserError(f"{cls.title()} needs the option {missing[0]!r}: -O {missing[0]}=VALUE, JSON")
+        for spec in cls.option_specs():
+            if spec.help == _REQUIRED and spec.name not in given:
+                raise UserError(f"{cls.title()} needs the option {spec.name!r}: -O {spec.name}=VALUE, JSON")
         return defaults | {name: from_text(value) for name, value in given.items()}
 
     def prepare(self) -> None:
         self._taps = Taps(self.model, self.layer)
-        where = [self.model.get_submodule(name) for name in self.layer]
-        self._attribution = self.attribution(self.model, *where)
-        # captum asks for tuples where JSON has lists.
+        modules = [self.model.get_submodule(name) for name in self.layer]
+        self._attribution = self.attribution(self.model, *modules)
+        # captum expects tuples; JSON has lists.
         self._kwargs = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in self.options.items()
@@ -60,19 +66,18 @@ class Captum(Method):
         target_B = pick_target(logits_BK, target_B)
         target = {"target": target_B} if self.needs_target else {}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # captum announces the hooks that it sets and removes
-            found = self._attribution.attribute(x_BCHW.requires_grad_(), **target, **self._kwargs)
-        if not isinstance(found, Tensor):
-            raise UserError(
-                f"{self.title()} gives {type(found).__name__}, no map; leave out the options that add to it"
-            )
+            warnings.simplefilter("ignore", UserWarning)  # captum warns about the hooks that it sets
+            attributions = self._attribution.attribute(x_BCHW.requires_grad_(), **target, **self._kwargs)
+        if not isinstance(attributions, Tensor):
+            kind = type(attributions).__name__
+            raise UserError(f"{self.title()} returns {kind}, no map; leave out the options that add to it")
         on_pixels = self.heavy_tailed
-        values_BKhw = found.float() if on_pixels else self._taps.grid(0, found, x_BCHW.shape[2:])
+        values_BKhw = attributions.float() if on_pixels else self._taps.grid(0, attributions, x_BCHW.shape[2:])
         return values_BKhw.sum(1), logits_BK, target_B if self.needs_target else None
 
 
 def adapt(name: str) -> type[Captum]:
-    """The method for one of captum's attribution classes. Raises UserError where it is none, or captum is missing."""
+    """Return the method for an attribution class of captum. Raises UserError if it is none, or captum is missing."""
     try:
         import captum.attr
     except ImportError:
@@ -92,7 +97,7 @@ def adapt(name: str) -> type[Captum]:
 
 
 def _is_usable(kind: Any, base: type) -> bool:
-    # Made of a model, or of a model and a layer: no neuron to choose, no other attribution inside.
+    # Constructed from a model, or a model and a layer; without a neuron to choose or another attribution inside.
     if not (isinstance(kind, type) and issubclass(kind, base) and "attribute" in vars(kind)):
         return False
     if "neuron_selector" in inspect.signature(vars(kind)["attribute"]).parameters:

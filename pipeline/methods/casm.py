@@ -1,72 +1,71 @@
-"""CASM: masks of a trained mask network, which answer to no single classifier.
+"""CASM: masks of a trained mask network, for no particular class.
 
 Shape suffixes: B batch, C H W the network's input, K classes, h w the decoder's grid.
 """
 
 import copy
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from saltern.pipeline.methods.base import Maps, Method, register
+from saltern.pipeline.masknet.checkpoint import Checkpoint, open_checkpoint
+from saltern.pipeline.masknet.head import restrict
+from saltern.pipeline.masknet.network import Decoder, Trunk
+from saltern.pipeline.masknet.stages import find_stages
+from saltern.pipeline.methods.base import Maps, Method
 from saltern.pipeline.models.weights import fit
 from saltern.schemas.errors import UserError
 
-_ABSENT = -1e4  # logit of a class that was not trained on; fits 16 bits
+_ABSENT = -1e4  # logit of a class outside the training; fits 16 bits
 
 
-@register("casm")
 class CASM(Method):
-    """What a mask network of `saltern train-casm` would take out of an image, whatever its class (Zolna 2020).
+    """The mask that a network trained by `saltern train-casm` removes from an image, whatever its class (Zolna 2020).
 
-    In [0, 1], on the grid of the stem: a quarter of the input's side. Classifier and decoder are those of the
-    checkpoint, weights included; of the model given, which must be of the same architecture, its structure alone is
-    used. Logits are the trained classifier's; classes that it was not trained on have -10,000.
-
-    Options:
-        checkpoint: a training's folder, whose newest checkpoint counts, or a checkpoint's own.
-        digest: of the checkpoint; another one is refused. Empty: any, and it is filled in.
+    Values are in [0, 1], on the grid of the stem: a quarter of the input's side. The weights of classifier and decoder
+    come from the checkpoint. The given model contributes only its structure and must be of the same architecture.
+    Logits are those of the trained classifier, and -10,000 for classes that it was not trained on.
     """
 
+    name = "casm"
+    cost = "1 forward, and a small decoder"
     needs_target = False
     default_map_dtype = "uint8"
 
-    checkpoint: str = ""
-    digest: str = ""
+    checkpoint: Annotated[str, "Folder of a training, for its newest checkpoint, or of one checkpoint."] = ""
+    digest: Annotated[str, "Digest that the checkpoint must have; empty = any."] = ""
 
     def prepare(self) -> None:
-        # The training builds on this package: at the top, its import would turn in a circle.
-        from saltern.pipeline.masknet.checkpoint import open_checkpoint
-        from saltern.pipeline.masknet.head import restrict
-        from saltern.pipeline.masknet.network import Decoder, Trunk
-        from saltern.pipeline.masknet.stages import find_stages
-
         if not self.checkpoint:
             raise UserError(
                 "casm needs a trained mask network: --checkpoint DIR (-O checkpoint=DIR), of `saltern train-casm`"
             )
-        found = open_checkpoint(Path(self.checkpoint))
-        if self.digest not in ("", found.digest):
+        checkpoint = open_checkpoint(Path(self.checkpoint))
+        if self.digest not in ("", checkpoint.digest):
             raise UserError(
-                f"{found.folder} is another checkpoint than the one asked for (digest {self.digest[:12]}...)"
+                f"{checkpoint.folder} is another checkpoint than the one asked for (digest {self.digest[:12]}...)"
             )
-        # The folder itself, so that a training that goes on changes nothing for the workers of a run.
-        self.checkpoint, self.digest = str(found.folder), found.digest
+        # Name the one checkpoint, so that all workers of a run use it even if the training continues.
+        self.checkpoint, self.digest = str(checkpoint.folder), checkpoint.digest
         self.options.update(checkpoint=self.checkpoint, digest=self.digest)
-        source = f"{found.folder} (trained on {found.config['model']})"
-        self._classes = found.config["classes"]
-        self._width = found.config["model_classes"]
+        self._classes = checkpoint.config["classes"]
+        self._width = checkpoint.config["model_classes"]
+        self._load(checkpoint)
+
+    def _load(self, checkpoint: Checkpoint) -> None:
         like = next(self.model.parameters())
         classifier = copy.deepcopy(self.model).requires_grad_(False)
         if self._classes is not None:
             restrict(classifier, self._classes)
         stages = find_stages(classifier)
-        encoder = copy.deepcopy(classifier) if "encoder" in found.tree else None
+        encoder = copy.deepcopy(classifier) if "encoder" in checkpoint.tree else None
         decoder = Decoder(stages.channels).to(like.device, like.dtype).requires_grad_(False).eval()
+        source = f"{checkpoint.folder} (trained on {checkpoint.config['model']})"
         for network, part in ((classifier, "classifier"), (encoder, "encoder"), (decoder, "decoder")):
             if network is not None:
-                fit(network, found.part(part), source)
+                fit(network, checkpoint.part(part), source)
         self._trunk, self._decoder = Trunk(classifier, stages.names), decoder
         self._encoder = None if encoder is None else Trunk(encoder, stages.names)
 
@@ -79,7 +78,7 @@ class CASM(Method):
             return mask_B1hw[:, 0], self._widened(logits_BK), None
 
     def _widened(self, logits_BK: Tensor) -> Tensor:
-        """The model's own classes, of which the trained classifier may know some alone."""
+        """Return logits for all classes of the model; the trained classifier may know only some of them."""
         if self._classes is None:
             return logits_BK
         wide_BK = logits_BK.new_full((len(logits_BK), self._width), _ABSENT)
@@ -88,5 +87,5 @@ class CASM(Method):
 
     def close(self) -> None:
         super().close()
-        for held in ("_trunk", "_encoder", "_decoder"):
-            self.__dict__.pop(held, None)
+        for attribute in ("_trunk", "_encoder", "_decoder"):
+            self.__dict__.pop(attribute, None)

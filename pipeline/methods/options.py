@@ -1,18 +1,37 @@
-"""The options of a method: what its class declares, and values checked against it."""
+"""Options of a method: what its class declares, and values checked against that."""
 
 import json
 import types
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from saltern.schemas.errors import UserError
 from saltern.schemas.run import check_keys
 
 
-def declared(kind: type, base: type) -> dict[str, Any]:
-    """Type hints of the options that `kind` and its parents below `base` declare, by name.
+class OptionSpec(NamedTuple):
+    """Description of one option."""
 
-    An option is a public class attribute with a type and a default: `steps: int = 32`.
+    name: str
+    default: Any
+    values: tuple[Any, ...] | str  # the choices, or the type as text: "int", "list[int] | None"
+    help: str
+
+
+def specs(kind: type, base: type) -> list[OptionSpec]:
+    """Return the options that `kind` and its parents below `base` declare, in the order of declaration."""
+    described = get_type_hints(kind, include_extras=True)
+    return [
+        OptionSpec(name, getattr(kind, name), _values(hint), getattr(described[name], "__metadata__", ("",))[0])
+        for name, hint in declared(kind, base).items()
+    ]
+
+
+def declared(kind: type, base: type) -> dict[str, Any]:
+    """Return the type of each option that `kind` and its parents below `base` declare, by name.
+
+    An option is a public class attribute with a type and a default: `steps: int = 32`. Annotated adds its help:
+    `steps: Annotated[int, "Points on the path."] = 32`.
     """
     inherited = get_type_hints(base)
     return {
@@ -27,36 +46,40 @@ def declared(kind: type, base: type) -> dict[str, Any]:
 
 
 def complete(
-    given: Mapping[str, Any], hints: Mapping[str, Any], defaults: Mapping[str, Any], of: str
+    given: Mapping[str, Any], hints: Mapping[str, Any], defaults: Mapping[str, Any], method: str
 ) -> dict[str, Any]:
-    """All options, the defaults filled in. Strings stand for other types as JSON does (`-O steps=8`).
+    """Return all options: the given values, checked, and the other defaults. Text is read as JSON (`-O steps=8`).
 
     Raises:
         UserError: an unknown name, or a value that its type does not allow.
     """
-    check_keys(given, hints, f"the options of {of}")
-    return {
-        **defaults,
-        **{name: _checked(value, hints[name], f"option {name} of {of}") for name, value in given.items()},
-    }
+    check_keys(given, hints, f"the options of {method}")
+    checked = {name: _checked(value, hints[name], f"option {name} of {method}") for name, value in given.items()}
+    return {**defaults, **checked}
 
 
 def from_text(value: Any) -> Any:
-    """A string as the JSON value that it spells, or as itself; anything else as it is."""
+    """Return the JSON value that a text spells, or else the value unchanged."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError:
         return value
 
 
-def _checked(value: Any, hint: Any, what: str) -> Any:
+def _checked(value: Any, hint: Any, option: str) -> Any:
     value = list(value) if isinstance(value, tuple) else value
     for candidate in (value, from_text(value)):
         if _fits(candidate, hint):
             return float(candidate) if hint is float else candidate
+    values = _values(hint)
+    allowed = f"of type {values}" if isinstance(values, str) else f"one of {', '.join(map(str, values))}"
+    raise UserError(f"{option} must be {allowed}, not {value!r}")
+
+
+def _values(hint: Any) -> tuple[Any, ...] | str:
     if get_origin(hint) is Literal:
-        raise UserError(f"{what} is one of {', '.join(map(str, get_args(hint)))}, not {value!r}")
-    raise UserError(f"{what} is of type {getattr(hint, '__name__', hint)}, not {value!r}")
+        return get_args(hint)
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -67,6 +90,6 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(type(value) is type(choice) and value == choice for choice in args)
     if origin is list:
         return isinstance(value, list) and all(_fits(part, args[0]) for part in value)
-    if hint in (int, float):  # True is an int to Python, and no number to a user
+    if hint in (int, float):  # Python counts True as an int
         return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
     return isinstance(value, hint)

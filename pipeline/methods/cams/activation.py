@@ -4,11 +4,12 @@ Shape suffixes: B batch, C H W the network's input, K channels, h w the layer's 
 """
 
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from saltern.pipeline.methods.base import Maps, Method, register, safe_divide, weighted_sum
+from saltern.pipeline.methods.base import Maps, Method, safe_divide, weighted_sum
 from saltern.pipeline.models.layers import probe
 from saltern.pipeline.models.passes import full_precision, pick_target
 from saltern.pipeline.models.taps import Taps
@@ -16,8 +17,9 @@ from saltern.schemas.errors import UserError
 
 
 class GradientCAM(Method):
-    """Base of the CAMs that need the activation A and its gradient G = dz_c/dA. They write `combine`."""
+    """Base of the CAMs of an activation A and its gradient G = dz_c/dA. A subclass implements `combine`."""
 
+    cost = "1 forward, and the backward down to the layer"
     layered = True
     many_layers = True
 
@@ -25,7 +27,7 @@ class GradientCAM(Method):
         self._taps = Taps(self.model, self.layer)
 
     def combine(self, A_BKhw: Tensor, G_BKhw: Tensor) -> Tensor:
-        """map_Bhw from float32 activations and gradients of one layer."""
+        """Return map_Bhw from the float32 activations and gradients of one layer."""
         raise NotImplementedError
 
     def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
@@ -41,23 +43,24 @@ class GradientCAM(Method):
         return maps, logits_BK, target_B
 
 
-@register("grad-cam")
 class GradCAM(GradientCAM):
     """ReLU of the activations weighted by the mean gradient of the logit (Selvaraju 2017, eq. 1-2)."""
+
+    name = "grad-cam"
 
     def combine(self, A_BKhw: Tensor, G_BKhw: Tensor) -> Tensor:
         return weighted_sum(G_BKhw.mean((2, 3)), A_BKhw).relu()
 
 
-@register("grad-cam++")
 class GradCAMPlusPlus(GradientCAM):
-    """Gradients that raise the logit, each weighted by its alpha, then as Grad-CAM (Chattopadhay 2018, eq. 10 and 19).
+    """Grad-CAM of the positive gradients, each weighted by its alpha (Chattopadhay 2018, eq. 10 and 19).
 
-    Options:
-        eps: added to the alphas' denominators. Gradients are about 1e-3, so that it shows: 1e-6 as pytorch-grad-cam.
+    `eps` changes the map visibly, because gradients are about 1e-3; 1e-6 is that of pytorch-grad-cam.
     """
 
-    eps: float = 1e-6
+    name = "grad-cam++"
+
+    eps: Annotated[float, "Added to the denominators of the alphas."] = 1e-6
 
     def prepare(self) -> None:
         super().prepare()
@@ -66,51 +69,55 @@ class GradCAMPlusPlus(GradientCAM):
 
     def combine(self, A_BKhw: Tensor, G_BKhw: Tensor) -> Tensor:
         square_BKhw = G_BKhw.square()
-        # The third power as a product: G * G * G keeps its sign, and S * G first keeps it from underflowing.
+        # G^3 is factored: S * G comes first, so that the third power does not underflow.
         denominator_BKhw = square_BKhw * (2 + A_BKhw.sum((2, 3), keepdim=True) * G_BKhw) + self.eps
         weight_BK = (G_BKhw.relu() * safe_divide(square_BKhw, denominator_BKhw)).sum((2, 3))
         return weighted_sum(weight_BK, A_BKhw).relu()
 
 
-@register("layer-cam")
 class LayerCAM(GradientCAM):
-    """ReLU of the activations, each weighted by its own gradient where that is positive (Jiang 2021, eq. 4-6)."""
+    """ReLU of the activations, each weighted by its own positive gradient (Jiang 2021, eq. 4-6)."""
+
+    name = "layer-cam"
 
     def combine(self, A_BKhw: Tensor, G_BKhw: Tensor) -> Tensor:
         return (G_BKhw.relu() * A_BKhw).sum(1).relu()
 
 
-@register("hires-cam")
 class HiResCAM(GradientCAM):
-    """ReLU of the activations, each weighted by its own gradient, signed (Draelos 2020, section 3.3)."""
+    """ReLU of the activations, each weighted by its own signed gradient (Draelos 2020, section 3.3)."""
+
+    name = "hires-cam"
 
     def combine(self, A_BKhw: Tensor, G_BKhw: Tensor) -> Tensor:
         return (G_BKhw * A_BKhw).sum(1).relu()
 
 
-@register("xgrad-cam")
 class XGradCAM(GradientCAM):
-    """ReLU of the activations weighted by the mean gradient, cells counting by their activation (Fu 2020, eq. 8).
+    """ReLU of the activations weighted by the activation-weighted mean gradient (Fu 2020, eq. 8).
 
-    A channel whose activations sum to 0 has weight 0. Where activations are signed that sum comes near 0, and the
+    A channel whose activations sum to 0 has weight 0. If activations are signed, that sum can come near 0 and the
     weight grows without bound: take a layer after a ReLU.
     """
+
+    name = "xgrad-cam"
 
     def combine(self, A_BKhw: Tensor, G_BKhw: Tensor) -> Tensor:
         weight_BK = safe_divide((G_BKhw * A_BKhw).sum((2, 3)), A_BKhw.sum((2, 3)))
         return weighted_sum(weight_BK, A_BKhw).relu()
 
 
-@register("eigen-cam")
 class EigenCAM(Method):
     """Cells projected on the first principal component of a layer's channels; no class (Muhammad 2020, section III).
 
-    The channels are centred over the cells first, so that the map is signed and its sum is 0; without a ReLU. A
-    component has no sign of its own: it gets the one with which the map goes along with the mean of the channels, or,
-    where they sum to about 0 in every cell (after a LayerNorm), with which its largest magnitude is positive. Where
-    the two first components are equally strong, any mixture of them is as good, and the map is arbitrary.
+    The channels are first centred over the cells. The map is therefore signed and sums to 0; it has no ReLU. The sign
+    of the component is chosen so that the map correlates with the mean of the channels. If the channels sum to about
+    0 in every cell (after a LayerNorm), the largest magnitude is made positive instead. If the first two components
+    are equally strong, the map is an arbitrary mixture of them.
     """
 
+    name = "eigen-cam"
+    cost = "1 forward, and an eigendecomposition"
     needs_target = False
     layered = True
     many_layers = True
@@ -126,14 +133,15 @@ class EigenCAM(Method):
         return maps, logits_BK, None
 
 
-@register("cam")
 class CAM(Method):
     """Activations weighted by the linear head after global average pooling; signed, no gradient (Zhou 2016, eq. 2).
 
-    On such a network its ReLU equals h * w times Grad-CAM. A functional ReLU between the layer and the pooling
-    (DenseNet) belongs to the activation. The head's bias is left out.
+    The ReLU of this map equals h * w times Grad-CAM. A functional ReLU between the layer and the pooling (DenseNet)
+    counts as part of the activation. The head's bias is left out.
     """
 
+    name = "cam"
+    cost = "1 forward"
     layered = True
 
     def prepare(self) -> None:
@@ -162,19 +170,19 @@ class CAM(Method):
 
 
 def first_component(A_BKhw: Tensor) -> Tensor:
-    """map_Bhw of each sample's cells on its first principal component; NaN where an activation is not finite."""
+    """Return map_Bhw, cells on their first principal component; NaN if an activation is not finite."""
     X_BNK = A_BKhw.flatten(2).mT.double()
     X_BNK = X_BNK - X_BNK.mean(1, keepdim=True)
-    # Of the two Gram matrices the smaller one; its squared singular values need float64.
+    # Take the smaller of the two Gram matrices; its squared singular values need float64.
     few_cells = X_BNK.shape[1] <= X_BNK.shape[2]
     gram_BMM = X_BNK @ X_BNK.mT if few_cells else X_BNK.mT @ X_BNK
     finite_B11 = gram_BMM.isfinite().all(2, keepdim=True).all(1, keepdim=True)
-    values_BM, vectors_BMM = torch.linalg.eigh(gram_BMM.where(finite_B11, 0))  # it refuses NaN for the whole batch
+    values_BM, vectors_BMM = torch.linalg.eigh(gram_BMM.where(finite_B11, 0))  # one NaN would fail the whole batch
     if few_cells:
         map_BN = vectors_BMM[..., -1] * values_BM[:, -1:].clamp(min=0).sqrt()
     else:
         map_BN = (X_BNK @ vectors_BMM[..., -1:])[..., 0]
-    # The component's cosine with equal loads, times its eigenvalue: of channels that sum to 0 it is rounding.
+    # Eigenvalue times the cosine between component and channel mean; only rounding if the channels sum to 0.
     along_B1 = (map_BN * X_BNK.mean(2)).sum(1, keepdim=True) * X_BNK.shape[2] ** 0.5
     peak_B1 = map_BN.amax(1, keepdim=True) + map_BN.amin(1, keepdim=True)
     side_B1 = torch.where(along_B1.abs() > 1e-3 * values_BM[:, -1:], along_B1, peak_B1)
@@ -183,7 +191,7 @@ def first_component(A_BKhw: Tensor) -> Tensor:
 
 
 def _explains(head: nn.Linear, A_BKhw: Tensor, logits_BK: Tensor) -> bool:
-    # Checked, not assumed: head(mean(A)) must give the model's logits; the bias is left out lest it hide a difference.
+    # head(mean(A)) must equal the model's logits; both without the bias, which could hide a difference.
     if A_BKhw.shape[1] != head.in_features or logits_BK.shape[1] != head.out_features:
         return False
     weighed_BK = logits_BK if head.bias is None else logits_BK - head.bias.float()

@@ -1,17 +1,17 @@
-"""CAMERAS: activations and gradients accumulated over sizes of the image, fused as a product of means.
+"""CAMERAS: activations and gradients averaged over sizes of the image and multiplied.
 
 Shape suffixes: B batch, C H W the network's input, K channels, h w the layer's grid, N cells of the grids of all sizes,
 T sizes.
 """
 
 import itertools
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from saltern.pipeline.methods.base import Maps, Method, register
+from saltern.pipeline.methods.base import Maps, Method
 from saltern.pipeline.methods.cams import upsampled
 from saltern.pipeline.models.layers import probe
 from saltern.pipeline.models.passes import full_precision, logits_of, pick_target
@@ -19,30 +19,30 @@ from saltern.pipeline.models.taps import Taps
 from saltern.pipeline.naming import brief
 from saltern.schemas.errors import UserError
 
-_STEP, _END = 100, 1000  # pixels: sizes grow by the one and stay below the other
+_STEP, _END = 100, 1000  # pixels: increment of the sizes, and their exclusive end
 
 
-@register("cameras")
 class CAMERAS(Method):
     """Mean activation times mean gradient over many sizes of the image, summed over channels (Jalwana 2021, alg. 1).
 
-    The map has the size of the first pass. With targets given, all sizes count; else each size differentiates its own
-    top-1, and for every image those sizes count whose top-1 is that of the first.
-
-    Options:
-        sizes: shorter sides, pixels; None = from the input's in steps of 100 to below 1000. The first pass takes the
-            input as it is, and the first size is the map's.
-        interpolation: of the normalised input to the further sizes, not antialiased; the paper says bilinear, its
-            published code bicubic.
-        chunk: images of the input's size in one pass; of larger sizes as many as have the same area.
+    The map has the first size. If targets are given, all sizes count. Otherwise each size differentiates its own
+    top-1 class, and the sizes whose top-1 equals that of the first size count, for each image separately. The first
+    pass takes the input unchanged. The further sizes resize the normalised input, not antialiased: the paper says
+    bilinear, its published code uses bicubic.
     """
 
+    name = "cameras"
+    cost = "1 forward and backward for each size; 8 sizes at 224 pixels cost as much as 61"
     layered = True
     default_map_dtype = "uint8"
 
-    sizes: list[int] | None = None
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    chunk: int = 64
+    sizes: Annotated[list[int] | None, "Shorter sides, pixels; None = the input's, then 100 more each, below 1000."] = (
+        None
+    )
+    interpolation: Annotated[Literal["bicubic", "bilinear"], "How the input is resized to the further sizes."] = (
+        "bicubic"
+    )
+    chunk: Annotated[int, "Images in one pass at the input's size; fewer at larger sizes, of the same total area."] = 64
 
     def prepare(self) -> None:
         if self.sizes is not None and (not self.sizes or min(self.sizes) < 1):
@@ -87,7 +87,7 @@ class CAMERAS(Method):
         return map_BHW, logits_BK, top1_BT[:, 0]
 
     def _pass(self, x_BCHW: Tensor, target_B: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, activations and gradients (B, K, h, w) at one size of the image, a chunk at a time."""
+        """Return logits, activations and gradients (B, K, h, w) at one size of the image, computed in chunks."""
         count = max(1, int(self.chunk / (scale or 1) ** 2))
         targets = itertools.repeat(None) if target_B is None else torch.split(target_B, count)
         parts = []
@@ -113,6 +113,6 @@ class CAMERAS(Method):
 
 
 def _cells(maps: list[Tensor], share_BT: Tensor) -> Tensor:
-    """All cells of all sizes' maps (B, K, h, w), weighed for the mean over sizes: (B, N, K)."""
+    """Return all cells of the maps (B, K, h, w) of all sizes, weighted for the mean over sizes: (B, N, K)."""
     parts = [values.flatten(2).mT * share_B[:, None, None] for values, share_B in zip(maps, share_BT.T, strict=True)]
     return torch.cat(parts, 1)

@@ -1,15 +1,16 @@
-"""CAMs whose weights come from forward passes alone: channels shown to the network, or taken from it.
+"""CAMs without gradients: a forward pass for each channel, which is shown to the network or taken from it.
 
 Shape suffixes: B batch, C H W the network's input, K channels, h w the layer's grid, N images of one pass.
 """
 
 from collections.abc import Iterator
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saltern.pipeline.methods.base import Maps, Method, register, safe_divide, weighted_sum
+from saltern.pipeline.methods.base import Maps, Method, safe_divide, weighted_sum
 from saltern.pipeline.methods.cams.tail import Begun, Tail
 from saltern.pipeline.models.passes import full_precision, logits_of, pick_target
 from saltern.pipeline.models.taps import Taps
@@ -17,34 +18,32 @@ from saltern.schemas.errors import UserError
 
 
 class ScoredCAM(Method):
-    """Base of the CAMs that run the network once for each channel of one layer.
-
-    Options:
-        chunk: images a pass, at most; a batch that is larger runs channel by channel.
-    """
+    """Base of the CAMs that run the network once for each channel of one layer."""
 
     layered = True
 
-    chunk: int = 64
+    chunk: Annotated[int, "Images in one pass, at most; a larger batch runs one channel at a time."] = 64
 
     def prepare(self) -> None:
         if self.chunk < 1:
             raise UserError(f"chunk={self.chunk} of {self.title()} must be at least 1 image a pass")
 
     def groups(self, channels: int, batch: int) -> Iterator[slice]:
-        """Channels, as many at a time as make a pass for all samples."""
+        """Yield runs of channels, each as long as one pass for all samples of the batch allows."""
         size = max(1, self.chunk // batch)
         for first in range(0, channels, size):
             yield slice(first, min(first + size, channels))
 
 
-@register("score-cam")
 class ScoreCAM(ScoredCAM):
-    """ReLU of the activations weighted by the logit of the image seen through each of them (Wang 2020, eq. 5-8).
+    """ReLU of the activations weighted by the logit of the image masked by each of them (Wang 2020, eq. 5-8).
 
-    Each channel, enlarged (bilinear, align_corners False) and scaled to [0, 1], is multiplied with the normalised
-    image; a constant channel gives 0 everywhere. The weights are the softmax of the logits over the channels.
+    Each channel is enlarged (bilinear, align_corners False), scaled to [0, 1] and multiplied with the normalised
+    image; a constant channel becomes 0 everywhere. The weights are the softmax of the logits over the channels.
     """
+
+    name = "score-cam"
+    cost = "1 forward, and 1 more for each channel of the layer"
 
     def prepare(self) -> None:
         super().prepare()
@@ -61,7 +60,7 @@ class ScoreCAM(ScoredCAM):
             return weighted_sum(torch.cat(found, 1).softmax(1), A_BKhw).relu(), logits_BK, target_B
 
     def _scores(self, x_BCHW: Tensor, A_BGhw: Tensor, target_B: Tensor) -> Tensor:
-        """Logits of the targets under each mask of a group of G channels, float32 (B, G)."""
+        """Return the logits of the targets under each mask of a group of G channels, float32 (B, G)."""
         with full_precision(x_BCHW.device):
             mask_BGHW = F.interpolate(A_BGhw, x_BCHW.shape[2:], mode="bilinear", align_corners=False)
             low_BG11, high_BG11 = mask_BGHW.amin((2, 3), keepdim=True), mask_BGHW.amax((2, 3), keepdim=True)
@@ -72,13 +71,15 @@ class ScoreCAM(ScoredCAM):
         return logits_NK.gather(1, target_B.repeat_interleave(group)[:, None]).view(-1, group).float()
 
 
-@register("ablation-cam")
 class AblationCAM(ScoredCAM):
     """ReLU of the activations weighted by the share of the logit lost without each channel (Desai 2020, eq. 3-4).
 
-    The channel is set to 0 everywhere; of a layer of tokens, in every token, the class token too. Where the logit is
-    0, so are the weights; where it is negative, a channel that pulls it down counts for it.
+    The channel is set to 0 in every cell, or in every token, the class token included. If the logit is 0, all weights
+    are 0. If it is negative, a channel that lowers it has a positive weight.
     """
+
+    name = "ablation-cam"
+    cost = "1 forward, and 1 from the layer on for each of its channels"
 
     def prepare(self) -> None:
         super().prepare()

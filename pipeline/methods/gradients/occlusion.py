@@ -1,50 +1,48 @@
-"""Occlusion: what the logit loses where a window is filled.
+"""Occlusion: how much of the logit is lost when a window of the image is filled.
 
 Shape suffixes: B batch, S windows, C H W the network's input, K classes, h w the windows' grid.
 """
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
-from saltern.pipeline.methods.base import Maps, Method, register
+from saltern.pipeline.methods.base import Maps, Method
 from saltern.pipeline.methods.gradients.paths import groups
 from saltern.pipeline.models.passes import full_precision, logits_of, pick_target
 from saltern.schemas.errors import UserError
 
 
-@register("occlusion")
 class Occlusion(Method):
-    """Drop of the logit where a sliding window is filled, mean over the windows on a pixel (Zeiler 2014, section 4.2).
+    """Drop of the logit under a sliding filled window, averaged over a pixel's windows (Zeiler 2014, section 4.2).
 
-    Windows start at multiples of the stride until one reaches the edge, which cuts it. Signed, at the input's size.
-
-    Options:
-        window: side in pixels; one larger than the image covers it.
-        stride: pixels between two windows.
-        fill: value of the filled pixels, normalised: 0 is the mean colour.
-        chunk: images in one pass.
+    Windows start at multiples of the stride until one reaches the edge of the image; that one is cropped. The map is
+    signed and has the input's size.
     """
 
+    name = "occlusion"
+    cost = "1 forward, and 1 more for each window; 169 windows at 224 pixels"
     default_map_dtype = "uint8"
 
-    window: int = 32
-    stride: int = 16
-    fill: float = 0.0
-    chunk: int = 64
+    window: Annotated[int, "Side of the window, pixels; it may exceed the image."] = 32
+    stride: Annotated[int, "Distance between two windows, pixels."] = 16
+    fill: Annotated[float, "Value of the filled pixels, normalised; 0 is the mean colour."] = 0.0
+    chunk: Annotated[int, "Images in one pass."] = 64
 
     def prepare(self) -> None:
         for name in ("window", "stride", "chunk"):
             if getattr(self, name) < 1:
-                raise UserError(f"option {name} of {self.title()} is 1 or more, not {getattr(self, name)}")
+                raise UserError(f"option {name} of {self.title()} must be 1 or more, not {getattr(self, name)}")
         if self.stride > self.window:
             raise UserError(
-                f"option stride of {self.title()} is at most the window ({self.window}), not {self.stride}: "
-                "pixels between the windows would have no value"
+                f"option stride of {self.title()} must be at most the window ({self.window}), not {self.stride}: "
+                "pixels between windows would have no value"
             )
 
     def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
         with torch.no_grad():
-            logits_BK = logits_of(self.model(x_BCHW.clone()))  # a first layer in place would change the windows' image
+            logits_BK = logits_of(self.model(x_BCHW.clone()))  # an in-place first layer would change the image
             target_B = pick_target(logits_BK, target_B)
             rows, columns = (self._starts(size) for size in x_BCHW.shape[2:])
             windows = [(top, left) for top in rows for left in columns]
@@ -63,21 +61,21 @@ class Occlusion(Method):
         return range(0, steps * self.stride + 1, self.stride)
 
     def _scores(self, x_BCHW: Tensor, target_B: Tensor, windows: list[tuple[int, int]]) -> Tensor:
-        """The target's logit with each window filled, score_SB."""
-        filled = torch.cat([x_BCHW] * len(windows))  # keeps the memory layout
+        """Return the logits of the targets with each window filled, score_SB."""
+        filled = torch.cat([x_BCHW] * len(windows))  # preserves the memory layout
         for filled_BCHW, (top, left) in zip(torch.split(filled, len(x_BCHW)), windows, strict=True):
             filled_BCHW[:, :, top : top + self.window, left : left + self.window] = self.fill
         logits_NK = logits_of(self.model(filled))
         return _scores_of(logits_NK, target_B.repeat(len(windows))).view(len(windows), -1)
 
     def _spread(self, drop_hwB: Tensor, x_BCHW: Tensor) -> Tensor:
-        """Mean drop over the windows on each pixel, map_BHW: the windows are a product of rows and columns."""
+        """Return map_BHW, the mean drop over the windows on each pixel. Windows are rows times columns."""
         down_hH, across_wW = (self._shares(size, drop_hwB) for size in x_BCHW.shape[2:])
         with full_precision(x_BCHW.device):
             return torch.einsum("hwb,hy,wx->byx", drop_hwB, down_hH, across_wW)
 
     def _shares(self, size: int, like: Tensor) -> Tensor:
-        """Of each window along one side: 1 / coverage on its pixels, 0 beside it."""
+        """Return each window's share of the pixels along one side: 1 / coverage inside it, 0 outside."""
         starts = self._starts(size)
         start_h1 = torch.arange(starts.start, starts.stop, starts.step, device=like.device)[:, None]
         pixel_H = torch.arange(size, device=like.device)
@@ -86,6 +84,6 @@ class Occlusion(Method):
 
 
 def _scores_of(logits_BK: Tensor, target_B: Tensor) -> Tensor:
-    # Differences of close values: at least float32.
+    # The differences of close values need float32 at least.
     score_B = logits_BK.gather(1, target_B[:, None])[:, 0]
     return score_B.to(torch.promote_types(score_B.dtype, torch.float32))

@@ -1,33 +1,33 @@
-"""Gradients averaged over points around or on the way to the image: SmoothGrad, integrated gradients.
+"""Gradients averaged over points near the image or on a path to it: SmoothGrad, integrated gradients.
 
 Shape suffixes: B batch, S points of an image, C H W the network's input, K classes, N elements of an image.
 """
 
-from typing import Literal
+from typing import Annotated
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from saltern.pipeline.methods.base import Maps, register
-from saltern.pipeline.methods.gradients.gradient import Gradient, pixel_gradient
+from saltern.pipeline.methods.base import Maps
+from saltern.pipeline.methods.gradients.gradient import Gradient, Reduce, Value, pixel_gradient
 from saltern.pipeline.methods.gradients.noise import gaussian
 from saltern.pipeline.models.passes import full_precision, pick_target
 from saltern.schemas.errors import UserError
 
 
 class Averaged(Gradient):
-    """Base of the weighted means of gradients at several points for each image. They write `points`.
+    """Base of the weighted means of gradients at several points for each image. A subclass implements `points`.
 
-    The target is the image's own, also at the other points. `chunk` bounds the memory, however many points there are.
+    All points of an image share its target. `chunk` bounds the memory for any number of points.
     """
 
-    chunk: int = 64
+    chunk: Annotated[int, "Images in one pass."] = 64
 
     _count: int  # points of an image
 
     def points(self, x_BCHW: Tensor, which: range) -> tuple[Tensor, Tensor | float]:
-        """points_SBCHW in the dtype of x, and their weights: weight_S, float32, or one for all."""
+        """Return points_SBCHW in the dtype of x, and their weights: weight_S, float32, or one number for all."""
         raise NotImplementedError
 
     def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
@@ -52,26 +52,22 @@ class Averaged(Gradient):
         return mean_BCHW
 
 
-@register("smoothgrad")
 class SmoothGrad(Averaged):
     """Mean gradient over noisy copies of the image; its largest magnitude over the channels (Smilkov 2017).
 
-    The noise follows each sample's seed (`seed_B` of the call).
-
-    Options:
-        samples: noisy copies of an image.
-        noise: standard deviation as a share of the image's range (largest less smallest value, normalised).
-        chunk: images in one pass.
-        value, reduce: as of `gradient`, of the mean.
+    The noise depends only on each sample's seed (`seed_B` of the call).
     """
 
-    samples: int = 32
-    noise: float = 0.15
+    name = "smoothgrad"
+    cost = "1 forward, then 1 forward and backward for each of `samples`"
+
+    samples: Annotated[int, "Noisy copies of an image."] = 32
+    noise: Annotated[float, "Standard deviation over the image's range (largest minus smallest value)."] = 0.15
 
     def prepare(self) -> None:
         _check(self, samples=self.samples, chunk=self.chunk)
         if self.noise < 0:
-            raise UserError(f"option noise of {self.title()} is 0 or more, not {self.noise}")
+            raise UserError(f"option noise of {self.title()} must be 0 or more, not {self.noise}")
         self._count = self.samples
 
     def points(self, x_BCHW: Tensor, which: range) -> tuple[Tensor, Tensor | float]:
@@ -82,39 +78,34 @@ class SmoothGrad(Averaged):
         return points_SBN.view(-1, *x_BCHW.shape), 1 / self.samples
 
 
-@register("integrated-gradients")
 class IntegratedGradients(Averaged):
-    """Gradients integrated on the straight way from a baseline to the image, times its length (Sundararajan 2017).
+    """Image minus baseline, times the mean gradient on the straight path between them (Sundararajan 2017).
 
     Signed and summed over the channels, the map adds up to z_c(x) - z_c(baseline), up to the error of the quadrature
     (Gauss-Legendre).
-
-    Options:
-        steps: points on the way.
-        baseline: value of all its pixels, normalised: 0 is the mean colour.
-        chunk: images in one pass.
-        value, reduce: as of `gradient`, of the products.
     """
 
+    name = "integrated-gradients"
+    cost = "1 forward, then 1 forward and backward for each of `steps`"
     default_map_dtype = "float16"  # signed: a uint8 scale would have to span both tails
 
-    steps: int = 32
-    baseline: float = 0.0
-    reduce: Literal["max", "sum", "l2"] = "sum"
-    value: Literal["square", "abs", "signed"] = "signed"
+    steps: Annotated[int, "Points on the path."] = 32
+    baseline: Annotated[float, "Value of all pixels of the baseline, normalised; 0 is the mean colour."] = 0.0
+    reduce: Reduce = "sum"
+    value: Value = "signed"
 
     def prepare(self) -> None:
         _check(self, steps=self.steps, chunk=self.chunk)
         self._count = self.steps
         node_S, weight_S = np.polynomial.legendre.leggauss(self.steps)  # on [-1, 1]
         weight = next(self.model.parameters(), torch.empty(0))
-        self._way_S = torch.tensor((node_S + 1) / 2, dtype=torch.float32, device=weight.device)
+        self._position_S = torch.tensor((node_S + 1) / 2, dtype=torch.float32, device=weight.device)
         self._weight_S = torch.tensor(weight_S / 2, dtype=torch.float32, device=weight.device)
 
     def points(self, x_BCHW: Tensor, which: range) -> tuple[Tensor, Tensor | float]:
         part = slice(which.start, which.stop)
-        way_S = self._way_S[part].view(-1, 1, 1, 1, 1)
-        points_SBCHW = (x_BCHW - self.baseline) * way_S + self.baseline
+        position_S = self._position_S[part].view(-1, 1, 1, 1, 1)
+        points_SBCHW = (x_BCHW - self.baseline) * position_S + self.baseline
         return points_SBCHW.to(x_BCHW.dtype), self._weight_S[part]
 
     def weighed(self, gradient_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
@@ -122,7 +113,7 @@ class IntegratedGradients(Averaged):
 
 
 def groups(count: int, chunk: int, batch: int) -> list[range]:
-    """Numbers 0..count in runs, so that one for each image of the batch makes about `chunk` images."""
+    """Split 0..count into runs whose length times the batch is about `chunk`."""
     size = max(1, chunk // batch)
     return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
@@ -130,4 +121,4 @@ def groups(count: int, chunk: int, batch: int) -> list[range]:
 def _check(method: Gradient, **options: int) -> None:
     for name, value in options.items():
         if value < 1:
-            raise UserError(f"option {name} of {method.title()} is 1 or more, not {value}")
+            raise UserError(f"option {name} of {method.title()} must be 1 or more, not {value}")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saltern.pipeline.methods.base import Maps, register, weighted_sum
+from saltern.pipeline.methods.base import Maps, weighted_sum
 from saltern.pipeline.methods.gradients.gradient import Gradient, pixel_gradient
 from saltern.pipeline.models.interception import Interception, Swap, check_visible
 from saltern.pipeline.models.layers import probe
@@ -92,40 +92,35 @@ class Rectified(Gradient):
         return found
 
 
-@register("deconvnet")
 class Deconvnet(Rectified):
-    """Gradient that passes each ReLU's backward signal where that signal is positive (Zeiler 2014, section 2.1).
+    """Gradient that passes each ReLU where the backward signal is positive (Zeiler 2014, section 2.1).
 
-    The image enters through the max poolings alone: without any, every image has the same map (Springenberg 2015).
-
-    Options:
-        value, reduce: as of `gradient`.
+    The map depends on the image only through the max poolings: in a network without any, every image has the same map
+    (Springenberg 2015).
     """
+
+    name = "deconvnet"
 
     _masked = False
 
 
-@register("guided-backprop")
 class GuidedBackprop(Rectified):
     """Gradient that passes each ReLU where its output and the backward signal are positive (Springenberg 2015).
 
-    A ReLU6 passes the signal where its output lies below 6, too.
-
-    Options:
-        value, reduce: as of `gradient`.
+    A ReLU6 passes the signal only where its output is also below 6.
     """
 
+    name = "guided-backprop"
 
-@register("guided-grad-cam")
+
 class GuidedGradCAM(Rectified):
     """Guided backpropagation times the upsampled Grad-CAM of one layer (Selvaraju 2017, section 3.2).
 
-    Grad-CAM follows the true gradient and is upsampled bilinearly (align_corners False).
-
-    Options:
-        value, reduce: as of `gradient`, of the products.
+    Grad-CAM uses the true gradient and is upsampled bilinearly (align_corners False).
     """
 
+    name = "guided-grad-cam"
+    cost = "1 forward, 1 backward, and 1 down to the layer"
     layered = True
 
     def prepare(self) -> None:

@@ -5,12 +5,12 @@ Shape suffixes: B batch, C H W the network's input, K channels of a layer (class
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from saltern.pipeline.methods.base import Maps, Method, register, weighted_sum
+from saltern.pipeline.methods.base import Maps, Method, weighted_sum
 from saltern.pipeline.methods.relevance.propagation import Propagation
 from saltern.pipeline.methods.relevance.rules import RELEVANCE_CAM, composite
 from saltern.pipeline.models.layers import probe
@@ -19,6 +19,10 @@ from saltern.pipeline.models.taps import Taps
 from saltern.schemas.errors import UserError
 
 _FLOOR = 1e-8
+_BN_HELP = "BatchNorm: merge = folded into the layer before it; identity = passes relevance unchanged."
+_INIT_HELP = (
+    "Relevance of the logits: unit = +1 for the class, -1/N for each other of N; paper = z_c and -z_c / (N - 1)"
+)
 
 
 def target_logit(logits_BK: Tensor, target_B: Tensor) -> Tensor:
@@ -69,12 +73,20 @@ def _as_ran(logits_BK: Tensor, x_BCHW: Tensor) -> Tensor:
 
 
 class PixelRelevance(Method):
-    """Base of the methods that propagate relevance to the pixels. They name their `_initial` relevance."""
+    """Base of the methods that propagate relevance to the pixels. A subclass returns its `_initial` relevance.
 
+    Composites are those of zennit, by layer (convolution, linear, convolution on the image): alpha1beta0 (alpha1beta0,
+    alpha1beta0, z^B), epsilon (1e-6 everywhere), gamma (0.25 everywhere), epsilon-plus (alpha1beta0, epsilon,
+    alpha1beta0) and epsilon-gamma-box (gamma, epsilon, z^B). The smallest and largest value of each image bound z^B.
+    """
+
+    cost = "1 forward, 1 backward by rules"
     heavy_tailed = True
 
-    composite: Literal["alpha1beta0", "epsilon", "gamma", "epsilon-plus", "epsilon-gamma-box"] = "alpha1beta0"
-    bn: Literal["merge", "identity"] = "merge"
+    composite: Annotated[
+        Literal["alpha1beta0", "epsilon", "gamma", "epsilon-plus", "epsilon-gamma-box"], "Rules by kind of layer."
+    ] = "alpha1beta0"
+    bn: Annotated[Literal["merge", "identity"], _BN_HELP] = "merge"
 
     def _initial(self) -> Initial:
         raise NotImplementedError
@@ -103,67 +115,52 @@ class PixelRelevance(Method):
         return R_BCHW.sum(1), _as_ran(logits_BK, x_BCHW), target_B
 
 
-@register("lrp")
 class LRP(PixelRelevance):
-    """Layer-wise relevance propagation of the logit to the pixels; summed over channels, signed (Bach 2015).
+    """Layer-wise relevance propagation of the logit to the pixels; summed over channels, signed (Bach 2015)."""
 
-    Options:
-        composite: rules for convolutions, linear layers and the convolution on the image, as zennit has them:
-            alpha1beta0 (z^B on the image), epsilon (1e-6), gamma (0.25), epsilon-plus (alpha1beta0 for convolutions,
-            epsilon for linear layers), epsilon-gamma-box (gamma, epsilon, z^B). z^B is bounded by each image's least
-            and largest value.
-        bn: merge = BatchNorm is folded into the layer before it; identity = it passes relevance on.
-    """
+    name = "lrp"
 
     def _initial(self) -> Initial:
         return target_logit
 
 
-@register("clrp")
 class CLRP(PixelRelevance):
-    """Contrastive LRP: relevance for the class less that of all others; summed over channels, signed (Gu 2018).
+    """Contrastive LRP: relevance for the class minus that of the others; summed over channels, signed (Gu 2018)."""
 
-    Options:
-        init: unit = +1 for the class, -1/N for each other of N classes; paper = z_c and -z_c / (N - 1).
-        composite, bn: as `lrp` has them.
-    """
+    name = "clrp"
 
-    init: Literal["unit", "paper"] = "unit"
+    init: Annotated[Literal["unit", "paper"], f"{_INIT_HELP}."] = "unit"
 
     def _initial(self) -> Initial:
         return _INITIAL[self.init]
 
 
-@register("sglrp")
 class SGLRP(PixelRelevance):
-    """Softmax-gradient LRP: it starts from the derivative of the class's softmax; summed over channels (Iwana 2019).
+    """Softmax-gradient LRP: starts from the derivative of the class's softmax; summed over channels (Iwana 2019)."""
 
-    Options:
-        composite, bn: as `lrp` has them.
-    """
+    name = "sglrp"
 
     def _initial(self) -> Initial:
         return softmax_gradient
 
 
-@register("relevance-cam")
 class RelevanceCAM(Method):
     """Activations weighted by the mean relevance of each channel; signed, for shallow layers too (Lee 2021, eq. 8).
 
-    Relevance goes by alpha = 1, beta = 0 as the published code has it: a convolution's bias counts twice, a linear
-    layer's not at all. Its sum over a stage is that over the logits, but for what convolutions' biases absorb.
-
-    Options:
-        init: relevance of the logits. unit = +1 for the class, -1/N for each other of N classes; paper = z_c and
-            -z_c / (N - 1); sglrp = y_c (1 - y_c) and -y_c y_n of the softmax y.
-        bn: identity = BatchNorm passes relevance on; merge = it is folded into the layer before it.
+    Relevance follows alpha = 1, beta = 0 as in the published code: the bias of a convolution counts twice, that of a
+    linear layer not at all. The relevance of a stage sums to that of the logits, except for what the biases of
+    convolutions absorb.
     """
 
+    name = "relevance-cam"
+    cost = "1 forward, and the backward by rules down to the layer"
     layered = True
     many_layers = True
 
-    init: Literal["unit", "paper", "sglrp"] = "unit"
-    bn: Literal["identity", "merge"] = "identity"
+    init: Annotated[
+        Literal["unit", "paper", "sglrp"], f"{_INIT_HELP}; sglrp = y_c (1 - y_c) and -y_c y_n of the softmax y."
+    ] = "unit"
+    bn: Annotated[Literal["identity", "merge"], _BN_HELP] = "identity"
 
     def prepare(self) -> None:
         self._taps = Taps(self.model, self.layer)

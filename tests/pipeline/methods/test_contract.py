@@ -52,8 +52,17 @@ def test_registry_describes_itself():
     for name, kind in available().items():
         assert kind.name == name
         assert kind.summary().endswith(".")
+        assert "forward" in kind.cost
+        assert [spec.name for spec in kind.option_specs()] == list(kind.defaults())
+        for spec in kind.option_specs():
+            assert spec.help.endswith("."), (name, spec.name)
+            assert spec.default in spec.values if isinstance(spec.values, tuple) else spec.values
     assert find("gradient").defaults() == {"reduce": "max", "value": "abs"}
     assert find("grad-cam").defaults() == {}
+    reduce, _ = find("gradient").option_specs()
+    assert reduce[:3] == ("reduce", "max", ("max", "sum", "l2"))
+    assert {spec.name: spec.values for spec in find("cameras").option_specs()}["sizes"] == "list[int] | None"
+    assert find("captum:Occlusion").option_specs()[0][:3] == ("sliding_window_shapes", None, "JSON")
     assert find("gradient").heavy_tailed
     assert find("gradient").default_map_dtype == "uint8"
     assert not find("grad-cam").heavy_tailed
