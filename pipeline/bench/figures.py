@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from saltern import __version__
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -96,7 +98,8 @@ def describe_machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load_average": list(os.getloadavg()),
-        "versions": {name: _version(name) for name in ("saltern", "torch", "torchvision", "ray", "pyarrow", "pillow")},
+        "versions": {"saltern": __version__}
+        | {name: _version(name) for name in ("torch", "torchvision", "ray", "pyarrow", "pillow")},
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
     }

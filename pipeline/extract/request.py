@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
+from saltern import __version__
 from saltern.pipeline.extract.explain import parse_target
 from saltern.pipeline.machine import see_own_modules, torch_threads
 from saltern.pipeline.maps.discretize import parse_rule
@@ -93,7 +94,8 @@ def pin(
 
 def new_run(config: RunConfig, shards: list[Shard], class_names: list[str] | None) -> Run:
     """The run with its fingerprint and the versions that it is made with."""
-    versions = {name: version(name) for name in ("saltern", "torch", "torchvision", "pyarrow", "pillow", "numpy")}
+    installed = {name: version(name) for name in ("torch", "torchvision", "pyarrow", "pillow", "numpy")}
+    versions = {"saltern": __version__, **installed}
     return Run(config, shards, versions, config.fingerprint(), class_names)
 
 

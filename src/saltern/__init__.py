@@ -1,10 +1,9 @@
-"""Saltern: saliency maps, masks and boxes of whole image datasets.
+"""Saltern harvests saliency maps, masks and boxes from whole image datasets.
 
-The names below are imported on first use, so that `import saltern` alone loads neither torch nor pyarrow.
+The functions and classes below are imported on first use, so `import saltern` loads neither torch nor pyarrow.
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,20 +11,20 @@ if TYPE_CHECKING:
     from saltern.pipeline.runs.dataset import SaliencyDataset as SaliencyDataset
     from saltern.pipeline.runs.reader import open_run as open_run
 
+__all__ = ["SaliencyDataset", "__version__", "build", "open_run"]
+__version__ = "0.1.0"  # pyproject.toml reads it from here
+
 _HOMES = {
     "SaliencyDataset": "saltern.pipeline.runs.dataset",
     "build": "saltern.pipeline.methods",
     "open_run": "saltern.pipeline.runs.reader",
 }
-__all__ = ["SaliencyDataset", "__version__", "build", "open_run"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return version("saltern")
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'saltern' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'saltern' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

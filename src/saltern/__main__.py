@@ -1,4 +1,4 @@
-"""`python -m saltern`: the same command line as `saltern`."""
+"""Run the command line: `python -m saltern` is the same as `saltern`."""
 
 from saltern.jobs.main import main
 
