@@ -1,8 +1,8 @@
-"""The command `saltern`: one verb a file; every heavy import stands inside its command."""
+"""The command `saltern`: each command is in a file of this folder, which imports what is heavy inside the command."""
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -25,56 +25,71 @@ from saltern.pipeline.machine import keep_memory
 from saltern.schemas.errors import UserError
 
 EXIT_CODES = (
-    "Exit codes: 0 all is done; 1 some shards failed, or a check did not hold; 2 a wrong call, said in one line; "
+    "Exit codes: 0 everything is done; 1 some shards failed, or a check failed; 2 a wrong call, explained in one line; "
     "3 an error in the code, with its traceback; 130 interrupted."
 )
 
 app = typer.Typer(
-    help="Harvest saliency maps, masks and boxes from whole image datasets, exactly once.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_COMMANDS: list[Callable[..., Any]] = [
-    pack,
-    plan,
-    extract,
-    attack,
-    visualize_class,
-    train_casm,
-    unseen_classes,
-    status,
-    verify,
-    show,
-    evaluate,
-    methods,
-    models,
-    demo,
-]
-for _command in _COMMANDS:
-    app.command(epilog=EXIT_CODES)(_command)
-app.command(epilog=EXIT_CODES, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(submit)
-app.add_typer(bench, name="bench")
+_COMMANDS: dict[str, list[Callable[..., Any]]] = {
+    "Datasets of saliency": [pack, plan, extract, status, verify, show, evaluate],
+    "Other jobs": [attack, visualize_class, train_casm, unseen_classes],
+    "Help and tools": [methods, models, demo],
+}
+for _panel, _commands in _COMMANDS.items():
+    for _command in _commands:
+        app.command(epilog=EXIT_CODES, rich_help_panel=_panel)(_command)
+app.command(
+    epilog=EXIT_CODES,
+    rich_help_panel="Help and tools",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(submit)
+app.add_typer(bench, name="bench", rich_help_panel="Help and tools")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"saltern {version('saltern')}")
+        raise typer.Exit
+
+
+@app.callback()
+def saltern(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Harvest saliency maps, masks and boxes from whole image datasets, each sample exactly once."""
+
+
+_UsageError: Any = typer.BadParameter.__base__  # typer exports only this child of it
 
 
 def main() -> None:
-    """Run the command line. A user's error is one line on stderr and exit code 2."""
+    """Run the command line. A wrong call is one line on stderr and exit code 2."""
     keep_memory()
     try:
-        app()
+        code = app(prog_name="saltern", standalone_mode=False)
     except UserError as error:
-        print(f"saltern: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("saltern: interrupted", file=sys.stderr)
-        sys.exit(130)
+        _fail(2, str(error))
+    except _UsageError as error:
+        _fail(2, error.format_message())
+    except (KeyboardInterrupt, typer.Abort):
+        _fail(130, "interrupted")
     except Exception:
         sys.excepthook(*sys.exc_info())
         sys.exit(3)
+    sys.exit(code)
 
 
-if __name__ == "__main__":
-    main()
+def _fail(code: int, message: str) -> None:
+    if message:  # without arguments, the message is empty and the help is printed already
+        print(f"saltern: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

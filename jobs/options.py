@@ -1,137 +1,147 @@
-"""Options that several commands share, and the files and words that they are read from."""
+"""The options that several commands share, each declared once, by the panel of the help that shows it."""
 
-import json
-import os
-import sys
-import tomllib
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from saltern.schemas.errors import UserError
-from saltern.schemas.run import check_keys
+from saltern.jobs.config import parse_options, read_config, to_classes, to_lambda, to_rgb, value
+from saltern.schemas import choices
 
-if TYPE_CHECKING:
-    from saltern.pipeline.engine.conduct import Job
+_RGB = value(to_rgb, "three numbers, as 0.485,0.456,0.406")
+
+
+def _option(panel: str, text: str, *names: str, **rules: Any) -> Any:
+    """Declare an option by the panel that it is in, its help text, and its names if they are not the parameter's."""
+    return typer.Option(*names, help=text, rich_help_panel=panel, **rules)
+
+
+# --- Input
+
+inputs = partial(_option, "Input")
 
 Shards = Annotated[
     list[str],
     typer.Argument(
         metavar="SHARDS...",
-        help="Paths or s3://, gs:// URLs of WebDataset tars: braces, globs, a folder, @list.txt.",
+        help="Paths or s3:// and gs:// URLs of WebDataset tars: braces, globs, a folder or @list.txt.",
         show_default=False,
     ),
 ]
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="Folder or URL of a run.", show_default=False)]
+Limit = Annotated[int | None, inputs("Use only the first N samples.", min=1)]
+Resize = Annotated[int | None, inputs("Shorter side before the crop, in pixels; default: the weights'.", min=1)]
+Crop = Annotated[int | None, inputs("Side of the network's input, in pixels; default: the weights'.", min=1)]
+Squash = Annotated[bool, inputs("Resize whole images to the crop's size, without cropping.", "--squash")]
+Mean = Annotated[
+    str | None,
+    inputs("Mean of RGB in 0..1, to normalise by; default: the weights'.", metavar="R,G,B", callback=_RGB),
+]
+Std = Annotated[
+    str | None, inputs("Standard deviation of RGB in 0..1; default: the weights'.", metavar="R,G,B", callback=_RGB)
+]
+Classes = Annotated[
+    str | None,
+    inputs(
+        "Numbers of the classes to use; default: all.",
+        metavar="FILE|A,B,...",
+        callback=value(to_classes, "a list of numbers or a file of them"),
+    ),
+]
+Side = Annotated[int | None, inputs("Side of the network's input, in pixels; default: the weights'.", min=1)]
+MinCrop = Annotated[float, inputs("Smallest share of an image that a random crop covers.")]
+Val = Annotated[
+    list[str], inputs("Shards with boxes to validate on; repeatable.", metavar="SHARDS", show_default=False)
+]
+
+# --- Model and method
+
+model = partial(_option, "Model and method")
+
 Model = Annotated[
-    str, typer.Option(help="torchvision name, efficientnet_lite0|1|2, timm:NAME or package.module:factory.")
+    str, model("Name from `saltern models`, timm:NAME or package.module:factory.", metavar="NAME", show_default=False)
 ]
-Weights = Annotated[str, typer.Option(help="DEFAULT, none (random from --seed), a weights name, or a file.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Weights = Annotated[str, model("DEFAULT, none (random weights), the name of weights, or a file.", metavar="NAME|FILE")]
+Method = Annotated[str, model("Name from `saltern methods`, captum:NAME or package.module:Class.", metavar="NAME")]
+Layer = Annotated[
+    str | None, model("The method's target layer by dotted name; default: the last stage.", metavar="NAME")
+]
+Options = Annotated[
+    list[str] | None,
+    model("Option of the method; repeatable.", "--option", "-O", metavar="KEY=VALUE", callback=parse_options),
+]
+Precision = Annotated[choices.Precision, model("Dtype of the passes; bf16 and fp16 by autocast, channels last.")]
+Seed = Annotated[int, model("Seed of random weights and of everything else that is random.")]
 
+# --- Output
 
-def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
-    """Make the keys of a TOML file the defaults of the command. Raises UserError on an unknown key."""
-    if path is None:
-        return None
-    try:
-        given = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"--config {path}: {error}") from error
-    names = {_key(parameter): parameter.name for parameter in ctx.command.params if parameter.name != "config"}
-    given = {key.replace("_", "-"): value for key, value in given.items()}
-    check_keys(given, names, str(path))
-    table = given.get("options", {})
-    if not isinstance(table, dict):
-        raise UserError(f"{path}: options must be a table, as [options] and then key = value lines")
-    defaults = {names[key]: _as_words(value) for key, value in given.items() if key != "options"}
-    if table:
-        defaults[names["options"]] = [f"{key}={json.dumps(value)}" for key, value in table.items()]
-    ctx.default_map = {**(ctx.default_map or {}), **defaults}
-    return path
+output = partial(_option, "Output")
 
+Out = Annotated[str, output("Folder or URL for the results.", metavar="DIR", show_default=False)]
+OutFolder = Annotated[Path, output("Folder for the results.", metavar="DIR")]
+MapSize = Annotated[choices.MapSize, output("Grid of stored maps: the method's own, or the network's input.")]
+MapDtype = Annotated[choices.MapDtype | None, output("Dtype of stored maps; default: the method's.")]
+Overwrite = Annotated[bool, output("Remove the run in the folder first.", "--overwrite")]
+AsJson = Annotated[bool, output("Print JSON instead of text.", "--json")]
 
-def _key(parameter: Any) -> str:
-    """The parameter's name as on the command line, without dashes; the options of the method are a table."""
-    long = [name for name in parameter.opts if name.startswith("--")]
-    name = long[0][2:] if long else parameter.name
-    return "options" if name == "option" else str(name)
+# --- Execution
 
+execution = partial(_option, "Execution")
 
-def _as_words(value: Any) -> Any:
-    """Mean and std are written as numbers in TOML and as words on the command line."""
-    if isinstance(value, list) and value and all(isinstance(item, int | float) for item in value):
-        return ",".join(map(str, value))
-    return value
-
-
-def parse_options(words: list[str]) -> dict[str, Any]:
-    """`key=value` words; a value is JSON where it parses as such, numbers with commas are a list, else text."""
-    found: dict[str, Any] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or not key:
-            raise UserError(f"-O {word!r} is not key=value")
-        found[key.replace("-", "_")] = _value(value)
-    return found
-
-
-def _value(text: str) -> Any:
-    for candidate in (text, f"[{text}]") if "," in text else (text,):
-        try:
-            return json.loads(candidate)
-        except ValueError:
-            continue
-    return text
-
-
-def parse_floats(text: str | None, name: str) -> list[float] | None:
-    """`R,G,B` as three numbers."""
-    if text is None:
-        return None
-    try:
-        numbers = [float(word) for word in text.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) != 3:
-        raise UserError(f"{name} {text!r}: three numbers are needed, as 0.485,0.456,0.406")
-    return numbers
-
-
-Engine = Annotated[str, typer.Option(help="local (this process), ray (actors) or auto.")]
-
-
-Address = Annotated[str | None, typer.Option(help="Ray cluster to join; default: $RAY_ADDRESS, or one of our own.")]
-
-
-Workers = Annotated[int | None, typer.Option(min=1, help="Ray actors; default: one for each GPU.")]
-
-
+Engine = Annotated[choices.Engine, execution("local works in this process, ray in actors; auto decides.")]
+Address = Annotated[
+    str | None,
+    execution("Ray cluster to join; default: $RAY_ADDRESS, or a new one on this machine.", metavar="HOST:PORT"),
+]
+Workers = Annotated[int | None, execution("Number of Ray actors; default: one for each GPU.", min=1)]
+TrainingWorkers = Annotated[
+    int, execution("Data-parallel workers on Ray; 1 trains in this process.", "--workers", min=1)
+]
 GpusPerWorker = Annotated[
-    float | None, typer.Option(min=0, help="GPUs of an actor; fractions allowed; default: 1, on a CPU 0.")
+    float | None, execution("GPUs of a worker, fractions allowed; default: 1, on a CPU 0.", min=0)
+]
+Device = Annotated[choices.Device, execution("Device that computes; auto takes a GPU if it sees one.")]
+BatchSize = Annotated[int | None, execution("Images in a batch; default: 16 on a CPU, 128 on a GPU.", min=1)]
+DecodeThreads = Annotated[
+    int | None, execution("Threads of each worker that decode images; default: one for each core, at most 16.", min=1)
+]
+ShardTimeout = Annotated[float | None, execution("Seconds that a shard may take.", "--shard-timeout", min=0)]
+MaxFailedShards = Annotated[int | None, execution("Stop when more shards than this have failed.", min=0)]
+RetryFailed = Annotated[
+    bool, execution("Redo the shards that have samples with another status than ok.", "--retry-failed")
+]
+Config = Annotated[
+    Path | None, execution("TOML file with these options as keys.", metavar="FILE", callback=read_config, is_eager=True)
 ]
 
+# --- Synthesis: attack and visualize-class
 
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+steps = partial(_option, "Optimization")
 
+Steps = Annotated[int, steps("Gradient steps for each image.", min=1)]
 
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the run that stands there first.")]
+# --- Training: train-casm and unseen-classes
 
+training = partial(_option, "Training")
 
-ShardTimeout = Annotated[float | None, typer.Option(min=0, help="Seconds a shard may take.")]
-
-
-MaxFailedShards = Annotated[int | None, typer.Option(min=0, help="Stop when more have failed.")]
-
-
-def drive(job: "Job", **settings: Any) -> None:
-    """Do the job and leave with its exit code."""
-    from saltern.pipeline.engine.conduct import RunOptions, conduct
-
-    ended = conduct(job, RunOptions(**settings))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if ended.stuck:
-        os._exit(ended.code)  # a thread is stuck in a shard: an ordinary exit would wait for it
-    raise typer.Exit(ended.code)
+Thinning = Annotated[
+    choices.ThinningName,
+    training("Classifiers that judge masks: the fixed one (F), the learning one (L) or a pool of past ones."),
+]
+Lambda = Annotated[
+    str | None,
+    training(
+        "Weight of the penalty on a mask's size; auto steers to --mask-area; default: the published value for "
+        "resnet50, else auto.",
+        "--lambda",
+        metavar="NUMBER|auto",
+        callback=value(to_lambda, "a number or auto"),
+    ),
+]
+Epochs = Annotated[int, training("Epochs; learning rates fall to a tenth after each third.", min=1)]
+StepsPerEpoch = Annotated[int | None, training("Steps of an epoch; default: a fifth of the data.", min=1)]
+TrainingBatchSize = Annotated[int, training("Images of a step, over all workers.", "--batch-size", min=1)]
+TrainingPrecision = Annotated[
+    choices.TrainingPrecision, training("Dtype of the passes; bf16 by autocast.", "--precision")
+]

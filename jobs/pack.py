@@ -5,16 +5,22 @@ from typing import Annotated
 
 import typer
 
+from saltern.jobs import options as opt
+
 
 def pack(
-    folder: Annotated[Path, typer.Argument(help="Images: one sub-folder a class, or flat.")],
-    out: Annotated[Path, typer.Option(help="Folder for the shards; none may stand in it yet.")],
-    per_shard: Annotated[int, typer.Option(min=1, help="Samples a shard.")] = 1000,
+    folder: Annotated[Path, typer.Argument(help="Folder of images: one sub-folder for each class, or none.")],
+    *,
+    out: opt.OutFolder,
+    per_shard: Annotated[int, opt.output("Samples in a shard.", min=1)] = 1000,
     boxes: Annotated[
-        Path | None, typer.Option(help="Folder of ILSVRC annotations: CLASS/STEM.xml or STEM.xml.")
+        Path | None, opt.inputs("Folder of ILSVRC annotations: CLASS/STEM.xml or STEM.xml.", metavar="DIR")
     ] = None,
 ) -> None:
-    """Pack an image folder into tar shards, in the order of the paths: the files as they are, with class and boxes."""
+    """Pack an image folder into tar shards, with classes and boxes.
+
+    Image files are stored unchanged, in the order of their paths. DIR must not hold shards yet.
+    """
     import shlex
 
     from saltern.pipeline.shards.pack import pack as write

@@ -1,47 +1,41 @@
-"""saltern show: look at a run."""
+"""saltern show: a page with the images, maps, masks and boxes of a run."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from saltern.jobs import options as opt
+
 
 def show(
-    runs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="RUN...", help="Folders or URLs of runs; of several, the maps side by side.", show_default=False
-        ),
-    ],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders or URLs of runs.", show_default=False)],
     out: Annotated[
         Path | None,
-        typer.Option(
-            metavar="PAGE.html",
-            help="Where the page goes; default: show.html in the run, ./show.html for several or a URL.",
-        ),
+        opt.output("Page to write; default: RUN/show.html, or ./show.html for several runs or a URL.", metavar="FILE"),
     ] = None,
     sort: Annotated[
         str | None,
-        typer.Option(metavar="COLUMN", help="score, mask_area, ..., lowest first; status, failed rows first."),
+        opt.output("Sort by score, mask_area, ... (lowest first) or status (failed first).", metavar="COLUMN"),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 48,
+    limit: Annotated[int, opt.output("Rows to show.", min=1)] = 48,
 ) -> None:
-    """Make a page of images with their maps, masks and boxes: one HTML file that needs nothing else.
+    """Make one HTML page of images with their maps, masks and boxes, which needs no other file.
 
-    Of several runs, one image a line under all their maps.
+    With several runs, each image has the maps of all runs side by side.
     """
     from saltern.pipeline.runs.reader import open_run
     from saltern.pipeline.show.sheet import comparison, contact_sheet
     from saltern.schemas.errors import ShardError, UserError
 
-    found = [open_run(run) for run in runs]
-    page = out or (Path(runs[0]) if len(runs) == 1 and found[0].store.local else Path()) / "show.html"
+    opened = [open_run(run) for run in runs]
+    page = out or (Path(runs[0]) if len(runs) == 1 and opened[0].store.local else Path()) / "show.html"
     try:
-        made = contact_sheet(found[0], sort, limit) if len(runs) == 1 else comparison(found, sort, limit)
+        html = contact_sheet(opened[0], sort, limit) if len(runs) == 1 else comparison(opened, sort, limit)
     except ShardError as error:
         raise UserError(str(error)) from error
     try:
-        page.write_text(made, encoding="utf-8")
+        page.write_text(html, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {page} ({error.strerror}); name another with --out") from error
     typer.echo(page)

@@ -1,49 +1,39 @@
 """saltern unseen-classes: masks for objects of classes that were left out of the training."""
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
-from saltern.jobs import options
-from saltern.jobs.options import AsJson, Model, Shards, Weights
-from saltern.jobs.train_casm import parse_classes, parse_lambda
+from saltern.jobs import options as opt
+from saltern.jobs.config import collect
+from saltern.schemas import choices
 
 
 def unseen_classes(
-    shards: Shards,
-    val: Annotated[
-        list[str], typer.Option(metavar="SHARDS", help="With boxes, to judge by; may be repeated.", show_default=False)
-    ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for all that is made.", show_default=False)],
-    model: Model,
-    weights: Weights = "DEFAULT",
-    thinning: Annotated[str, typer.Option(help="Which classifiers judge: F, L, FL, L1000 or L100.")] = "L",
-    classes: Annotated[
-        str | None, typer.Option(metavar="FILE|A,B,...", help="Numbers of the classes to split; default: all there.")
-    ] = None,
-    lam: Annotated[
-        str | None,
-        typer.Option("--lambda", help="Weight of the penalty on size, or auto; default: resnet50's, else auto."),
-    ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Of each training.")] = 60,
-    steps_per_epoch: Annotated[int | None, typer.Option(min=1, help="Default: a fifth of the data.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of a training's step.")] = 128,
-    side: Annotated[
-        int | None,
-        typer.Option(min=1, help="Of the network's input, and of images to judge by; default: the weights'."),
-    ] = None,
-    min_crop: Annotated[float, typer.Option(help="Share of an image that a random crop covers, at least.")] = 0.08,
-    device: options.Device = "auto",
-    workers: Annotated[int, typer.Option(min=1, help="Of a training: data-parallel, on Ray.")] = 1,
-    gpus_per_worker: options.GpusPerWorker = None,
-    address: options.Address = None,
-    precision: Annotated[str, typer.Option(help="fp32 or bf16 (autocast).")] = "fp32",
-    seed: Annotated[int, typer.Option(help="Of the split and all else that is drawn.")] = 0,
-    as_json: AsJson = False,
+    ctx: typer.Context,
+    shards: opt.Shards,
+    *,
+    model: opt.Model,
+    weights: opt.Weights = "DEFAULT",
+    seed: opt.Seed = 0,
+    classes: opt.Classes = None,
+    side: opt.Side = None,
+    min_crop: opt.MinCrop = 0.08,
+    val: opt.Val,
+    out: opt.OutFolder,
+    as_json: opt.AsJson = False,
+    thinning: opt.Thinning = choices.ThinningName.L,
+    lam: opt.Lambda = None,
+    epochs: opt.Epochs = 60,
+    steps_per_epoch: opt.StepsPerEpoch = None,
+    batch_size: opt.TrainingBatchSize = 128,
+    precision: opt.TrainingPrecision = choices.TrainingPrecision.fp32,
+    device: opt.Device = choices.Device.auto,
+    workers: opt.TrainingWorkers = 1,
+    gpus_per_worker: opt.GpusPerWorker = None,
+    address: opt.Address = None,
 ) -> None:
-    """Split the classes into A to F, train CASM on F, E+F, D-F, C-F and B-F, and print LE on every subset. The same
-    command again goes on where the last one ended, with the same result.
+    """Split the classes into A to F, train CASM on F, E+F, D-F, C-F and B-F, and print LE on every subset.
+
+    To resume the experiment, repeat the command; the result is the same.
     """
     import json
 
@@ -52,35 +42,15 @@ def unseen_classes(
     from saltern.pipeline.casm.training.train import Request
     from saltern.pipeline.casm.unseen.experiment import unseen_classes as experiment
 
-    request = Request(
-        shards=shards,
-        out=str(out),
-        model=model,
-        settings=Settings(
-            thinning=thinning_named(thinning),
-            lam=usual_lambda(model) if lam is None else parse_lambda(lam),
-            precision=precision,
-            seed=seed,
-        ),
-        weights=weights,
-        classes=None if classes is None else parse_classes(classes),
-        epochs=epochs,
-        steps_per_epoch=steps_per_epoch,
-        batch_size=batch_size,
-        side=side,
-        min_crop=min_crop,
-        device=device,
-        workers=workers,
-        gpus_per_worker=gpus_per_worker,
-        address=address,
-    )
+    lam = usual_lambda(model) if ctx.params["lam"] is None else ctx.params["lam"]
+    settings = collect(Settings, ctx, thinning=thinning_named(thinning.value), lam=lam)
     try:
-        found = experiment(request, val)
+        result = experiment(collect(Request, ctx, settings=settings, val=()), val)
     except KeyboardInterrupt:
-        typer.echo("what stands is kept: the same `saltern unseen-classes` command goes on from here", err=True)
+        typer.echo("finished parts are kept: repeat the same `saltern unseen-classes` command to resume", err=True)
         raise
     if as_json:
-        typer.echo(json.dumps(found.summary(), indent=1))
+        typer.echo(json.dumps(result.summary(), indent=1))
     else:
-        typer.echo(found.table())
-        typer.echo(found.remarks())
+        typer.echo(result.table())
+        typer.echo(result.remarks())

@@ -1,4 +1,4 @@
-"""saltern verify: proof that a run is whole."""
+"""saltern verify: proof that a run is complete."""
 
 import typer
 
@@ -6,7 +6,10 @@ from saltern.jobs.options import AsJson, RunFolder
 
 
 def verify(run: RunFolder, as_json: AsJson = False) -> None:
-    """Prove that rows in = rows out: digests, fingerprints, keys. Exit code 1 with the list of what does not hold."""
+    """Check a run's digests, fingerprints and keys, so that every sample has exactly its rows.
+
+    Lists what is wrong; the exit code is then 1.
+    """
     import json
     from dataclasses import asdict
 
@@ -19,9 +22,9 @@ def verify(run: RunFolder, as_json: AsJson = False) -> None:
     else:
         for finding in verdict.findings:
             typer.echo(f"{finding.shard}: {finding.reason}")
-        word = f"{len(verdict.findings)} things do not hold" if verdict.findings else "all holds"
+        word = f"{len(verdict.findings)} problems" if verdict.findings else "no problems"
         typer.echo(
-            f"{word}: {verdict.done} of {verdict.shards} shards, {verdict.samples:,} samples, {verdict.rows:,} rows; "
-            f"{verdict.recounted} tars counted again"
+            f"{word}: {verdict.done} of {verdict.shards} shards done, {verdict.samples:,} samples, "
+            f"{verdict.rows:,} rows; {verdict.recounted} tars counted again"
         )
     raise typer.Exit(1 if verdict.findings else 0)

@@ -1,52 +1,40 @@
-"""The commands as a user calls them: words, exit codes, config files."""
+"""The commands as a user calls them: messages, exit codes, config files."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from making import HELPERS, PYTHONPATH, TINY, picture, write_shards
+from commands import call, refused, start
+from making import TINY, picture, write_shards
+
+COMMANDS = (
+    *("pack", "plan", "extract", "attack", "visualize-class", "train-casm", "unseen-classes", "evaluate", "status"),
+    *("verify", "show", "methods", "models", "demo", "submit", "bench"),
+)
 
 
-def saltern(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "COLUMNS": "200"}
-    line = [sys.executable, "-m", "saltern", *map(str, words)]
-    return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=HELPERS, check=False)
-
-
-def refused(ended: subprocess.CompletedProcess[str]) -> str:
-    """The one line of a user's error."""
-    assert ended.returncode == 2, ended.stderr
-    assert "Traceback" not in ended.stderr
-    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("saltern: ")]
-    return line
-
-
-def test_help_says_the_exit_codes() -> None:
-    ended = saltern("--help")
+def test_help_names_commands_and_exit_codes() -> None:
+    ended = start("--help")
     assert ended.returncode == 0
-    for command in (
-        "pack",
-        "plan",
-        "extract",
-        "attack",
-        "visualize-class",
-        "train-casm",
-        "evaluate",
-        "status",
-        "verify",
-        "show",
-        "methods",
-        "models",
-        "demo",
-        "submit",
-        "bench",
-    ):
+    assert "Usage: saltern " in ended.stdout
+    for command in COMMANDS:
         assert f" {command} " in ended.stdout
-    assert "0 all is done" in ended.stdout
+    assert "0 everything is done" in ended.stdout
     assert "2 a wrong call" in ended.stdout
+
+
+def test_version() -> None:
+    from saltern import __version__
+
+    ended = call("--version")
+    assert (ended.returncode, ended.stdout) == (0, f"saltern {__version__}\n")
+
+
+def test_without_a_command_help_is_printed() -> None:
+    ended = call()
+    assert ended.returncode == 2
+    assert " extract " in ended.stdout + ended.stderr
+    assert refused(call("extrct")) == "saltern: No such command 'extrct'. Did you mean 'extract'?"
 
 
 def test_a_whole_way(tmp_path: Path) -> None:
@@ -56,24 +44,25 @@ def test_a_whole_way(tmp_path: Path) -> None:
         for i in range(3):
             (tmp_path / "images" / label / f"{i}.jpg").write_bytes(picture(i))
     shards, run = tmp_path / "shards", tmp_path / "run"
-    assert saltern("pack", tmp_path / "images", "--out", shards, "--per-shard", "2").returncode == 0
-    planned = json.loads(saltern("plan", shards, "--model", "making:tiny", "--layer", "body", "--json").stdout)
+    assert call("pack", tmp_path / "images", "--out", shards, "--per-shard", "2").returncode == 0
+    planned = json.loads(call("plan", shards, "--model", "making:tiny", "--layer", "body", "--json").stdout)
     assert (planned["shards"], planned["samples"], planned["samples_exact"]) == (3, 6, True)
     assert planned["hours"] > 0
     assert planned["output_bytes"] > 0
     line = ["extract", shards, "--out", run, *TINY, "--method", "grad-cam", "--engine", "local"]
-    ended = saltern(*line)
+    ended = start(*line)
     assert ended.returncode == 0, ended.stderr
     assert "6 images" in ended.stdout
     assert "compute" in ended.stdout
-    status = json.loads(saltern("status", run, "--json").stdout)
+    status = json.loads(call("status", run, "--json").stdout)
     assert (status["shards"], status["done"], status["samples"], status["failures"]) == (3, 3, 6, {})
-    verdict = json.loads(saltern("verify", run, "--json").stdout)
+    assert "3 of 3 shards done, 6 samples; rows: 6 ok" in call("status", run).stdout
+    verdict = json.loads(call("verify", run, "--json").stdout)
     assert (verdict["findings"], verdict["rows"], verdict["recounted"]) == ([], 6, 3)
     page = tmp_path / "page.html"
-    assert saltern("show", run, "--out", page).returncode == 0
+    assert call("show", run, "--out", page).returncode == 0
     assert page.read_text().count("data:image/") >= 6
-    again = saltern(*line)
+    again = call(*line)
     assert again.returncode == 0
     assert "nothing to do" in again.stdout
 
@@ -83,9 +72,9 @@ def test_a_config_file_has_the_same_keys(tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
     config.write_text(
         f'shards = ["{tmp_path}/in"]\nmodel = "making:tiny"\nmethod = "gradient"\nresize = 40\ncrop = 32\n'
-        'mean = [0.5, 0.5, 0.5]\nno-map = true\ndevice = "cpu"\n[options]\nreduce = "sum"\n'
+        'mean = [0.5, 0.5, 0.5]\nno-map = true\ndevice = "cpu"\nshard-timeout = 60\n[options]\nreduce = "sum"\n'
     )
-    ended = saltern("extract", "--config", config, "--out", tmp_path / "run", "--std", "0.2,0.2,0.2")
+    ended = call("extract", "--config", config, "--out", tmp_path / "run", "--std", "0.2,0.2,0.2")
     assert ended.returncode == 0, ended.stderr
     made = json.loads((tmp_path / "run/run.json").read_text())["config"]
     assert (made["method"], made["crop"], made["mean"], made["save_map"]) == ("gradient", 32, [0.5] * 3, False)
@@ -104,12 +93,14 @@ def test_a_config_file_has_the_same_keys(tmp_path: Path) -> None:
         (("--target", "class:9"), "0..4"),
         (("--target", "best"), "label, top1, top:N, class:ID"),
         (("--discretize", "mean:x"), "otsu"),
-        (("--map-dtype", "int4"), "uint8, float16, float32"),
+        (("--map-dtype", "int4"), "'uint8', 'float16', 'float32'"),
+        (("--engine", "spark"), "'auto', 'local', 'ray'"),
         (("--crop", "64"), "smaller than --crop 64"),
         (("--mean", "1,2"), "three numbers"),
         (("--device", "cuda"), "no CUDA device"),
         (("--engine", "local", "--workers", "2"), "--engine ray"),
         (("--weights", "gone.pth"), "gone.pth"),
+        (("--modle", "x"), "--modle"),
     ],
 )
 def test_a_wrong_call_is_one_line_and_starts_nothing(tmp_path: Path, words: tuple[str, ...], line: str) -> None:
@@ -118,7 +109,7 @@ def test_a_wrong_call_is_one_line_and_starts_nothing(tmp_path: Path, words: tupl
     if "cuda" in words and torch.cuda.is_available():
         pytest.skip("this machine has a GPU, so the call is right")
     write_shards(tmp_path / "in", 1, 3)
-    ended = saltern("extract", tmp_path / "in", "--out", tmp_path / "run", *TINY, "--method", "grad-cam", *words)
+    ended = call("extract", tmp_path / "in", "--out", tmp_path / "run", *TINY, "--method", "grad-cam", *words)
     assert line in refused(ended)
     assert not (tmp_path / "run").exists()
 
@@ -126,29 +117,32 @@ def test_a_wrong_call_is_one_line_and_starts_nothing(tmp_path: Path, words: tupl
 def test_wrong_shards_configs_and_runs_are_one_line(tmp_path: Path) -> None:
     write_shards(tmp_path / "in", 3, 2)
     rest = ("--out", tmp_path / "run", *TINY, "--method", "grad-cam")
-    assert "nothing-*.tar" in refused(saltern("extract", tmp_path / "in/nothing-*.tar", *rest))
+    assert "nothing-*.tar" in refused(call("extract", tmp_path / "in/nothing-*.tar", *rest))
     config = tmp_path / "c.toml"
-    config.write_text("batchsize = 3")
-    assert "did you mean 'batch-size'" in refused(saltern("extract", tmp_path / "in", *rest, "--config", config))
-    config.write_text("batch-size = ")
-    assert "c.toml" in refused(saltern("extract", tmp_path / "in", *rest, "--config", config))
-    assert "holds no run" in refused(saltern("status", tmp_path / "in"))
-    assert "holds no run" in refused(saltern("verify", tmp_path / "in"))
-    ended = saltern("extract", tmp_path / "in/part-000000.tar", *rest)
+    for text, line in (
+        ("batchsize = 3", "did you mean 'batch-size'"),
+        ("batch-size = ", "c.toml"),
+        ('engine = "spark"', "'auto', 'local', 'ray'"),
+        ("options = 3", "options must be a table"),
+    ):
+        config.write_text(text)
+        assert line in refused(call("extract", tmp_path / "in", *rest, "--config", config))
+    assert "holds no run" in refused(call("status", tmp_path / "in"))
+    assert "holds no run" in refused(call("verify", tmp_path / "in"))
+    ended = call("extract", tmp_path / "in/part-000000.tar", *rest)
     assert ended.returncode == 0
     assert "1 of 3 sibling shards" in ended.stderr
 
 
 def test_missing_options_are_said_by_name() -> None:
-    ended = saltern("extract")
-    assert ended.returncode == 2
-    assert "Traceback" not in ended.stderr
+    assert "'SHARDS...'" in refused(call("extract"))
+    assert "'--model'" in refused(call("extract", "a.tar"))
 
 
 def test_lists_name_what_there_is() -> None:
-    methods = saltern("methods").stdout
+    methods = call("methods").stdout
     assert all(name in methods for name in ("grad-cam", "cam", "gradient"))
-    models = saltern("models").stdout.splitlines()
+    models = call("models").stdout.splitlines()
     assert "resnet50" in models
     assert "efficientnet_lite0" in models
 
@@ -156,19 +150,8 @@ def test_lists_name_what_there_is() -> None:
 def test_an_error_in_the_code_keeps_its_traceback(tmp_path: Path) -> None:
     (tmp_path / "slip.py").write_text("def model():\n    raise ZeroDivisionError('a slip')\n")
     write_shards(tmp_path / "in", 1, 1)
-    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
-    line = [
-        "extract",
-        str(tmp_path / "in"),
-        "--out",
-        str(tmp_path / "run"),
-        "--model",
-        "slip:model",
-        "--method",
-        "gradient",
-    ]
-    ended = subprocess.run(
-        [sys.executable, "-m", "saltern", *line], capture_output=True, text=True, env=environment, cwd=tmp_path
-    )
+    line = ("extract", "in", "--out", "run", "--model", "slip:model", "--method", "gradient")
+    ended = start(*line, cwd=tmp_path)
     assert ended.returncode == 3
+    assert "Traceback" in ended.stderr
     assert "ZeroDivisionError: a slip" in ended.stderr

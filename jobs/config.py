@@ -1,0 +1,152 @@
+"""From options to the config of a job: the text of each value, the keys of a --config file, the fields of a request."""
+
+import json
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import fields
+from enum import Enum
+from fractions import Fraction
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import typer
+
+from saltern.schemas.errors import UserError
+from saltern.schemas.run import check_keys
+
+if TYPE_CHECKING:
+    from saltern.pipeline.engine.conduct import Job
+
+Config = TypeVar("Config")
+
+
+def collect(kind: type[Config], ctx: typer.Context, **more: Any) -> Config:
+    """Build a config dataclass from the command's parameters that have the names of its fields.
+
+    Args:
+        kind: the dataclass.
+        ctx: the command's context.
+        more: fields that no parameter holds as it is; they win over parameters.
+    """
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    given = {name: _plain(value) for name, value in ctx.params.items() if name in names}
+    return kind(**{**given, **more})
+
+
+def _plain(value: Any) -> Any:
+    """Return choices and paths as the text that is stored, anything else unchanged."""
+    if isinstance(value, Enum):
+        return value.value
+    return str(value) if isinstance(value, PurePath) else value
+
+
+def drive(ctx: typer.Context, job: "Job") -> None:
+    """Do the job with the command's run options, and exit with its code."""
+    from saltern.pipeline.engine.conduct import RunOptions, conduct
+
+    ended = conduct(job, collect(RunOptions, ctx))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if ended.stuck:
+        os._exit(ended.code)  # an ordinary exit would wait for the thread that is stuck in a shard
+    raise typer.Exit(ended.code)
+
+
+# --- a --config file
+
+
+def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
+    """Make the keys of a TOML file the defaults of the command. Raises UserError on an unknown key."""
+    if path is None:
+        return None
+    try:
+        given = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"--config {path}: {error}") from error
+    names = {_key(parameter): parameter.name for parameter in ctx.command.params if parameter.name != "config"}
+    given = {key.replace("_", "-"): value for key, value in given.items()}
+    check_keys(given, names, str(path))
+    table = given.get("options", {})
+    if not isinstance(table, dict):
+        raise UserError(f"{path}: options must be a table, as [options] and then key = value lines")
+    defaults = {names[key]: _as_text(value) for key, value in given.items() if key != "options"}
+    if table:
+        defaults[names["options"]] = [f"{key}={json.dumps(value)}" for key, value in table.items()]
+    ctx.default_map = {**(ctx.default_map or {}), **defaults}
+    return path
+
+
+def _key(parameter: Any) -> str:
+    """Return the option as on the command line, without dashes; `options` for the method's, which are a table."""
+    long = [name for name in parameter.opts if name.startswith("--")]
+    return long[0][2:] if long and parameter.name != "options" else str(parameter.name)
+
+
+def _as_text(value: Any) -> Any:
+    """Return numbers and lists of numbers as the text that the command line takes for them."""
+    if isinstance(value, list) and value and all(map(_is_number, value)):
+        return ",".join(map(str, value))
+    return str(value) if _is_number(value) else value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# --- callbacks: the text of an option becomes its value
+
+
+def parse_options(words: list[str] | None) -> dict[str, Any]:
+    """Return `key=value` words as a dict. A value is JSON if it parses as JSON, else a list of numbers, else text."""
+    found: dict[str, Any] = {}
+    for word in words or ():
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"-O {word!r} is not key=value")
+        found[key.replace("-", "_")] = _json_or_text(value)
+    return found
+
+
+def _json_or_text(text: str) -> Any:
+    for candidate in (text, f"[{text}]") if "," in text else (text,):
+        try:
+            return json.loads(candidate)
+        except ValueError:
+            continue
+    return text
+
+
+def value(read: Callable[[str], Any], what: str) -> Callable[[typer.CallbackParam, str | None], Any]:
+    """Make the callback that reads an option's text, or raises a UserError that says what the text should be."""
+
+    def callback(parameter: typer.CallbackParam, text: str | None) -> Any:
+        try:
+            return None if text is None else read(text)
+        except (ValueError, ZeroDivisionError, OSError):
+            raise UserError(f"{parameter.opts[0]} {text!r} is not {what}") from None
+
+    return callback
+
+
+def to_rgb(text: str) -> list[float]:
+    red, green, blue = map(float, text.split(","))
+    return [red, green, blue]
+
+
+def to_number(text: str) -> float:
+    above, _, below = text.partition("/")
+    return float(Fraction(above) / Fraction(below or 1))
+
+
+def to_lambda(text: str) -> float | Literal["auto"]:
+    return "auto" if text == "auto" else float(text)
+
+
+def to_classes(text: str) -> list[int]:
+    """Return the numbers in `A,B,...` or in a file, separated by commas, spaces or line ends."""
+    listed = re.fullmatch(r"[\d\s,]+", text) is not None
+    words = text if listed else Path(text).read_text()
+    return [int(word) for word in re.split(r"[\s,]+", words.strip())]

@@ -1,0 +1,42 @@
+"""How far a run is: shards that are done, rows by status, failures."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from saltern.pipeline.runs.manifest import read_failures, read_receipts
+from saltern.pipeline.storage.store import Store
+from saltern.schemas.run import Run
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """Counts over a run's receipts and failures."""
+
+    fingerprint: str
+    job: str
+    model: str
+    method: str
+    shards: int
+    done: int  # shards
+    samples: int
+    rows: dict[str, int]  # by status, the most frequent first
+    data_bytes: int
+    failures: dict[str, str]  # kind and reason, by shard
+
+
+def run_status(store: Store, run: Run) -> RunStatus:
+    """Count what a run's receipts and failures say."""
+    receipts = read_receipts(store, run)
+    statuses = sum((Counter(receipt.statuses) for receipt in receipts.values()), Counter[str]())
+    return RunStatus(
+        fingerprint=run.fingerprint,
+        job=run.config.job,
+        model=run.config.model,
+        method=run.config.method,
+        shards=len(run.shards),
+        done=len(receipts),
+        samples=sum(receipt.samples for receipt in receipts.values()),
+        rows=dict(statuses.most_common()),
+        data_bytes=sum(receipt.data_bytes for receipt in receipts.values()),
+        failures={name: f"{it.kind}: {it.reason}" for name, it in read_failures(store, receipts).items()},
+    )

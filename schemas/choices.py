@@ -1,0 +1,34 @@
+"""The choices of options, defined once: the command line shows them and the pipeline checks them."""
+
+from enum import StrEnum
+
+from saltern.schemas.errors import UserError
+
+
+def check_choice(option: str, value: str, choices: type[StrEnum]) -> None:
+    """Raise a UserError that names the choices if `value` is none of them."""
+    if value not in tuple(choices):
+        raise UserError(f"{option} {value!r} is none of {', '.join(choices)}")
+
+
+# Execution
+Engine = StrEnum("Engine", "auto local ray")
+Device = StrEnum("Device", "auto cpu cuda")
+Precision = StrEnum("Precision", "fp32 bf16 fp16")
+
+# Stored maps
+MapSize = StrEnum("MapSize", "native input")  # the method's own grid, or the network's input
+MapDtype = StrEnum("MapDtype", "uint8 float16 float32")
+
+# attack and visualize-class
+StepRule = StrEnum("StepRule", "normalised sign")
+PenaltyNorm = StrEnum("PenaltyNorm", "rms l2")
+FirstImage = StrEnum("FirstImage", "zero noise")
+
+# train-casm
+ThinningName = StrEnum("ThinningName", {"F": "F", "L": "L", "FL": "FL", "L1000": "L1000", "L100": "L100"})
+Score = StrEnum("Score", "entropy classification")
+ClassifierLoss = StrEnum("ClassifierLoss", "sequential sum")
+BatchNorm = StrEnum("BatchNorm", "train eval")
+PoolDraw = StrEnum("PoolDraw", {"shared": "shared", "per_rank": "per-rank"})
+TrainingPrecision = StrEnum("TrainingPrecision", "fp32 bf16")
