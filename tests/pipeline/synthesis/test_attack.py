@@ -293,7 +293,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert "attack guided by grad-cam of making:tiny" in status.stdout
     assert "norm reduced by" in status.stdout
     ended = CliRunner().invoke(app, [*words, "--epsilon", "eight"])
-    assert "--epsilon 'eight' is no number" in str(ended.exception)
+    assert "--epsilon 'eight' is not a number" in str(ended.exception)
 
 
 @pytest.mark.parametrize(

@@ -399,9 +399,10 @@ def test_the_command(data, tmp_path):
     assert ended.exit_code == 0, ended.output
     assert ended.stdout == (tmp_path / "out/unseen.json").read_text()
     for wrong, match in (
-        (["--thinning", "L99"], "unknown thinning 'L99'"),
-        (["--lambda", "much"], "--lambda 'much' is neither"),
-        (["--classes", "1,x"], "is no list of numbers"),
+        (["--thinning", "L99"], "'L99' is not one of 'F', 'L'"),
+        (["--lambda", "much"], "--lambda 'much' is not a number or auto"),
+        (["--classes", "1,x"], "is not a list of numbers"),
         (["--seed", "4"], "seed: 5 there, 4 asked for"),
     ):
-        assert match in str(CliRunner().invoke(app, [*call, *wrong]).exception)
+        ended = CliRunner().invoke(app, [*call, *wrong])
+        assert match in f"{ended.exception} {ended.output}"
