@@ -66,11 +66,11 @@ def train_casm(
     With --val, measures LE and F1 and writes a page of masks after each epoch. A training that was stopped at any
     moment and is resumed with --resume ends with the same weights, bit for bit.
     """
-    from saltern.pipeline.casm.algorithm.settings import Settings, usual_lambda
+    from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters, usual_lambda
     from saltern.pipeline.casm.algorithm.thinning import thinning_named
-    from saltern.pipeline.casm.training.train import Request, train
+    from saltern.pipeline.casm.training.train import TrainRequest, train
 
     lam = usual_lambda(model) if ctx.params["lam"] is None else ctx.params["lam"]
-    settings = collect(Settings, ctx, thinning=thinning_named(thinning.value), lam=lam)
-    checkpoint = train(collect(Request, ctx, settings=settings, val=val or ()))
+    hyperparameters = collect(Hyperparameters, ctx, thinning=thinning_named(thinning.value), lam=lam)
+    checkpoint = train(collect(TrainRequest, ctx, hyperparameters=hyperparameters, val=val or ()))
     typer.echo(f"{checkpoint} is done; next: saltern extract ... --model {model} --method casm --checkpoint {out}")

@@ -37,15 +37,15 @@ def unseen_classes(
     """
     import json
 
-    from saltern.pipeline.casm.algorithm.settings import Settings, usual_lambda
+    from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters, usual_lambda
     from saltern.pipeline.casm.algorithm.thinning import thinning_named
-    from saltern.pipeline.casm.training.train import Request
+    from saltern.pipeline.casm.training.train import TrainRequest
     from saltern.pipeline.casm.unseen.experiment import unseen_classes as experiment
 
     lam = usual_lambda(model) if ctx.params["lam"] is None else ctx.params["lam"]
-    settings = collect(Settings, ctx, thinning=thinning_named(thinning.value), lam=lam)
+    hyperparameters = collect(Hyperparameters, ctx, thinning=thinning_named(thinning.value), lam=lam)
     try:
-        result = experiment(collect(Request, ctx, settings=settings, val=()), val)
+        result = experiment(collect(TrainRequest, ctx, hyperparameters=hyperparameters, val=()), val)
     except KeyboardInterrupt:
         typer.echo("finished parts are kept: repeat the same `saltern unseen-classes` command to resume", err=True)
         raise

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from saltern.pipeline.bench.figures import Side, by_turns, peak_bytes, ratio
-from saltern.pipeline.casm.algorithm.settings import Precision, Settings
+from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters, Precision
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS, Thinning, thinning_named
 from saltern.pipeline.machine import exact
@@ -123,8 +123,8 @@ def _training(model: nn.Module, kind: Kind, precision: Precision) -> Training:
     """One whose steps are all of one kind. It learns at a rate of 0: as costly, and no value runs away."""
     # hp decides which kind a step is, so at 0 and at 1 every step is of the same.
     thinning = replace(THINNINGS["L100"], trained=kind.trained, hp=float(kind.past))
-    settings = Settings(thinning, precision=precision, pool_size=_POOL, lr_classifier=0.0, lr_mask=0.0)
-    training = Training(model, settings)
+    hyperparameters = Hyperparameters(thinning, precision=precision, pool_size=_POOL, lr_classifier=0.0, lr_mask=0.0)
+    training = Training(model, hyperparameters)
     if kind.past:
         for slot in range(_POOL):
             training.pool.add(model, slot, slot)

@@ -9,9 +9,9 @@ import torch
 from making import picture, write_tar
 from torch import Tensor, nn
 
-from saltern.pipeline.casm.algorithm.settings import Settings
+from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.algorithm.thinning import Thinning
-from saltern.pipeline.casm.training.train import Request
+from saltern.pipeline.casm.training.train import TrainRequest
 from saltern.pipeline.shards.decode import decode
 
 OFTEN = Thinning("T", True, 0.6, 2, 3.0, 9)  # snapshots every other step: a small pool is soon full
@@ -96,8 +96,10 @@ def files(root: Path) -> dict[str, str]:
     }
 
 
-def request(shards: Path, out: Path, **changed: object) -> Request:
-    settings = changed.pop("settings", Settings(thinning=OFTEN, lam="auto", pool_size=3, lr_classifier=0.01, seed=5))
+def request(shards: Path, out: Path, **changed: object) -> TrainRequest:
+    hyperparameters = changed.pop(
+        "hyperparameters", Hyperparameters(thinning=OFTEN, lam="auto", pool_size=3, lr_classifier=0.01, seed=5)
+    )
     usual = {
         "model": "casm_toys:small",
         "epochs": 3,
@@ -107,7 +109,7 @@ def request(shards: Path, out: Path, **changed: object) -> Request:
         "checkpoint_every": 4,
     }
     given = {**usual, "device": "cpu", "decode_threads": 2, **changed}
-    return Request([str(shards)], str(out), settings=settings, **given)
+    return TrainRequest([str(shards)], str(out), hyperparameters=hyperparameters, **given)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saltern.pipeline.casm.algorithm.control import Lambda
+from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.algorithm.log import Log, measure
 from saltern.pipeline.casm.algorithm.losses import mask_terms, total_variation
 from saltern.pipeline.casm.algorithm.pool import Confuser, Pool
-from saltern.pipeline.casm.algorithm.settings import Settings
 from saltern.pipeline.casm.algorithm.thinning import Plan, plan, repeatable
 from saltern.pipeline.masknet.network import Decoder, Trunk, enlarge
 from saltern.pipeline.masknet.stages import find_stages
@@ -48,39 +48,46 @@ class Training:
     """
 
     def __init__(
-        self, classifier: nn.Module, settings: Settings, *, rank: int = 0, average: Average = lambda tensors: None
+        self,
+        classifier: nn.Module,
+        hyperparameters: Hyperparameters,
+        *,
+        rank: int = 0,
+        average: Average = lambda tensors: None,
     ) -> None:
-        self.settings, self.classifier, self.steps_done = settings, classifier, 0
-        self._rank, self._average, self._trained = rank, average, settings.thinning.trained
+        self.hyperparameters, self.classifier, self.steps_done = hyperparameters, classifier, 0
+        self._rank, self._average, self._trained = rank, average, hyperparameters.thinning.trained
         self.device = next(classifier.parameters()).device
         stages = find_stages(classifier)
         self._trunk = Trunk(classifier, stages.names)
-        draw = torch.Generator().manual_seed(settings.seed)
-        self.decoder = Decoder(stages.channels, draw, settings.init_scale).to(self.device)
-        self.encoder = None if settings.share_encoder else copy.deepcopy(classifier).requires_grad_()
+        draw = torch.Generator().manual_seed(hyperparameters.seed)
+        self.decoder = Decoder(stages.channels, draw, hyperparameters.init_scale).to(self.device)
+        self.encoder = None if hyperparameters.share_encoder else copy.deepcopy(classifier).requires_grad_()
         self._own = None if self.encoder is None else Trunk(self.encoder, stages.names, detached=False)
         self.classifier.requires_grad_(self._trained)
-        self.pool = Pool(settings.pool_size, settings.pool_half)
-        self._confuser = Confuser(classifier) if settings.thinning.hp else None
+        self.pool = Pool(hyperparameters.pool_size, hyperparameters.pool_half)
+        self._confuser = Confuser(classifier) if hyperparameters.thinning.hp else None
         self._classifier_weights = list(classifier.parameters()) if self._trained else []
         self._mask_weights = [*self.decoder.parameters(), *(self.encoder.parameters() if self.encoder else ())]
-        area = settings.mask_area if settings.lam == "auto" else None
-        self._lambda = Lambda(settings.start_lambda(), area, self.device)
-        self._statistics = [] if settings.batch_norm == "eval" else list(self._running())
+        area = hyperparameters.mask_area if hyperparameters.lam == "auto" else None
+        self._lambda = Lambda(hyperparameters.start_lambda(), area, self.device)
+        self._statistics = [] if hyperparameters.batch_norm == "eval" else list(self._running())
         self._sgd = torch.optim.SGD(
             classifier.parameters(),
-            settings.lr_classifier,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
+            hyperparameters.lr_classifier,
+            momentum=hyperparameters.momentum,
+            weight_decay=hyperparameters.weight_decay,
         )
-        self._adam = torch.optim.Adam(self._mask_weights, settings.lr_mask, weight_decay=settings.weight_decay)
+        self._adam = torch.optim.Adam(
+            self._mask_weights, hyperparameters.lr_mask, weight_decay=hyperparameters.weight_decay
+        )
 
     def step(self, x_BCHW: Tensor, label_B: Tensor) -> Log:
         """One iteration on normalised images and their classes, int64."""
-        settings, todo = self.settings, self.plan(self.steps_done)
-        sequential = settings.classifier_loss == "sequential"
+        hyperparameters, todo = self.hyperparameters, self.plan(self.steps_done)
+        sequential = hyperparameters.classifier_loss == "sequential"
         self._prepare()
-        with repeatable(self.device, settings.seed, self.steps_done, self._rank), torch.enable_grad():
+        with repeatable(self.device, hyperparameters.seed, self.steps_done, self._rank), torch.enable_grad():
             clean = self._classify(x_BCHW, label_B)
             if self._trained and sequential:
                 self._descend(clean.loss)
@@ -91,9 +98,9 @@ class Training:
             mask_B1HW = enlarge(mask_B1hw, x_BCHW.shape[2:])
             masked_logits_BK = self._judge(x_BCHW * (1 - mask_B1HW), todo.member)
             masked_loss = F.cross_entropy(masked_logits_BK, label_B)
-            terms = mask_terms(masked_logits_BK, label_B, clean.right_B, mask_B1HW, settings.score)
+            terms = mask_terms(masked_logits_BK, label_B, clean.right_B, mask_B1HW, hyperparameters.score)
             variation = total_variation(mask_B1hw)
-            mask_loss = terms.loss(self._lambda.value.float()) + settings.tv * variation
+            mask_loss = terms.loss(self._lambda.value.float()) + hyperparameters.tv * variation
             # The mask's gradient first: the classifier's step changes the weights that it passes through.
             judged_by_f = self._trained and todo.member < 0
             self._gradient(mask_loss, self._mask_weights, keep_graph=judged_by_f)
@@ -101,11 +108,11 @@ class Training:
                 self._descend((clean.loss + masked_loss if judged_by_f else clean.loss) / 2)
             elif judged_by_f:
                 self._descend(masked_loss)
-            nn.utils.clip_grad_norm_(self._mask_weights, settings.clip)
+            nn.utils.clip_grad_norm_(self._mask_weights, hyperparameters.clip)
             self._adam.step()
         measured = measure(clean.loss, clean.right_B, masked_loss, terms, variation)
         self._average([measured, *self._statistics])
-        log = Log(self.steps_done, todo.member, measured, self._lambda.value, settings.tv)
+        log = Log(self.steps_done, todo.member, measured, self._lambda.value, hyperparameters.tv)
         self._lambda.observe(log.area())
         self.steps_done += 1
         self._prefetch()
@@ -113,9 +120,9 @@ class Training:
 
     def plan(self, step: int) -> Plan:
         """What a step does with the pool; for any step, at any time."""
-        settings = self.settings
-        own = self._rank if settings.pool_draw == "per-rank" else None
-        return plan(settings.thinning, settings.pool_size, settings.seed, step, own)
+        hyperparameters = self.hyperparameters
+        own = self._rank if hyperparameters.pool_draw == "per-rank" else None
+        return plan(hyperparameters.thinning, hyperparameters.pool_size, hyperparameters.seed, step, own)
 
     @torch.no_grad()
     def judged(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,12 +185,15 @@ class Training:
     def _prepare(self) -> None:
         self.classifier.train(self._trained)
         networks = [self.classifier, self.decoder.train(), *([self.encoder.train()] if self.encoder else [])]
-        if self.settings.batch_norm == "eval":
+        if self.hyperparameters.batch_norm == "eval":
             for module in (part for network in networks for part in network.modules()):
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
-        factor = self.settings.rate(self.steps_done)
-        for optimiser, rate in ((self._sgd, self.settings.lr_classifier), (self._adam, self.settings.lr_mask)):
+        factor = self.hyperparameters.rate(self.steps_done)
+        for optimiser, rate in (
+            (self._sgd, self.hyperparameters.lr_classifier),
+            (self._adam, self.hyperparameters.lr_mask),
+        ):
             for group in optimiser.param_groups:
                 group["lr"] = rate * factor
 
@@ -223,5 +233,5 @@ class Training:
 
     def _autocast(self) -> torch.autocast:
         # One for each forward pass, with no cache: in one that spans a step, weights from before it would be used.
-        enabled = self.settings.precision == "bf16"
+        enabled = self.hyperparameters.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)

@@ -1,4 +1,4 @@
-"""Which past classifiers a mask is trained against: the published settings, and every draw, known in advance.
+"""Which past classifiers a mask is trained against: the published hyperparameters, and every draw, known in advance.
 
 All that is drawn follows from (seed, step) alone, so that ranks agree without talking, a resumed run goes on with the
 same draws, and the next pool member can be fetched before it is needed.
@@ -60,7 +60,7 @@ THINNINGS = {
 
 
 def thinning_named(name: str) -> Thinning:
-    """One of the published settings. Raises UserError."""
+    """One of the published hyperparameters. Raises UserError."""
     if name not in THINNINGS:
         raise UserError(f"unknown thinning {name!r}; {nearest(name, THINNINGS)}known: {', '.join(THINNINGS)}")
     return THINNINGS[name]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.data.batches import Batches
 from saltern.pipeline.casm.training.journal import Journal
+from saltern.pipeline.casm.training.plan import TrainingPlan
 from saltern.pipeline.casm.training.ranks import Ranks
-from saltern.pipeline.casm.training.work import Work
 from saltern.pipeline.casm.watch import curves
 from saltern.pipeline.casm.watch.validation import Validation
 from saltern.pipeline.machine import available_memory, exact, see_own_modules
@@ -29,7 +29,7 @@ _GB = 1e9
 _WRITER_WAIT_S = 60  # for the rank 0 of a driver that died, until its cluster has ended it
 
 
-def run(work: Work, ranks: Ranks, say: Callable[[str], None]) -> Path:
+def run(plan: TrainingPlan, ranks: Ranks, say: Callable[[str], None]) -> Path:
     """Do a training's steps, or those that are left, as one of its ranks; returns the last checkpoint.
 
     Rank 0 alone writes; the others must see the same folder, for what stands is read by all.
@@ -40,37 +40,37 @@ def run(work: Work, ranks: Ranks, say: Callable[[str], None]) -> Path:
     """
     say = say if ranks.rank == 0 else lambda text: None
     with contextlib.ExitStack() as held:
-        held.enter_context(exact(work.config["torch_threads"]))
+        held.enter_context(exact(plan.config["torch_threads"]))
         if ranks.rank == 0:
-            held.enter_context(locked(work.root, "writer", _WRITER_WAIT_S))
-        return _Loop(work, ranks, say).go()
+            held.enter_context(locked(plan.root, "writer", _WRITER_WAIT_S))
+        return _Loop(plan, ranks, say).go()
 
 
 class _Loop:
-    def __init__(self, work: Work, ranks: Ranks, say: Callable[[str], None]) -> None:
-        self._work, self._ranks, self._say = work, ranks, say
-        self._training = _training(work, ranks)
+    def __init__(self, plan: TrainingPlan, ranks: Ranks, say: Callable[[str], None]) -> None:
+        self._plan, self._ranks, self._say = plan, ranks, say
+        self._training = _training(plan, ranks)
         _state_memory(self._training, ranks.beside, say)
-        self._checkpoints = Checkpoints(work.root)
+        self._checkpoints = Checkpoints(plan.root)
         standing = self._checkpoints.newest(say)
         if standing is not None:
             self._training.load_state_dict(standing.state())
             self._checkpoints.known(self._training.pool.members)
-            say(f"goes on from step {standing.step:,} of {work.config['steps']:,}")
+            say(f"goes on from step {standing.step:,} of {plan.config['steps']:,}")
         self._start = self._training.steps_done
         ranks.agree("where to go on from", self._start, standing.digest if standing else None)
-        self._last = work.root / "checkpoints" / str(self._start)
-        self._validation = self._validated() if work.val else None
+        self._last = plan.root / "checkpoints" / str(self._start)
+        self._validation = self._validated() if plan.val else None
 
     def _validated(self) -> Validation:
-        config, ranks = self._work.config, self._ranks
+        config, ranks = self._plan.config, self._ranks
         validation = Validation(
-            self._work.val,
-            self._work.root,
+            self._plan.val,
+            self._plan.root,
             **{key: config[key] for key in ("side", "resize", "interpolation", "mean", "std")},
             class_numbers=config["classes"],
             batch_size=max(1, config["batch_size"] // ranks.world),
-            threads=self._work.threads,
+            threads=self._plan.threads,
             rank=ranks.rank,
             world=ranks.world,
             average=ranks.average,
@@ -81,18 +81,18 @@ class _Loop:
         return validation
 
     def go(self) -> Path:
-        work, training = self._work, self._training
-        steps, batch_size = work.config["steps"], work.config["batch_size"]
+        plan, training = self._plan, self._training
+        steps, batch_size = plan.config["steps"], plan.config["batch_size"]
         batches = Batches(
-            work.index, batch_size, work.config["side"], work.config["interpolation"], work.config["min_crop"],
-            work.settings.seed, work.threads, self._ranks.rank, self._ranks.world,
+            plan.index, batch_size, plan.config["side"], plan.config["interpolation"], plan.config["min_crop"],
+            plan.hyperparameters.seed, plan.threads, self._ranks.rank, self._ranks.world,
         )  # fmt: skip
-        mean, std = (torch.tensor(work.config[key], device=training.device).view(3, 1, 1) for key in ("mean", "std"))
+        mean, std = (torch.tensor(plan.config[key], device=training.device).view(3, 1, 1) for key in ("mean", "std"))
         writes = self._ranks.rank == 0
         try:
             with (
                 contextlib.closing(batches.run(self._start, steps)) as stream,
-                Journal(work.root, self._start, steps, batch_size, self._say) if writes else _Silent() as journal,
+                Journal(plan.root, self._start, steps, batch_size, self._say) if writes else _Silent() as journal,
             ):
                 for batch in stream:
                     x_BCHW = _normalised(batch.pixels_BHWC, mean, std)
@@ -105,13 +105,13 @@ class _Loop:
         except ShardError as error:
             raise UserError(f"{error}; {stands(self._last)}") from error
         if writes:
-            curves.draw(work.root)
+            curves.draw(plan.root)
         return self._last
 
     def _at(self, step: int, journal: "Journal | _Silent") -> None:
         """What is due after a step; what is measured first, so that a checkpoint never stands without it."""
-        validates = self._validation is not None and step % self._work.each == 0
-        saves = step % self._work.config["checkpoint_every"] == 0 or step == self._work.config["steps"]
+        validates = self._validation is not None and step % self._plan.each == 0
+        saves = step % self._plan.config["checkpoint_every"] == 0 or step == self._plan.config["steps"]
         if validates or saves:
             journal.flush()
         if validates and self._validation is not None:
@@ -130,25 +130,25 @@ class _Loop:
         self._ranks.agree("the pool", training.steps_done, training.pool.digest())
         if self._ranks.rank == 0:
             state = training.state_dict(pool=False)
-            self._last = self._checkpoints.save(state, self._work.config, training.pool.members)
+            self._last = self._checkpoints.save(state, self._plan.config, training.pool.members)
 
 
-def _training(work: Work, ranks: Ranks) -> Training:
+def _training(plan: TrainingPlan, ranks: Ranks) -> Training:
     see_own_modules()
-    config, settings = work.config, work.settings
-    classifier = classifiers.load(config["model"], work.weights, seed=settings.seed)
+    config, hyperparameters = plan.config, plan.hyperparameters
+    classifier = classifiers.load(config["model"], plan.weights, seed=hyperparameters.seed)
     if classifier.digest != config["weights_digest"]:
-        raise UserError(f"the weights {work.weights} of rank {ranks.rank} are other than those of the driver")
+        raise UserError(f"the weights {plan.weights} of rank {ranks.rank} are other than those of the driver")
     model = classifier.model
     if config["classes"] is not None:
         restrict(model, config["classes"])
     # Statistics over the whole batch, as one device has them; torch has that on CUDA alone.
-    together = ranks.world > 1 and ranks.device.type == "cuda" and settings.batch_norm == "train"
+    together = ranks.world > 1 and ranks.device.type == "cuda" and hyperparameters.batch_norm == "train"
     if together:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     # Convolutions are faster so: twice as fast on CPUs, for depthwise ones.
     model = model.to(ranks.device).to(memory_format=torch.channels_last)
-    training = Training(model, settings, rank=ranks.rank, average=ranks.average)
+    training = Training(model, hyperparameters, rank=ranks.rank, average=ranks.average)
     if together:
         # In place: its parts are replaced, their weights kept.
         nn.SyncBatchNorm.convert_sync_batchnorm(training.decoder)  # type: ignore[no-untyped-call]
@@ -170,11 +170,11 @@ class _Silent:
 
 def _state_memory(training: Training, beside: int, say: Callable[[str], None]) -> None:
     """Say what the full pools of the ranks on this machine take of its memory. Raises UserError where it can't fit."""
-    settings = training.settings
-    members = min(settings.pool_size, settings.thinning.taken(settings.steps or 0))
+    hyperparameters = training.hyperparameters
+    members = min(hyperparameters.pool_size, hyperparameters.thinning.taken(hyperparameters.steps or 0))
     if not members:
         return
-    one = beside * training.pool.needs(training.classifier) // settings.pool_size
+    one = beside * training.pool.needs(training.classifier) // hyperparameters.pool_size
     free = available_memory()
     stated = f"the pool takes up to {members * one / _GB:,.2f} GB of memory ({members} classifiers" + (
         f", in each of {beside} workers here)" if beside > 1 else ")"

@@ -8,21 +8,21 @@ from pathlib import Path
 import torch
 
 from saltern.pipeline.casm.training.loop import locked, run
+from saltern.pipeline.casm.training.plan import TrainRequest, make_plan
 from saltern.pipeline.casm.training.ranks import Ranks
-from saltern.pipeline.casm.training.work import Request, make_work
 from saltern.pipeline.engine.selection import secure
 from saltern.pipeline.machine import pick_device, sigterm_as_interrupt
 from saltern.pipeline.masknet.checkpoint import Checkpoint, Checkpoints
 from saltern.schemas.errors import UserError
 
-__all__ = ["Request", "say_aside", "train"]
+__all__ = ["TrainRequest", "say_aside", "train"]
 
 
 def say_aside(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def train(request: Request, say: Callable[[str], None] = say_aside) -> Path:
+def train(request: TrainRequest, say: Callable[[str], None] = say_aside) -> Path:
     """Train, or go on with a training, and return its last checkpoint.
 
     The same request, stopped anywhere and resumed, ends with the same weights, pool files and log to the bit: on the
@@ -38,12 +38,14 @@ def train(request: Request, say: Callable[[str], None] = say_aside) -> Path:
         if request.workers > 1 or address:
             return _on_ray(request, standing, address, say)
         device = pick_device(request.device)
-        work = make_work(request, device, standing, say)
-        with locked(work.root, "driver"):
-            return run(work, Ranks(torch.device(device)), say)
+        plan = make_plan(request, device, standing, say)
+        with locked(plan.root, "driver"):
+            return run(plan, Ranks(torch.device(device)), say)
 
 
-def _on_ray(request: Request, standing: Checkpoint | None, address: str | None, say: Callable[[str], None]) -> Path:
+def _on_ray(
+    request: TrainRequest, standing: Checkpoint | None, address: str | None, say: Callable[[str], None]
+) -> Path:
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # or Ray Train's workers would not find relative paths
     secure(address)
     from saltern.pipeline.casm.training.train_ray import train_on_ray
@@ -52,7 +54,7 @@ def _on_ray(request: Request, standing: Checkpoint | None, address: str | None, 
     return train_on_ray(request, standing, join_cluster(address), say)
 
 
-def _standing(checkpoints: Checkpoints, request: Request, say: Callable[[str], None]) -> Checkpoint | None:
+def _standing(checkpoints: Checkpoints, request: TrainRequest, say: Callable[[str], None]) -> Checkpoint | None:
     found = checkpoints.newest(say)
     if found is not None and not request.resume:
         raise UserError(

@@ -19,8 +19,8 @@ from ray.util.queue import Empty, Queue
 
 from saltern.pipeline import machine
 from saltern.pipeline.casm.training.loop import locked, run, stands
+from saltern.pipeline.casm.training.plan import TrainingPlan, TrainRequest, make_plan
 from saltern.pipeline.casm.training.ranks import Ranks
-from saltern.pipeline.casm.training.work import Request, Work, make_work
 from saltern.pipeline.masknet.checkpoint import Checkpoint, Checkpoints
 from saltern.schemas.errors import UserError
 
@@ -37,7 +37,7 @@ class _Note(NamedTuple):
 
 
 def train_on_ray(
-    request: Request, standing: Checkpoint | None, found: dict[str, float], say: Callable[[str], None]
+    request: TrainRequest, standing: Checkpoint | None, found: dict[str, float], say: Callable[[str], None]
 ) -> Path:
     """As `saltern.pipeline.casm.training.train.train`, by `request.workers` ranks on the cluster that was joined.
 
@@ -49,17 +49,17 @@ def train_on_ray(
     """
     device = request.device if request.device != "auto" else "cuda" if found.get("GPU") else "cpu"
     gpus = _gpus(request, device, found)
-    work = make_work(request, device, standing, say)
-    with locked(work.root, "driver"):
-        store = work.root / "ray"
+    plan = make_plan(request, device, standing, say)
+    with locked(plan.root, "driver"):
+        store = plan.root / "ray"
         try:
-            return _go(work, request.workers, gpus, found, store, say)
+            return _go(plan, request.workers, gpus, found, store, say)
         finally:
             ray.shutdown()  # so that another training of this process finds it as this one did
             shutil.rmtree(store, ignore_errors=True)  # Ray Train asks for a folder, and leaves a marker there
 
 
-def _gpus(request: Request, device: str, found: dict[str, float]) -> float:
+def _gpus(request: TrainRequest, device: str, found: dict[str, float]) -> float:
     gpus = float(device == "cuda") if request.gpus_per_worker is None else request.gpus_per_worker
     if device == "cpu" and gpus:
         raise UserError(f"--gpus-per-worker {gpus:g} with --device cpu: leave one of them out")
@@ -75,7 +75,7 @@ def _gpus(request: Request, device: str, found: dict[str, float]) -> float:
 
 
 def _go(
-    work: Work, workers: int, gpus: float, found: dict[str, float], store: Path, say: Callable[[str], None]
+    plan: TrainingPlan, workers: int, gpus: float, found: dict[str, float], store: Path, say: Callable[[str], None]
 ) -> Path:
     cpus = max(1.0, found["CPU"] // workers) if not gpus else 1.0
     died, before = 0, -1
@@ -83,21 +83,21 @@ def _go(
         queue = Queue(actor_options={"num_cpus": 0})
         trainer = _Trainer(
             _rank,
-            train_loop_config={"work": ray.put(work), "queue": queue},
+            train_loop_config={"plan": ray.put(plan), "queue": queue},
             # Two ranks of one GPU cannot join one NCCL group.
             torch_config=TorchConfig(backend="nccl" if gpus >= 1 else "gloo", timeout_s=_STUCK_S),
             scaling_config=ScalingConfig(
                 num_workers=workers, use_gpu=gpus > 0, resources_per_worker=_resources(min(cpus, 16), gpus)
             ),
             run_config=RunConfig(  # type: ignore[call-arg]  # typed as that of Train's first version
-                storage_path=str(store), name="casm", worker_runtime_env={"env_vars": _environment(work)}
+                storage_path=str(store), name="casm", worker_runtime_env={"env_vars": _environment(plan)}
             ),
         )
-        reason = _fit(trainer, queue, work.root, say)
-        newest = Checkpoints(work.root).newest()
+        reason = _fit(trainer, queue, plan.root, say)
+        newest = Checkpoints(plan.root).newest()
         step = newest.step if newest is not None else 0
         if not reason:
-            return work.root / "checkpoints" / str(step)
+            return plan.root / "checkpoints" / str(step)
         died = died + 1 if step == before else 1
         before = step
         if died == ATTEMPTS:
@@ -172,10 +172,10 @@ def _resources(cpus: float, gpus: float) -> dict[str, float]:
     return {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
 
 
-def _environment(work: Work) -> dict[str, str]:
+def _environment(plan: TrainingPlan) -> dict[str, str]:
     return {
         **machine.ENVIRONMENT,
-        "OMP_NUM_THREADS": str(work.config["torch_threads"]),
+        "OMP_NUM_THREADS": str(plan.config["torch_threads"]),
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -186,12 +186,12 @@ def _rank(config: dict[str, Any]) -> None:
     """What a worker does."""
     context, queue = ray.train.get_context(), config["queue"]
     try:
-        work: Work = ray.get(config["work"])
+        plan: TrainingPlan = ray.get(config["plan"])
         ranks = Ranks(
             ray.train.torch.get_device(), context.get_world_rank(), context.get_world_size(),
             context.get_local_world_size(),
         )  # fmt: skip
-        run(work, ranks, lambda text: queue.put(_Note("said", text)))
+        run(plan, ranks, lambda text: queue.put(_Note("said", text)))
     except UserError as error:
         queue.put(_Note("user", str(error)))
         raise

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from saltern.pipeline.casm.data.index import make_index
-from saltern.pipeline.casm.training.train import Request, say_aside, train
+from saltern.pipeline.casm.training.train import TrainRequest, say_aside, train
 from saltern.pipeline.casm.unseen.split import SUBSETS, Split, check_val, make_split
 from saltern.pipeline.engine.conduct import RunOptions, conduct
 from saltern.pipeline.extract.extraction import extraction
@@ -35,7 +35,7 @@ TRAININGS = {"F": "F", "EF": "E+F", "DEF": "D-F", "CDEF": "C-F", "BCDEF": "B-F"}
 SEEN, UNSEEN = "seen", "unseen"
 _BASELINES = {CENTRE: "centre box of half the area", WHOLE: "whole image"}
 # Of a request: what stands in split.json by another name, and what changes no result.
-_ELSEWHERE = {"shards", "out", "settings", "weights", "classes", "val", "device"} | {
+_ELSEWHERE = {"shards", "out", "hyperparameters", "weights", "classes", "val", "device"} | {
     *("checkpoint_every", "decode_threads", "workers", "gpus_per_worker", "address", "resume")
 }
 _WIDE = 100  # characters of a value in an error
@@ -97,7 +97,7 @@ class Unseen:
         return f"{samples:,} samples with boxes; * trained on; ± half the 95 % interval; seed {self.seed}"
 
 
-def unseen_classes(request: Request, val: Sequence[str], say: Say = say_aside) -> Unseen:
+def unseen_classes(request: TrainRequest, val: Sequence[str], say: Say = say_aside) -> Unseen:
     """Do the experiment, or go on with it: a training that is finished, and shards that were extracted, stay.
 
     Leaves in `request.out`: split.json, train-F to train-BCDEF, run-F to run-BCDEF, unseen.json, unseen.md.
@@ -113,7 +113,7 @@ def unseen_classes(request: Request, val: Sequence[str], say: Say = say_aside) -
     """
     root = Path(request.out).absolute()
     split = _planned(request, val, root, say)
-    found = Unseen(split, request.settings.seed)
+    found = Unseen(split, request.hyperparameters.seed)
     for number, (subsets, name) in enumerate(TRAININGS.items(), 1):
         classes = sorted(label for subset in subsets for label in split[subset])
         say(f"{number} of {len(TRAININGS)}: trained on {name}, {len(classes)} classes")
@@ -131,7 +131,7 @@ def unseen_classes(request: Request, val: Sequence[str], say: Say = say_aside) -
 # --- before any work
 
 
-def _planned(request: Request, val: Sequence[str], root: Path, say: Say) -> Split:
+def _planned(request: TrainRequest, val: Sequence[str], root: Path, say: Say) -> Split:
     """The split, kept in the folder; all that can be wrong is found here, or by the first training's own checks."""
     device = pick_device(request.device)
     see_own_modules()
@@ -139,12 +139,12 @@ def _planned(request: Request, val: Sequence[str], root: Path, say: Say) -> Spli
     judged, more_hints = expand(val)
     for hint in (*hints, *more_hints):
         say(hint)
-    classifier = classifiers.load(request.model, request.weights, seed=request.settings.seed)
+    classifier = classifiers.load(request.model, request.weights, seed=request.hyperparameters.seed)
     if request.classes is not None:
         restrict(classifier.model, request.classes)
     index = make_index(shards, classifier.classes, request.classes)
     classes = request.classes or sorted({int(label) for label in index.label_N})
-    split = make_split(classes, request.settings.seed)
+    split = make_split(classes, request.hyperparameters.seed)
     plan = {
         "model": request.model,
         "weights_digest": classifier.digest,
@@ -152,8 +152,8 @@ def _planned(request: Request, val: Sequence[str], root: Path, say: Say) -> Spli
         "val": [[shard.name, shard.size] for shard in judged],
         **{name: value for name, value in vars(request).items() if name not in _ELSEWHERE},
         "device": device,
-        **asdict(request.settings),
-        "thinning": request.settings.thinning.name,
+        **asdict(request.hyperparameters),
+        "thinning": request.hyperparameters.thinning.name,
         "subsets": split,
     }
     if not _stands(root, plan):  # or they were found good before
@@ -184,7 +184,7 @@ def _stands(root: Path, plan: Mapping[str, Any]) -> bool:
 # --- the parts of one row
 
 
-def _trained(request: Request, say: Say) -> int:
+def _trained(request: TrainRequest, say: Say) -> int:
     """Train, or go on, unless it is finished; returns the steps."""
     standing = Checkpoints(Path(request.out)).newest(say)
     if standing is None or standing.step < standing.config["steps"]:
@@ -194,7 +194,7 @@ def _trained(request: Request, say: Say) -> int:
     return standing.step
 
 
-def _extracted(request: Request, val: Sequence[str], folder: Path, run: Path) -> None:
+def _extracted(request: TrainRequest, val: Sequence[str], folder: Path, run: Path) -> None:
     """The masks for all of `val`, as `saltern extract --method casm` makes them."""
     wanted = ExtractRequest(
         shards=val,
@@ -205,8 +205,8 @@ def _extracted(request: Request, val: Sequence[str], folder: Path, run: Path) ->
         # With a side of its own, the network sees all of a square image: no box is cropped away.
         resize=request.side,
         crop=request.side,
-        precision=request.settings.precision,
-        seed=request.settings.seed,
+        precision=request.hyperparameters.precision,
+        seed=request.hyperparameters.seed,
     )
     with contextlib.redirect_stdout(sys.stderr):  # what it reports is no result of this job
         ended = conduct(

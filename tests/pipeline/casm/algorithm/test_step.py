@@ -8,7 +8,7 @@ import pytest
 import torch
 from naive_casm import NaiveCasm
 
-from saltern.pipeline.casm.algorithm.settings import Settings, usual_lambda
+from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters, usual_lambda
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS, draws, plan, thinning_named
 from saltern.schemas.errors import UserError
@@ -21,9 +21,9 @@ def thinning(name):
     return L2 if name == "L100" else THINNINGS[name]
 
 
-def settings(name="L100", **options):
+def hyperparameters(name="L100", **options):
     defaults = {"lr_classifier": 0.02, "lr_mask": 0.001, "pool_size": 2, "seed": SEED}
-    return Settings(thinning=thinning(name), **(defaults | options))
+    return Hyperparameters(thinning=thinning(name), **(defaults | options))
 
 
 def naive(net, training, name, score, fault=""):
@@ -34,7 +34,7 @@ def naive(net, training, name, score, fault=""):
         weights |= {f"{short}{i + 1}": state[f"stages.{i}.{long}"].requires_grad_() for short, long in parts}
     weights |= {"last": state["last.weight"].requires_grad_(), "bias": state["last.bias"].requires_grad_()}
     every = thinning(name).save_every
-    return NaiveCasm(net, weights, name, score, every, 2, training.settings.lr_classifier, 0.001, fault)
+    return NaiveCasm(net, weights, name, score, every, 2, training.hyperparameters.lr_classifier, 0.001, fault)
 
 
 def deviation(training, slow):
@@ -47,7 +47,7 @@ def deviation(training, slow):
 
 
 def both(staged, batches, name, score, fault=""):
-    training = Training(staged(), settings(name, score=score))
+    training = Training(staged(), hyperparameters(name, score=score))
     with torch.no_grad():
         training.decoder.last.weight.mul_(0.05)  # far from 0 and 1, where the sigmoid has a slope
     slow = naive(staged(), training, name, score, fault)
@@ -71,7 +71,7 @@ def test_agrees_with_the_naive_one(staged, batches, name, score):
     for member, kept in zip(training.pool.members, slow.pool, strict=True):
         for key, value in kept.state_dict().items():
             torch.testing.assert_close(member.state[key], value, rtol=1e-4, atol=1e-5)
-    planned = [plan(training.settings.thinning, 2, SEED, step) for step in range(6)]
+    planned = [plan(training.hyperparameters.thinning, 2, SEED, step) for step in range(6)]
     assert [found["member"] for found, _ in lines] == [todo.member for todo in planned]
 
 
@@ -95,7 +95,7 @@ def test_a_wrong_step_would_show(staged, batches, fault):
 def test_fixed_classifier_is_left_alone(staged, batches):
     net = staged()
     before = copy.deepcopy(net.state_dict())
-    training = Training(net, settings("F"))
+    training = Training(net, hyperparameters("F"))
     for x_BCHW, label_B in batches(2):
         training.step(x_BCHW, label_B)
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
@@ -105,7 +105,7 @@ def test_fixed_classifier_is_left_alone(staged, batches):
 @pytest.mark.parametrize("share", [True, False])
 def test_resume_is_exact(staged, batches, share, tmp_path):
     # Dropout and replacement included; the global generator is elsewhere after the resume.
-    chosen = settings(share_encoder=share, lam="auto", steps=9)
+    chosen = hyperparameters(share_encoder=share, lam="auto", steps=9)
     whole = Training(staged(0.3), chosen)
     data = batches(9)
     logs = [whole.step(*batch).floats() for batch in data]
@@ -124,7 +124,7 @@ def test_resume_is_exact(staged, batches, share, tmp_path):
 
 def test_masks_between_steps_change_nothing(staged, batches):
     data = batches(3)
-    plain, watched = Training(staged(0.3), settings()), Training(staged(0.3), settings())
+    plain, watched = Training(staged(0.3), hyperparameters()), Training(staged(0.3), hyperparameters())
     for x_BCHW, label_B in data:
         plain.step(x_BCHW, label_B)
         watched.step(x_BCHW, label_B)
@@ -171,7 +171,7 @@ def two_ranks(staged, chosen, data):
 
 @pytest.mark.parametrize("mode", ["sequential", "sum"])
 def test_two_ranks_are_one(staged, batches, mode):
-    chosen = settings(batch_norm="eval", classifier_loss=mode, lam="auto")
+    chosen = hyperparameters(batch_norm="eval", classifier_loss=mode, lam="auto")
     data = batches(6)
     alone = Training(staged(), chosen)
     expected = [alone.step(*batch).floats() for batch in data]
@@ -182,7 +182,7 @@ def test_two_ranks_are_one(staged, batches, mode):
 
 
 def test_ranks_with_members_of_their_own_stay_together(staged, batches):
-    logs = two_ranks(staged, settings(batch_norm="eval", pool_draw="per-rank"), batches(12))
+    logs = two_ranks(staged, hyperparameters(batch_norm="eval", pool_draw="per-rank"), batches(12))
     members = [[line["member"] for line in lines] for lines in logs]
     assert members[0] != members[1]
     assert [member < 0 for member in members[0]] == [member < 0 for member in members[1]]
@@ -191,7 +191,7 @@ def test_ranks_with_members_of_their_own_stay_together(staged, batches):
 def test_sum_halves_both_terms_in_one_step(staged, batches):
     (x_BCHW, label_B), *_ = batches(1)
     net = staged()
-    training = Training(net, settings("L", classifier_loss="sum", momentum=0, weight_decay=0, batch_norm="eval"))
+    training = Training(net, hyperparameters("L", classifier_loss="sum", momentum=0, weight_decay=0, batch_norm="eval"))
     mask_B1HW = training.masks(x_BCHW).repeat_interleave(4, 2).repeat_interleave(4, 3)
     before = staged().eval()
     losses = [torch.nn.functional.cross_entropy(before(x), label_B) for x in (x_BCHW, x_BCHW * (1 - mask_B1HW))]
@@ -202,7 +202,7 @@ def test_sum_halves_both_terms_in_one_step(staged, batches):
 
 def test_own_trunk_learns_from_the_mask_alone(staged, batches):
     net = staged()
-    training = Training(net, settings("F", share_encoder=False))
+    training = Training(net, hyperparameters("F", share_encoder=False))
     before = copy.deepcopy(training.encoder.state_dict())
     training.step(*batches(1)[0])
     after = training.encoder.state_dict()
@@ -213,9 +213,9 @@ def test_own_trunk_learns_from_the_mask_alone(staged, batches):
 
 def test_bf16_uses_the_weights_of_the_moment(staged, batches):
     # An autocast of the caller's keeps bf16 copies of weights; the step must not see those from before its SGD.
-    exact = Training(staged(), settings("L"))
-    rounded = Training(staged(), settings("L", precision="bf16"))
-    wrapped = Training(staged(), settings("L", precision="bf16"))
+    exact = Training(staged(), hyperparameters("L"))
+    rounded = Training(staged(), hyperparameters("L", precision="bf16"))
+    wrapped = Training(staged(), hyperparameters("L", precision="bf16"))
     for batch in batches(3):
         expected = exact.step(*batch).floats()
         found = rounded.step(*batch).floats()
@@ -228,14 +228,14 @@ def test_bf16_uses_the_weights_of_the_moment(staged, batches):
 
 def test_total_variation_counts_where_asked(staged, batches):
     batch = batches(1)[0]
-    plain, smooth = (Training(staged(), settings(tv=weight)).step(*batch).floats() for weight in (0, 3.0))
+    plain, smooth = (Training(staged(), hyperparameters(tv=weight)).step(*batch).floats() for weight in (0, 3.0))
     assert plain["tv_term"] == 0 < smooth["tv_term"]
     assert smooth["mask_loss"] == pytest.approx(smooth["score_term"] + smooth["size_term"] + smooth["tv_term"])
 
 
 def test_spread_is_that_of_the_areas(staged, batches):
     x_BCHW, label_B = batches(1)[0]
-    training = Training(staged(), settings("L", batch_norm="eval"))
+    training = Training(staged(), hyperparameters("L", batch_norm="eval"))
     area_B = training.masks(x_BCHW).mean((1, 2, 3))
     found = training.step(x_BCHW, label_B).floats()
     assert found["mask_mean"] == pytest.approx(float(area_B.mean()), rel=1e-5)
@@ -243,16 +243,16 @@ def test_spread_is_that_of_the_areas(staged, batches):
 
 
 def test_rates_fall_by_thirds():
-    chosen = Settings(steps=9)
+    chosen = Hyperparameters(steps=9)
     assert [chosen.rate(step) for step in (0, 2, 3, 5, 6, 8, 9)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 0.01])
-    assert Settings().rate(10**6) == 1
+    assert Hyperparameters().rate(10**6) == 1
 
 
 def test_published_lambdas():
     table = {"F": (2.5, 9), "L": (14, 18), "FL": (7.5, 11), "L1000": (10, 17), "L100": (10, 17)}
     for name, (entropy, classification) in table.items():
-        assert Settings(thinning=thinning_named(name)).start_lambda() == entropy
-        assert Settings(thinning=thinning_named(name), score="classification").start_lambda() == classification
+        assert Hyperparameters(thinning=thinning_named(name)).start_lambda() == entropy
+        assert Hyperparameters(thinning=thinning_named(name), score="classification").start_lambda() == classification
     assert usual_lambda("resnet50") is None
     assert usual_lambda("efficientnet_lite0") == "auto"
 
@@ -269,9 +269,9 @@ def test_published_lambdas():
         ({"lr_mask": float("inf")}, "lr_mask"),
     ],
 )
-def test_settings_are_checked(wrong, said):
+def test_hyperparameters_are_checked(wrong, said):
     with pytest.raises(UserError, match=said):
-        Settings(**wrong)
+        Hyperparameters(**wrong)
 
 
 def test_unknown_thinning():

@@ -18,12 +18,12 @@ import torch.distributed as dist
 from casm_toys import OFTEN, files, request, small, write_shards
 from making import HELPERS, PYTHONPATH, picture, write_tar
 
-from saltern.pipeline.casm.algorithm.settings import Settings
+from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS
 from saltern.pipeline.casm.training.loop import run
+from saltern.pipeline.casm.training.plan import make_plan
 from saltern.pipeline.casm.training.ranks import Ranks
-from saltern.pipeline.casm.training.work import make_work
 from saltern.pipeline.masknet.checkpoint import open_checkpoint
 from saltern.schemas.errors import UserError
 
@@ -68,7 +68,7 @@ def lines(root: Path) -> list[dict[str, float]]:
 
 
 def train_as(ranks: Ranks, asked) -> str:
-    return str(run(make_work(asked, "cpu", None, print), ranks, print))
+    return str(run(make_plan(asked, "cpu", None, print), ranks, print))
 
 
 # --- ranks
@@ -109,8 +109,10 @@ def test_ranks_that_disagree_are_named_on_every_rank(in_ranks):
 @pytest.mark.parametrize("thinning", [THINNINGS["F"], OFTEN], ids=["F", "pool"])
 def test_worlds_of_1_and_2_have_the_same_losses(thinning, shards, tmp_path, in_ranks):
     """BatchNorm in eval and no dropout: then nothing depends on how a batch is shared."""
-    settings = Settings(thinning=thinning, lam="auto", pool_size=3, lr_classifier=0.01, seed=5, batch_norm="eval")
-    asked = request(shards, tmp_path / "one", model="casm_toys:calm", settings=settings)
+    hyperparameters = Hyperparameters(
+        thinning=thinning, lam="auto", pool_size=3, lr_classifier=0.01, seed=5, batch_norm="eval"
+    )
+    asked = request(shards, tmp_path / "one", model="casm_toys:calm", hyperparameters=hyperparameters)
     train_as(Ranks(CPU), asked)
     in_ranks(train_as, replace(asked, out=str(tmp_path / "two"), workers=2))
     one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
@@ -127,16 +129,18 @@ def test_worlds_of_1_and_2_have_the_same_losses(thinning, shards, tmp_path, in_r
 @pytest.mark.parametrize("draw", ["shared", "per-rank"])
 def test_ranks_hold_the_same_pool_where_batches_move_their_statistics(draw, shards, tmp_path, in_ranks):
     """BatchNorm in train: each rank's differ until they are averaged; `agree` fails at a checkpoint otherwise."""
-    settings = Settings(thinning=OFTEN, lam="auto", pool_size=3, lr_classifier=0.01, seed=5, pool_draw=draw)
-    asked = request(shards, tmp_path / "run", settings=settings, workers=2)
+    hyperparameters = Hyperparameters(
+        thinning=OFTEN, lam="auto", pool_size=3, lr_classifier=0.01, seed=5, pool_draw=draw
+    )
+    asked = request(shards, tmp_path / "run", hyperparameters=hyperparameters, workers=2)
     ended = in_ranks(train_as, asked)
     assert not [text for text in ended if str(text).startswith("UserError")]
     assert open_checkpoint(tmp_path / "run").step == 18
 
 
 def test_plans_of_ranks_differ_in_the_member_alone():
-    settings = Settings(thinning=OFTEN, lam="auto", pool_size=3, pool_draw="per-rank")
-    first, second = (Training(small(), settings, rank=rank) for rank in range(2))
+    hyperparameters = Hyperparameters(thinning=OFTEN, lam="auto", pool_size=3, pool_draw="per-rank")
+    first, second = (Training(small(), hyperparameters, rank=rank) for rank in range(2))
     plans = [(first.plan(step), second.plan(step)) for step in range(60)]
     assert all((one.slot, one.member < 0) == (other.slot, other.member < 0) for one, other in plans)
     assert any(one.member != other.member for one, other in plans)
@@ -180,7 +184,7 @@ def test_unequal_shards_end_on_every_rank(tmp_path, in_ranks):
 )
 def test_bad_worlds_are_refused(changed, message, shards, tmp_path):
     with pytest.raises(UserError, match=message):
-        make_work(request(shards, tmp_path / "run", **changed), "cpu", None, print)
+        make_plan(request(shards, tmp_path / "run", **changed), "cpu", None, print)
 
 
 # --- on Ray

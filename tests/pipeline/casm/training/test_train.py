@@ -24,8 +24,8 @@ from typer.testing import CliRunner
 
 from saltern.jobs.main import app
 from saltern.pipeline import methods
+from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.algorithm.log import _MEASURED, Log
-from saltern.pipeline.casm.algorithm.settings import Settings
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS
 from saltern.pipeline.casm.data.batches import Batches, crop, crop_box
@@ -182,15 +182,15 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(steps, shards, undis
 
 
 def test_an_encoder_of_its_own_and_a_pool_in_16_bits_are_gone_on_with_too(shards, tmp_path):
-    how = Settings(
+    how = Hyperparameters(
         thinning=casm_toys.OFTEN, lam=2.0, pool_size=3, share_encoder=False, pool_half=True, precision="bf16"
     )
-    train(request(shards, tmp_path / "whole", settings=how, classes=[5, 1, 0]), quiet)
+    train(request(shards, tmp_path / "whole", hyperparameters=how, classes=[5, 1, 0]), quiet)
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, 11)
         with pytest.raises(CutError):
-            train(request(shards, tmp_path / "cut", settings=how, classes=[5, 1, 0]), quiet)
-    train(request(shards, tmp_path / "cut", settings=how, classes=[5, 1, 0], resume=True), quiet)
+            train(request(shards, tmp_path / "cut", hyperparameters=how, classes=[5, 1, 0]), quiet)
+    train(request(shards, tmp_path / "cut", hyperparameters=how, classes=[5, 1, 0], resume=True), quiet)
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
@@ -323,8 +323,8 @@ def test_another_training_in_the_folder_is_refused(shards, undisturbed):
     refused(request(shards, undisturbed), "--resume goes on, or give another --out")
     refused(request(shards, undisturbed, resume=True, batch_size=5), "batch_size: 4 there, 5 asked for")
     refused(request(shards, undisturbed, resume=True, epochs=4), "steps: 18 there, 24 asked for")
-    changed = Settings(thinning=casm_toys.OFTEN, pool_size=3, seed=6)
-    refused(request(shards, undisturbed, resume=True, settings=changed), "seed: 5 there, 6 asked for")
+    changed = Hyperparameters(thinning=casm_toys.OFTEN, pool_size=3, seed=6)
+    refused(request(shards, undisturbed, resume=True, hyperparameters=changed), "seed: 5 there, 6 asked for")
     refused(replace(request(shards, undisturbed, resume=True), model="casm_toys:other"), "model: .*other")
     assert files(undisturbed) == before
 
@@ -350,14 +350,14 @@ def test_the_pools_memory_is_stated_and_refused_where_it_does_not_fit(shards, tm
     assert any("the pool takes up to 0.00 GB of memory (3 classifiers)" in text for text in said)
     monkeypatch.setattr(loop, "available_memory", lambda: 20_000)
     refused(request(shards, tmp_path / "run"), r"lower --pool-size \(to \d at most\).*--pool-half")
-    alone = Settings(thinning=THINNINGS["L"])
-    train(request(shards, tmp_path / "none", epochs=1, steps_per_epoch=1, settings=alone), quiet)
+    alone = Hyperparameters(thinning=THINNINGS["L"])
+    train(request(shards, tmp_path / "none", epochs=1, steps_per_epoch=1, hyperparameters=alone), quiet)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(shards, tmp_path):
-    wild = Settings(thinning=THINNINGS["L"], lr_classifier=1e30)
+    wild = Hyperparameters(thinning=THINNINGS["L"], lr_classifier=1e30)
     with pytest.raises(UserError, match="a loss is not finite"):
-        train(request(shards, tmp_path, settings=wild), quiet)
+        train(request(shards, tmp_path, hyperparameters=wild), quiet)
 
 
 def test_a_collapse_of_the_masks_is_said_once_in_words(tmp_path):
@@ -382,7 +382,7 @@ def test_a_collapse_of_the_masks_is_said_once_in_words(tmp_path):
 
 def test_masks_are_the_trained_networks(undisturbed, shards):
     found = checkpoint.open_checkpoint(undisturbed)
-    trained = Training(small(), request(shards, undisturbed).settings)
+    trained = Training(small(), request(shards, undisturbed).hyperparameters)
     trained.load_state_dict(found.state())
     x = torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
     model = small()
@@ -415,8 +415,8 @@ def test_wrong_checkpoints_are_refused(undisturbed, tmp_path):
 
 
 def test_a_subset_of_the_classes_and_an_encoder_of_its_own(shards, tmp_path):
-    how = Settings(thinning=THINNINGS["L"], share_encoder=False)
-    train(request(shards, tmp_path, classes=[4, 1], epochs=1, settings=how), quiet)
+    how = Hyperparameters(thinning=THINNINGS["L"], share_encoder=False)
+    train(request(shards, tmp_path, classes=[4, 1], epochs=1, hyperparameters=how), quiet)
     x = torch.randn(2, 3, SIDE, SIDE)
     with methods.build("casm", small(), checkpoint=str(tmp_path)) as method:
         assert method(x).shape == (2, 16, 16)

@@ -18,10 +18,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 from saltern.jobs.main import app
-from saltern.pipeline.casm.algorithm.settings import Settings
+from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS
-from saltern.pipeline.casm.training.train import Request
+from saltern.pipeline.casm.training.train import TrainRequest
 from saltern.pipeline.casm.unseen import experiment
 from saltern.pipeline.casm.unseen.experiment import TRAININGS, unseen_classes
 from saltern.pipeline.casm.unseen.split import SUBSETS, make_split, sizes
@@ -98,11 +98,15 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def request(data: Path, out: Path, **changed: object) -> Request:
-    settings = Settings(thinning=THINNINGS["L"], lam="auto", lr_classifier=0.01, lr_mask=0.02, seed=5)
+def request(data: Path, out: Path, **changed: object) -> TrainRequest:
+    hyperparameters = Hyperparameters(thinning=THINNINGS["L"], lam="auto", lr_classifier=0.01, lr_mask=0.02, seed=5)
     usual = {"epochs": 2, "steps_per_epoch": 2, "batch_size": 4, "side": SIDE, "device": "cpu"}
-    return Request(
-        [str(data / "train")], str(out), "test_unseen:wide", changed.pop("settings", settings), **usual | changed
+    return TrainRequest(
+        [str(data / "train")],
+        str(out),
+        "test_unseen:wide",
+        changed.pop("hyperparameters", hyperparameters),
+        **usual | changed,
     )
 
 
@@ -306,7 +310,7 @@ def test_an_interrupted_extraction_is_gone_on_with(data, undisturbed, tmp_path, 
 # --- what is refused, before any training
 
 
-def refused(match: str, wanted: Request, val: Path) -> None:
+def refused(match: str, wanted: TrainRequest, val: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Training, "step", lambda *args: pytest.fail("a training was begun"))
         with pytest.raises(UserError, match=match) as error:
@@ -319,8 +323,11 @@ def test_another_experiment_in_the_folder_is_refused(data, undisturbed, tmp_path
     wanted = request(data, undisturbed)
     for changed, match in (
         ({"batch_size": 8}, "batch_size: 4 there, 8 asked for; ask for the same, or give another --out"),
-        ({"settings": dataclasses.replace(wanted.settings, seed=6)}, "seed: 5 there, 6 asked for"),
-        ({"settings": dataclasses.replace(wanted.settings, thinning=THINNINGS["F"])}, "thinning: L there, F asked for"),
+        ({"hyperparameters": dataclasses.replace(wanted.hyperparameters, seed=6)}, "seed: 5 there, 6 asked for"),
+        (
+            {"hyperparameters": dataclasses.replace(wanted.hyperparameters, thinning=THINNINGS["F"])},
+            "thinning: L there, F asked for",
+        ),
         ({"classes": range(9)}, "subsets: "),
         ({"side": 32}, "side: 64 there, 32 asked for"),
     ):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from making import picture, write_tar
 
-from saltern.pipeline.casm.algorithm.settings import Settings
+from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS
 from saltern.pipeline.casm.training.train import train
@@ -83,7 +83,7 @@ def made(classes=None, dropout: float = 0.0, **changed) -> Training:
     net.dropout.p = dropout
     if classes is not None:
         restrict(net, classes)
-    training = Training(net, Settings(**{"thinning": THINNINGS["L"], "lam": "auto", "steps": 9, **changed}))
+    training = Training(net, Hyperparameters(**{"thinning": THINNINGS["L"], "lam": "auto", "steps": 9, **changed}))
     step(training, 3)
     return training
 

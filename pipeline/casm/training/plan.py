@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from saltern.pipeline.casm.algorithm.settings import Settings
+from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.data.batches import LEAST
 from saltern.pipeline.casm.data.index import Index, make_index
 from saltern.pipeline.extract.request import absolute
@@ -23,13 +23,13 @@ _FREE = ("workers", "torch_threads")  # may differ on a resume; the last bits th
 
 
 @dataclass(frozen=True)
-class Request:
+class TrainRequest:
     """What the user asked for; None where a default decides."""
 
     shards: Sequence[str]
     out: str
     model: str
-    settings: Settings  # its steps follow from the epochs
+    hyperparameters: Hyperparameters  # its steps follow from the epochs
     weights: str = "DEFAULT"
     classes: Sequence[int] | None = None  # in play; None: all
     val: Sequence[str] = ()  # shards with boxes, measured after each epoch
@@ -48,12 +48,12 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Work:
+class TrainingPlan:
     """A training, checked: what each of its ranks is given."""
 
     root: Path
     weights: str
-    settings: Settings
+    hyperparameters: Hyperparameters
     index: Index
     val: Sequence[Shard]
     each: int  # steps of an epoch
@@ -61,7 +61,9 @@ class Work:
     config: dict[str, Any]  # of the checkpoints
 
 
-def make_work(request: Request, device: str, standing: Checkpoint | None, say: Callable[[str], None]) -> Work:
+def make_plan(
+    request: TrainRequest, device: str, standing: Checkpoint | None, say: Callable[[str], None]
+) -> TrainingPlan:
     """What the request asks for, with every default filled in.
 
     Args:
@@ -77,15 +79,15 @@ def make_work(request: Request, device: str, standing: Checkpoint | None, say: C
     val, more = expand(request.val) if request.val else ([], [])
     for hint in (*hints, *more):
         say(hint)
-    classifier = classifiers.load(request.model, request.weights, seed=request.settings.seed)
+    classifier = classifiers.load(request.model, request.weights, seed=request.hyperparameters.seed)
     if request.classes is not None:
         restrict(classifier.model, request.classes)
     find_stages(classifier.model)
     index = make_index(shards, classifier.classes, request.classes)
     each = request.steps_per_epoch or -(-len(index) // (SHARE * request.batch_size))
-    settings = replace(request.settings, steps=request.epochs * each)
+    hyperparameters = replace(request.hyperparameters, steps=request.epochs * each)
     config = {
-        **_config(request, classifier, settings),
+        **_config(request, classifier, hyperparameters),
         "checkpoint_every": request.checkpoint_every or each,
         "samples": len(index),
         "shards": [[shard.name, shard.size] for shard in shards],
@@ -97,10 +99,12 @@ def make_work(request: Request, device: str, standing: Checkpoint | None, say: C
     if standing is not None:
         config = _same(standing, config, root, say)
     threads = request.decode_threads or max(1, min(cores() // request.workers, 16))
-    return Work(root, absolute(request.weights), settings, index, val, each, threads, config)
+    return TrainingPlan(root, absolute(request.weights), hyperparameters, index, val, each, threads, config)
 
 
-def _config(request: Request, classifier: classifiers.Classifier, settings: Settings) -> dict[str, Any]:
+def _config(
+    request: TrainRequest, classifier: classifiers.Classifier, hyperparameters: Hyperparameters
+) -> dict[str, Any]:
     """What a resume must be asked for again, and what whoever uses the masks has to know; JSON."""
     usual = classifier.preprocess
     return {
@@ -108,8 +112,8 @@ def _config(request: Request, classifier: classifiers.Classifier, settings: Sett
         "weights_digest": classifier.digest,
         "model_classes": classifier.classes,
         "classes": None if request.classes is None else list(request.classes),
-        "settings": {**asdict(settings), "thinning": settings.thinning.name},
-        "steps": settings.steps,
+        "settings": {**asdict(hyperparameters), "thinning": hyperparameters.thinning.name},
+        "steps": hyperparameters.steps,
         "batch_size": request.batch_size,
         "resize": request.side or usual.resize,  # of validation images, as extract has it
         "side": request.side or usual.crop,
@@ -120,7 +124,7 @@ def _config(request: Request, classifier: classifiers.Classifier, settings: Sett
     }
 
 
-def _check(request: Request) -> None:
+def _check(request: TrainRequest) -> None:
     for name in ("epochs", "steps_per_epoch", "batch_size", "side", "checkpoint_every", "decode_threads", "workers"):
         given = getattr(request, name)
         if given is not None and given < 1:

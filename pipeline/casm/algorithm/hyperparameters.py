@@ -14,7 +14,7 @@ Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
-class Settings:
+class Hyperparameters:
     """The defaults are the published ones. Raises UserError on a value out of range."""
 
     thinning: Thinning = THINNINGS["L100"]
