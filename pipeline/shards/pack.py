@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -152,7 +151,7 @@ def _keyed(folder: Path, names: list[str], label: int | None) -> Iterator[_Image
             key = f"{key}-{ext}"
         if taken.setdefault(key, name) != name:
             raise UserError(f"{folder}: {taken[key]} and {name} would both have the key {key!r}; rename one of them")
-        if ext is None or split_name(f"{key}.{ext}") != (key, ext) or re.match(r"__[^/]*__/", key):
+        if ext is None or split_name(f"{key}.{ext}") != (key, ext):
             raise UserError(f"{str(folder / name)!r} makes no webdataset key; rename the file or its folder")
         yield _Image(folder / name, key, ext, label)
 

@@ -2,7 +2,6 @@
 
 import gzip
 import re
-import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,10 +9,9 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from pyarrow import fs
-from webdataset.handlers import reraise_exception
-from webdataset.tariterators import base_plus_ext, tar_file_iterator
+from webdataset.tariterators import base_plus_ext
 
-from saltern.pipeline.shards.tape import IMAGES, Source, Tape, TapeError
+from saltern.pipeline.shards.tape import IMAGES, Source, Tape
 from saltern.pipeline.storage.filesystem import filesystem
 from saltern.schemas.errors import ShardError
 from saltern.schemas.run import Shard
@@ -47,35 +45,33 @@ class Sample:
         return label if abs(label) < 2**31 else None
 
 
-class _Member(NamedTuple):
-    key: str
-    ext: str  # lower case
-    data: bytes | None  # None where it was not wanted, or is too large
-    size: int
-
-
 def read_samples(shard: Shard) -> Iterator[Sample]:
-    """Streams a shard's samples, the first `shard.take` where that is set.
+    """Yield a shard's samples, only the first `shard.take` if that is set.
 
-    Contiguous members with one key (the name up to its first dot) are one sample. A member whose name the sample has
-    already begins the next sample, which is then a repeat of the key.
+    Contiguous members with one key (the name up to its first dot) are one sample. A second member of the same name
+    begins a new sample, which repeats the key.
 
     Raises:
-        ShardError: the data is broken: cut, damaged, no tar, followed by something else, or not of the planned size.
-        OSError: the world is broken: network, permissions, file gone.
+        ShardError: the data is broken: cut, damaged, no tar, followed by other data, or not of the planned size.
+        OSError: the environment is broken: network, permissions, file gone.
     """
-    with _opened(shard, hollow=False) as tape:
-        yield from _samples(shard, tape)
+    with _opened(shard, seekable=False) as tape:
+        yield from islice(_samples(_members(tape, with_data=True)), shard.take)
 
 
 def list_keys(shard: Shard) -> list[str]:
-    """The keys that `read_samples` gives, in order, repeats included; errors likewise. On a local tar it only seeks."""
-    with _opened(shard, hollow=True) as tape:
-        return [sample.key for sample in _samples(shard, tape)]
+    """Return the keys of `read_samples`, in order, repeats included. A local tar is not read but for its headers.
+
+    Raises:
+        ShardError, OSError: as `read_samples`.
+    """
+    with _opened(shard, seekable=True) as tape:
+        return [group[0].key for group in islice(_groups(_members(tape, with_data=False)), shard.take)]
 
 
 @contextmanager
-def _opened(shard: Shard, *, hollow: bool) -> Iterator[Tape]:
+def _opened(shard: Shard, *, seekable: bool) -> Iterator[Tape]:
+    """Open a shard; with `seekable`, so that its reader can seek if it is a local tar without compression."""
     store, path = filesystem(shard.url)
     info = store.get_file_info(path)
     if info.type == fs.FileType.NotFound:
@@ -84,61 +80,47 @@ def _opened(shard: Shard, *, hollow: bool) -> Iterator[Tape]:
         changed = f"has {info.size} bytes, and had {shard.size} when the run was planned"
         raise ShardError(f"{shard.url}: {changed}; restore it, or plan a new run")
     local, gzipped = isinstance(store, fs.LocalFileSystem), path.endswith((".gz", ".tgz"))
-    if hollow and local and not gzipped:
+    if seekable and local and not gzipped:
         with store.open_input_file(path) as raw:
-            yield Tape(shard.url, Source(raw, shard.url, shard.size), shard.size, hollow=True)
+            yield Tape(shard.url, Source(raw, shard.url, shard.size), shard.size, seekable=True)
         return
-    buffer = 2**20 if local else 2**23  # a store answers each refill with a request of its own
+    buffer = 2**20 if local else 2**23  # each refill is one request to an object store
     with store.open_input_stream(path, compression=None, buffer_size=buffer) as raw:
         source: Any = Source(raw, shard.url, shard.size)
-        # Not Arrow's decompressor: its errors cannot be told from those of the network.
+        # Arrow's own decompressor raises the same errors for damaged data as for a broken network.
         yield Tape(shard.url, gzip.GzipFile(fileobj=source) if gzipped else source, None if gzipped else shard.size)
 
 
-def _samples(shard: Shard, tape: Tape) -> Iterator[Sample]:
-    try:
-        yield from islice(_grouped(_members(tape)), shard.take)
-    except TapeError as error:
-        raise ShardError(f"{shard.url}: {error.reason}") from error
-    except (tarfile.TarError, ValueError) as error:
-        raise ShardError(f"{shard.url}: {tape.error(f'damaged tar header ({error})').reason}") from error
+class _Member(NamedTuple):
+    key: str
+    ext: str  # lower case
+    data: bytes | None  # None if it was not wanted, or is too large
+    size: int  # bytes
 
 
-def _members(tape: Tape) -> Iterator[_Member]:
-    """The tar's files in order, wanted or not."""
-    passed: list[_Member] = []
-
-    def wanted(name: str) -> bool:
-        named = split_name(name)
-        if named is None:
-            return False
-        if named[1] in _WANTED and tape.size <= MAX_MEMBER:
-            return True
-        passed.append(_Member(*named, None, tape.size))
-        return False
-
-    for found in tar_file_iterator(tape, handler=reraise_exception, select_files=wanted):
-        yield from passed
-        passed.clear()
-        if named := split_name(found["fname"]):
-            yield _Member(*named, found["data"], len(found["data"]))
-    if not tape.ended:
-        raise tape.error("a tar header that cannot be followed")
-    yield from passed
+def _members(tape: Tape, *, with_data: bool) -> Iterator[_Member]:
+    """Yield the members of samples, with the data of wanted ones."""
+    for name, size in tape:
+        if named := split_name(name):
+            wanted = with_data and named[1] in _WANTED and size <= MAX_MEMBER
+            yield _Member(*named, tape.read(size) if wanted else None, size)
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Key and lower-case extension, as webdataset splits them; None for no sample's member (`._a.jpg`, `README`)."""
-    if re.search(r"(^|/)(\.[^/]*|__MACOSX/.*)$", name):
+    """Return key and lower-case extension, as webdataset splits them; None if the file is no sample's member.
+
+    Hidden files (`._a.jpg`), metadata (`__meta__/a.jpg`) and files without an extension (`README`) are none.
+    """
+    if re.search(r"^__[^/]*__(/|$)|(^|/)(\.[^/]*|__MACOSX/.*)$", name):
         return None
     key, ext = base_plus_ext(name)
     if key is None:
         return None
-    # What is no UTF-8 in the tar comes as lone surrogates, which no Parquet file takes.
+    # Bytes that are not UTF-8 are lone surrogates here, which Parquet does not take.
     return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"), ext.lower()
 
 
-def _grouped(members: Iterable[_Member]) -> Iterator[Sample]:
+def _samples(members: Iterable[_Member]) -> Iterator[Sample]:
     seen: dict[str, int] = {}
     for index, group in enumerate(_groups(members)):
         key = group[0].key

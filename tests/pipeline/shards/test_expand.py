@@ -13,9 +13,9 @@ import pytest
 from s3server import S3, s3_server
 from tars import samples, tar_bytes
 
-from saltern.pipeline.shards import samples as reading
 from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.samples import list_keys, read_samples
+from saltern.pipeline.storage import filesystem
 from saltern.schemas.errors import ShardError, UserError
 
 Touch = Callable[..., None]
@@ -286,9 +286,9 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
             monkeypatch.setenv(name, "none")
         monkeypatch.setenv("AWS_REGION", "us-east-1")
         monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        reading._bucket.cache_clear()
+        filesystem._bucket.cache_clear()
         yield server
-        reading._bucket.cache_clear()
+        filesystem._bucket.cache_clear()
 
 
 def test_patterns_in_an_object_store(store: S3) -> None:
