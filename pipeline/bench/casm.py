@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from saltern.pipeline.bench.figures import Side, by_turns, peak_bytes, ratio
-from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters, Precision
+from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS, Thinning, thinning_named
 from saltern.pipeline.machine import exact
@@ -23,7 +23,7 @@ from saltern.pipeline.masknet.stages import find_stages
 from saltern.pipeline.models import classifiers
 
 GOAL = 1.15  # of step / limit
-PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16")
 SIDES = ("step", "limit", "optimisers")
 _ENOUGH_S = 1.0  # of one round of one side; faster calls are repeated
 _POOL = 4  # past classifiers, of which each step draws one: as costly as the pool's full 30
@@ -75,7 +75,7 @@ class Sides:
         x_BCHW: normalised images; label_B: their classes.
     """
 
-    def __init__(self, model: nn.Module, kind: Kind, precision: Precision, x_BCHW: Tensor, label_B: Tensor) -> None:
+    def __init__(self, model: nn.Module, kind: Kind, precision: str, x_BCHW: Tensor, label_B: Tensor) -> None:
         self._kind, self._precision, self._x_BCHW, self._label_B = kind, precision, x_BCHW, label_B
         self._training = _training(copy.deepcopy(model), kind, precision)
         self._f = copy.deepcopy(model).train(kind.trained).requires_grad_(kind.trained)
@@ -119,7 +119,7 @@ class Sides:
         return torch.autocast(self._x_BCHW.device.type, torch.bfloat16, enabled=self._precision == "bf16")
 
 
-def _training(model: nn.Module, kind: Kind, precision: Precision) -> Training:
+def _training(model: nn.Module, kind: Kind, precision: str) -> Training:
     """One whose steps are all of one kind. It learns at a rate of 0: as costly, and no value runs away."""
     # hp decides which kind a step is, so at 0 and at 1 every step is of the same.
     thinning = replace(THINNINGS["L100"], trained=kind.trained, hp=float(kind.past))
@@ -156,7 +156,7 @@ def measure(bench: Bench, say: Callable[[str], None]) -> Iterator[dict[str, Any]
             yield _mixed(name, precision, {kind: (share, entries[kind, precision]) for kind, share in shares.items()})
 
 
-def _measure(kind: Kind, precision: Precision, bench: Bench) -> dict[str, Any]:
+def _measure(kind: Kind, precision: str, bench: Bench) -> dict[str, Any]:
     classifier = classifiers.load(bench.model, "none")
     model = classifier.model.to(bench.device).to(memory_format=torch.channels_last)
     batch, side = bench.batch_size, classifier.preprocess.crop

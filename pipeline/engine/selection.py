@@ -9,6 +9,7 @@ import torch
 from saltern.pipeline.engine.local import LocalPool
 from saltern.pipeline.engine.pool import Factory, Pool
 from saltern.pipeline.machine import pick_device
+from saltern.schemas import choices
 from saltern.schemas.errors import UserError
 
 
@@ -35,8 +36,7 @@ def select_engine(
     Raises:
         UserError: the wishes contradict each other, or cannot be had here.
     """
-    if engine not in ("auto", "local", "ray"):
-        raise UserError(f"--engine {engine!r} is none of auto, local, ray")
+    choices.check_choice("--engine", engine, choices.Engine)
     if engine == "local" and (address or (workers or 1) > 1):
         raise UserError("--engine local is one worker in this process; --address and --workers need --engine ray")
     why = "as asked for" if engine != "auto" else _reason_for_ray(device, address, workers)

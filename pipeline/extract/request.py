@@ -14,15 +14,12 @@ from saltern.pipeline.methods import Method, build
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.samples import list_keys
+from saltern.schemas.choices import MapDtype, MapSize, Precision, check_choice
 from saltern.schemas.errors import UserError
 from saltern.schemas.run import EXTRACT, PINNED, Run, RunConfig, Shard
 
 BATCH_SIZE = {"cpu": 16, "cuda": 128}
-_CHOICES = {
-    "map_size": ("native", "input"),
-    "map_dtype": ("uint8", "float16", "float32"),
-    "precision": ("fp32", "bf16", "fp16"),
-}
+_CHOICES = {"map_size": MapSize, "map_dtype": MapDtype, "precision": Precision}
 
 
 @dataclass(frozen=True)
@@ -66,8 +63,8 @@ def resolve(request: ExtractRequest, standing: Run | None, device: str, workers:
         UserError: anything that was asked for cannot be had.
     """
     for key, choices in _CHOICES.items():
-        if getattr(request, key) not in (None, *choices):
-            raise UserError(f"--{key.replace('_', '-')} {getattr(request, key)!r} is none of {', '.join(choices)}")
+        if getattr(request, key) is not None:
+            check_choice(f"--{key.replace('_', '-')}", getattr(request, key), choices)
     parse_rule(request.discretize)
     shards, hints = expand(request.shards)
     shards = limited(shards, request.limit)

@@ -6,7 +6,6 @@ Shape suffixes: B batch, C H W the network's input, K classes, T steps.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ class Ascent:
     steps: int
     step_size: float
     weight: float
-    init: Literal["zero", "noise"]
+    init: str  # one of choices.FirstImage
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from saltern.pipeline.shards.samples import Sample
 from saltern.pipeline.show.grid import png
 from saltern.pipeline.synthesis.perturb import PGD, perturb, unit
 from saltern.schemas.attack import SIDES, attack_schema
+from saltern.schemas.choices import PenaltyNorm, StepRule, check_choice
 from saltern.schemas.errors import UserError
 from saltern.schemas.run import ATTACK, Run, Shard
 from saltern.schemas.saliency import NONFINITE, ZERO_MAP, with_metadata
@@ -164,7 +165,6 @@ def plan(request: ExtractRequest, standing: Run | None, device: str, workers: in
             "--steps must be at least 1, --recompute and --beta at least 0, --step-size and --epsilon above 0 and at "
             "most 1 (pixels are in 0..1: 12/255 is twelve levels of 8 bits)"
         )
-    for name, given, choices in (("norm", how.norm, ("rms", "l2")), ("rule", how.rule, ("normalised", "sign"))):
-        if given not in choices:
-            raise UserError(f"--{name} {given!r} is none of {', '.join(choices)}")
+    check_choice("--norm", how.norm, PenaltyNorm)
+    check_choice("--rule", how.rule, StepRule)
     return resolve(replace(request, job=ATTACK, target="top1"), standing, device, workers)

@@ -5,7 +5,6 @@ Shape suffixes: B batch, C H W the network's input, K classes. Images are in [0,
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,9 +32,9 @@ class PGD:
     step_size: float
     epsilon: float
     beta: float
-    norm: Literal["rms", "l2"] = "rms"
+    norm: str = "rms"  # one of choices.PenaltyNorm
     recompute: int = 0
-    rule: Literal["normalised", "sign"] = "normalised"
+    rule: str = "normalised"  # one of choices.StepRule
 
 
 def perturb(

@@ -28,6 +28,7 @@ from saltern.pipeline.runs.writer import Row
 from saltern.pipeline.show.grid import png, publish_grid
 from saltern.pipeline.storage.store import Store
 from saltern.pipeline.synthesis.ascend import Ascent, Peak, ascend, start
+from saltern.schemas.choices import FirstImage, check_choice
 from saltern.schemas.errors import UserError
 from saltern.schemas.receipt import Receipt
 from saltern.schemas.run import CLASSES, VISUALIZE, Run, RunConfig, Shard
@@ -78,8 +79,7 @@ def parse_classes(text: str, classes: int) -> list[int]:
 
 def plan(request: VisualizeRequest, standing: Run | None, device: str, workers: int) -> tuple[Run, list[str]]:
     """The run that is asked for. Raises UserError where something that was asked for cannot be had."""
-    if request.init not in ("zero", "noise"):
-        raise UserError(f"--init {request.init!r} is none of zero, noise")
+    check_choice("--init", request.init, FirstImage)
     if request.steps < 1 or request.step_size <= 0 or request.weight < 0:
         raise UserError("--steps must be at least 1, --step-size larger than 0, --lambda at least 0")
     see_own_modules()

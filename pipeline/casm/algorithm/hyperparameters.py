@@ -2,15 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from saltern.pipeline.casm.algorithm.thinning import THINNINGS, Score, Thinning
+from saltern.pipeline.casm.algorithm.thinning import THINNINGS, Thinning
+from saltern.schemas import choices
 from saltern.schemas.errors import UserError
-
-ClassifierLoss = Literal["sequential", "sum"]
-PoolDraw = Literal["shared", "per-rank"]
-BatchNorm = Literal["train", "eval"]
-Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -18,18 +14,18 @@ class Hyperparameters:
     """The defaults are the published ones. Raises UserError on a value out of range."""
 
     thinning: Thinning = THINNINGS["L100"]
-    score: Score = "entropy"
+    score: str = "entropy"
     lam: float | Literal["auto"] | None = None  # weight of the penalty on size; None: the published one
     mask_area: float = 0.5  # mean mask that "auto" steers to
     pool_size: int = 30
     pool_half: bool = False  # the pool's weights in 16 bits
-    pool_draw: PoolDraw = "shared"  # one member for all ranks, or one for each; the coin is common in both
-    classifier_loss: ClassifierLoss = "sequential"  # clean, then masked; "sum": half of each in one step (eq. 8)
+    pool_draw: str = "shared"  # one member for all ranks, or one for each; the coin is common in both
+    classifier_loss: str = "sequential"  # clean, then masked; "sum": half of each in one step (eq. 8)
     share_encoder: bool = True  # False: a second trunk, a copy of the classifier at first, trained with the decoder
     init_scale: float = 1.0  # of the last weights of the decoder at first; below 1, masks do not begin saturated
     tv: float = 0.0  # weight of the total variation of the masks
-    batch_norm: BatchNorm = "train"  # "eval": running statistics everywhere, so that the batch's split has no effect
-    precision: Precision = "fp32"
+    batch_norm: str = "train"  # "eval": running statistics everywhere, so that the batch's split has no effect
+    precision: str = "fp32"
     lr_classifier: float = 1e-3  # SGD
     momentum: float = 0.9
     lr_mask: float = 1e-3  # Adam
@@ -39,9 +35,8 @@ class Hyperparameters:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name}={getattr(self, name)!r} is none of {', '.join(choices)}")
+        for name, allowed in _CHOICES.items():
+            choices.check_choice(name, getattr(self, name), allowed)
         for name in ("init_scale", "tv", "lr_classifier", "momentum", "lr_mask", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name}={getattr(self, name)} must be 0 or more, and finite")
@@ -62,11 +57,11 @@ class Hyperparameters:
 
 
 _CHOICES = {
-    "score": get_args(Score),
-    "pool_draw": get_args(PoolDraw),
-    "classifier_loss": get_args(ClassifierLoss),
-    "batch_norm": get_args(BatchNorm),
-    "precision": get_args(Precision),
+    "score": choices.Score,
+    "pool_draw": choices.PoolDraw,
+    "classifier_loss": choices.ClassifierLoss,
+    "batch_norm": choices.BatchNorm,
+    "precision": choices.TrainingPrecision,
 }
 
 

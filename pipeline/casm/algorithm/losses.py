@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saltern.pipeline.casm.algorithm.thinning import Score
-
 
 class MaskTerms(NamedTuple):
     """The terms of a mask's loss, and what they rest on. Losses are scalars in float32, gradient kept."""
@@ -27,7 +25,7 @@ class MaskTerms(NamedTuple):
 
 
 def mask_terms(
-    masked_logits_BK: Tensor, label_B: Tensor, right_B: Tensor, mask_B1HW: Tensor, score: Score = "entropy"
+    masked_logits_BK: Tensor, label_B: Tensor, right_B: Tensor, mask_B1HW: Tensor, score: str = "entropy"
 ) -> MaskTerms:
     """The terms of the mask's loss.
 

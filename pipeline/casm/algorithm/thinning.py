@@ -8,14 +8,12 @@ import contextlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from saltern.pipeline.naming import nearest
 from saltern.schemas.errors import UserError
-
-Score = Literal["entropy", "classification"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Thinning:
     entropy: float  # lambda for the entropy score, picked by hand for ResNet-50 on ImageNet
     classification: float  # lambda for the classification score, likewise
 
-    def lambda_for(self, score: Score) -> float:
+    def lambda_for(self, score: str) -> float:
         """The published weight of the penalty on size."""
         return self.entropy if score == "entropy" else self.classification
 
