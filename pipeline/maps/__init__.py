@@ -1,1 +1,1 @@
-"""What a saliency map becomes: masks, boxes, stored bytes, positions in the original image."""
+"""From saliency maps to masks, boxes, stored bytes and positions in the original image."""

@@ -1,6 +1,6 @@
-"""From a real-valued map to a mask and a box, once, for every method.
+"""Turn real-valued maps into masks and boxes.
 
-Shape suffixes: B batch, H W the network's input, h w a map's own grid, b rows of one batch that have a map.
+Shape suffixes: B batch, H W the network's input, h w a map's grid, N pixels, L levels of a histogram.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,71 @@ from torch import Tensor
 from saltern.schemas.errors import UserError
 
 Rule = Callable[[Tensor], Tensor]  # unit_BHW in [0, 1] -> threshold_B in [0, 1]
+RULES = "mean:ALPHA, mean-std:K, quantile:Q, fixed:T, max:ALPHA, fraction, otsu"
+
+
+def discretize(map_BHW: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Discretize maps at input resolution.
+
+    The rule gets each map scaled to [0, 1] by its minimum and maximum. Its threshold is converted back to the map's
+    unit, so that `mask = map >= threshold` holds exactly.
+
+    Returns:
+        mask_BHW bool, threshold_B float32.
+    """
+    lo_B, hi_B = map_BHW.amin((1, 2)), map_BHW.amax((1, 2))
+    span_B = hi_B - lo_B
+    unit_BHW = (map_BHW - lo_B[:, None, None]) / span_B.where(span_B > 0, torch.ones_like(span_B))[:, None, None]
+    unit_B = rule(unit_BHW)
+    chosen_BHW = torch.where(unit_BHW >= unit_B[:, None, None], map_BHW, torch.inf)
+    # Converting back rounds. The threshold must not exceed a value that the rule chose, or the mask would lose it.
+    threshold_B = (lo_B + unit_B * span_B).minimum(chosen_BHW.amin((1, 2)))
+    return map_BHW >= threshold_B[:, None, None], threshold_B
+
+
+def parse_rule(text: str) -> Rule:
+    """Return the discretization rule of a text as `mean:1`.
+
+    Raises:
+        UserError: the text is none of RULES; the message lists them.
+    """
+    name, colon, number = text.partition(":")
+    try:
+        if name in _PLAIN and not colon:
+            return _PLAIN[name]
+        make, default, limit = _WITH_NUMBER[name]
+        value = float(number) if colon else default
+    except (KeyError, ValueError):
+        raise UserError(f"--discretize {text!r} is not a rule; the rules are {RULES}") from None
+    if not np.isfinite(value) or (limit is not None and not 0 <= value <= limit):
+        raise UserError(f"--discretize {text!r}: the number must be in 0..{limit or 'infinity'}")
+    return make(value)
 
 
 def upsample(map_Bhw: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bring maps to `size` = (height, width) pixels: bilinear, align_corners False. float32 in, float32 out."""
+    """Resample maps to `size` = (height, width) pixels: bilinear, align_corners False, float32."""
     if map_Bhw.shape[-2:] == size:
         return map_Bhw
     return F.interpolate(map_Bhw[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def largest_box(mask_HW: np.ndarray) -> tuple[int, int, int, int] | None:
+    """Return the tight box of the largest 4-connected component of a bool (H, W) mask.
+
+    Returns:
+        x0, y0, x1, y1 in pixels, half-open; None for an empty mask. Of equally large components, the first in
+        raster order counts.
+    """
+    x, y, width, height = cv2.boundingRect(mask_HW.view(np.uint8))
+    if not width:
+        return None
+    inside_HW = mask_HW[y : y + height, x : x + width].view(np.uint8)
+    count, label_HW = cv2.connectedComponents(inside_HW, connectivity=4)
+    if count > 2:  # count sizes only if needed: it takes longer than labelling
+        largest = 1 + np.bincount(label_HW.ravel())[1:].argmax()
+        left, top, width, height = cv2.boundingRect((label_HW == largest).view(np.uint8))
+        x, y = x + left, y + top
+    return x, y, x + width, y + height
 
 
 def _mean(alpha: float) -> Rule:
@@ -29,11 +87,6 @@ def _mean(alpha: float) -> Rule:
 
 def _mean_std(k: float) -> Rule:
     return lambda unit_BHW: unit_BHW.mean((1, 2)) + k * unit_BHW.flatten(1).std(1, correction=0)
-
-
-def _kth_largest(unit_BHW: Tensor, count_B: Tensor) -> Tensor:
-    ordered_BN = unit_BHW.flatten(1).sort(1, descending=True).values
-    return ordered_BN.gather(1, (count_B.clamp(1, ordered_BN.shape[1]) - 1)[:, None])[:, 0]
 
 
 def _quantile(q: float) -> Rule:
@@ -49,6 +102,11 @@ def _fraction(unit_BHW: Tensor) -> Tensor:
     return _kth_largest(unit_BHW, (unit_BHW.mean((1, 2)) * unit_BHW[0].numel()).round().long())
 
 
+def _kth_largest(unit_BHW: Tensor, count_B: Tensor) -> Tensor:
+    ordered_BN = unit_BHW.flatten(1).sort(1, descending=True).values
+    return ordered_BN.gather(1, (count_B.clamp(1, ordered_BN.shape[1]) - 1)[:, None])[:, 0]
+
+
 def _fixed(t: float) -> Rule:
     return lambda unit_BHW: unit_BHW.new_full((len(unit_BHW),), t)
 
@@ -58,7 +116,7 @@ def _max(alpha: float) -> Rule:
 
 
 def _otsu(unit_BHW: Tensor) -> Tensor:
-    """Otsu 1979 on 256 levels: the threshold that maximises the variance between the two classes."""
+    """Return the threshold that maximises the variance between the two classes (Otsu 1979), on 256 levels."""
     level_BN = (unit_BHW * 255).round().long().flatten(1)
     hist_BL = unit_BHW.new_zeros(len(unit_BHW), 256).scatter_add_(
         1, level_BN, torch.ones_like(level_BN, dtype=torch.float)
@@ -70,66 +128,12 @@ def _otsu(unit_BHW: Tensor) -> Tensor:
     return (between_BL.argmax(1) + 0.5) / 255
 
 
-_WITH_NUMBER: dict[str, tuple[Callable[[float], Rule], float]] = {
-    "mean": (_mean, 1.0),
-    "mean-std": (_mean_std, 0.0),
-    "quantile": (_quantile, 0.9),
-    "fixed": (_fixed, 0.5),
-    "max": (_max, 0.5),
+# name -> rule, default of its number, largest number
+_WITH_NUMBER: dict[str, tuple[Callable[[float], Rule], float, float | None]] = {
+    "mean": (_mean, 1.0, None),
+    "mean-std": (_mean_std, 0.0, None),
+    "quantile": (_quantile, 0.9, 1.0),
+    "fixed": (_fixed, 0.5, 1.0),
+    "max": (_max, 0.5, 1.0),
 }
 _PLAIN: dict[str, Rule] = {"fraction": _fraction, "otsu": _otsu}
-RULES = "mean:ALPHA, mean-std:K, quantile:Q, fixed:T, max:ALPHA, fraction, otsu"
-
-
-def parse_rule(text: str) -> Rule:
-    """A discretization rule by name, as `mean:1`. Raises UserError with the choices where it is none of RULES."""
-    name, colon, number = text.partition(":")
-    try:
-        if name in _PLAIN and not colon:
-            return _PLAIN[name]
-        make, default = _WITH_NUMBER[name]
-        value = float(number) if colon else default
-    except (KeyError, ValueError):
-        raise UserError(f"--discretize {text!r} is no rule; the rules are {RULES}") from None
-    limit = {"quantile": 1.0, "fixed": 1.0, "max": 1.0}.get(name)
-    if not np.isfinite(value) or (limit is not None and not 0 <= value <= limit):
-        raise UserError(f"--discretize {text!r}: the number must lie in 0..{limit or 'infinity'}")
-    return make(value)
-
-
-def discretize(map_BHW: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-    """Masks of maps at input resolution.
-
-    The rule sees each map scaled to [0, 1] by its own minimum and maximum; the threshold it gives is brought back to
-    the map's unit, so that `mask = map >= threshold` holds to the bit.
-
-    Returns:
-        mask_BHW bool, threshold_B float32.
-    """
-    lo_B, hi_B = map_BHW.amin((1, 2)), map_BHW.amax((1, 2))
-    span_B = hi_B - lo_B
-    unit_BHW = (map_BHW - lo_B[:, None, None]) / span_B.where(span_B > 0, torch.ones_like(span_B))[:, None, None]
-    unit_B = rule(unit_BHW)
-    chosen_BHW = torch.where(unit_BHW >= unit_B[:, None, None], map_BHW, torch.inf)
-    # The way back rounds: it must not lift the threshold above a value that the rule chose, or a plateau is lost.
-    threshold_B = (lo_B + unit_B * span_B).minimum(chosen_BHW.amin((1, 2)))
-    return map_BHW >= threshold_B[:, None, None], threshold_B
-
-
-def largest_box(mask_HW: np.ndarray) -> tuple[int, int, int, int] | None:
-    """Tight box of the largest 4-connected component of a bool (H, W) mask.
-
-    Returns:
-        x0, y0, x1, y1 in pixels, half-open; None for an empty mask. Of equally large components the first in
-        raster order.
-    """
-    x, y, width, height = cv2.boundingRect(mask_HW.view(np.uint8))
-    if not width:
-        return None
-    inside_HW = mask_HW[y : y + height, x : x + width].view(np.uint8)
-    count, label_HW = cv2.connectedComponents(inside_HW, connectivity=4)
-    if count > 2:  # several; sizes are counted only here, as it takes longer than the labels
-        largest = 1 + np.bincount(label_HW.ravel())[1:].argmax()
-        left, top, width, height = cv2.boundingRect((label_HW == largest).view(np.uint8))
-        x, y = x + left, y + top
-    return x, y, x + width, y + height

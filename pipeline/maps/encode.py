@@ -1,6 +1,6 @@
-"""Maps and masks as bytes, and back: inverse functions side by side.
+"""Encode maps and masks as bytes, and decode them.
 
-Packing and quantising run on the device, so that only what is stored crosses to the host.
+Packing and quantising run on the device, so that only the stored bytes are copied to the host.
 """
 
 import numpy as np
@@ -9,18 +9,18 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-CLIP_QUANTILE = 0.999  # of heavy-tailed maps: min-max alone would send 11-40 % of their pixels to zero
+CLIP_QUANTILE = 0.999  # of heavy-tailed maps, as scaling by their maximum would round 11-40 % of the pixels to zero
 _GATHER = 0x8040201008040201 - 2**64  # bits 63, 54, ..., 9, 0, as a signed integer
 _TORCH = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32}
 
 
 def quantise(map_Bhw: Tensor, dtype: str, *, heavy_tailed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Float maps as they are stored.
+    """Convert float maps to the stored type.
 
     Args:
         map_Bhw: float32, finite.
         dtype: uint8 | float16 | float32.
-        heavy_tailed: for uint8, end the scale at the CLIP_QUANTILE of each map in place of its maximum.
+        heavy_tailed: for uint8, end the scale at each map's CLIP_QUANTILE instead of its maximum.
 
     Returns:
         stored_Bhw of that dtype; lo_B, hi_B float32 with value = lo + u8 / 255 * (hi - lo) for uint8.
@@ -31,7 +31,7 @@ def quantise(map_Bhw: Tensor, dtype: str, *, heavy_tailed: bool) -> tuple[Tensor
         return map_Bhw.to(_TORCH[dtype]), lo_B, flat_BN.amax(1)
     above = round((1 - CLIP_QUANTILE) * flat_BN.shape[1]) if heavy_tailed else 0
     hi_B = flat_BN.topk(above + 1, 1).values[:, -1]
-    # A map with fewer non-zero pixels than the clip takes keeps its whole range.
+    # A map with fewer non-zero pixels than the quantile clips keeps its full range.
     hi_B = hi_B.where(hi_B > lo_B, flat_BN.amax(1))
     span_B = (hi_B - lo_B).where(hi_B > lo_B, torch.ones_like(hi_B))
     unit_Bhw = (map_Bhw - lo_B[:, None, None]) / span_B[:, None, None]
@@ -41,7 +41,7 @@ def quantise(map_Bhw: Tensor, dtype: str, *, heavy_tailed: bool) -> tuple[Tensor
 def dequantise(
     raw: bytes, dtype: str, shape: tuple[int, int], lo: float | None = None, hi: float | None = None
 ) -> NDArray[np.float32]:
-    """A stored map as a float32 (height, width) array: the inverse of `quantise` up to its rounding."""
+    """Return a stored map as a float32 (height, width) array: the inverse of `quantise`, except for rounding."""
     stored = np.frombuffer(raw, dtype).reshape(shape)
     if dtype != "uint8":
         return stored.astype(np.float32)
@@ -51,15 +51,19 @@ def dequantise(
 
 
 def pack_mask(mask_BHW: Tensor) -> Tensor:
-    """Bool masks as packed bits, uint8 (B, ceil(H * W / 8)): row-major, first pixel = highest bit, zero padding."""
+    """Pack bool masks into bits, uint8 (B, ceil(H * W / 8)): row-major, first pixel = highest bit, zero padding."""
     bits_BN = F.pad(mask_BHW.flatten(1), (0, -mask_BHW[0].numel() % 8))
-    # Eight bool bytes are one little-endian integer; the product's highest byte holds them as bits, the first on top.
+    # Eight bool bytes form one little-endian integer. The product's highest byte holds their bits, the first on top.
     return ((bits_BN.view(torch.int64) * _GATHER) >> 56).to(torch.uint8)
 
 
 def unpack_mask(raw: bytes, shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """Packed bits as a bool (height, width) array: the inverse of `pack_mask`. ValueError where the size differs."""
+    """Return packed bits as a bool (height, width) array: the inverse of `pack_mask`.
+
+    Raises:
+        ValueError: the number of bytes does not fit the shape.
+    """
     count = shape[0] * shape[1]
-    if len(raw) != -(-count // 8):  # numpy would cut it or fill it up, silently
-        raise ValueError(f"{len(raw)} bytes are no packed mask of {shape[0]} x {shape[1]} pixels")
+    if len(raw) != -(-count // 8):  # numpy would cut or fill it without an error
+        raise ValueError(f"{len(raw)} bytes are not a packed mask of {shape[0]} x {shape[1]} pixels")
     return np.unpackbits(np.frombuffer(raw, np.uint8), count=count).reshape(shape).astype(np.bool_)

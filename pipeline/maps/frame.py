@@ -1,4 +1,4 @@
-"""A map or a box of the network's input, placed in the original image."""
+"""Place maps and boxes of the network's input in the original image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,11 +9,13 @@ from numpy.typing import NDArray
 
 from saltern.schemas.saliency import Box
 
+Numbers = NDArray[np.floating[Any]]
+
 
 def to_original(
     box: tuple[int, int, int, int], geometry: tuple[float, float, float, float], height: int, width: int
 ) -> list[int]:
-    """A box of input pixels in the original's pixels: rounded to the nearest, inside the image, at least one pixel.
+    """Convert a box from input pixels to the original's pixels: rounded, inside the image, at least one pixel.
 
     Args:
         box: x0, y0, x1, y1, half-open, pixels of the network's input.
@@ -28,12 +30,17 @@ def to_original(
     return [x0, y0, x1, y1]
 
 
+def whole_image(height: int, width: int) -> Box:
+    """Return the box of the whole image."""
+    return 0, 0, width, height
+
+
 def over_frame(
     map_hw: NDArray[np.float32], input_shape: tuple[int, int], geometry: list[float], height: int, width: int
 ) -> NDArray[np.float32]:
-    """A map at the pixel centres of a (height, width) frame in which `geometry` places the input; NaN outside of it.
+    """Resample a map at the pixel centres of a (height, width) frame; NaN outside of the input.
 
-    Bilinear with cells as areas, the surface of `upsample` with align_corners False.
+    `geometry` places the input in the frame. Interpolation is bilinear, as of `upsample` with align_corners False.
     """
     scale_x, scale_y, offset_x, offset_y = geometry
     # Shares of the input: 0 at its first edge, 1 at its last.
@@ -45,45 +52,14 @@ def over_frame(
     return map_YX
 
 
-def _lines(map_hw: NDArray[np.float32], share: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-    """Lines of the map at shares of its height, between the two nearest."""
+def _lines(map_hw: NDArray[np.float32], share: Numbers) -> NDArray[np.float32]:
+    """Interpolate rows of the map at shares of its height, between the two nearest rows."""
     last = len(map_hw) - 1
     at = (share * len(map_hw) - 0.5).clip(0, last)
     before = at.astype(int)
     part = (at - before).astype(np.float32)[:, None]
-    made: NDArray[np.float32] = map_hw[before] * (1 - part) + map_hw[np.minimum(before + 1, last)] * part
-    return made
-
-
-Numbers = NDArray[np.floating[Any]]
-
-
-def whole_image(height: int, width: int) -> Box:
-    """The box that is all of the image."""
-    return 0, 0, width, height
-
-
-@dataclass(frozen=True)
-class Laid:
-    """A map over the pixel centres of its original; 0 where the network did not look (outside of its crop).
-
-    Sums over boxes need no map of the original's size: bilinear weights are summed along each axis first.
-    """
-
-    map_hw: Numbers
-    y: "_Axis"
-    x: "_Axis"
-
-    @property
-    def frame(self) -> Box:
-        return whole_image(len(self.y.share), len(self.x.share))
-
-    def sum(self, box: Box) -> float:
-        """Sum over the pixels in the box; none lie beyond the frame."""
-        x0, y0, x1, y1 = (max(edge, 0) for edge in box)
-        return float(
-            self.y.weights(y0, y1, len(self.map_hw)) @ self.map_hw @ self.x.weights(x0, x1, self.map_hw.shape[1])
-        )
+    rows: NDArray[np.float32] = map_hw[before] * (1 - part) + map_hw[np.minimum(before + 1, last)] * part
+    return rows
 
 
 def lay(
@@ -94,12 +70,12 @@ def lay(
     width: int,
     *,
     smooth: bool,
-) -> Laid:
-    """A map of the network's input (H, W), of any grid, over an original of height x width.
+) -> "Laid":
+    """Lay a map of the network's input (H, W), of any grid, over an original of height x width.
 
     Args:
         geometry: scale x, scale y, offset x, offset y (saltern.schemas.saliency).
-        smooth: bilinear between the cells, the surface of reader.over_frame; else each pixel has its cell's value.
+        smooth: interpolate between the cells as `over_frame` does; else each pixel gets its cell's value.
     """
     scale_x, scale_y, offset_x, offset_y = geometry
     y_Y = (np.arange(height) + 0.5 - offset_y) / (scale_y * input_shape[0])
@@ -108,14 +84,38 @@ def lay(
 
 
 @dataclass(frozen=True)
+class Laid:
+    """A map over the pixel centres of its original; 0 outside of the network's crop.
+
+    Sums over boxes need no map of the original's size, as bilinear weights are summed along each axis first.
+    """
+
+    map_hw: Numbers
+    y: "_Axis"
+    x: "_Axis"
+
+    @property
+    def frame(self) -> Box:
+        """Return the box of the whole original."""
+        return whole_image(len(self.y.share), len(self.x.share))
+
+    def sum(self, box: Box) -> float:
+        """Return the sum over the pixels in the box."""
+        x0, y0, x1, y1 = (max(edge, 0) for edge in box)
+        return float(
+            self.y.weights(y0, y1, len(self.map_hw)) @ self.map_hw @ self.x.weights(x0, x1, self.map_hw.shape[1])
+        )
+
+
+@dataclass(frozen=True)
 class _Axis:
-    """Where the pixel centres of the original lie along one side of the input: 0 its first edge, 1 its last."""
+    """The positions of the original's pixel centres along one side of the input: 0 is its first edge, 1 its last."""
 
     share: Numbers
     smooth: bool
 
     def weights(self, start: int, stop: int, cells: int) -> NDArray[np.float64]:
-        """How much each of the map's cells gives to the pixels start..stop together."""
+        """Return the weight of each of the map's cells in the sum of the pixels start..stop."""
         share = self.share[start:stop]
         at = share[(share >= 0) & (share < 1)] * cells
         if not self.smooth:
@@ -124,8 +124,8 @@ class _Axis:
         before = at.astype(int)
         part = at - before
         after = np.minimum(before + 1, cells - 1)
-        made: NDArray[np.float64] = _counted(before, 1 - part, cells) + _counted(after, part, cells)
-        return made
+        weights: NDArray[np.float64] = _counted(before, 1 - part, cells) + _counted(after, part, cells)
+        return weights
 
 
 def _counted(cell: NDArray[np.intp], weight: Numbers, cells: int) -> NDArray[np.float64]:

@@ -1,1 +1,1 @@
-"""Numbers on a run's maps, masks and boxes."""
+"""Measure a run's maps, masks and boxes against annotated boxes."""

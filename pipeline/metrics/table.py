@@ -1,31 +1,27 @@
-"""An evaluation as a table and lines of text."""
+"""Print an evaluation as a table and lines of text."""
 
 from collections.abc import Iterator
 
 from saltern.pipeline.metrics.evaluate import Evaluation, Mean
 from saltern.pipeline.metrics.judge import AS_IS, CENTRE, FOUND, NO_MAPS, SCALED, WHOLE
+from saltern.pipeline.tables import markdown_table
 from saltern.schemas.saliency import OK, ZERO_MAP
 
 _HEADS = {"le": "LE %", "om": "OM %", "f1": "F1 %", "f1_mask": "F1 % of the mask"}
 _MAPS = {
-    SCALED: "each map scaled from its least value, 0, to its largest, 1",
-    AS_IS: "maps as they are",
-    NO_MAPS: "the run stores no maps (--no-map), masks alone",
+    SCALED: "each map scaled from its smallest value, 0, to its largest, 1",
+    AS_IS: "maps not scaled",
+    NO_MAPS: "the run stores no maps (--no-map), only masks",
 }
-_SHOWN = 5  # failed samples that are printed
+_SHOWN = 5  # number of failed samples that are printed
 
 
-def as_table(found: Evaluation) -> str:
-    """A Markdown table: the run, then the baselines; means with half their 95 % intervals."""
-    config = found.run.run.config
+def as_table(evaluation: Evaluation) -> str:
+    """Return a Markdown table of the run and the baselines: means with half their 95 % intervals."""
+    config = evaluation.run.run.config
     names = {FOUND: f"{config.method} of {config.model}", CENTRE: "centre box of half the area", WHOLE: "whole image"}
-    lines = [["", *(_HEADS[column] for column in found.columns)]]
-    lines += [[name, *map(_cell, found.means[subject].values())] for subject, name in names.items()]
-    widths = [max(len(line[at]) for line in lines) for at in range(len(lines[0]))]
-    rows = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    ]
-    return "\n".join([rows[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *rows[1:]])
+    rows = [[name, *map(_cell, evaluation.means[subject].values())] for subject, name in names.items()]
+    return markdown_table(["", *(_HEADS[column] for column in evaluation.columns)], rows)
 
 
 def _cell(mean: Mean) -> str:
@@ -33,30 +29,30 @@ def _cell(mean: Mean) -> str:
     return "-" if percent is None else f"{percent['value']:.1f} ± {percent['plus_minus']:.1f}"
 
 
-def remarks(found: Evaluation) -> Iterator[str]:
-    """What the table is over, and how its numbers were made; one line each."""
-    config = found.run.run.config
+def remarks(evaluation: Evaluation) -> Iterator[str]:
+    """Yield lines on which samples the table covers and how its numbers were computed."""
+    config = evaluation.run.run.config
     yield (
-        f"{found.samples:,} samples with boxes; target {config.target}, boxes of the masks by {config.discretize}; "
-        "± half the 95 % interval"
+        f"{evaluation.samples:,} samples with boxes; target {config.target}, "
+        f"boxes of the masks by {config.discretize}; ± half the 95 % interval"
     )
-    if "f1" in found.columns:
-        yield f"F1: {_MAPS[found.maps]}"
-    if found.several:
-        yield "samples with several targets: the first of each counts"
-    if found.without_boxes:
-        yield f"left out: {found.without_boxes:,} samples without boxes"
-    if found.bad_annotations:
-        place, reason = next(iter(found.first_bad.items()))
-        yield f"left out: {found.bad_annotations:,} samples whose boxes cannot be read, the first {place}: {reason}"
-    if found.other_size:
-        yield f"{found.other_size:,} samples were annotated at another size than their images have: are they rescaled?"
-    yield from _failed(found)
+    if "f1" in evaluation.columns:
+        yield f"F1: {_MAPS[evaluation.maps]}"
+    if evaluation.several:
+        yield "samples with several targets: the first target counts"
+    if evaluation.without_boxes:
+        yield f"skipped: {evaluation.without_boxes:,} samples without boxes"
+    if evaluation.bad_annotations:
+        place, reason = next(iter(evaluation.first_bad.items()))
+        yield f"skipped: {evaluation.bad_annotations:,} samples whose boxes cannot be read, the first {place}: {reason}"
+    if evaluation.other_size:
+        yield f"{evaluation.other_size:,} samples were annotated at another size: were their images rescaled?"
+    yield from _failed(evaluation)
 
 
-def _failed(found: Evaluation) -> Iterator[str]:
-    count = sum(count for status, count in found.statuses.items() if status not in (OK, ZERO_MAP))
-    for place, reason in list(found.first_failed.items())[:_SHOWN]:
+def _failed(evaluation: Evaluation) -> Iterator[str]:
+    count = sum(count for status, count in evaluation.statuses.items() if status not in (OK, ZERO_MAP))
+    for place, reason in list(evaluation.first_failed.items())[:_SHOWN]:
         yield f"counts as a miss: {place}: {reason}"
     if count > _SHOWN:
         yield f"{count - _SHOWN:,} more count as misses; RUN/metrics/localization.json and the Parquet files name them"

@@ -1,4 +1,4 @@
-"""Which shards of a run are to be judged, and where their tars lie now."""
+"""Find the shards of a run that are to be judged, at their present paths."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,16 +11,16 @@ from saltern.schemas.run import Shard
 
 
 def wanted_shards(run: SaliencyRun, patterns: Sequence[str]) -> tuple[list[Shard], list[str]]:
-    """The run's shards that the patterns name, in the run's order, with the URLs that they have now.
+    """Return the run's shards that the patterns name, in the run's order, with their present URLs.
 
-    A tar that was moved is known by the shard's name at the end of its path, and by its size; one that was changed in
-    its place comes with the size that it had, for its reader to refuse.
+    A moved tar is recognised by its size and by the shard's name at the end of its path. A tar changed in place keeps
+    the planned size here, so that its reader refuses it.
 
     Returns:
-        The shards; hints in words on what was left out.
+        The shards; hints for the user about skipped ones.
 
     Raises:
-        UserError: a shard that is not of this run, or one that the run has not done.
+        UserError: a shard is not one of this run, or the run has not completed it.
     """
     if not patterns:
         return _done(run, run.run.shards), []
@@ -37,14 +37,14 @@ def wanted_shards(run: SaliencyRun, patterns: Sequence[str]) -> tuple[list[Shard
             chosen[shard.name] = replace(shard, url=tar.url)
     if strangers and (run.run.config.limit is None or not chosen):
         raise UserError(
-            f"{strangers[0].url} ({strangers[0].size:,} bytes) is no shard of {run.path}"
-            f"{_others(strangers)}; the first of the run's own is {run.run.shards[0].url} "
+            f"{strangers[0].url} ({strangers[0].size:,} bytes) is not a shard of {run.path}"
+            f"{_others(strangers)}; the run's first is {run.run.shards[0].url} "
             f"({run.run.shards[0].size:,} bytes)"
         )
     if strangers:
-        hints.append(f"{len(strangers)} shards lie beyond the --limit of the run, and are left out")
+        hints.append(f"{len(strangers)} shards are beyond the --limit of the run and are skipped")
     if len(chosen) < len(run.run.shards):
-        hints.append(f"{len(chosen)} of the run's {len(run.run.shards)} shards are judged")
+        hints.append(f"{len(chosen)} of the run's {len(run.run.shards)} shards are evaluated")
     return _done(run, [chosen[shard.name] for shard in run.run.shards if shard.name in chosen]), hints
 
 
@@ -53,7 +53,7 @@ def _others(strangers: list[Shard]) -> str:
 
 
 def _match(shards: Sequence[Shard], tar: Shard) -> Shard | None:
-    """The run's shard that this tar is: the same URL, or else the longest name that its path ends in."""
+    """Return the run's shard with this tar's URL, or else the one with the longest name that its path ends in."""
     for shard in shards:
         if shard.url == tar.url:
             return shard
@@ -63,26 +63,26 @@ def _match(shards: Sequence[Shard], tar: Shard) -> Shard | None:
 
 
 def _done(run: SaliencyRun, shards: list[Shard]) -> list[Shard]:
-    """The same shards. Raises UserError where the run lacks some, saying how many samples are missing."""
+    """Return the same shards. Raise UserError if the run lacks some, with the number of missing samples."""
     done = {shard.name for shard in run.shards}
     missing = [shard for shard in shards if shard.name not in done]
     if missing:
         samples, uncounted = _count(missing)
-        beside = f", beside those of {uncounted} that cannot be counted from here" if uncounted else ""
+        others = f", without those of {uncounted} shards that cannot be counted here" if uncounted else ""
         raise UserError(
-            f"{run.path} is not whole: {len(missing)} of {len(shards)} shards are missing, {samples:,} "
-            f"samples{beside}; go on with the same `saltern extract` command, or name only shards that stand"
+            f"{run.path} is not complete: {len(missing)} of {len(shards)} shards are missing, {samples:,} "
+            f"samples{others}; continue with the same `saltern extract` command, or name only completed shards"
         )
     return shards
 
 
 def _count(shards: list[Shard]) -> tuple[int, int]:
-    """Samples in local tars, by their headers; and the number of shards that are elsewhere or cannot be read."""
+    """Return the number of samples in local tars, and the number of shards that are remote or cannot be read."""
     samples = uncounted = 0
     for shard in shards:
         try:
             if "://" in shard.url:
-                raise OSError("it would have to be fetched whole")
+                raise OSError("counting would need all of its bytes")
             samples += len(list_keys(shard))
         except (OSError, ShardError):
             uncounted += 1

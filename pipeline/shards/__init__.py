@@ -1,1 +1,1 @@
-"""Input tars: listing, reading, decoding, packing."""
+"""Input tars: list, read, decode and pack them."""

@@ -1,4 +1,4 @@
-"""True boxes as the samples' json member holds them."""
+"""Read the annotated boxes in the samples' json members."""
 
 import json
 from dataclasses import dataclass
@@ -10,50 +10,50 @@ from saltern.schemas.saliency import Box
 
 @dataclass(frozen=True)
 class Annotation:
-    """What a sample's json member says of its objects."""
+    """The objects in a sample's json member."""
 
     boxes: list[Box]  # half-open, pixels of the original
-    size: tuple[int, int] | None  # height and width of the annotated image, where stated
+    size: tuple[int, int] | None  # height and width of the annotated image, if given
 
 
 def read_annotation(sample: Sample) -> Annotation | None:
-    """The sample's boxes; None where it has none.
+    """Return the sample's annotation; None if it has no boxes.
 
-    The member's own are inclusive: its x1 and y1 are the last pixels inside. They are made half-open here, and nowhere
-    else.
+    Boxes in the json member are inclusive: x1 and y1 are the last pixels inside. Only this function makes them
+    half-open.
 
     Raises:
-        ValueError: the member is no JSON object, or a box is not four whole numbers in order; one line says which.
+        ValueError: the member is not a JSON object, or a box is not four whole numbers in order. One line, names it.
     """
     try:
-        found = json.loads(sample.members.get("json", b"{}"))
+        content = json.loads(sample.members.get("json", b"{}"))
     except ValueError as error:
-        raise ValueError(f"its json member is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError("its json member is no object")
-    boxes = found.get("boxes") or []
+        raise ValueError(f"its json member is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError("its json member is not an object")
+    boxes = content.get("boxes") or []
     if not isinstance(boxes, list):
-        raise ValueError(f"its boxes are no list: {boxes!r}")
+        raise ValueError(f"its boxes are not a list: {boxes!r}")
     if not boxes:
         return None
-    height, width = found.get("height"), found.get("width")
+    height, width = content.get("height"), content.get("width")
     size = (height, width) if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0 else None
     return Annotation([_half_open(box) for box in boxes], size)
 
 
 def _half_open(box: object) -> Box:
-    """Raises ValueError."""
+    """Return an inclusive box as a half-open one. Raise ValueError if it is not a box."""
     if isinstance(box, list) and len(box) == 4 and all(isinstance(edge, int | float) for edge in box):
         x0, y0, x1, y1 = box
         if all(float(edge).is_integer() for edge in box) and x0 <= x1 and y0 <= y1:
             return int(x0), int(y0), int(x1) + 1, int(y1) + 1
-    raise ValueError(f"{box!r} is no box: x0, y0, x1, y1 in whole pixels, x0 <= x1, y0 <= y1")
+    raise ValueError(f"{box!r} is not a box: x0, y0, x1, y1 in whole pixels, x0 <= x1, y0 <= y1")
 
 
 def extra(sample: Sample) -> dict[str, Any]:
-    """The sample's json member; empty where there is none of our kind."""
+    """Return the sample's json member; {} if it is missing or not a JSON object."""
     try:
-        found = json.loads(sample.members.get("json", b"{}"))
+        content = json.loads(sample.members.get("json", b"{}"))
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

@@ -1,4 +1,4 @@
-"""Bytes of an image file in, the network's uint8 input and its geometry out. The only file that knows Pillow."""
+"""Decode image files to the network's uint8 input and its geometry. Pillow is used only here."""
 
 import contextlib
 import io
@@ -12,13 +12,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from saltern.schemas.saliency import DECODE_FAILED, TOO_LARGE
 
-MAX_PIXELS = 2**27  # 512 MiB once decoded; read from the header, before any pixel is
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM")  # none that runs a program
+MAX_PIXELS = 2**27  # 512 MiB once decoded; checked on the header, before decoding
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM")  # none of these can run a program
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_PILLOW = r"PIL\."
+warnings.filterwarnings("ignore", module=_PILLOW)
+_QUIET = warnings.filters[0]
 
 
 class DecodeError(Exception):
-    """One image that cannot be decoded: the row's status and the reason in words."""
+    """An image that cannot be decoded, with the row's status and the reason."""
 
     def __init__(self, status: str, reason: str) -> None:
         super().__init__(reason)
@@ -37,22 +40,22 @@ class Decoded:
 
 
 def decode(data: bytes, *, resize: int, crop: int, squash: bool, interpolation: str) -> Decoded:
-    """Decodes, turns upright, resizes and crops.
+    """Decode an image, turn it upright, resize and crop it.
 
-    Pixels are those of torchvision's preset, Resize(resize) on the PIL image, then CenterCrop(crop), but for one level
-    in a few values of a thousand. (More may differ in an image more than twice as high as wide, as Pillow 13 takes its
-    two passes in the other order there.) Both steps are one resampling of the crop's region alone, so that a strip of
-    1 x 5000 pixels never becomes 256 x 1,280,000.
+    The pixels equal those of torchvision's preset, Resize(resize) on the PIL image and then CenterCrop(crop), except
+    that a few values of a thousand differ by one level. (More can differ in an image more than twice as high as wide,
+    as Pillow 13 swaps its two passes for it.) Both steps are one resampling of only the crop's region, so that a strip
+    of 1 x 5000 pixels never becomes 256 x 1,280,000.
 
     Args:
         data: the image file.
         resize: shorter side before the crop, pixels; the longer follows. At least crop.
         crop: side of the result, pixels.
-        squash: resize the whole image to crop x crop instead, its aspect ratio lost.
+        squash: resize the whole image to crop x crop instead, without keeping its aspect ratio.
         interpolation: bilinear | bicubic, antialiased.
 
     Raises:
-        DecodeError: whatever the bytes hold.
+        DecodeError: the bytes cannot be decoded. No other exception is raised.
     """
     image = decode_image(data)
     width, height = image.size
@@ -61,24 +64,34 @@ def decode(data: bytes, *, resize: int, crop: int, squash: bool, interpolation: 
     return Decoded(np.array(small), height, width, geometry)
 
 
-def _resample(
-    image: Image.Image, geometry: tuple[float, float, float, float], crop: int, how: Image.Resampling
-) -> Image.Image:
-    """The crop's region, resampled to crop x crop.
+def decode_image(data: bytes) -> Image.Image:
+    """Return the whole image, RGB and upright by its EXIF; of an animation the first frame.
 
-    The region is cut out first, with the margin that the filter reaches into: Pillow keeps a box as float32, which is
-    finer near zero, and chooses the order of its two passes by the image's shape, the box aside.
+    Raises:
+        DecodeError: the bytes cannot be decoded. No other exception is raised.
     """
-    (scale_x, scale_y, x0, y0), (width, height) = geometry, image.size
-    x1, y1 = min(x0 + scale_x * crop, width), min(y0 + scale_y * crop, height)
-    margin_x, margin_y = 3 * max(scale_x, 1), 3 * max(scale_y, 1)
-    left, top = max(int(x0 - margin_x), 0), max(int(y0 - margin_y), 0)
-    cut = image.crop((left, top, min(math.ceil(x1 + margin_x), width), min(math.ceil(y1 + margin_y), height)))
-    return cut.resize((crop, crop), how, (x0 - left, y0 - top, x1 - left, y1 - top))
+    _silence()
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        _check_size(image.size)
+        image.load()
+        with contextlib.suppress(Exception):  # damaged metadata does not invalidate the pixels
+            ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
+    except DecodeError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise DecodeError(TOO_LARGE, _one_line(error)) from error
+    except UnidentifiedImageError as error:
+        begins = f"it begins with {data[:8].hex(' ')}" if data else "it is empty"
+        raise DecodeError(DECODE_FAILED, f"the image member is not an image of a known format: {begins}") from error
+    except Exception as error:  # Pillow's parsers raise struct.error, KeyError, ZeroDivisionError...
+        reason = f"damaged image: {_one_line(error)} ({type(error).__name__}, {len(data)} bytes)"
+        raise DecodeError(DECODE_FAILED, reason) from error
 
 
 def _geometry(width: int, height: int, resize: int, crop: int, squash: bool) -> tuple[float, float, float, float]:
-    """Scale and offset of the crop in the original, with torchvision's rounding of the size and of the offset."""
+    """Return scale and offset of the crop in the original; size and offset are rounded as torchvision does."""
     if squash:
         return width / crop, height / crop, 0.0, 0.0
     short = min(width, height)
@@ -89,26 +102,20 @@ def _geometry(width: int, height: int, resize: int, crop: int, squash: bool) -> 
     return scale_x, scale_y, left * scale_x, top * scale_y
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """The whole image, RGB and upright by its EXIF; the first frame of an animation. Raises DecodeError."""
-    _silence()
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-        _check_size(image.size)
-        image.load()
-        with contextlib.suppress(Exception):  # damaged metadata says nothing of the pixels, which stand as they are
-            ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
-    except DecodeError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise DecodeError(TOO_LARGE, _one_line(error)) from error
-    except UnidentifiedImageError as error:
-        begins = f"it begins with {data[:8].hex(' ')}" if data else "it is empty"
-        raise DecodeError(DECODE_FAILED, f"the image member is no image of a known format: {begins}") from error
-    except Exception as error:  # Pillow's parsers raise whatever they meet: struct.error, KeyError, ZeroDivisionError
-        reason = f"damaged image: {_one_line(error)} ({type(error).__name__}, {len(data)} bytes)"
-        raise DecodeError(DECODE_FAILED, reason) from error
+def _resample(
+    image: Image.Image, geometry: tuple[float, float, float, float], crop: int, how: Image.Resampling
+) -> Image.Image:
+    """Resample the crop's region to crop x crop.
+
+    The region is cut out first, with the margin that the filter reads. Pillow stores a box as float32, which is more
+    precise near zero, and chooses the order of its two passes by the shape of the image, not of the box.
+    """
+    (scale_x, scale_y, x0, y0), (width, height) = geometry, image.size
+    x1, y1 = min(x0 + scale_x * crop, width), min(y0 + scale_y * crop, height)
+    margin_x, margin_y = 3 * max(scale_x, 1), 3 * max(scale_y, 1)
+    left, top = max(int(x0 - margin_x), 0), max(int(y0 - margin_y), 0)
+    cut = image.crop((left, top, min(math.ceil(x1 + margin_x), width), min(math.ceil(y1 + margin_y), height)))
+    return cut.resize((crop, crop), how, (x0 - left, y0 - top, x1 - left, y1 - top))
 
 
 def _check_size(size: tuple[int, int]) -> None:
@@ -119,32 +126,27 @@ def _check_size(size: tuple[int, int]) -> None:
         raise DecodeError(TOO_LARGE, f"{width} x {height} pixels; at most {MAX_PIXELS} are decoded")
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Pillow's own conversion, but for deep greys, which it would clip at 255."""
+    """Convert an image to RGB as Pillow does, except deep greys, which Pillow would clip at 255."""
     if image.mode.startswith("I"):  # 16 bits, or 16 bits kept in 32
         deep_HW = np.asarray(image).clip(0, 65535).astype(np.uint32)
         image = Image.fromarray(((deep_HW + 128) // 257).astype(np.uint8))
-    elif image.mode == "F":  # white is 1.0, unless values beyond it say that it is 255
+    elif image.mode == "F":  # white is 255 if any value exceeds 1.0
         float_HW = np.nan_to_num(np.asarray(image))
         white = 1.0 if float_HW.max() <= 1 else 255.0
         image = Image.fromarray((float_HW.clip(0, white) * (255 / white)).round().astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _silence() -> None:
-    """Keeps Pillow's warnings on damaged metadata off, and no others.
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
-    A filter that stands, as `warnings.catch_warnings` is not safe in threads. Set again only where another has come
-    before it: each change makes every once-only warning of the process due again.
+
+def _silence() -> None:
+    """Ignore Pillow's warnings on damaged metadata, and no others.
+
+    The filter is permanent, as `warnings.catch_warnings` is not safe in threads. It is set again only if another filter
+    precedes it, as each change makes Python repeat the warnings that it shows only once.
     """
     if warnings.filters[:1] != [_QUIET]:
         warnings.filterwarnings("ignore", module=_PILLOW)
-
-
-_PILLOW = r"PIL\."
-warnings.filterwarnings("ignore", module=_PILLOW)
-_QUIET = warnings.filters[0]

@@ -1,4 +1,4 @@
-"""SHARDS as the user writes them -> the list of wanted shards, each with its name, URL and size."""
+"""Expand the user's SHARDS to a list of shards with name, URL and size."""
 
 import glob
 import math
@@ -18,20 +18,20 @@ from saltern.schemas.errors import UserError
 from saltern.schemas.run import Shard
 
 ENDINGS = (".tar", ".tar.gz", ".tgz")
-FLAT = 10_000  # data files that one folder may hold
-BUCKET = 1_000  # data files in each of its sub-folders beyond that, about
+FLAT = 10_000  # largest number of data files in one folder
+BUCKET = 1_000  # approximate number of data files in each sub-folder of a larger one
 
-Found = tuple[str, int, object]  # URL or absolute path; bytes; what tells one file from another
+Found = tuple[str, int, object]  # URL or absolute path; size in bytes; identity of the file
 
 
 def expand(patterns: Sequence[str]) -> tuple[list[Shard], list[str]]:
-    """The shards that the patterns name: in the patterns' order, sorted within a glob or a folder, each once.
+    """Return the shards that the patterns name, in their order, sorted within a glob or a folder, each once.
 
     Args:
         patterns: local paths and s3:// or gs:// URLs, with braces and globs; folders; @FILE with one pattern a line.
 
     Returns:
-        The shards, local ones by absolute path; hints in words on what may not be meant.
+        The shards, local ones by absolute path; hints for the user about likely mistakes.
 
     Raises:
         UserError: a pattern that matches nothing, a missing shard, another scheme, two shards with one name.
@@ -45,12 +45,12 @@ def expand(patterns: Sequence[str]) -> tuple[list[Shard], list[str]]:
         raise UserError(f"the shards cannot be listed: {error}") from error
     if repeats:
         others = f" (and {len(repeats) - 1} others)" if len(repeats) > 1 else ""
-        hints.append(f"{repeats[0]}{others} is named more than once, and taken once")
+        hints.append(f"{repeats[0]}{others} is named more than once, and used once")
     return [Shard(name, url, size) for name, (url, size) in zip(names, files.items(), strict=True)], hints
 
 
 def _listed(patterns: Iterable[str]) -> Iterator[str]:
-    """The patterns, those of @FILE in its place."""
+    """Yield the patterns, with those of a @FILE in its place."""
     for pattern in patterns:
         if not pattern.startswith("@"):
             yield pattern
@@ -63,6 +63,7 @@ def _listed(patterns: Iterable[str]) -> Iterator[str]:
 
 
 def _braces(pattern: str) -> Iterator[str]:
+    """Yield the URLs of a pattern with braces; local ones become absolute."""
     if not pattern:
         raise UserError("an empty string among the shards: is a variable of the shell unset?")
     try:
@@ -78,34 +79,34 @@ def _remote(url: str) -> bool:
 
 
 def _find(wanted: list[tuple[str, str]]) -> Iterator[Found]:
-    """All files of all patterns. Raises UserError for the first pattern that lacks any."""
+    """Yield the files of all patterns. Raise UserError for the first pattern without files."""
     infos = _look_up([url for _, url in wanted if _remote(url)])
     missing = []
     for pattern, url in wanted:
-        found = list(_find_remote(url, infos[url]) if _remote(url) else _find_local(url))
-        yield from found
-        if not found:
+        files = list(_find_remote(url, infos[url]) if _remote(url) else _find_local(url))
+        yield from files
+        if not files:
             missing.append((pattern, url))
     if missing:
         raise _missing(*missing[0], [pattern for pattern, _ in missing], [pattern for pattern, _ in wanted])
 
 
 def _missing(pattern: str, url: str, missing: list[str], wanted: list[str]) -> UserError:
-    ends = f"a file that ends in {', '.join(ENDINGS)}"
+    ends = f"file that ends in {', '.join(ENDINGS)}"
     if wanted.count(pattern) > 1:
         count = f"{missing.count(pattern)} of its {wanted.count(pattern)} shards are missing"
         return UserError(f"{pattern}: {count}, the first is {url}")
     if os.path.isdir(url):
-        return UserError(f"{pattern}: holds nowhere {ends}; `saltern pack` makes shards of an image folder")
+        return UserError(f"{pattern}: contains no {ends}; `saltern pack` makes shards from an image folder")
     if glob.has_magic(url):
-        return UserError(f"{pattern}: matches nowhere {ends}")
+        return UserError(f"{pattern}: matches no {ends}")
     return UserError(f"{pattern}: no such file or folder")
 
 
 def _find_local(url: str) -> Iterator[Found]:
     for path in _local_paths(url):
-        found = os.stat(path)
-        yield path, found.st_size, (found.st_dev, found.st_ino)
+        info = os.stat(path)
+        yield path, info.st_size, (info.st_dev, info.st_ino)
 
 
 def _local_paths(url: str) -> Iterator[str]:
@@ -122,7 +123,7 @@ def _local_paths(url: str) -> Iterator[str]:
 
 
 def _look_up(urls: list[str]) -> dict[str, fs.FileInfo | None]:
-    """What stands at each URL. Several in one folder take one listing, as each by itself would be a request."""
+    """Return the file info at each URL. Several URLs in one folder take one listing, not a request each."""
     folders = defaultdict(list)
     for url in urls:
         folders[url.rpartition("/")[0]].append(url)
@@ -137,6 +138,7 @@ def _look_up(urls: list[str]) -> dict[str, fs.FileInfo | None]:
 
 
 def _find_remote(url: str, info: fs.FileInfo | None) -> Iterator[Found]:
+    """Yield the files that a URL names: itself, those below a folder, or those that match a glob, from one listing."""
     if info is not None and info.type == fs.FileType.File:
         yield url, info.size, url
         return
@@ -152,12 +154,12 @@ def _find_remote(url: str, info: fs.FileInfo | None) -> Iterator[Found]:
     for info in sorted(store.get_file_info(below), key=lambda info: str(info.path)):
         parts = info.path[len(path) + 1 :].split("/")
         if info.type == fs.FileType.File and info.path.endswith(ENDINGS) and _matches(parts, pattern[fixed:]):
-            found = "/".join([base, *parts])
-            yield found, info.size, found
+            matched = "/".join([base, *parts])
+            yield matched, info.size, matched
 
 
 def _matches(parts: list[str], pattern: list[str]) -> bool:
-    """Whether path components match a glob's, as the glob module would for local files."""
+    """Return whether path components match a glob's, as the glob module matches local files."""
     if not parts or not pattern:
         return not parts and not pattern
     if pattern[0] == "**" and len(pattern) > 1:
@@ -168,13 +170,13 @@ def _matches(parts: list[str], pattern: list[str]) -> bool:
 
 
 def _distinct(found: Iterable[Found]) -> tuple[dict[str, int], list[str]]:
-    """Size by URL, in order; and the URLs that name a file once more, be it by a symbolic link."""
+    """Return size by URL, in order, and the URLs that repeat a file, also through a symbolic link."""
     files: dict[str, int] = {}
     repeats: list[str] = []
     first: dict[object, str] = {}
     for url, size, identity in found:
         other = first.setdefault(identity, url)
-        # Not every file system numbers its files well: what only looks the same is looked at again.
+        # Some file systems give two files one number, so the real paths are compared as well.
         if url in files or (other != url and os.path.realpath(other) == os.path.realpath(url)):
             repeats.append(url)
         else:
@@ -183,7 +185,7 @@ def _distinct(found: Iterable[Found]) -> tuple[dict[str, int], list[str]]:
 
 
 def _sibling_hint(url: str) -> list[str]:
-    """A hint where the one shard is one of many whose names differ in numbers alone."""
+    """Return a hint if the only shard is one of many whose names differ only in numbers."""
     folder, _, name = url.rpartition("/")
     if _remote(url):
         store, path = filesystem(folder)
@@ -198,7 +200,7 @@ def _sibling_hint(url: str) -> list[str]:
 
 
 def _span(names: list[str]) -> str:
-    """Names that differ in numbers alone, as one pattern: braces where one number runs without gaps, else a glob."""
+    """Return one pattern for names that differ only in numbers: braces if one number has no gaps, else a glob."""
     columns = list(zip(*(re.split(r"(\d+)", name) for name in names), strict=True))
     varying = [column for column in columns if len(set(column)) > 1]
     low, high = min(varying[0], key=int), max(varying[0], key=int)
@@ -208,8 +210,8 @@ def _span(names: list[str]) -> str:
 
 
 def _names(urls: list[str]) -> list[str]:
-    """A name for each shard, which names its output files: its path below the folder that all have in common."""
-    "\n".join(urls).encode()  # what is no UTF-8 fits no JSON
+    """Return a name for each shard and its output files: its path below the folder that all shards have in common."""
+    "\n".join(urls).encode()  # JSON needs names in UTF-8
     common = os.path.commonprefix([min(urls), max(urls)])  # noqa: RUF071 - by character, then cut at a slash
     root = common.rpartition("/")[0]
     names = ["/".join(map(_safe, url[len(root) + 1 :].removesuffix(".tar").split("/"))) for url in urls]
@@ -218,7 +220,7 @@ def _names(urls: list[str]) -> list[str]:
     taken: dict[str, str] = {}
     for name, url in zip(names, urls, strict=True):
         if (other := taken.setdefault(name, url)) != url:
-            raise UserError(f"{other} and {url} would both be named {name!r}; rename one of them")
+            raise UserError(f"{other} and {url} would both get the name {name!r}; rename one of them")
     return names
 
 
@@ -227,15 +229,16 @@ def _folder(name: str) -> str:
 
 
 def _safe(part: str) -> str:
-    """One component of a name that readers of Parquet folders take as it is.
+    """Return a component of a name that readers of Parquet folders accept.
 
-    They skip what begins with a dot or an underscore, and read `key=value` as a column.
+    They skip names that begin with a dot or an underscore, and read `key=value` as a column.
     """
     part = re.sub(r'[=\\:*?"<>|{}\[\]#%\x00-\x1f\x7f]', "-", part)
     return f"x{part}" if part[:1] in ("", ".", "_") else part
 
 
 def _bucketed(name: str, count: int) -> str:
+    """Return a name in a sub-folder of its folder, which holds `count` names."""
     folder, _, base = name.rpartition("/")
     buckets = 2 ** round(math.log2(count / BUCKET))
     return f"{folder}/{zlib.crc32(base.encode()) % buckets:03x}/{base}".lstrip("/")

@@ -1,4 +1,4 @@
-"""An image folder -> tar shards: the image files as they are, with their class and boxes beside them."""
+"""Pack an image folder into tar shards: unchanged image files with their classes and boxes."""
 
 import json
 import os
@@ -18,21 +18,21 @@ from saltern.pipeline.shards.samples import split_name
 from saltern.pipeline.shards.tape import IMAGES
 from saltern.schemas.errors import UserError
 
-SCRATCH = ".tmp-pack"  # what begins with a dot is no shard to `expand`
+SCRATCH = ".tmp-pack"  # `expand` ignores names that begin with a dot
 _MAX_XML = 2**20  # bytes
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 @dataclass(slots=True)
 class Packed:
-    """What `pack` wrote."""
+    """Counts of what `pack` wrote."""
 
     shards: int = 0
     samples: int = 0
     classes: int = 0  # sub-folders, empty ones included; 0 for a flat folder
     bytes: int = 0  # of the tars
-    skipped: int = 0  # files that are no images, by their names
-    unboxed: int = 0  # images without an annotation, where boxes were asked for
+    skipped: int = 0  # files whose names are not those of images
+    unboxed: int = 0  # images without an annotation, if boxes were requested
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +44,21 @@ class _Image:
 
 
 def pack(folder: Path, out: Path, *, per_shard: int = 1000, boxes: Path | None = None) -> Packed:
-    """Writes `shard-000000.tar` and so on, in the order of the sorted paths. The same folder gives the same bytes.
+    """Write `shard-000000.tar` and so on, in the order of the sorted paths. The same folder gives the same bytes.
 
-    A sample's key is its path without the extension, further dots in the file's name made dashes, as a key ends at the
+    A sample's key is its path without the extension. Other dots in the file's name become dashes, as a key ends at the
     first dot. Members: the image; `cls`, the index of its class among the sorted sub-folders, as in torchvision's
     ImageFolder; `json` with `name`, the class's folder, and `boxes` [[x0, y0, x1, y1]], inclusive pixels, `height` and
     `width` of the annotation.
 
     Args:
-        folder: one sub-folder a class, or images alone.
-        out: made where missing. The shards appear in it when all are written.
-        per_shard: samples a shard.
+        folder: one sub-folder per class, or only images.
+        out: created if missing. The shards appear in it when all are written.
+        per_shard: number of samples in a shard.
         boxes: ILSVRC annotations, as CLASS/STEM.xml or STEM.xml, in it or in its sub-folder Annotation.
 
     Raises:
-        UserError: no images, images beside class folders, shards in `out`, a damaged annotation, an unreadable file.
+        UserError: no images, images next to class folders, shards in `out`, a damaged annotation, an unreadable file.
     """
     _check(folder, out, per_shard, boxes)
     packed, scratch = Packed(), out / SCRATCH
@@ -90,19 +90,19 @@ def _check(folder: Path, out: Path, per_shard: int, boxes: Path | None) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: not a folder")
     if out.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"--out {out} lies in {folder} itself; give a folder beside it")
-    standing = [path.name for path in out.glob("*") if path.name.endswith(ENDINGS)]
-    if standing:
-        raise UserError(f"--out {out} holds shards already ({min(standing)}, ...); give another folder or remove them")
+        raise UserError(f"--out {out} lies in {folder} itself; give a folder outside of it")
+    existing = [path.name for path in out.glob("*") if path.name.endswith(ENDINGS)]
+    if existing:
+        raise UserError(f"--out {out} already holds shards ({min(existing)}, ...); give another folder or remove them")
 
 
 def _images(folder: Path, packed: Packed) -> Iterator[_Image]:
-    """All images in order; counts classes and skipped files on the way."""
+    """Yield all images in order. Count classes and skipped files in `packed`."""
     folders, files = _scan(folder)
     flat = [name for name in files if _extension(name)]
     if flat and folders:
-        fix = "move the images into class folders, or pack them by themselves"
-        raise UserError(f"{folder}: {len(flat)} images ({flat[0]}, ...) beside {len(folders)} folders; {fix}")
+        fix = "move the images into class folders, or pack them separately"
+        raise UserError(f"{folder}: {len(flat)} images ({flat[0]}, ...) next to {len(folders)} folders; {fix}")
     packed.classes, packed.skipped = len(folders), len(files) - len(flat)
     yield from _keyed(folder, flat, None)
     for label, name in enumerate(folders):
@@ -113,14 +113,14 @@ def _images(folder: Path, packed: Packed) -> Iterator[_Image]:
 
 
 def _scan(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the sub-folders and of the files, sorted, hidden ones left out; symbolic links are followed."""
+    """Return the sorted names of sub-folders and of files, without hidden ones. Symbolic links are followed."""
     with os.scandir(folder) as entries:
         seen = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith((".", "__MACOSX")))
     return [name for name, is_dir in seen if is_dir], [name for name, is_dir in seen if not is_dir]
 
 
 def _walk(root: Path, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    """Files below a sub-folder, relative to the root. A link back to a folder above is not followed."""
+    """Yield the files below a sub-folder, relative to the root. Links to a folder above are not followed."""
     here = _identity(root / below)
     if here in above:
         return
@@ -131,18 +131,18 @@ def _walk(root: Path, below: str, above: tuple[tuple[int, int], ...]) -> Iterato
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    found = os.stat(folder)
-    return found.st_dev, found.st_ino
+    info = os.stat(folder)
+    return info.st_dev, info.st_ino
 
 
 def _extension(name: str) -> str | None:
-    """The lower-case ending of an image; None where the file is none."""
+    """Return the lower-case extension of an image; None if the file is not an image."""
     ext = name.rpartition(".")[2].lower()
     return ext if ext in IMAGES else None
 
 
 def _keyed(folder: Path, names: list[str], label: int | None) -> Iterator[_Image]:
-    """The images with keys that no two share: where stems are the same, the extension joins the key."""
+    """Yield the images with unique keys. Images with the same stem get their extension appended."""
     plain = Counter(map(_key, names))
     taken: dict[str, str] = {}
     for name in names:
@@ -152,7 +152,7 @@ def _keyed(folder: Path, names: list[str], label: int | None) -> Iterator[_Image
         if taken.setdefault(key, name) != name:
             raise UserError(f"{folder}: {taken[key]} and {name} would both have the key {key!r}; rename one of them")
         if ext is None or split_name(f"{key}.{ext}") != (key, ext):
-            raise UserError(f"{str(folder / name)!r} makes no webdataset key; rename the file or its folder")
+            raise UserError(f"{str(folder / name)!r} cannot be a webdataset key; rename the file or its folder")
         yield _Image(folder / name, key, ext, label)
 
 
@@ -173,18 +173,18 @@ def _write(images: Iterator[_Image], scratch: Path, per_shard: int, boxes: Path 
 
 
 def _sample(image: _Image, boxes: Path | None, packed: Packed) -> dict[str, Any]:
-    made: dict[str, Any] = {"__key__": image.key, image.ext: image.path.read_bytes()}
-    known: dict[str, Any] = {}
+    members: dict[str, Any] = {"__key__": image.key, image.ext: image.path.read_bytes()}
+    facts: dict[str, Any] = {}
     if image.label is not None:
-        made["cls"] = str(image.label).encode()
-        known["name"] = image.key.partition("/")[0]
+        members["cls"] = str(image.label).encode()
+        facts["name"] = image.key.partition("/")[0]
     if boxes is not None:
         annotation = _annotation(image, boxes)
         packed.unboxed += annotation is None
-        known |= read_annotation(annotation) if annotation else {}
-    if known:
-        made["json"] = json.dumps(known).encode()
-    return made
+        facts |= read_annotation(annotation) if annotation else {}
+    if facts:
+        members["json"] = json.dumps(facts).encode()
+    return members
 
 
 def _annotation(image: _Image, boxes: Path) -> Path | None:
@@ -196,17 +196,21 @@ def _annotation(image: _Image, boxes: Path) -> Path | None:
 
 
 def read_annotation(path: Path) -> dict[str, Any]:
-    """Boxes [[x0, y0, x1, y1]], inclusive pixels, height and width of an ILSVRC annotation. Raises UserError."""
+    """Return `boxes` [[x0, y0, x1, y1]], inclusive pixels, `height` and `width` of an ILSVRC annotation.
+
+    Raises:
+        UserError: the file is not an ILSVRC annotation.
+    """
     raw = path.read_bytes()
-    # A document type may declare entities that unfold without end; none of these files has one, or another encoding.
+    # A document type can declare entities that expand without limit. ILSVRC's files have none, and no other encoding.
     if len(raw) > _MAX_XML or any(mark in raw for mark in (b"<!DOCTYPE", b"<!ENTITY", b"\0")):
-        raise UserError(f"{path}: refused, as no ILSVRC annotation declares a document type or is that large")
+        raise UserError(f"{path}: refused: an ILSVRC annotation declares no document type and is not that large")
     try:
         tree = ElementTree.fromstring(raw)  # noqa: S314 - see above
-        found = [[_pixels(thing, f"bndbox/{corner}") for corner in _CORNERS] for thing in tree.iter("object")]
-        return {"boxes": found, "height": _pixels(tree, "size/height"), "width": _pixels(tree, "size/width")}
+        boxes = [[_pixels(thing, f"bndbox/{corner}") for corner in _CORNERS] for thing in tree.iter("object")]
+        return {"boxes": boxes, "height": _pixels(tree, "size/height"), "width": _pixels(tree, "size/width")}
     except (ElementTree.ParseError, ValueError, OverflowError, LookupError) as error:
-        raise UserError(f"{path}: no ILSVRC annotation ({error}); restore it, or remove it to pack no boxes") from error
+        raise UserError(f"{path}: not an ILSVRC annotation ({error}); restore or remove it") from error
 
 
 def _pixels(element: ElementTree.Element, path: str) -> int:

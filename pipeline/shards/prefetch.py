@@ -1,4 +1,4 @@
-"""Run an iterator ahead of its consumer in a thread of its own."""
+"""Run an iterator ahead of its consumer, in a thread."""
 
 import queue
 import threading
@@ -10,14 +10,16 @@ _POLL_S = 0.1
 
 
 class _End(Generic[T]):
+    """The end of the items, with the error that caused it."""
+
     def __init__(self, error: BaseException | None):
         self.error = error
 
 
 def prefetch(items: Callable[[], Iterable[T]], depth: int) -> Generator[T, None, None]:
-    """Yield what `items()` yields, at most `depth` items ahead.
+    """Yield the items of `items()`, read at most `depth` items ahead.
 
-    The thread ends when the consumer closes the generator; an error of the source is raised where it is consumed.
+    The thread ends when the consumer closes the generator. An error in `items()` is raised in the consumer.
     """
     ahead: queue.Queue[T | _End[T]] = queue.Queue(depth)
     closed = threading.Event()
@@ -36,7 +38,7 @@ def prefetch(items: Callable[[], Iterable[T]], depth: int) -> Generator[T, None,
                 put(item)
                 if closed.is_set():
                     return
-        except BaseException as raised:  # handed to the consumer, whatever it is
+        except BaseException as raised:  # raised in the consumer
             error = raised
         put(_End(error))
 

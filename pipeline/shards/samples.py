@@ -1,4 +1,4 @@
-"""Tar shards, local or in an object store, as streams of samples."""
+"""Read tar shards, local or in an object store, as streams of samples."""
 
 import gzip
 import re
@@ -27,17 +27,17 @@ class Sample:
 
     key: str
     index: int  # position in the shard, from 0
-    members: dict[str, bytes] = field(default_factory=dict)  # by extension, lower case: images, cls and json alone
-    problem: tuple[str, str] | None = None  # a status of saltern.schemas.saliency, and the reason in words
+    members: dict[str, bytes] = field(default_factory=dict)  # by extension, lower case: only images, cls and json
+    problem: tuple[str, str] | None = None  # a status of saltern.schemas.saliency, and the reason
 
     @property
     def image(self) -> bytes | None:
-        """The image file; of several the first in the order of IMAGES."""
+        """The image file; of several, the first in the order of IMAGES."""
         return next((self.members[ext] for ext in IMAGES if ext in self.members), None)
 
     @property
     def label(self) -> int | None:
-        """The class in `cls`; None where that is absent, no number, or none that fits in 32 bits."""
+        """The class in `cls`; None if it is missing, not a whole number, or does not fit in 32 bits."""
         try:
             label = int(self.members["cls"])
         except (KeyError, ValueError):
@@ -52,7 +52,7 @@ def read_samples(shard: Shard) -> Iterator[Sample]:
     begins a new sample, which repeats the key.
 
     Raises:
-        ShardError: the data is broken: cut, damaged, no tar, followed by other data, or not of the planned size.
+        ShardError: the data is broken: cut, damaged, not a tar, followed by other data, or not of the planned size.
         OSError: the environment is broken: network, permissions, file gone.
     """
     with _opened(shard, seekable=False) as tape:
@@ -60,7 +60,7 @@ def read_samples(shard: Shard) -> Iterator[Sample]:
 
 
 def list_keys(shard: Shard) -> list[str]:
-    """Return the keys of `read_samples`, in order, repeats included. A local tar is not read but for its headers.
+    """Return the keys of `read_samples`, in order, repeats included. Of a local tar only the headers are read.
 
     Raises:
         ShardError, OSError: as `read_samples`.
@@ -107,9 +107,9 @@ def _members(tape: Tape, *, with_data: bool) -> Iterator[_Member]:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Return key and lower-case extension, as webdataset splits them; None if the file is no sample's member.
+    """Return key and lower-case extension, as webdataset splits them; None if the file belongs to no sample.
 
-    Hidden files (`._a.jpg`), metadata (`__meta__/a.jpg`) and files without an extension (`README`) are none.
+    Hidden files (`._a.jpg`), metadata (`__meta__/a.jpg`) and files without an extension (`README`) do not.
     """
     if re.search(r"^__[^/]*__(/|$)|(^|/)(\.[^/]*|__MACOSX/.*)$", name):
         return None
@@ -142,12 +142,12 @@ def _groups(members: Iterable[_Member]) -> Iterator[list[_Member]]:
 
 def _problem(sample: Sample, group: list[_Member], first: int) -> tuple[str, str] | None:
     if first != sample.index:
-        fix = "give each sample a key of its own, its members side by side, as `saltern pack` does"
-        return DUPLICATE_KEY, f"sample {first} of this shard has the key already; {fix}"
+        fix = "give each sample its own key and keep its members together, as `saltern pack` does"
+        return DUPLICATE_KEY, f"sample {first} of this shard already has the key; {fix}"
     for member in group:
         if member.data is None and member.ext in _WANTED:
             return TOO_LARGE, f"the member .{member.ext} has {member.size} bytes; at most {MAX_MEMBER} are read"
     if sample.image is None:
-        found = ", ".join(f".{member.ext}" for member in group)
-        return MISSING_IMAGE, f"no image among its members ({found}); a key ends at the first dot of the name"
+        extensions = ", ".join(f".{member.ext}" for member in group)
+        return MISSING_IMAGE, f"no image among its members ({extensions}); a key ends at the first dot of the name"
     return None

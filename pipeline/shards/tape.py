@@ -1,6 +1,6 @@
-"""A tar stream that proves itself whole while it is read.
+"""Read a tar stream and prove that it is complete.
 
-Python's tarfile, and webdataset on it, end silently at a damaged header, at a cut between two members, and before a
+Python's tarfile, which webdataset uses, ends silently at a damaged header, at a cut between two members, and before a
 second archive in the same file. Samples would be lost without a message.
 """
 
@@ -16,7 +16,7 @@ from saltern.schemas.errors import ShardError
 BLOCK = 512  # bytes of a header; each member's data is padded to a multiple of it
 IMAGES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm", "pnm")
 REPAIR = "copy the shard again, or repack its images with `saltern pack`"
-_CHUNK = 2**20  # bytes read at once where nothing is kept
+_CHUNK = 2**20  # bytes read at once if they are not kept
 _MAX_EXTENSION = 2**20  # bytes of a long name or a PAX header, which are held in memory
 _PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 _EXTENSIONS = (*_PAX, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
@@ -43,7 +43,7 @@ class Tape:
         """Yield name and size, in bytes, of each regular file; `read` gives its data until the next one is asked for.
 
         Raises:
-            ShardError: the tar is not whole; the message gives the place and the fix.
+            ShardError: the tar is not complete; the message gives the place and the fix.
         """
         extensions = b""  # headers and data that give the next member a long name
         while block := self._block():
@@ -125,9 +125,9 @@ class Tape:
         if size < 0 or (kind in _EXTENSIONS and size > _MAX_EXTENSION):
             raise self._error_here(f"tar header with a size of {size} bytes")
         if kind == tarfile.GNUTYPE_SPARSE:
-            raise self._error_here(f"sparse member {name!r}, which holds no plain bytes,")
+            raise self._error_here(f"sparse member {name!r}, which cannot be read,")
         if kind in _LINKS and name.lower().endswith(IMAGES):
-            raise self._error_here(f"{name!r} is a link and holds no bytes (tar needs -h)")
+            raise self._error_here(f"{name!r} is a link without data (pack it with tar -h)")
 
     def _error(self, reason: str) -> ShardError:
         return ShardError(f"{self._url}: {reason}")
@@ -149,14 +149,14 @@ class Tape:
             return self._error_here("damaged tar header")
         if block.startswith(b"\x1f\x8b"):
             return self._error("compressed by gzip; let its name end in .tar.gz, or decompress it")
-        return self._error(f"no tar: it begins with {block[:8].hex(' ')}; pack images with `saltern pack`")
+        return self._error(f"not a tar: it begins with {block[:8].hex(' ')}; pack images with `saltern pack`")
 
 
 def _parse(block: bytes) -> tuple[str, bytes, int]:
-    """Return name, type and size of a header. A plain file takes a third of tarfile's time.
+    """Return name, type and size of a header. A plain file takes a third of the time that tarfile takes.
 
     Raises:
-        tarfile.HeaderError, ValueError: the block is no header.
+        tarfile.HeaderError, ValueError: the block is not a header.
     """
     try:
         plain = int(block[148:154], 8) == sum(block) - sum(block[148:156]) + 8 * ord(" ")

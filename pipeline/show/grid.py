@@ -1,4 +1,4 @@
-"""Pictures of a run's images, and its columns read back for them."""
+"""Save pictures of a run as PNG files."""
 
 import io
 import uuid
@@ -13,11 +13,11 @@ from saltern.pipeline.storage.store import Store
 
 _LINE = 16  # height of a caption, pixels
 _GAP = 4
-_SIDE = 224  # of a cell, pixels
+_SIDE = 224  # width and height of a picture, pixels
 
 
 def png(pixels: NDArray[np.uint8]) -> bytes:
-    """A picture (H, W) or (H, W, 3) as a PNG file."""
+    """Return a picture (H, W) or (H, W, 3) as the bytes of a PNG file."""
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
     return stream.getvalue()
@@ -26,7 +26,7 @@ def png(pixels: NDArray[np.uint8]) -> bytes:
 def publish_grid(
     store: Store, scratch: Path, name: str, cells: Iterable[tuple[str, Image.Image]], *, columns: int
 ) -> None:
-    """Captioned pictures in rows of `columns`, as one PNG file of the run's folder."""
+    """Save captioned pictures, in rows of `columns`, as one PNG file in the run's folder."""
     cells = list(cells)
     width, height = _SIDE + _GAP, _SIDE + _LINE + _GAP
     sheet = Image.new("RGB", (columns * width + _GAP, -(-len(cells) // columns) * height + _GAP), "white")
@@ -35,6 +35,6 @@ def publish_grid(
         x, y = _GAP + number % columns * width, _GAP + number // columns * height
         draw.text((x, y), caption.encode("ascii", "replace").decode()[: _SIDE // 6], fill="black")
         sheet.paste(picture.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BICUBIC), (x, y + _LINE))
-    made = scratch / uuid.uuid4().hex
-    sheet.save(made, "PNG")
-    store.publish(made, name)
+    finished = scratch / uuid.uuid4().hex
+    sheet.save(finished, "PNG")
+    store.publish(finished, name)

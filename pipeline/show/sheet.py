@@ -1,5 +1,6 @@
-"""Runs as a contact sheet: for each row of one the photograph, the map over it, the mask and its box; of several runs,
-for each image the maps side by side.
+"""Render runs as an HTML page.
+
+For one run, each row's photograph, map, mask and box; for several runs, each image's maps side by side.
 """
 
 from collections import Counter
@@ -21,111 +22,57 @@ from saltern.schemas.saliency import OK, table_schema
 _SORTS = [
     field.name for field in table_schema(None) if pa.types.is_integer(field.type) or pa.types.is_float32(field.type)
 ]
-_CAPTION = 24  # characters of an option under a picture
+_CAPTION = 24  # longest option in a caption, characters
 _NOTE = "Signed maps are coloured from 0 up."
 _VALUES = ("score", "mask_area", "label", "predicted", "target", "index")
 
 
 def contact_sheet(run: SaliencyRun, sort: str | None = None, limit: int = 48) -> str:
-    """An HTML page of the first `limit` rows, in shard order or, lowest first, by a column.
+    """Return an HTML page of the first `limit` rows, in shard order or sorted by a column, lowest first.
 
-    Reads of each shard that it shows what lies before the last wanted sample. Where a shard cannot be read, its rows
-    are shown without their image, and the page says so.
+    Each shown shard is read up to its last wanted sample. If a shard cannot be read, its rows are shown without images,
+    and the page says so.
 
     Raises:
-        UserError: no such column, or one that has no order.
-        ShardError: a data file is gone, cut or of another run.
+        UserError: the column does not exist or has no order.
+        ShardError: a data file is missing, cut or of another run.
     """
     order, numbers = _order(run, sort), _choose(run, sort, limit)
-    found = {number: run.at(number) for number in sorted(numbers)}  # neighbours are read together
-    samples, names, gone = _samples(run, found.values())
-    cards = [_card(found[number], samples.get((found[number].shard, found[number].index)), names) for number in numbers]
+    rows = {number: run.at(number) for number in sorted(numbers)}  # sorted, as neighbours are read together
+    samples, names, problems = _samples(run, rows.values())
+    cards = [_card(row, samples.get((row.shard, row.index)), names) for row in map(rows.__getitem__, numbers)]
     counts = f"{len(cards):,} of {len(run):,} rows, {order}"
     config = run.run.config
     title = f"{config.method} of {config.model}"
-    return render(title, [*_provenance(run), ("shown", counts)], [_NOTE, *gone], cards)
+    return render(title, [*_provenance(run), ("shown", counts)], [_NOTE, *problems], cards)
 
 
 def comparison(runs: Sequence[SaliencyRun], sort: str | None = None, limit: int = 48) -> str:
-    """An HTML page of images, each under the maps of several runs side by side.
+    """Return an HTML page of images, each with the maps of several runs side by side.
 
-    The rows are those of the first run, chosen and ordered as in `contact_sheet`; of another run the row of the same
-    shard (else of the same key alone) and target is shown, or its first.
+    The rows are those of the first run, chosen and sorted as in `contact_sheet`. Another run shows its row of the same
+    key, shard and target. Without one it shows its first row of the same key and shard, or else of the same key.
 
     Raises:
-        UserError: no such column; runs that share no sample; two runs that nothing tells apart.
-        ShardError: a data file is gone, cut or of another run.
+        UserError: the column does not exist; the runs share no sample; a run is given twice.
+        ShardError: a data file is missing, cut or of another run.
     """
     first, others = runs[0], runs[1:]
     captions = _captions(runs)
     order, numbers = _order(first, sort), _choose(first, sort, limit)
-    found = {number: first.at(number) for number in sorted(numbers)}
-    samples, names, gone = _samples(first, found.values())
+    rows = {number: first.at(number) for number in sorted(numbers)}
+    samples, names, problems = _samples(first, rows.values())
     cards, matches = [], 0
-    for row in (found[number] for number in numbers):
-        beside = [_same(row, run) for run in others]
-        matches += sum(other is not None for other in beside)
+    for row in map(rows.__getitem__, numbers):
+        matching = [_same(row, run) for run in others]
+        matches += sum(other is not None for other in matching)
         sample = samples.get((row.shard, row.index))
-        cards.append(_wide_card(row, sample, dict(zip(captions, [row, *beside], strict=True)), names))
+        cards.append(_wide_card(row, sample, dict(zip(captions, [row, *matching], strict=True)), names))
     if cards and not matches:
         raise UserError(f"{first.path} shares no sample with {', '.join(run.path for run in others)}")
     facts = [(caption, _in_short(run)) for caption, run in zip(captions, runs, strict=True)]
     shown = ("shown", f"{len(cards):,} of {len(first):,} rows, {order}")
-    return render(" | ".join(captions), [*facts, shown], [_NOTE, *gone], cards)
-
-
-def _same(row: Row, run: SaliencyRun) -> Row | None:
-    rows = run.rows(row.key, row.shard) or run.rows(row.key)
-    return next((other for other in rows if other.target == row.target), rows[0] if rows else None)
-
-
-def _captions(runs: Sequence[SaliencyRun]) -> list[str]:
-    """What tells each run from the others: its method; where several have it, its layer, model or options too."""
-    tries = [
-        [run.run.config.method for run in runs],
-        [" ".join([run.run.config.method, *run.run.config.layer]) for run in runs],
-        [" ".join([run.run.config.method, *run.run.config.layer, run.run.config.model]) for run in runs],
-        [f"{run.run.config.method} {_options(run, _CAPTION)}" for run in runs],
-        [f"{run.run.config.method} {run.path}" for run in runs],
-    ]
-    alone = [Counter(names) for names in tries]
-    found = []
-    for number in range(len(runs)):
-        free = (names[number] for names, counts in zip(tries, alone, strict=True) if counts[names[number]] == 1)
-        found.append(next(free, ""))
-    if "" in found:
-        raise UserError(f"{runs[found.index('')].path} is given twice")
-    return found
-
-
-def _in_short(run: SaliencyRun) -> str:
-    config = run.run.config
-    return ", ".join(filter(None, [run.path, config.model, *config.layer, _options(run), run.run.fingerprint]))
-
-
-def _options(run: SaliencyRun, length: int | None = None) -> str:
-    """All of them; of values longer than `length` the end, which tells one file or digest from another."""
-    shown = {name: str(value) for name, value in run.run.config.options.items()}
-    if length is not None:
-        shown = {name: text if len(text) <= length else f"...{text[-length:]}" for name, text in shown.items()}
-    return ", ".join(f"{name}={value}" for name, value in shown.items())
-
-
-def _wide_card(row: Row, sample: Sample | None, rows: dict[str, Row | None], names: dict[int, str]) -> Card:
-    """The photograph, then what each run has of it."""
-    photo_YX3 = photograph(row, sample)
-    facts = _facts(row, names)
-    made = []
-    if photo_YX3 is not None:
-        made.append(encode(photo_YX3, f"{row.key}, {facts.get('label', '')}", given_boxes(sample, row), "photograph"))
-        height, width = photo_YX3.shape[:2]
-        for caption, other in rows.items():
-            drawn = None if other is None else overlay(other, photo_YX3, caption)
-            why = "not in this run" if other is None else other.error or other.status
-            made.append(drawn or Picture(b"", width, height, why, (), caption))
-    shown = [(name, facts[name]) for name in ("label", "predicted", "target", "score", "size") if name in facts]
-    values = {name: getattr(row, name) for name in _VALUES}
-    return Card(row.key, row.shard, row.status, [View(made, shown, _trouble(row, sample))], values)
+    return render(" | ".join(captions), [*facts, shown], [_NOTE, *problems], cards)
 
 
 def _order(run: SaliencyRun, sort: str | None) -> str:
@@ -134,27 +81,27 @@ def _order(run: SaliencyRun, sort: str | None) -> str:
     if sort == "status":
         return "sorted by status, failed rows first"
     if sort in _SORTS:
-        return f"sorted by {sort}, lowest first, rows without one last"
-    raise UserError(f"--sort {sort!r} is no column to sort by; these are: {', '.join(sorted([*_SORTS, 'status']))}")
+        return f"sorted by {sort}, lowest first, rows without a value last"
+    raise UserError(f"--sort {sort!r} has no order; choose one of {', '.join(sorted([*_SORTS, 'status']))}")
 
 
 def _choose(run: SaliencyRun, sort: str | None, limit: int) -> list[int]:
-    """Numbers of the rows to show, in their order."""
+    """Return the numbers of the rows to show, in their order."""
     if sort is None or not len(run):
         return list(range(min(limit, len(run))))
     column = run.columns(sort)[sort]
     if sort == "status":
-        # ok comes last, the others by name.
+        # Nulls are sorted last: ok after all others.
         column = pc.if_else(pc.equal(column, OK), pa.scalar(None, pa.string()), column)
     order: list[int] = pc.sort_indices(column)[:limit].to_pylist()
     return order
 
 
 def _samples(run: SaliencyRun, rows: Iterable[Row]) -> tuple[dict[tuple[str, int], Sample], dict[int, str], list[str]]:
-    """The rows' samples by (shard, index), class names as far as they were met, and what could not be read."""
+    """Return the rows' samples by (shard, index), the class names found on the way, and notes on unreadable shards."""
     samples: dict[tuple[str, int], Sample] = {}
     names = dict(enumerate(run.run.class_names or []))
-    gone: list[str] = []
+    problems: list[str] = []
     shards = {shard.name: shard for shard in run.shards}
     for name, group in groupby(rows, lambda row: row.shard):
         keys = {row.index: row.key for row in group}
@@ -162,11 +109,12 @@ def _samples(run: SaliencyRun, rows: Iterable[Row]) -> tuple[dict[tuple[str, int
             for sample in _read(shards[name], keys, names):
                 samples[name, sample.index] = sample
         except (OSError, ShardError) as error:
-            gone.append(f"{name}: shown without its images, which cannot be read ({error})")
-    return samples, names, gone
+            problems.append(f"{name}: shown without its images, which cannot be read ({error})")
+    return samples, names, problems
 
 
 def _read(shard: Shard, keys: dict[int, str], names: dict[int, str]) -> Iterable[Sample]:
+    """Yield the samples with these indices and keys. Add the class names in their json members to `names`."""
     last = max(keys)
     for sample in read_samples(shard):
         name = extra(sample).get("name")
@@ -174,13 +122,104 @@ def _read(shard: Shard, keys: dict[int, str], names: dict[int, str]) -> Iterable
             names[sample.label] = name
         if sample.index in keys:
             if sample.key != keys[sample.index]:
-                raise ShardError(f"it has {sample.key!r} where the run has {keys[sample.index]!r}")
+                raise ShardError(f"it has {sample.key!r} instead of the run's {keys[sample.index]!r}")
             yield sample
         if sample.index == last:
             return
 
 
+def _card(row: Row, sample: Sample | None, names: dict[int, str]) -> Card:
+    values = {name: getattr(row, name) for name in _VALUES}
+    return Card(row.key, row.shard, row.status, [_view(row, sample, names)], values)
+
+
+def _view(row: Row, sample: Sample | None, names: dict[int, str]) -> View:
+    facts = _facts(row, names)
+    shown = pictures(row, sample, {"target": "", "label": "", "mask": "", "box": ""} | facts)
+    return View(shown, list(facts.items()), _trouble(row, sample))
+
+
+def _wide_card(row: Row, sample: Sample | None, rows: dict[str, Row | None], names: dict[int, str]) -> Card:
+    """Return the card of an image: the photograph, then each run's picture of it."""
+    photo_YX3 = photograph(row, sample)
+    facts = _facts(row, names)
+    shown = []
+    if photo_YX3 is not None:
+        shown.append(encode(photo_YX3, f"{row.key}, {facts.get('label', '')}", given_boxes(sample, row), "photograph"))
+        height, width = photo_YX3.shape[:2]
+        for caption, other in rows.items():
+            drawn = None if other is None else overlay(other, photo_YX3, caption)
+            why = "not in this run" if other is None else other.error or other.status
+            shown.append(drawn or Picture(b"", width, height, why, (), caption))
+    some_facts = [(name, facts[name]) for name in ("label", "predicted", "target", "score", "size") if name in facts]
+    values = {name: getattr(row, name) for name in _VALUES}
+    return Card(row.key, row.shard, row.status, [View(shown, some_facts, _trouble(row, sample))], values)
+
+
+def _facts(row: Row, names: dict[int, str]) -> dict[str, str]:
+    def named(label: int | None) -> str:
+        return "" if label is None else f"{label} {names.get(label, '')}".strip()
+
+    facts = {
+        "label": named(row.label),
+        "predicted": named(row.predicted),
+        "target": named(row.target),
+        "score": "" if row.score is None else f"{row.score:.3f}",
+        "mask": "" if row.mask_area is None else f"{100 * row.mask_area:.1f} %",
+        "box": "; ".join(" ".join(map(str, box)) for box in row.boxes or ()),
+        "size": "" if row.image_width is None else f"{row.image_width} x {row.image_height}",
+    }
+    return {name: fact for name, fact in facts.items() if fact}
+
+
+def _trouble(row: Row, sample: Sample | None) -> str:
+    trouble = row.error or ""
+    if row.image_width is not None and sample is None:
+        trouble = f"{trouble} the image cannot be read".strip()
+    return trouble
+
+
+def _same(row: Row, run: SaliencyRun) -> Row | None:
+    """Return another run's row of the same sample, of the same target if possible."""
+    rows = run.rows(row.key, row.shard) or run.rows(row.key)
+    return next((other for other in rows if other.target == row.target), rows[0] if rows else None)
+
+
+def _captions(runs: Sequence[SaliencyRun]) -> list[str]:
+    """Return a unique caption for each run: its method, with layer, model or options if several runs share it."""
+    tries = [
+        [run.run.config.method for run in runs],
+        [" ".join([run.run.config.method, *run.run.config.layer]) for run in runs],
+        [" ".join([run.run.config.method, *run.run.config.layer, run.run.config.model]) for run in runs],
+        [f"{run.run.config.method} {_options(run, _CAPTION)}" for run in runs],
+        [f"{run.run.config.method} {run.path}" for run in runs],
+    ]
+    counts = [Counter(names) for names in tries]
+    captions = []
+    for number, run in enumerate(runs):
+        unique = (names[number] for names, count in zip(tries, counts, strict=True) if count[names[number]] == 1)
+        caption = next(unique, None)
+        if caption is None:
+            raise UserError(f"{run.path} is given twice")
+        captions.append(caption)
+    return captions
+
+
+def _in_short(run: SaliencyRun) -> str:
+    config = run.run.config
+    return ", ".join(filter(None, [run.path, config.model, *config.layer, _options(run), run.run.fingerprint]))
+
+
+def _options(run: SaliencyRun, length: int | None = None) -> str:
+    """Return the method's options. Values longer than `length` are cut to their end, where files and digests differ."""
+    shown = {name: str(value) for name, value in run.run.config.options.items()}
+    if length is not None:
+        shown = {name: text if len(text) <= length else f"...{text[-length:]}" for name, text in shown.items()}
+    return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
 def _provenance(run: SaliencyRun) -> list[tuple[str, str]]:
+    """Return how the run was made, for the page's header."""
     config = run.run.config
     statuses: dict[str, int] = {}
     for receipt in run.receipts:
@@ -207,37 +246,3 @@ def _provenance(run: SaliencyRun) -> list[tuple[str, str]]:
 
 def _numbers(values: Sequence[float]) -> str:
     return " ".join(f"{value:.3g}" for value in values)
-
-
-def _card(row: Row, sample: Sample | None, names: dict[int, str]) -> Card:
-    values = {name: getattr(row, name) for name in _VALUES}
-    return Card(row.key, row.shard, row.status, [_view(row, sample, names)], values)
-
-
-def _view(row: Row, sample: Sample | None, names: dict[int, str]) -> View:
-    facts = _facts(row, names)
-    shown = pictures(row, sample, {"target": "", "label": "", "mask": "", "box": ""} | facts)
-    return View(shown, list(facts.items()), _trouble(row, sample))
-
-
-def _facts(row: Row, names: dict[int, str]) -> dict[str, str]:
-    def named(label: int | None) -> str:
-        return "" if label is None else f"{label} {names.get(label, '')}".strip()
-
-    facts = {
-        "label": named(row.label),
-        "predicted": named(row.predicted),
-        "target": named(row.target),
-        "score": "" if row.score is None else f"{row.score:.3f}",
-        "mask": "" if row.mask_area is None else f"{100 * row.mask_area:.1f} %",
-        "box": "; ".join(" ".join(map(str, box)) for box in row.boxes or ()),
-        "size": "" if row.image_width is None else f"{row.image_width} x {row.image_height}",
-    }
-    return {name: fact for name, fact in facts.items() if fact}
-
-
-def _trouble(row: Row, sample: Sample | None) -> str:
-    trouble = row.error or ""
-    if row.image_width is not None and sample is None:
-        trouble = f"{trouble} the image cannot be read".strip()
-    return trouble

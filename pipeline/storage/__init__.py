@@ -1,1 +1,1 @@
-"""Files and object stores: whole files or none."""
+"""Files on local disks and in object stores, written completely or not at all."""

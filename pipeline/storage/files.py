@@ -1,26 +1,26 @@
-"""Local files that appear whole under their name, or not at all."""
+"""Local files that are visible only when they are complete."""
 
 import os
 from pathlib import Path
 
 
-def publish(made: Path, path: Path) -> None:
-    """Give a finished file its name, in place of what stands there; it is on the disk when this returns."""
-    fsync(made)
-    made.replace(path)
+def write(path: Path, content: bytes) -> None:
+    """Write a file so that its name never shows a part of the content. Its folder is created if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    unfinished.write_bytes(content)
+    publish(unfinished, path)
+
+
+def publish(finished: Path, path: Path) -> None:
+    """Rename a finished file to `path`, replacing any file there. On return it is safely on the disk."""
+    fsync(finished)
+    finished.replace(path)
     fsync(path.parent)
 
 
-def write(path: Path, content: bytes) -> None:
-    """Under its name stands the whole content, or what stood there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made = path.with_name(f".unfinished-{path.name}")
-    made.write_bytes(content)
-    publish(made, path)
-
-
 def fsync(path: Path) -> None:
-    """What the file or folder holds is on the disk when this returns."""
+    """Flush a file or a folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

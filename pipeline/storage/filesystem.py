@@ -10,31 +10,33 @@ from saltern.schemas.errors import UserError
 
 
 def filesystem(url: str) -> tuple[fs.FileSystem, str]:
-    """Where a local path or an s3:// or gs:// URL lies, and its path there.
+    """Return the filesystem of a local path or an s3:// or gs:// URL, and the path in it.
 
-    Raises UserError where the URL is none of these or the bucket cannot be had, OSError where the network fails.
+    Raises:
+        UserError: the URL is none of these, or the bucket is not accessible.
+        OSError: the network fails.
     """
     match = re.fullmatch(r"(?:(\w[\w+.-]*)://|(pipe):)([^/]*)/?(.*)", url, re.DOTALL)
     if match is None:
         return fs.LocalFileSystem(), url
-    scheme, _, place, path = match.groups()
+    scheme, _, host, path = match.groups()
     if scheme not in ("s3", "gs"):
         raise UserError(
             f"{url}: give a local path, an s3:// or a gs:// URL; anything else must be downloaded or mounted"
         )
-    user, _, bucket = place.rpartition("@")
+    user, _, bucket = host.rpartition("@")
     if not bucket or user not in ("", "anonymous"):
         raise UserError(f"write {scheme}://BUCKET/PATH; credentials come from the environment, never from the URL")
-    return _bucket(scheme, place), f"{bucket}/{path}".rstrip("/")
+    return _bucket(scheme, host), f"{bucket}/{path}".rstrip("/")
 
 
 @lru_cache(maxsize=64)
-def _bucket(scheme: str, place: str) -> fs.FileSystem:
+def _bucket(scheme: str, bucket: str) -> fs.FileSystem:
     try:
-        return fs.FileSystem.from_uri(f"{scheme}://{place}")[0]
+        return fs.FileSystem.from_uri(f"{scheme}://{bucket}")[0]
     except pa.ArrowInvalid as error:
-        raise UserError(f"{scheme}://{place} is no bucket: {error}") from error
+        raise UserError(f"{scheme}://{bucket} is not a bucket: {error}") from error
     except OSError as error:
         if re.search("ACCESS_DENIED|not found", str(error)):
-            raise UserError(f"{scheme}://{place}: {error}") from error
+            raise UserError(f"{scheme}://{bucket}: {error}") from error
         raise

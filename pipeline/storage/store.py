@@ -1,4 +1,4 @@
-"""A run's folder, on a local disk or in an object store: whole files appear under their names, or not at all."""
+"""A run's folder, on a local disk or in an object store. Its files are visible only when they are complete."""
 
 import contextlib
 import fcntl
@@ -16,22 +16,23 @@ from pyarrow import fs
 from saltern.pipeline.storage.files import fsync, publish
 from saltern.pipeline.storage.filesystem import filesystem
 
-SCRATCH = "_tmp-"  # Arrow's and Spark's readers skip names that begin so
-_UNLOCKED_GRACE_S = 60.0  # between the making of a scratch folder and the locking of it
+SCRATCH = "_tmp-"  # Arrow's and Spark's readers skip names with this prefix
+_UNLOCKED_GRACE_S = 60.0  # from creating a scratch folder to locking it
 
 
 class Store:
-    """One run folder. Names are relative to it, with forward slashes."""
+    """One run folder. File names are relative to it, with forward slashes."""
 
     def __init__(self, root: str):
         self.fs, self.path = filesystem(root)
         self.local = isinstance(self.fs, fs.LocalFileSystem)
 
     def full(self, name: str) -> str:
+        """Return the path of a name in the filesystem."""
         return f"{self.path.rstrip('/')}/{name}"
 
     def read(self, name: str) -> bytes | None:
-        """The file's bytes; None where there is no such file."""
+        """Return the file's bytes; None if it does not exist."""
         try:
             if self.local:
                 return Path(self.full(name)).read_bytes()
@@ -42,7 +43,7 @@ class Store:
             return None
 
     def read_all(self, folder: str) -> Iterator[tuple[str, bytes]]:
-        """Name (relative to `folder`) and bytes of each .json file below it, from one listing."""
+        """Yield the name (relative to `folder`) and the bytes of each .json file below it, from one listing."""
         names = self.listing(folder, ".json")
         if self.local:
             contents = ((name, self.read(f"{folder}/{name}")) for name in names)
@@ -53,48 +54,48 @@ class Store:
             yield from ((name, raw) for name, raw in zip(names, read, strict=True) if raw is not None)
 
     def listing(self, folder: str, suffix: str) -> list[str]:
-        """Names below `folder`, relative to it, sorted, that end in `suffix`."""
+        """Return the names below `folder` that end in `suffix`, sorted and relative to it."""
         base = self.full(folder)
         if self.local:
             return sorted(_walk(base, "", suffix))
-        found = self.fs.get_file_info(fs.FileSelector(base, allow_not_found=True, recursive=True))
-        return sorted(i.path[len(base) + 1 :] for i in found if i.type == fs.FileType.File and i.path.endswith(suffix))
+        infos = self.fs.get_file_info(fs.FileSelector(base, allow_not_found=True, recursive=True))
+        return sorted(i.path[len(base) + 1 :] for i in infos if i.type == fs.FileType.File and i.path.endswith(suffix))
 
-    def publish(self, made: Path, name: str) -> None:
-        """Make a finished scratch file visible under its name, whole, in place of what is there."""
+    def publish(self, finished: Path, name: str) -> None:
+        """Move a finished scratch file to `name`, replacing any file there."""
         target = self.full(name)
         if not self.local:
-            content = made.read_bytes()
+            content = finished.read_bytes()
             with self.fs.open_output_stream(target) as stream:
                 stream.write(content)
             arrived = self.fs.get_file_info(target).size
             if arrived != len(content):
                 raise ConnectionError(f"{target} arrived with {arrived} of its {len(content)} bytes")
-            made.unlink()
+            finished.unlink()
             return
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        publish(made, Path(target))
+        publish(finished, Path(target))
 
-    def create(self, made: Path, name: str) -> bool:
-        """Like `publish`, but only where nothing stands under the name: False means that another was first."""
+    def create(self, finished: Path, name: str) -> bool:
+        """Move a finished scratch file to `name` unless a file exists there. Return whether it was moved."""
         target = self.full(name)
         if not self.local:
             if self.fs.get_file_info(target).type != fs.FileType.NotFound:
                 return False
-            self.publish(made, name)
+            self.publish(finished, name)
             return True
-        fsync(made)
+        fsync(finished)
         try:
-            os.link(made, target)
+            os.link(finished, target)
         except FileExistsError:
             return False
         finally:
-            made.unlink()
+            finished.unlink()
         fsync(Path(target).parent)
         return True
 
     def remove(self, name: str) -> None:
-        """Remove a file or a folder with all below it; nothing happens where there is none."""
+        """Remove a file, or a folder with everything below it. A missing one is no error."""
         target = self.full(name)
         kind = self.fs.get_file_info(target).type
         if kind == fs.FileType.Directory:
@@ -103,25 +104,12 @@ class Store:
             self.fs.delete_file(target)
 
 
-def _walk(base: str, below: str, suffix: str) -> Iterator[str]:
-    try:
-        entries = list(os.scandir(os.path.join(base, below)))
-    except FileNotFoundError:
-        return
-    for entry in entries:
-        name = f"{below}/{entry.name}" if below else entry.name
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(base, name, suffix)
-        elif entry.name.endswith(suffix):
-            yield name
-
-
 @contextlib.contextmanager
 def session(store: Store) -> Iterator[Path]:
-    """The scratch folder of one driver and its workers, gone at the end; those of dead drivers are swept.
+    """Give one driver and its workers a scratch folder, and remove it at the end. Remove those of dead drivers too.
 
-    On a local disk it lies in the run's folder (a rename must not cross file systems) and is locked by the driver for
-    as long as it lives: a kill -9 frees the lock too, which is how the next driver knows whose temporaries are stale.
+    On a local disk the folder is in the run's folder, as a rename must not cross file systems. The driver holds a lock
+    on it. Even a kill -9 frees the lock, so the next driver knows which scratch folders are stale.
     """
     if not store.local:
         with tempfile.TemporaryDirectory(prefix="saltern-") as folder:
@@ -140,7 +128,21 @@ def session(store: Store) -> Iterator[Path]:
             _sweep(Path(store.path))
 
 
+def _walk(base: str, below: str, suffix: str) -> Iterator[str]:
+    try:
+        entries = list(os.scandir(os.path.join(base, below)))
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        name = f"{below}/{entry.name}" if below else entry.name
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(base, name, suffix)
+        elif entry.name.endswith(suffix):
+            yield name
+
+
 def _sweep(root: Path) -> None:
+    """Remove the scratch folders that no living driver owns."""
     for scratch in root.glob(f"{SCRATCH}*"):
         if not _owned(scratch):
             shutil.rmtree(scratch, ignore_errors=True)

@@ -186,17 +186,17 @@ def test_no_boxes(content: Any) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"{", "no JSON"),
-        (b"\xff", "no JSON"),
-        ([1], "no object"),
-        ({"boxes": "1 2 3 4"}, "no list"),
-        ({"boxes": [[1, 2, 3]]}, "is no box"),
-        ({"boxes": [[5, 2, 3, 4]]}, "is no box"),
+        (b"{", "not JSON"),
+        (b"\xff", "not JSON"),
+        ([1], "not an object"),
+        ({"boxes": "1 2 3 4"}, "not a list"),
+        ({"boxes": [[1, 2, 3]]}, "is not a box"),
+        ({"boxes": [[5, 2, 3, 4]]}, "is not a box"),
         ({"boxes": [[0.5, 2, 3, 4]]}, "whole pixels"),
-        (b'{"boxes": [[0, 0, NaN, 4]]}', "is no box"),
-        (b'{"boxes": [[0, 0, Infinity, 4]]}', "is no box"),
-        ({"boxes": [["0", "0", "1", "1"]]}, "is no box"),
-        ({"boxes": [{"x": 1}]}, "is no box"),
+        (b'{"boxes": [[0, 0, NaN, 4]]}', "is not a box"),
+        (b'{"boxes": [[0, 0, Infinity, 4]]}', "is not a box"),
+        ({"boxes": [["0", "0", "1", "1"]]}, "is not a box"),
+        ({"boxes": [{"x": 1}]}, "is not a box"),
     ],
 )
 def test_boxes_that_cannot_be_read(content: Any, words: str) -> None:
@@ -320,7 +320,7 @@ def test_failed_rows_are_misses_and_samples_without_boxes_are_left_out(tmp_path:
     assert (kept["s0k2"]["whole_le"], kept["s0k2"]["whole_f1"]) == (1, 0)  # nobody does
     assert list(found.first_failed) == ["part0/train: s0k1", "part0/train: s0k2"]
     lines = "\n".join(remarks(found))
-    for words in ("s0k1: decode_failed", "left out: 1 samples without boxes", "part0/train: s0k4: [4, 4, 1, 1] is no"):
+    for words in ("s0k1: decode_failed", "skipped: 1 samples without boxes", "part0/train: s0k4: [4, 4, 1, 1] is not"):
         assert words in lines
     assert found.summary()["statuses"] == {"ok": 1, "decode_failed": 2}
 
@@ -346,7 +346,7 @@ def test_class_agnostic_runs_and_several_targets(tmp_path: Path) -> None:
     found = evaluate(str(several.path))
     assert found.samples == 5
     assert found.means == expected  # the first target's
-    assert "the first of each counts" in "\n".join(remarks(found))
+    assert "the first target counts" in "\n".join(remarks(found))
 
 
 def test_samples_without_a_label_have_no_om(tmp_path: Path) -> None:
@@ -392,7 +392,7 @@ def test_shards_that_were_moved_or_are_some_of_the_runs(tmp_path: Path) -> None:
     assert evaluate(str(made.path), [str(moved)]).means == everything
     found = evaluate(str(made.path), [str(moved / "part1")])
     assert found.samples == 5
-    assert found.notes[-1] == "1 of the run's 3 shards are judged"
+    assert found.notes[-1] == "1 of the run's 3 shards are evaluated"
     assert sorted(path.name for path in (made.path / "metrics/localization").iterdir()) == ["part1"]
 
 
@@ -402,7 +402,7 @@ def test_a_tar_of_another_size_is_not_the_runs(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere/part1/train.tar"
     elsewhere.parent.mkdir(parents=True)
     elsewhere.write_bytes(tar.read_bytes() + bytes(512))
-    with pytest.raises(UserError, match="is no shard of"):
+    with pytest.raises(UserError, match="is not a shard of"):
         evaluate(str(made.path), [str(elsewhere)])
     tar.write_bytes(tar.read_bytes() + bytes(512))  # in its place: another tar than the run was made from
     found = evaluate(str(made.path), [str(tmp_path / "shards")])
@@ -413,19 +413,19 @@ def test_a_tar_of_another_size_is_not_the_runs(tmp_path: Path) -> None:
 def test_wrong_calls(tmp_path: Path) -> None:
     made = make_run(tmp_path, json=BLANK)
     run = str(made.path)
-    with pytest.raises(UserError, match="'iou' is none of le, om, f1"):
+    with pytest.raises(UserError, match="'iou' is not one of le, om, f1"):
         evaluate(run, metrics=["le,iou"])
     with pytest.raises(UserError, match=r"none of the 15 samples has boxes to judge by .*pack --boxes"):
         evaluate(run)
     other = write_tar(tmp_path / "other.tar", [("a", {"jpg": picture(0)})])
-    with pytest.raises(UserError, match=r"other.tar .* is no shard of"):
+    with pytest.raises(UserError, match=r"other.tar .* is not a shard of"):
         evaluate(run, [str(tmp_path / "shards"), str(other)])
     (tmp_path / "copy/part1").mkdir(parents=True)
     (tmp_path / "copy/part1/train.tar").write_bytes(Path(made.run.shards[1].url).read_bytes())
     with pytest.raises(UserError, match="both the run's part1/train"):
         evaluate(run, [str(tmp_path / "shards"), str(tmp_path / "copy")])
     (made.path / receipt_name("part1/train")).unlink()
-    with pytest.raises(UserError, match="not whole: 1 of 3 shards are missing, 5 samples"):
+    with pytest.raises(UserError, match="not complete: 1 of 3 shards are missing, 5 samples"):
         evaluate(run)
     with pytest.raises(UserError, match="holds no run"):
         evaluate(str(tmp_path))
@@ -434,7 +434,7 @@ def test_wrong_calls(tmp_path: Path) -> None:
 def test_a_run_that_takes_no_files(tmp_path: Path) -> None:
     made = make_run(tmp_path, shards=1, json=inclusive((10, 10, 40, 40)))
     (made.path / "metrics").write_bytes(b"in the way")
-    with pytest.raises(UserError, match="the numbers cannot be written there"):
+    with pytest.raises(UserError, match="the results cannot be written there"):
         evaluate(str(made.path))
 
 
@@ -443,7 +443,7 @@ def test_a_run_with_a_limit_leaves_out_the_shards_beyond_it(tmp_path: Path) -> N
     write_tar(tmp_path / "shards/part9/train.tar", [("a", {"jpg": picture(0)})])
     found = evaluate(str(made.path), [str(tmp_path / "shards")])
     assert found.samples == 15
-    assert "1 shards lie beyond the --limit of the run, and are left out" in found.notes
+    assert "1 shards are beyond the --limit of the run and are skipped" in found.notes
 
 
 def call(*words: str | Path) -> Any:

@@ -129,7 +129,7 @@ def test_missing_shards_of_braces_are_counted(tmp_path: Path, touch: Touch) -> N
 def test_a_glob_that_matches_nothing(tmp_path: Path, touch: Touch) -> None:
     touch("a.tar", "b.jpg")
     for pattern in ("c*.tar", "*.jpg", "**/z.tar"):
-        assert f"{tmp_path}/{pattern}: matches nowhere" in refused(f"{tmp_path}/*.tar", f"{tmp_path}/{pattern}")
+        assert f"{tmp_path}/{pattern}: matches no file" in refused(f"{tmp_path}/*.tar", f"{tmp_path}/{pattern}")
 
 
 def test_a_folder_without_tars(tmp_path: Path, touch: Touch) -> None:
@@ -226,7 +226,7 @@ def test_endings_keep_names_apart(tmp_path: Path, touch: Touch) -> None:
 def test_names_that_collide(tmp_path: Path, touch: Touch) -> None:
     touch("a.tar", "a")
     reason = refused(f"{tmp_path}/a.tar", f"{tmp_path}/a")
-    assert f"{tmp_path}/a.tar and {tmp_path}/a would both be named 'a'" in reason
+    assert f"{tmp_path}/a.tar and {tmp_path}/a would both get the name 'a'" in reason
     touch("k=v/b.tar", "k-v/b.tar")
     assert "'k-v/b'" in refused(f"{tmp_path}/k*")
 
@@ -319,7 +319,7 @@ def test_missing_in_an_object_store(store: S3) -> None:
     store.objects |= {f"d/{i}.tar": b"x" for i in range(5)}
     assert "s3://bucket/d/9.tar: no such file" in refused("s3://bucket/d/9.tar")
     assert "2 of its 7 shards are missing" in refused("s3://bucket/d/{0..6}.tar")
-    assert "matches nowhere" in refused("s3://bucket/e*/*.tar")
+    assert "matches no file" in refused("s3://bucket/e*/*.tar")
     assert "s3://other/d/*.tar" in refused("s3://other/d/*.tar")
 
 

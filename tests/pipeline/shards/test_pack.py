@@ -267,7 +267,7 @@ def test_a_folder_without_images(tmp_path: Path, touch: Touch) -> None:
 
 
 def test_images_beside_class_folders(tmp_path: Path, touch: Touch) -> None:
-    assert "1 images (z.jpg, ...) beside 2 folders" in refused(touch("a/1.jpg", "b/2.jpg", "z.jpg"), tmp_path / "out")
+    assert "1 images (z.jpg, ...) next to 2 folders" in refused(touch("a/1.jpg", "b/2.jpg", "z.jpg"), tmp_path / "out")
 
 
 def test_wrong_folders(tmp_path: Path, touch: Touch) -> None:

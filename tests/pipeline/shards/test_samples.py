@@ -318,7 +318,7 @@ def header(size: bytes, kind: bytes) -> bytes:
         (b"77777777777\0", tarfile.XHDTYPE, "a size of 8589934591 bytes"),
         (b"77777777777\0", tarfile.GNUTYPE_LONGNAME, "a size of 8589934591 bytes"),
         (b"00000000000\0", tarfile.GNUTYPE_SPARSE, "sparse"),
-        (b"zzzzzzzzzzz\0", tarfile.REGTYPE, "no tar"),
+        (b"zzzzzzzzzzz\0", tarfile.REGTYPE, "not a tar"),
     ],
 )
 def test_hostile_headers(tmp_path: Path, size: bytes, kind: bytes, word: str) -> None:
@@ -353,7 +353,7 @@ def test_an_empty_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"\xff\xd8\xff\xe0 a jpeg" * 100, b"x", b"<html>404</html>" * 99])
 def test_a_file_that_is_no_tar(tmp_path: Path, content: bytes) -> None:
-    fails(shard_at(tmp_path / "x.tar", content), "no tar", content[:1].hex(), "saltern pack")
+    fails(shard_at(tmp_path / "x.tar", content), "not a tar", content[:1].hex(), "saltern pack")
 
 
 def test_gzip_under_the_name_of_a_tar(tmp_path: Path) -> None:

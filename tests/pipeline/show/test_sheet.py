@@ -199,7 +199,7 @@ def test_a_tar_of_other_samples_is_not_shown(tmp_path: Path) -> None:
     tar = Path(made.run.shards[0].url)
     write_tar(tar, [(key, {"jpg": picture(0), "cls": b"0"}) for key in ("s0k0", "other")])
     page = page_of(made)
-    assert "it has 'other' where the run has 's0k1'" in page.head
+    assert "it has 'other' instead of the run's 's0k1'" in page.head
     assert [("the image cannot be read" in card.text) for card in page.cards] == [False, True]
 
 

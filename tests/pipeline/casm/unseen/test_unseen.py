@@ -353,7 +353,7 @@ def test_val_shards_are_checked(data, tmp_path):
     tar.write_bytes(tar.read_bytes()[:5000])
     refused("--val: .*val-1.tar: the tar is cut", request(data, tmp_path / "out"), tmp_path / "cut")
     bad = write_val(tmp_path / "bad", boxless=label, cls=str(label), json='{"boxes": [[1, 2, 3]]}')
-    refused(r"of class .*'odd': \[1, 2, 3\] is no box", request(data, tmp_path / "out"), bad)
+    refused(r"of class .*'odd': \[1, 2, 3\] is not a box", request(data, tmp_path / "out"), bad)
     refused("no such file", request(data, tmp_path / "out"), tmp_path / "nowhere")
     assert not (tmp_path / "out").exists()
 

@@ -296,7 +296,7 @@ def test_a_page_without_any_image(tmp_path):
     assert (found["le"], found["f1"], found["top1"], found["damaged"]) == (100, 0, 0, 2)
     assert found["mask_mean"] != found["mask_mean"]
     assert lines(tmp_path)[0]["mask_mean"] is None
-    assert "the image member is no image" in (tmp_path / "masks/3.html").read_text()
+    assert "the image member is not an image" in (tmp_path / "masks/3.html").read_text()
     assert (tmp_path / "curves.png").exists()
 
 
