@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from saltern.pipeline.naming import install_hint
 from saltern.schemas.errors import UserError
 
 # Of scikit-image and scikit-learn, which carry these files; what each is stands in their own documentation.
@@ -46,7 +47,7 @@ def _gather(folder: Path) -> None:
     for package, names in PHOTOGRAPHS.items():
         spec = find_spec(package)
         if spec is None or spec.origin is None:
-            raise UserError(f"the demo's photographs come with {package}: pip install 'saltern[demo]'")
+            raise UserError(f"the demo's photographs come with {package}: {install_hint('demo')}")
         source = Path(spec.origin).parent.joinpath(*_FOLDERS[package][1:])
         for name in names:
             shutil.copyfile(source / name, folder / name)

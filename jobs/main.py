@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from saltern import __version__
 from saltern.jobs.attack import attack
 from saltern.jobs.bench import app as bench
 from saltern.jobs.demo import demo
@@ -54,9 +55,7 @@ app.add_typer(bench, name="bench", rich_help_panel="Help and tools")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"saltern {version('saltern')}")
+        typer.echo(f"saltern {__version__}")
         raise typer.Exit
 
 

@@ -1,12 +1,15 @@
-"""saltern submit: send any saltern job to a Ray cluster."""
+"""saltern submit: send any saltern command to a Ray cluster."""
 
 import shlex
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from saltern.pipeline.submit.staging import Word
 
 
 def submit(
@@ -16,97 +19,78 @@ def submit(
         typer.Option(envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"], help="URL of the cluster's dashboard."),
     ] = "http://127.0.0.1:8265",
     follow: Annotated[
-        bool, typer.Option("--follow", help="Print the job's log to its end, and end with its exit code.")
+        bool, typer.Option("--follow", help="Print the job's log to its end, and exit with the job's exit code.")
     ] = False,
 ) -> None:
-    """Send a job to a Ray cluster: saltern submit [--address URL] [--follow] -- extract SHARDS... --out RUN ...
+    """Send a command to a Ray cluster: saltern submit [--address URL] [--follow] -- extract SHARDS... --out RUN ...
 
-    The head's PATH decides which python runs it. Our code travels with it,
+    The PATH on the head decides which python runs the job. Saltern's code travels with it,
     and so do --config, @list.txt and a module of your own, up to 1 MB each.
-    The cluster must see all other paths; relative ones are made absolute.
-    Sent twice, a job runs once: --follow attaches to it while it runs, and
-    the same command resumes it when it has ended.
-    A token: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or
-    ~/.ray/auth_token.
+    The cluster must see all other paths; relative paths are made absolute.
+    The same command again does not start a second job: while the job runs, --follow attaches to it;
+    when it has ended, it is resumed.
+    To give a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or write ~/.ray/auth_token.
     """
-    from saltern.pipeline.submit import submission
+    from saltern.pipeline.submit import submission as cluster
     from saltern.pipeline.submit.staging import stage
 
-    command, words = _parse(ctx.args)
+    command, words = parse(ctx.find_root(), ctx.args)
     with tempfile.TemporaryDirectory(prefix="saltern-") as folder:
-        job = stage(command, words, Path(folder), Path.cwd())
-        if job.absolute:
-            typer.echo(f"paths that the cluster must see: {', '.join(job.absolute)}", err=True)
-        if submission.token_in_clear(address):
+        submission = stage(command, words, Path(folder), Path.cwd())
+        if submission.absolute:
+            typer.echo(f"paths that the cluster must see: {', '.join(submission.absolute)}", err=True)
+        if cluster.sends_token_in_clear(address):
             typer.echo(f"warning: the token goes to {address} in plain text; use https or an ssh tunnel", err=True)
-        client = submission.connect(address)
-        name, started = submission.submit(client, job, Path(folder))
+        client = cluster.job_client(address)
+        name, started = cluster.submit(client, submission, Path(folder))
     again = shlex.join(["saltern", "submit", "--address", address, "--follow", "--", *ctx.args])
     if follow:
-        typer.echo(f"{'started' if started else 'runs already:'} {name} at {address}", err=True)
+        typer.echo(f"{'started' if started else 'already running:'} {name} at {address}", err=True)
         raise typer.Exit(_follow(client, name, again))
-    said = "follow it with" if started else "this job runs already; follow it with"
-    typer.echo(f"{said}: {again}", err=True)
+    typer.echo(f"{'' if started else 'this job is already running; '}follow it with: {again}", err=True)
     typer.echo(name)
 
 
 def _follow(client: Any, name: str, again: str) -> int:
-    from saltern.pipeline.submit import submission
+    """Print the job's log. Returns its exit code."""
+    from saltern.pipeline.submit.submission import STOPPED, follow
 
     def write(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
     try:
-        code, words = submission.follow(client, name, write)
+        code, end = follow(client, name, write)
     except KeyboardInterrupt:
-        typer.echo(f"\n{name} goes on without you; follow it again with: {again}", err=True)
-        return 130
-    if words:
-        typer.echo(f"{name} {words}", err=True)
+        typer.echo(f"\n{name} keeps running; follow it again with: {again}", err=True)
+        return STOPPED
+    if end:
+        typer.echo(f"{name} {end}", err=True)
     return code
 
 
-def _parse(args: list[str]) -> tuple[str, list[Any]]:
-    """The command and its words, checked against our own command line. Raises UserError."""
-    from saltern.pipeline.submit.staging import Word
-    from saltern.schemas.errors import UserError
+def parse(root: Any, args: list[str]) -> tuple[str, list["Word"]]:
+    """Return the command in `args` and its arguments, in the order that the command declares them.
 
-    names, command = _command(args)
-    ctx = command.make_context(names[-1], [], resilient_parsing=True)  # a context alone: nothing is checked or run
-    ctx.resilient_parsing = False
-    try:
-        given, _, order = command.make_parser(ctx).parse_args(args[len(names) :])
-    except Exception as error:  # typer's usage errors have no public name of their own
-        if not hasattr(error, "format_message"):
-            raise
-        raise UserError(f"{' '.join(names)}: {error.format_message()}") from error
+    Raises a usage error, as the command itself would.
+    """
+    from saltern.pipeline.submit.staging import Word
+
+    ctx, command = root, root.command
+    while hasattr(command, "commands"):
+        if not args or args[0] == "submit":
+            ctx.fail(f"no command to run; give it as in: {ctx.command_path} submit -- extract SHARDS... --out RUN")
+        name, command, args = command.resolve_command(ctx, args)
+        ctx = command.context_class(command, info_name=name, parent=ctx)
+    given, _, order = command.make_parser(ctx).parse_args(list(args))
     words = []
-    for param in (param for param in command.get_params(ctx) if param in order):
+    for param in command.get_params(ctx):
+        if param not in order:
+            continue
         value = given[param.name]
-        positional = param.param_type_name == "argument"
         if isinstance(value, bool):
             words.append(Word(param.name, (param.opts if value else param.secondary_opts)[0], None))
             continue
-        values = [value] if isinstance(value, str) else value or []
-        flag = None if positional else max(param.opts, key=len)
-        words += [Word(param.name, flag, part) for part in values]
-    return " ".join(names), words
-
-
-def _command(args: list[str]) -> tuple[list[str], Any]:
-    """The names at the head of `args`, and the command they lead to."""
-    from saltern.jobs.main import app
-    from saltern.schemas.errors import UserError
-
-    names: list[str] = []
-    command: Any = typer.main.get_group(app)
-    while hasattr(command, "commands"):
-        name = args[len(names)] if len(args) > len(names) else ""
-        known = sorted(set(command.commands) - {"submit"})
-        if name not in known:
-            start = " ".join(["saltern submit --", *names])
-            raise UserError(f"say what to run, as in `{start} COMMAND ...`; {name!r} is none of {', '.join(known)}")
-        names.append(name)
-        command = command.commands[name]
-    return names, command
+        flag = max(param.opts, key=len) if param.param_type_name == "option" else None
+        words += [Word(param.name, flag, part) for part in ([value] if isinstance(value, str) else value or [])]
+    return ctx.command_path.removeprefix(f"{root.command_path} "), words

@@ -1,50 +1,68 @@
-"""This process on this machine: cores, device, memory, signals, repeatable arithmetic."""
+"""Use this process and machine: cores, device, signals, memory, repeatable arithmetic.
+
+Linux has calls that macOS lacks (CPU affinity, /proc, control groups, glibc's mallopt); without them each function
+falls back or does nothing.
+"""
 
 import contextlib
 import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from saltern.schemas.errors import UserError
 
+# glibc's malloc keeps freed memory for the next batch, which saves most page faults. Use a single arena: glibc trims
+# secondary arenas whatever M_TRIM_THRESHOLD says.
+_KEPT = 2**31 - 1  # bytes that may stay free at the end of the heap
+_MALLOPT = {"M_ARENA_MAX": (-8, 1), "M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, _KEPT)}
+# The same settings for a process that is about to start.
+ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(_KEPT)}
+
 
 def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Return the number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def torch_threads(device: str, workers: int) -> int:
+    """Return torch's threads per worker: OMP_NUM_THREADS if set, else an equal share of the cores; 1 on a GPU."""
     if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
         return int(os.environ["OMP_NUM_THREADS"])
     return max(1, cores() // workers) if device == "cpu" else 1
 
 
 def see_own_modules() -> None:
-    """Make a user's own `package.module:factory` in the current folder one that can be imported."""
+    """Let `package.module:factory` be imported from the current folder."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
 
 
 def pick_device(device: str) -> str:
-    """`auto` as cpu or cuda, whichever this machine has. Raises UserError for cuda without one."""
+    """Return cpu or cuda; `auto` is cuda if this machine has it. Raises UserError for cuda without a CUDA device."""
     import torch
 
-    there = torch.cuda.is_available()
-    if device == "cuda" and not there:
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
         raise UserError("--device cuda, but no CUDA device is visible; --device cpu runs without one")
-    return "cuda" if there and device != "cpu" else "cpu"
+    return "cuda" if available and device != "cpu" else "cpu"
 
 
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Schedulers end jobs with SIGTERM: it is answered as Ctrl-C is."""
+    """Raise KeyboardInterrupt on SIGTERM, as schedulers end jobs with it. Only the main thread can."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
@@ -53,29 +71,19 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 
 def available_memory() -> int | None:
-    """Bytes that this process may still take, by the machine and its control group; None where neither says."""
-    found = []
+    """Return the bytes that this process may still take; None if neither the machine nor a control group tells."""
+    limits = []
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        found.append(int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024)
+        limits.append(int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024)
     with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
         group = Path("/sys/fs/cgroup")
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return max(0, min(found)) if found else None
-
-
-_HELD = 2**31 - 1  # bytes that may lie free at the heap's end
-
-
-# For a process that is yet to start. One heap alone: glibc trims all but the first, which brings the giving back again.
-ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(_HELD)}
-
-
-_MALLOPT = {"M_ARENA_MAX": (-8, 1), "M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, _HELD)}
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(0, min(limits)) if limits else None
 
 
 def keep_memory() -> None:
-    """The same for this process, before it starts threads. Does nothing where the C library is another."""
+    """Keep freed memory in this process, before it starts threads. Does nothing without glibc."""
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
         for parameter, value in _MALLOPT.values():
@@ -84,10 +92,10 @@ def keep_memory() -> None:
 
 @contextlib.contextmanager
 def exact(threads: int | None = None) -> Iterator[None]:
-    """What repeats to the bit, where there is a choice; the settings are put back on the way out.
+    """Choose the arithmetic that repeats to the bit, and restore torch's settings afterwards.
 
     Args:
-        threads: of torch, which decide the order of sums on a CPU; None: as they are.
+        threads: torch's threads, which decide the order of sums on a CPU; None keeps their number.
     """
     import torch
 
@@ -95,9 +103,9 @@ def exact(threads: int | None = None) -> Iterator[None]:
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
     tuned, before = torch.backends.cudnn.benchmark, torch.get_num_threads()
     filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or matrix products on CUDA would not repeat
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # otherwise matrix products on CUDA do not repeat
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time, and no code reads it
     torch.backends.cudnn.benchmark = False
     torch.set_num_threads(threads or before)
     try:

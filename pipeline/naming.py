@@ -1,4 +1,4 @@
-"""Things by name: an object by `package.module:name`; and what an error says of a wrong one."""
+"""Import objects by name, and word the errors about names and missing packages."""
 
 import difflib
 import importlib
@@ -9,18 +9,23 @@ from saltern.schemas.errors import UserError
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """`did you mean 'x'? ` with the choice nearest to name, or an empty string where none is near."""
+    """Return `did you mean 'x'? ` with the choice nearest to name, or an empty string if none is near."""
     near = difflib.get_close_matches(name, list(choices), 1, 0.5)
     return f"did you mean {near[0]!r}? " if near else ""
 
 
 def brief(error: BaseException) -> str:
-    """The first line of what an error says, or its kind."""
+    """Return the first line of an error's message, or its type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def install_hint(extra: str) -> str:
+    """Return how to install one of Saltern's extras; no package registry has Saltern."""
+    return f"in your clone of Saltern, run pip install -c constraints.txt '.[{extra}]'"
+
+
 def import_object(spec: str) -> Any:
-    """What `package.module:name` names. Raises UserError where the module or the name in it is not found."""
+    """Return the object that `package.module:name` names. Raises UserError if there is no such module or name."""
     module_name, _, name = spec.partition(":")
     try:
         module = importlib.import_module(module_name)

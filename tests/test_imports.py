@@ -32,7 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "show": _RUNS,
     "synthesis": {"extract", "show", "engine", *_RUNS, *_MODELS, *_BASE},
     "casm": {"extract", "metrics", "show", "engine", "tables", *_RUNS, *_MODELS, *_BASE},
-    "submit": set(),
+    "submit": {"naming"},
     "bench": {"casm", "extract", "engine", "tables", *_RUNS, *_MODELS, *_BASE},
 }
 HEAVY = ("torch", "ray", "pyarrow", "webdataset", "numpy")

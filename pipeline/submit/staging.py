@@ -1,7 +1,7 @@
-"""What travels with a submitted job: our package, the small files its words name, and the user's own module.
+"""Stage the folder that Ray sends to the cluster: Saltern's code, small input files and the user's own module.
 
-The job runs in a folder of its own on another machine. A file that its words name travels when small (`--config`,
-`@list.txt`); any other path must be reachable from the cluster, so a relative one is made absolute here.
+The job runs in a copy of this folder on another machine. Small files named on the command line travel with it
+(`--config`, `@list.txt`); the cluster must be able to read every other path, so relative paths are made absolute.
 """
 
 import hashlib
@@ -10,187 +10,162 @@ import os
 import shlex
 import shutil
 import tomllib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from saltern.schemas.errors import UserError
 
-SMALL = 1_000_000  # bytes that one named file, or the user's package, may weigh
-INPUTS = "_inputs"  # where staged files stand in the job's folder
-_PATHS = ("out", "boxes", "val", "checkpoint")  # options that hold a path; every positional word is one
-_OURSELVES = Path(__file__).parents[2]  # the package `saltern`, its links followed
+MAX_BYTES = 1_000_000  # of one input file, or of the user's package
+INPUTS = "_inputs"  # folder of the input files in the staged folder
+_PATHS = ("out", "boxes", "val", "checkpoint")  # options that hold a path; so does every positional argument
+_PACKAGE = Path(__file__).parents[2]  # saltern/, its links followed
 _UNWANTED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "tests")
 
 
 class Word(NamedTuple):
     """One parsed argument of the command."""
 
-    name: str  # the parameter's: out, shards
-    flag: str | None  # as typed in full: --out; None for a positional word
+    name: str  # of its parameter: out, shards
+    flag: str | None  # its long form: --out; None for a positional argument
     value: str | None  # None for a switch
 
 
 @dataclass(frozen=True)
-class Job:
-    """A command as the cluster runs it, inside its staged folder."""
+class Submission:
+    """A command as the cluster runs it, in its staged folder."""
 
-    command: str  # extract; with its sub-command: bench extract
+    command: str  # extract; with a subcommand: bench extract
     args: list[str]
     out: str | None
-    fingerprint: str  # over command, args and the user's staged files; the run's own stands in its run.json
-    absolute: list[str] = field(default_factory=list)  # relative paths that were made so
+    fingerprint: str  # of command, args and the user's staged files; run.json holds the fingerprint of the run
+    absolute: list[str]  # relative paths that were made absolute
 
     @property
     def entrypoint(self) -> str:
-        """For a shell on the head, whose PATH decides which `python` this is."""
+        """The shell command; the PATH on the head decides which `python` it starts."""
         return shlex.join(["python", "-m", "saltern", *self.command.split(), *self.args])
 
 
-def stage(command: str, words: Sequence[Word], folder: Path, cwd: Path) -> Job:
-    """Fill `folder` with what the job needs, and nothing else.
+def stage(command: str, words: Sequence[Word], folder: Path, cwd: Path) -> Submission:
+    """Fill the empty `folder` with everything that the job needs.
 
-    Raises UserError on a missing or large file, and on a config that names a relative path.
+    Args:
+        cwd: the folder that relative paths start from.
+
+    Raises:
+        UserError: a file is missing or too large, or a config names a relative path.
     """
-    shutil.copytree(_OURSELVES, folder / "saltern", ignore=_UNWANTED)
-    _name_version(folder)
-    ours = set(folder.iterdir())
     staging = _Staging(folder, cwd)
-    words = [staging.word(word) for word in words]
-    args = [part for word in words for part in _parts(word)]
+    words = [word._replace(value=staging.translate(word)) for word in words]
+    args = [_spell(word) for word in words]
     out = next((word.value for word in words if word.name == "out"), None)
-    users = sorted(set(folder.iterdir()) - ours)
-    return Job(command, args, out, _fingerprint([command, *args], users), staging.absolute)
-
-
-def _name_version(folder: Path) -> None:
-    """The version that travels, where `importlib.metadata` looks before any saltern that is installed there."""
-    made = version("saltern")
-    info = folder / f"saltern-{made}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: saltern\nVersion: {made}\n")
+    fingerprint = _fingerprint([command, *args], folder)
+    shutil.copytree(_PACKAGE, folder / "saltern", ignore=_UNWANTED)
+    return Submission(command, args, out, fingerprint, staging.absolute)
 
 
 class _Staging:
-    """Copies what a word names, and says how the word reads in the job's folder."""
+    """Copies the files that arguments name, and translates the arguments for the job's folder."""
 
     def __init__(self, folder: Path, cwd: Path):
         self.folder, self.cwd = folder, cwd
         self.absolute: list[str] = []
 
-    def word(self, word: Word) -> Word:
-        if word.value is None:
-            return word
-        rule = self._rules().get(word.name, self._path if word.flag is None else None)
-        return word._replace(value=rule(word.value)) if rule else word
-
-    def _rules(self) -> dict[str, Callable[[str], str]]:
-        return {
-            **dict.fromkeys(_PATHS, self._path),
-            "config": self._config,
-            "weights": self._weights,
-            "classes": self._classes,
-            "model": self._module,
-            "method": self._module,
-        }
-
-    def _path(self, value: str) -> str:
-        if value.startswith("@"):
-            return "@" + self._list(value[1:])
-        if "://" in value or os.path.isabs(value):
+    def translate(self, word: Word) -> str | None:
+        """Return the argument's value as the job must read it."""
+        name, value = word.name, word.value
+        if value is None:
+            return None
+        if name == "config":
+            return self._add_config(value)
+        if name == "classes":  # numbers, or a file of numbers
+            return value if set(value) <= set("0123456789, ") else self._add(value, self._read(value))
+        if name in ("model", "method"):
+            self._add_module(value)
             return value
-        self.absolute.append(self._absolute(value))
+        if name == "weights" and os.sep not in value and not (self.cwd / value).exists():
+            return value  # DEFAULT, none or a name of torchvision
+        if word.flag is not None and name not in (*_PATHS, "weights"):
+            return value
+        return self._add_list(value) if value.startswith("@") else self._make_absolute(value)
+
+    def _make_absolute(self, path: str) -> str:
+        if "://" in path or os.path.isabs(path):
+            return path
+        self.absolute.append(os.path.normpath(self.cwd / path))
         return self.absolute[-1]
 
-    def _absolute(self, value: str) -> str:
-        return value if "://" in value else os.path.normpath(self.cwd / value)
+    def _add_list(self, value: str) -> str:
+        """Copy a list of shards, one per line; relative lines start from `cwd`, so they are made absolute."""
+        lines = [line.strip() for line in self._read(value[1:]).decode().splitlines()]
+        lines = [line for line in lines if line and not line.startswith("#")]
+        paths = [line if "://" in line else os.path.normpath(self.cwd / line) for line in lines]
+        return "@" + self._add(value[1:], "".join(f"{path}\n" for path in paths).encode())
 
-    def _weights(self, value: str) -> str:
-        """DEFAULT, none and torchvision's names stay; a file becomes absolute."""
-        return self._path(value) if os.sep in value or (self.cwd / value).exists() else value
-
-    def _classes(self, value: str) -> str:
-        """Numbers stay; a file of them travels."""
-        return value if set(value) <= set("0123456789, ") else self._add(value, self._read(value))
-
-    def _list(self, value: str) -> str:
-        """A list of shards, one a line; its relative lines become absolute, as they are read relative to `cwd`."""
-        lines = self._read(value).decode().splitlines()
-        wanted = [self._absolute(line.strip()) for line in lines if line.strip() and not line.lstrip().startswith("#")]
-        return self._add(value, "".join(f"{line}\n" for line in wanted).encode())
-
-    def _config(self, value: str) -> str:
-        raw = self._read(value)
+    def _add_config(self, path: str) -> str:
+        """Copy a config unchanged, and the module that it names. Raises UserError if it names a relative path."""
+        raw = self._read(path)
         try:
             table = tomllib.loads(raw.decode())
         except ValueError as error:
-            raise UserError(f"{value} is no TOML: {error}") from error
-        for key, entry in _flat(table):
-            if key in ("model", "method"):
-                self._module(entry)
-            elif (key in (*_PATHS, "shards") and self._path(entry) != entry) or (
-                key == "weights" and self._weights(entry) != entry
-            ):
-                fix = "make it absolute, or give it on the command line"
-                raise UserError(f"{value}: {key} = {entry!r} is relative, and the job runs in another folder; {fix}")
-        return self._add(value, raw)
+            raise UserError(f"{path} is not valid TOML: {error}") from error
+        for key, values in table.items():
+            for value in values if isinstance(values, list) else [values]:
+                if key == "config" or not isinstance(value, str):
+                    continue
+                flag = None if key == "shards" else f"--{key}"
+                if self.translate(Word(key, flag, value)) != value:
+                    raise UserError(
+                        f"{path}: {key} = {value!r} is relative, but the job runs in another folder; "
+                        "make it absolute, or give it on the command line"
+                    )
+        return self._add(path, raw)
 
-    def _module(self, value: str) -> str:
-        """`package.module:name`: a module or package of that name in `cwd` travels; others are installed there."""
-        top = value.partition(":")[0].partition(".")[0]
-        if ":" not in value or not top.isidentifier() or top == "saltern" or (self.folder / top).exists():
-            return value
+    def _add_module(self, spec: str) -> None:
+        """Copy the module of `package.module:name` from `cwd`; if it is not there, the cluster must have it."""
+        top = spec.partition(":")[0].partition(".")[0]
+        if ":" not in spec or not top.isidentifier() or top == "saltern":
+            return
         package, module = self.cwd / top, self.cwd / f"{top}.py"
         if package.is_dir():
-            shutil.copytree(package, self.folder / top, ignore=_UNWANTED)
-            _weigh(value, sum(path.stat().st_size for path in (self.folder / top).rglob("*")))
+            shutil.copytree(package, self.folder / top, ignore=_UNWANTED, dirs_exist_ok=True)
+            _check_size(spec, sum(path.stat().st_size for path in (self.folder / top).rglob("*")))
         elif module.is_file():
             (self.folder / module.name).write_bytes(self._read(module.name))
-        return value
 
-    def _read(self, value: str) -> bytes:
-        path = self.cwd / value
-        if not path.is_file():
-            raise UserError(f"there is no file {value} here to send with the job")
-        _weigh(value, path.stat().st_size)
-        return path.read_bytes()
+    def _read(self, path: str) -> bytes:
+        file = self.cwd / path
+        if not file.is_file():
+            raise UserError(f"there is no file {path} here to send with the job")
+        _check_size(path, file.stat().st_size)
+        return file.read_bytes()
 
-    def _add(self, value: str, raw: bytes) -> str:
-        """Two files of one name keep apart by their number."""
+    def _add(self, path: str, raw: bytes) -> str:
+        """Write an input file, numbered because two inputs may have the same name; return its path in the job."""
         inputs = self.folder / INPUTS
         inputs.mkdir(exist_ok=True)
-        name = f"{len(list(inputs.iterdir()))}-{Path(value).name}"
+        name = f"{len(list(inputs.iterdir()))}-{Path(path).name}"
         (inputs / name).write_bytes(raw)
         return f"{INPUTS}/{name}"
 
 
-def _parts(word: Word) -> list[str]:
-    """A value that begins with a dash stays a value when it is tied to its flag."""
-    if word.flag is None:
-        return [word.value or ""]
-    if word.value is None:
-        return [word.flag]
-    if not word.flag.startswith("--"):
-        return [word.flag, word.value]
-    return [f"{word.flag}={word.value}"] if word.value.startswith("-") else [word.flag, word.value]
+def _spell(word: Word) -> str:
+    """Return the argument as one word: with `=`, a value may begin with a dash."""
+    return "=".join(part for part in (word.flag, word.value) if part is not None)
 
 
-def _flat(table: dict[str, Any]) -> list[tuple[str, str]]:
-    """The strings of a config, those in lists one by one."""
-    pairs = [(key, entry) for key, value in table.items() for entry in (value if isinstance(value, list) else [value])]
-    return [(key, entry) for key, entry in pairs if isinstance(entry, str)]
+def _check_size(name: str, size: int) -> None:
+    if size > MAX_BYTES:
+        raise UserError(
+            f"{name} has {size / 1e6:.1f} MB, and at most {MAX_BYTES / 1e6:.0f} MB can travel with a job: "
+            "put it where the cluster can read it and give its absolute path or URL"
+        )
 
 
-def _weigh(name: str, size: int) -> None:
-    if size > SMALL:
-        fix = "put it where the cluster can read it and name its absolute path or URL"
-        raise UserError(f"{name} weighs {size / 1e6:.1f} MB, and {SMALL / 1e6:.0f} MB may travel with a job: {fix}")
-
-
-def _fingerprint(words: list[str], users: list[Path]) -> str:
-    """16 hex digits over the words and the user's staged files, so that an edited config is another job."""
-    files = [path for user in users for path in sorted([user, *user.rglob("*")]) if path.is_file()]
-    digests = [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in files]
+def _fingerprint(words: list[str], folder: Path) -> str:
+    """Return 16 hex digits of the command and the user's files, so that an edited config is another job."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    digests = [[str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest()] for path in files]
     return hashlib.sha256(json.dumps([words, digests]).encode()).hexdigest()[:16]
