@@ -74,21 +74,6 @@ class Taps:
 
         return keep
 
-    def replaced(self, x_BCHW: Tensor, output: Tensor) -> Tensor:
-        """Logits of a forward pass in which the first layer gives another output. `forward` must have run before."""
-        calls = 0
-
-        def replace(module: nn.Module, args: Any, given: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            return with_tensor(given, output) if calls == self._last_call[0] else None
-
-        handle = self._modules[0].register_forward_hook(replace)
-        try:
-            return logits_of(self.model(x_BCHW))
-        finally:
-            handle.remove()
-
     def gradients(self, logits_BK: Tensor, target_B: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
         """dz_c / d output of every layer. Raises UserError where the logits do not depend on a layer."""
         found = score_gradients(logits_BK, target_B, outputs)

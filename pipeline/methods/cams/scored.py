@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saltern.pipeline.methods.base import Maps, Method, safe_divide, weighted_sum
-from saltern.pipeline.methods.cams.tail import Begun, Tail
+from saltern.pipeline.methods.cams.tail import Tail
 from saltern.pipeline.models.passes import full_precision, logits_of, pick_target
 from saltern.pipeline.models.taps import Taps
 from saltern.schemas.errors import UserError
@@ -53,11 +53,10 @@ class ScoreCAM(ScoredCAM):
         logits_BK, (output,) = self._taps.forward(x_BCHW)
         target_B = pick_target(logits_BK, target_B)
         A_BKhw = self._taps.grid(0, output, x_BCHW.shape[2:])
-        found = [
-            self._scores(x_BCHW, A_BKhw[:, group], target_B) for group in self.groups(A_BKhw.shape[1], len(x_BCHW))
-        ]
+        groups = self.groups(A_BKhw.shape[1], len(x_BCHW))
+        score_BK = torch.cat([self._scores(x_BCHW, A_BKhw[:, group], target_B) for group in groups], 1)
         with full_precision(x_BCHW.device):
-            return weighted_sum(torch.cat(found, 1).softmax(1), A_BKhw).relu(), logits_BK, target_B
+            return weighted_sum(score_BK.softmax(1), A_BKhw).relu(), logits_BK, target_B
 
     def _scores(self, x_BCHW: Tensor, A_BGhw: Tensor, target_B: Tensor) -> Tensor:
         """Return the logits of the targets under each mask of a group of G channels, float32 (B, G)."""
@@ -83,28 +82,30 @@ class AblationCAM(ScoredCAM):
 
     def prepare(self) -> None:
         super().prepare()
+        self._taps = Taps(self.model, self.layer)
         self._tail = Tail(self.model, self.layer[0])
 
     def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
-        begun, image = self._tail.begin(x_BCHW), x_BCHW.shape[2:]
-        target_B = pick_target(begun.logits_BK, target_B)
-        A_BKhw = self._tail.taps.grid(0, begun.output, image)
-        dimension = self._tail.taps.channel_dimension(0, begun.output, image)
-        groups = [slice(0, 0), *self.groups(A_BKhw.shape[1], len(x_BCHW))]  # the first: nothing taken away
-        score_B1, *found = (self._scores(begun, group, dimension, target_B) for group in groups)
-        weight_BK = safe_divide(score_B1 - torch.cat(found, 1), score_B1)
-        with full_precision(x_BCHW.device):
-            return weighted_sum(weight_BK.float(), A_BKhw).relu(), begun.logits_BK, target_B
+        recording, image = self._tail.record(x_BCHW), x_BCHW.shape[2:]
+        target_B = pick_target(recording.logits_BK, target_B)
+        output = recording.output
+        A_BKhw = self._taps.grid(0, output, image)
+        channel_K = torch.arange(A_BKhw.shape[1], device=output.device)
+        dimension = self._taps.channel_dimension(0, output, image) % output.ndim
+        channel = channel_K.view([-1 if axis == dimension else 1 for axis in range(output.ndim)])
 
-    def _scores(self, begun: Begun, group: slice, dimension: int, target_B: Tensor) -> Tensor:
-        """Logits of the targets without each channel of a group, (B, G); (B, 1) with all where it is empty."""
-        count = max(1, group.stop - group.start)
-        device = target_B.device
-        sample_N = torch.arange(len(target_B), device=device).repeat_interleave(count)
-        changed = begun.output.index_select(0, sample_N)
-        if group.stop > group.start:
-            channel_N = torch.arange(group.start, group.stop, device=device).repeat(len(target_B))
-            changed.movedim(dimension, 1)[torch.arange(len(channel_N), device=device), channel_N] = 0
-        logits_NK = begun.again(changed, sample_N)
-        score_BG = logits_NK.gather(1, target_B[sample_N, None]).view(-1, count)
-        return score_BG.to(torch.promote_types(score_BG.dtype, torch.float32))
+        def without(number: Tensor) -> Tensor:
+            return _score(recording.logits(output.where(channel != number, 0)), target_B)
+
+        score_B1 = _score(recording.baseline_BK, target_B)[:, None]
+        groups = self.groups(len(channel_K), len(x_BCHW))
+        left_BK = torch.cat([self._tail.each(without, channel_K[group]) for group in groups], 1)
+        weight_BK = safe_divide(score_B1 - left_BK, score_B1)
+        with full_precision(x_BCHW.device):
+            return weighted_sum(weight_BK.float(), A_BKhw).relu(), recording.logits_BK, target_B
+
+
+def _score(logits_BK: Tensor, target_B: Tensor) -> Tensor:
+    """Return the logits of the targets, score_B, float32 at least: their differences are small."""
+    score_B = logits_BK.gather(1, target_B[:, None])[:, 0]
+    return score_B.to(torch.promote_types(score_B.dtype, torch.float32))

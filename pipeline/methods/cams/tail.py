@@ -1,255 +1,192 @@
-"""A model from one layer on: run again and again with other outputs of that layer, and nothing before it.
+"""Forward passes with changed outputs of one layer, in which the modules before the layer are not computed again.
 
-What runs after the layer is found by tracing the model once (torch.fx). Only modules that hold the layer are traced
-through; all others are single steps, so that what they do inside does not matter. A trace is compared with the model on
-the first batch of every shape; where it fails or differs, whole forward passes run instead, with the output replaced.
+The first pass of a batch records what each outermost module before the layer returned. In further passes these modules
+return their records, so that only the layer's successors and the functions between modules are computed. `vmap` runs
+several changed outputs in one pass; values that do not depend on them are computed once.
 
-Shape suffixes: B batch, C H W the network's input, K classes, N changed outputs, each of one of the B samples.
+Shape suffixes: B batch, C H W the network's input, K classes, N changed outputs.
 """
-# ruff: noqa: N815  (fields carry a shape suffix)
 
-import inspect
-from collections.abc import Callable, Mapping
-from operator import attrgetter
-from typing import Any, NamedTuple
+import logging
+import warnings
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from saltern.pipeline.models.passes import logits_of
-from saltern.pipeline.models.taps import Taps, tensor_of, with_tensor
+from saltern.pipeline.models.passes import full_precision, logits_of
+from saltern.pipeline.models.taps import tensor_of, with_tensor
+from saltern.schemas.errors import UserError
 
-Values = dict[fx.Node, Any]
-
-
-class Begun(NamedTuple):
-    """A forward pass that can be continued from the layer on."""
-
-    logits_BK: Tensor
-    output: Tensor  # of the layer
-    again: Callable[[Tensor, Tensor], Tensor]  # (changed output of N, int64 index of their samples): logits_NK
+_log = logging.getLogger(__name__)
+_COMPUTE = object()  # a record that makes the module compute
 
 
 class Tail:
-    """What a model computes from a layer on.
+    """What a model computes from one layer on.
 
     Args:
         model: in eval mode, without gradients, also when called.
-        name: dotted name of the layer; of a module that runs several times a pass, its last run counts.
+        name: dotted name of the layer; of a module that runs several times a pass, the last run counts.
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:
-        self.taps = Taps(model, [name])
-        self._model = model
-        self._modules = dict(model.named_modules())
-        self._steps = _trace(model, self._modules[name])
-        self._checked: set[tuple[torch.Size, torch.dtype, bool]] = set()
+        self.model, self.name = model, name
+        self.layer = model.get_submodule(name)
+        self.modules = list(dict.fromkeys(_outermost(model, self.layer)))
+        self.whole = False  # True once records failed to give the model's logits: then all modules compute
+        self.batched = True  # False once vmap failed: then each changed output has its own pass
+        self._checked = False
 
-    @property
-    def traced(self) -> bool:
-        """False: every pass is a whole one."""
-        return self._steps is not None
+    def record(self, x_BCHW: Tensor) -> "Recording":
+        """Run the model on a batch. Raises UserError if the layer does not run, or returns no tensor."""
+        return Recording(self, x_BCHW)
 
-    def begin(self, x_BCHW: Tensor) -> Begun:
-        """A forward pass. Changed outputs may be altered in place by what follows the layer.
-
-        Under autocast, the passes that continue it are in the parameters' own precision: small differences of logits
-        are what they are run for.
-
-        Raises:
-            UserError: as `Taps.forward` does.
-        """
-        shape = (x_BCHW.shape, x_BCHW.dtype, torch.is_autocast_enabled(x_BCHW.device.type))
-        if self._steps is None:
-            return self._whole(x_BCHW)
-        if shape in self._checked:
-            return self._run(x_BCHW, self._steps)
-        whole = self._whole(x_BCHW)
-        try:
-            begun = self._run(x_BCHW, self._steps)
-            same = _agree(begun, whole)
-        except Exception:  # whatever a trace may stumble over: the model itself ran
-            same = False
-        if not same:
-            self._steps = None
-            return whole
-        self._checked.add(shape)
-        return begun
-
-    def _whole(self, x_BCHW: Tensor) -> Begun:
-        logits_BK, (output,) = self.taps.forward(x_BCHW)
-        recast = self._recast(x_BCHW.device)
-
-        def again(changed: Tensor, sample_N: Tensor) -> Tensor:
-            with torch.autocast(x_BCHW.device.type, enabled=False):
-                return self.taps.replaced(recast(x_BCHW.index_select(0, sample_N)), recast(changed))
-
-        return Begun(logits_BK, output, again)
-
-    def _run(self, x_BCHW: Tensor, steps: "_Steps") -> Begun:
-        values = self._before(x_BCHW, steps)
-        given = values[steps.layer]
-        output = tensor_of(given, self.taps.names[0])
-        after, kept = _plan(values, steps)
-        recast = self._recast(x_BCHW.device)
-
-        def rest(changed: Tensor, sample_N: Tensor, recast: Callable[[Tensor], Tensor]) -> Tensor:
-            def take(tensor: Tensor) -> Tensor:
-                # A copy, as what runs from here on may work in place.
-                return recast(tensor.index_select(0, sample_N)) if len(tensor) == len(x_BCHW) else tensor
-
-            now = {node: _map(value, take) if node in steps.varying else value for node, value in kept.items()}
-            now[steps.layer] = recast(changed) if given is output else with_tensor(_map(given, take), recast(changed))
-            for node in after:
-                now[node] = self._evaluate(node, now)
-            return logits_of(now[steps.output])
-
-        def again(changed: Tensor, sample_N: Tensor) -> Tensor:
-            with torch.autocast(x_BCHW.device.type, enabled=False):
-                return rest(changed, sample_N, recast)
-
-        every_B = torch.arange(len(x_BCHW), device=x_BCHW.device)
-        return Begun(rest(output.clone(), every_B, lambda tensor: tensor), output, again)
-
-    def _before(self, x_BCHW: Tensor, steps: "_Steps") -> Values:
-        """Values of all that does not depend on the layer's output, and that output, as far as `_plan` wants them."""
-        values: Values = {}
-        for node in steps.before:
-            if node.op == "placeholder":
-                values[node] = steps.defaults.get(node, x_BCHW)
-            else:
-                values[node] = self._evaluate(node, values)
-            for spent in steps.spent[node]:
-                if not any(user in values and not _tensors(values[user]) for user in spent.users):
-                    del values[spent]
-        return values
-
-    def _evaluate(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-        target: Any = node.target
-        if node.op == "call_module":
-            return self._modules[target](*args, **kwargs)
-        if node.op == "call_function":
-            return target(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], target)(*args[1:], **kwargs)
-        return attrgetter(target)(self._model) if node.op == "get_attr" else args[0]
-
-    def _recast(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        weight = next(self._model.parameters(), None)
-        if weight is None or not torch.is_autocast_enabled(device.type):
-            return lambda tensor: tensor
-        return lambda tensor: tensor.to(weight.dtype) if tensor.is_floating_point() else tensor
+    def each(self, function: Callable[[Tensor], Tensor], values_N: Tensor) -> Tensor:
+        """Return `function` (a value -> B numbers) of each value, (B, N); in one pass if vmap supports the model."""
+        if self.batched:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # of operations that vmap runs one by one
+                    result_BN = torch.vmap(function, out_dims=1)(values_N)
+                self._checked = self._checked or _close(result_BN[:, :1], function(values_N[0])[:, None])
+                if self._checked:
+                    return result_BN
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # an error of the model itself comes again below
+                _log.debug("vmap cannot run %s: %s", type(self.model).__name__, error)
+            self.batched = False
+        return torch.stack([function(value) for value in values_N], 1)
 
 
-class _Steps(NamedTuple):
-    """A traced model, cut at a layer."""
+class Recording:
+    """A forward pass of a batch that can be repeated with other outputs of the layer.
 
-    layer: fx.Node
-    output: fx.Node
-    before: list[fx.Node]  # all that does not depend on the layer's output, and the layer; in order
-    after: list[fx.Node]  # all that does; in order
-    varying: set[fx.Node]  # of those before: depending on the images
-    spent: dict[fx.Node, list[fx.Node]]  # by a node before: what no later one uses, nor any after
-    defaults: Values  # of the arguments after the images
-
-
-class _Tracer(fx.Tracer):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self._layer = layer
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return m is self._layer or all(part is not self._layer for part in m.modules())
-
-
-def _trace(model: nn.Module, layer: nn.Module) -> _Steps | None:
-    """None where the model cannot be traced."""
-    attributes = set(vars(model))
-    try:
-        parameters = inspect.signature(model.forward).parameters.values()
-        fixed = {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
-        tracer = _Tracer(layer)
-        graph = tracer.trace(model, fixed)
-    except Exception:  # the model's own code, run on stand-ins for tensors, may raise anything
-        return None
-    finally:
-        # The tracer leaves tensors that were made on the way in the model. They may differ from call to call.
-        made = set(vars(model)) - attributes
-        for name in made:
-            delattr(model, name)
-    nodes = list(graph.nodes)
-    modules = dict(model.named_modules())
-    runs = [node for node in nodes if node.op == "call_module" and modules[str(node.target)] is layer]
-    images, *others = (node for node in nodes if node.op == "placeholder")
-    if made or not runs or len(others) != len(fixed):
-        return None
-    return _cut(nodes, images, runs[-1], dict(zip(others, fixed.values(), strict=True)))
-
-
-def _cut(nodes: list[fx.Node], images: fx.Node, layer: fx.Node, defaults: Values) -> _Steps:
-    dependent, varying = {layer}, {images}
-    for node in nodes:
-        if not dependent.isdisjoint(node.all_input_nodes):
-            dependent.add(node)
-        elif not varying.isdisjoint(node.all_input_nodes):
-            varying.add(node)
-    after = [node for node in nodes if node in dependent and node is not layer]
-    before = [node for node in nodes if node not in dependent or node is layer]
-    spent: dict[fx.Node, list[fx.Node]] = {node: [] for node in before}
-    for node in before:
-        if node is not layer and node.users and not dependent.intersection(node.users).difference({layer}):
-            last = max(before.index(user) for user in node.users)
-            spent[before[last]].append(node)
-    return _Steps(layer, nodes[-1], before, after, varying, spent, defaults)
-
-
-def _plan(values: Values, steps: _Steps) -> tuple[list[fx.Node], Values]:
-    """What to run again for a changed output, in order, and the values that it starts from.
-
-    Sizes of the batch that were read before the layer are read again, from tensors that have been made as many.
+    Under autocast, repeated passes use the precision of the parameters: the differences between them are small.
     """
-    again, kept = set(steps.after), {}
-    for node in reversed(steps.before):
-        if node is steps.layer or not again.intersection(node.users):
-            continue
-        if node in steps.varying and not _tensors(values[node]):
-            again.add(node)
+
+    def __init__(self, tail: Tail, x_BCHW: Tensor) -> None:
+        self._tail, self._x_BCHW = tail, x_BCHW.clone()
+        weight = next(tail.model.parameters(), None)
+        autocast = weight is not None and torch.is_autocast_enabled(x_BCHW.device.type)
+        self._dtype = weight.dtype if weight is not None and autocast else None
+        calls, self.logits_BK = self._record(x_BCHW)
+        self.output = tensor_of(calls[-1][1], tail.name)  # of the layer
+        self._modules = [module for module, _ in calls]
+        self._records = [self._cast(record) for _, record in calls]
+        self._fragile: set[int] = set()  # records that a function changes in place
+        self.baseline_BK = self._baseline()  # logits of a repeated pass with the layer's own output
+
+    def logits(self, output: Tensor) -> Tensor:
+        """Return logits_BK of a pass in which the layer returns another output, which may be overwritten."""
+        output = self._cast(output)
+        zero = torch.zeros_like(output[(0,) * output.ndim])
+        # The sum is a copy, and part of vmap's batch if the output is: otherwise it could not be changed in place.
+        records = [
+            tree_map_only(Tensor, lambda part: part + zero, record) if index in self._fragile else record
+            for index, record in enumerate(self._records)
+        ]
+        records[-1] = with_tensor(records[-1], output)
+        return self._repeat(records)
+
+    def _record(self, x_BCHW: Tensor) -> tuple[list[tuple[nn.Module, Any]], Tensor]:
+        """Return each outermost module that ran up to the layer, with a copy of its output; and logits_BK."""
+        calls: list[tuple[nn.Module, Any]] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            calls.append((module, tree_map_only(Tensor, Tensor.clone, output)))
+
+        handles = [module.register_forward_hook(keep) for module in self._tail.modules]
+        try:
+            logits_BK = logits_of(self._tail.model(x_BCHW))
+        finally:
+            for handle in handles:
+                handle.remove()
+        runs = [index for index, (module, _) in enumerate(calls) if module is self._tail.layer]
+        if not runs:
+            raise UserError(f"layer {self._tail.name!r} does not run in the forward pass; choose another")
+        return calls[: runs[-1] + 1], logits_BK
+
+    def _baseline(self) -> Tensor:
+        """Repeat the pass unchanged; on another result than the recorded one, let all modules compute."""
+        if not self._tail.whole:
+            copies = tree_map_only(Tensor, Tensor.clone, self._records)
+            try:
+                baseline_BK = self._repeat(copies)
+                if _close(baseline_BK, self.logits_BK):
+                    self._fragile = {index for index, copy in enumerate(copies) if _is_changed(copy)}
+                    if isinstance(copies[-1], Tensor):
+                        self._fragile.discard(len(copies) - 1)  # always replaced
+                    return baseline_BK
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # the model's own code may raise anything on records
+                _log.debug("%s does not run on records: %s", type(self._tail.model).__name__, error)
+            self._tail.whole = True
+        runs = [index for index, module in enumerate(self._modules) if module is self._tail.layer]
+        self._modules = [self._tail.layer] * len(runs)
+        self._records = [*(_COMPUTE for _ in runs[:-1]), self._records[-1]]
+        return self.logits(self.output.clone())
+
+    def _repeat(self, records: Sequence[Any]) -> Tensor:
+        with full_precision(self._x_BCHW.device), _returning(self._modules, records):
+            return logits_of(self._tail.model(self._cast(self._x_BCHW.clone())))
+
+    def _cast(self, value: Any) -> Any:
+        return tree_map_only(Tensor, self._cast_tensor, value) if self._dtype is not None else value
+
+    def _cast_tensor(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+
+@contextmanager
+def _returning(modules: Sequence[nn.Module], records: Sequence[Any]) -> Iterator[None]:
+    """While entered, each module returns its records in turn, then computes again."""
+    queues: dict[nn.Module, deque[Any]] = defaultdict(deque)
+    for module, record in zip(modules, records, strict=True):
+        queues[module].append(record)
+    before = {module: vars(module).get("forward") for module in queues}
+    try:
+        for module, queue in queues.items():
+            vars(module)["forward"] = _replaying(queue, module.forward)
+        yield
+    finally:
+        for module, forward in before.items():
+            vars(module).pop("forward", None)
+            if forward is not None:
+                vars(module)["forward"] = forward
+
+
+def _replaying(queue: deque[Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        record = queue.popleft() if queue else _COMPUTE
+        return forward(*args, **kwargs) if record is _COMPUTE else record
+
+    return call
+
+
+def _outermost(parent: nn.Module, layer: nn.Module) -> Iterator[nn.Module]:
+    """Yield the outermost modules that do not hold the layer, and the layer."""
+    for child in parent.children():
+        if child is layer or all(part is not layer for part in child.modules()):
+            yield child
         else:
-            kept[node] = values[node]
-    order = [node for node in steps.before if node in again]
-    return [*order, *steps.after], kept
+            yield from _outermost(child, layer)
 
 
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value) if value.ndim else value
-    if isinstance(value, dict):
-        return {key: _map(part, change) for key, part in value.items()}
-    return type(value)(_map(part, change) for part in value) if type(value) in (tuple, list) else value
+def _is_changed(copy: Any) -> bool:
+    return any(isinstance(leaf, Tensor) and leaf._version > 0 for leaf in tree_leaves(copy))
 
 
-def _tensors(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return any(_tensors(part) for part in value)
-    return isinstance(value, Tensor) or (isinstance(value, dict) and _tensors(list(value.values())))
-
-
-def _agree(begun: Begun, whole: Begun) -> bool:
-    """A trace and the model agree on the logits, and on those of another, changed output, at another batch size."""
-    sample_N = torch.arange(len(whole.logits_BK) + 1, device=whole.logits_BK.device) % len(whole.logits_BK)
-    changed = whole.output.index_select(0, sample_N) / 2
-    pairs = (
-        (begun.logits_BK, whole.logits_BK),
-        (begun.again(changed.clone(), sample_N), whole.again(changed, sample_N)),
-    )
-    return all(_close(found, expected) for found, expected in pairs)
-
-
-def _close(found: Tensor, expected: Tensor) -> bool:
-    if found.shape != expected.shape or found.dtype != expected.dtype:
+def _close(logits_BK: Tensor, expected_BK: Tensor) -> bool:
+    if logits_BK.shape != expected_BK.shape:
         return False
-    # Another batch size rounds otherwise; bfloat16 keeps 8 bits.
-    tolerance = 1e-3 if torch.finfo(found.dtype).bits > 16 else 0.05
-    scale = float(expected.nan_to_num(0, 0, 0).abs().max())
-    return torch.allclose(found, expected, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+    tolerance = 1e-3 if torch.finfo(expected_BK.dtype).bits > 16 else 0.05  # bfloat16 keeps 8 bits
+    scale = float(expected_BK.nan_to_num(0, 0, 0).abs().max())
+    logits_BK = logits_BK.to(expected_BK.dtype)
+    return torch.allclose(logits_BK, expected_BK, rtol=tolerance, atol=tolerance * scale, equal_nan=True)

@@ -55,9 +55,14 @@ def test_ablation_cam_equals_pytorch_grad_cam(layer, small, images, monkeypatch)
     x = images(3, 32).double()
     with build("ablation-cam", small, layer=layer) as method:
         found = method(x, TARGET)
-        assert method._tail.traced
+        assert fast(method)
     expected = peer(pytorch_grad_cam.AblationCAM, small, small.get_submodule(layer), x, monkeypatch)
     agree(found, expected, "pytorch-grad-cam ablation-cam", "resnet18")
+
+
+def fast(method):
+    """Whether nothing before the layer ran again, and channels were taken away several at a time."""
+    return method._tail.batched and not method._tail.whole
 
 
 class Tokens(nn.Module):
@@ -107,7 +112,7 @@ def naive_ablation(model, layer, grid, channel_dim, x, target):
     """From the formula, an image and a channel at a time, by a hook on whole passes."""
     maps = []
     for image, c in zip(x, target, strict=True):
-        A, whole = grid(image[None])[0], model(image[None])[0, c]
+        A, whole = grid(image[None])[0], model(image[None].clone())[0, c]
         weights = []
         for k in range(len(A)):
 
@@ -115,7 +120,7 @@ def naive_ablation(model, layer, grid, channel_dim, x, target):
                 return output.index_fill(channel_dim, torch.tensor([k]), 0)
 
             handle = layer.register_forward_hook(ablate)
-            weights.append((whole - model(image[None])[0, c]) / whole)
+            weights.append((whole - model(image[None].clone())[0, c]) / whole)
             handle.remove()
         maps.append(torch.einsum("k,khw->hw", torch.stack(weights), A).relu())
     return torch.stack(maps)
@@ -138,7 +143,7 @@ def test_tokens_lose_a_feature_everywhere_the_class_token_too(transformer, image
     expected = naive_ablation(transformer, transformer.mix[1], grid, 2, x, TARGET)
     with build("ablation-cam", transformer, layer="mix.1", chunk=5) as method:
         agree(method(x, TARGET), expected, "ablation-cam by naive float64", "small transformer")
-        assert method._tail.traced
+        assert fast(method)
     theirs = peer(pytorch_grad_cam.AblationCAM, transformer, transformer.mix[1], x, monkeypatch, layout(4),
                   ablation_layer=AblationLayerVit())  # fmt: skip
     agree(expected, theirs, "pytorch-grad-cam ablation-cam", "small transformer")
@@ -161,14 +166,14 @@ def test_swin_has_its_channels_last(network, images):
 
     with build("ablation-cam", model, layer="features.1.1.norm1") as method:
         found = method(x, TARGET[:1])
-        assert method._tail.traced
+        assert fast(method)
     expected = naive_ablation(model, module, grid, 3, x, TARGET[:1])
     agree(found, expected, "ablation-cam by naive float64", "swin_t")
 
 
 def forced_whole(model, layer):
     method = build("ablation-cam", model, layer=layer)
-    method._tail._steps = None
+    method._tail.whole = True
     return method
 
 
@@ -178,10 +183,10 @@ def test_from_the_layer_on_and_whole_passes_give_the_same(layer, images):
     x, before = images(3, 16).double(), set(vars(model))
     with build("ablation-cam", model, layer=layer) as method, forced_whole(model, layer) as whole:
         found = method(x, TARGET)
-        assert method._tail.traced
-        assert not whole._tail.traced
+        assert fast(method)
+        assert whole._tail.whole
         agree(found, whole(x, TARGET), "ablation-cam by whole passes", "small residual network")
-        torch.testing.assert_close(method(x, TARGET), found)  # checked shape: straight from the trace
+        torch.testing.assert_close(method(x, TARGET), found)
         torch.testing.assert_close(method.last.logits_BK, model(x))
     assert set(vars(model)) == before
 
@@ -190,7 +195,7 @@ def test_on_resnet18_too(small, images):
     x = images(3, 32).double()
     with build("ablation-cam", small, layer="layer3") as method, forced_whole(small, "layer3") as whole:
         found = method(x[:1], TARGET[:1])
-        assert method._tail.traced
+        assert fast(method)
         agree(found, whole(x[:1], TARGET[:1]), "ablation-cam by whole passes", "resnet18")
 
 
@@ -240,15 +245,15 @@ def test_a_layer_that_gives_a_tuple(images):
     with build("ablation-cam", model, layer="pair") as method, forced_whole(model, "pair") as whole:
         target = torch.tensor([0, 4, 2])
         agree(method(x, target), whole(x, target), "ablation-cam by whole passes", "small residual network")
-        assert method._tail.traced
+        assert fast(method)
 
 
 class Odd(nn.Module):
-    """Models that cannot be traced, or whose trace would be wrong."""
+    """Models whose code depends on values, on types, or on what a module did to its input."""
 
     def __init__(self, kind, inner):
         super().__init__()
-        self.kind, self.inner = kind, inner
+        self.kind, self.inner, self.relu = kind, inner, nn.ReLU(inplace=True)
 
     def forward(self, x):
         if self.kind == "branches" and x.mean() > -1e9:
@@ -257,21 +262,39 @@ class Odd(nn.Module):
             x = x + 1
         if self.kind == "constant":
             x = x * torch.tensor([1.0, 0.5, 2.0])[:, None, None]
-        return self.inner(x)
+        if self.kind == "overwritten":
+            x = x * 1
+            self.relu(x)  # its record leaves x as it was
+        if self.kind == "input":
+            x *= 0.5
+        logits = self.inner(x)
+        if self.kind == "overwritten":
+            logits = logits + x.mean((1, 2, 3))[:, None]
+        if self.kind == "branches after" and logits.mean() > -1e9:
+            logits = logits * 2
+        return logits
 
 
-@pytest.mark.parametrize("kind", ["branches", "types", "constant"])
-def test_models_that_cannot_be_traced_run_whole(kind, tiny, images):
+@pytest.mark.parametrize("kind", ["branches", "types", "constant", "overwritten", "input", "branches after"])
+def test_models_with_code_of_their_own(kind, tiny, images):
     model, x = Odd(kind, tiny), images(3, 16)
     before = set(vars(model))
     with build("ablation-cam", model, layer="inner.stage1") as method:
-        found, _ = method(x, TARGET), method(x, TARGET)
-        assert not method._tail.traced
+        expected = naive_ablation(
+            model, tiny.stage1, lambda image: tiny.stage1(tiny.stem(seen(kind, image))), 1, x, TARGET
+        )
+        agree(method(x.clone(), TARGET), expected, f"ablation-cam by a naive loop, {kind}", "tiny")
+        torch.testing.assert_close(method(x.clone(), TARGET), method(x.clone(), TARGET))
+        assert method._tail.whole == (kind == "overwritten")
+        assert method._tail.batched == (kind != "branches after")
         assert set(vars(model)) == before
-        if kind == "branches":
-            with build("ablation-cam", tiny, layer="stage1") as traced:
-                torch.testing.assert_close(traced(x, TARGET), found)
-                assert traced._tail.traced
+        assert all("forward" not in vars(module) for module in model.modules())
+
+
+def seen(kind, x):
+    """What the inner network is given."""
+    x = x + 1 if kind == "types" else x / 2 if kind == "input" else x.relu() if kind == "overwritten" else x
+    return x * torch.tensor([1.0, 0.5, 2.0])[:, None, None] if kind == "constant" else x
 
 
 def test_nothing_before_the_layer_runs_again(tiny, images):
@@ -281,13 +304,14 @@ def test_nothing_before_the_layer_runs_again(tiny, images):
         def note(module, args, output, name=name):
             ran[name] += len(output)
 
-        getattr(tiny, name).register_forward_hook(note)
+        module = getattr(tiny, name)
+        (module if name == "fc" else module[0]).register_forward_hook(note)  # inside of what returns its record
     with build("ablation-cam", tiny, layer="stage1", chunk=6) as method:
-        method(images(3, 16))  # compares the trace with the model
+        method(images(3, 16))  # compares vmap with a single channel
         ran.update(dict.fromkeys(ran, 0))
         method(images(3, 16))
-    # The logits, the score that they are compared with, and 8 channels.
-    assert ran == {"stem": 3, "stage1": 3, "stage2": 3 + 3 + 3 * 8, "fc": 3 + 3 + 3 * 8}
+    # The logits, the score that they are compared with, and 8 channels, two in each pass.
+    assert ran == {"stem": 3, "stage1": 3, "stage2": 3 + 3 + 3 * 4, "fc": 3 + 3 + 3 * 4}
 
 
 @pytest.mark.parametrize("name", ["score-cam", "ablation-cam"])
@@ -358,7 +382,7 @@ def test_memory_is_that_of_a_forward_pass_of_one_chunk(name, channels, images):
     with torch.no_grad(), Peak() as one_pass:
         model(images(chunk, 64))
     with build(name, model, layer="1", chunk=chunk) as method:
-        method(x)  # compares the trace with the model
+        method(x)  # compares vmap with a single channel
         with Peak() as seen:
             method(x)
     # Beside the pass: its images, their masks and the batch's own maps. All channels at once: 8 and 256 times as much.
