@@ -1,4 +1,4 @@
-"""Gradients whose backward pass follows another rule at each rectifier: deconvnet, guided backpropagation.
+"""Gradients with a changed backward pass at each rectifier: deconvnet, guided backpropagation, guided Grad-CAM.
 
 Shape suffixes: B batch, C H W the network's input, K channels of a layer (classes of logits), h w its grid.
 """
@@ -13,6 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saltern.pipeline.methods.base import Maps, weighted_sum
+from saltern.pipeline.methods.functions import (
+    CLAMPS,
+    OTHER_ACTIVATIONS,
+    RECTIFIERS,
+    activation_name,
+    bounds,
+    works_in_place,
+)
 from saltern.pipeline.methods.gradients.gradient import Gradient, pixel_gradient
 from saltern.pipeline.models.interception import Interception, Swap, check_visible
 from saltern.pipeline.models.layers import probe
@@ -20,20 +28,20 @@ from saltern.pipeline.models.passes import full_precision, pick_target
 from saltern.pipeline.models.taps import Taps
 from saltern.schemas.errors import UserError
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 @dataclass
 class Rule:
-    """What becomes of the backward signal R at a rectifier with output h; may change between two backward passes."""
+    """How the backward signal R passes a rectifier with output h; may change between two backward passes."""
 
-    masked: bool  # R * [0 < h < high], as the true gradient has it
+    masked: bool  # R * [0 < h < high], as in the true gradient
     clipped: bool  # R * [R > 0]
     met: bool = False  # a rectifier ran
 
 
 class Rectify(torch.autograd.Function):
-    """x clamped to 0 <= x <= high, whose backward pass follows a rule."""
+    """Clamping of x to 0 <= x <= high, with a rule as its backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, high: float, inplace: bool, rule: Rule) -> Tensor:
@@ -61,7 +69,7 @@ class Rectify(torch.autograd.Function):
 
 
 class Rectified(Gradient):
-    """Base of the gradients with a rule at every rectifier: ReLU, ReLU6, and clamping from 0 on."""
+    """Base of the gradients with a rule at every rectifier: ReLU, ReLU6 and clamping at 0."""
 
     _masked = True
     _clipped = True
@@ -69,27 +77,27 @@ class Rectified(Gradient):
     def prepare(self) -> None:
         check_visible(self.model, self.title())
         self._rule = Rule(self._masked, self._clipped)
-        self._swaps = _swaps(self._rule, f"{self.title()} changes the backward pass of rectifiers (ReLU, ReLU6)")
+        self._swaps = _swaps(self._rule, self.title())
         try:
             with torch.no_grad():
                 self.forward(probe(self.model))
         except (RuntimeError, ValueError, TypeError, AssertionError):
-            pass  # a model for images of another shape: its first batch tells
+            pass  # a model for images of another shape is checked on its first batch
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self._swapped(lambda: super(Rectified, self).forward(x_BCHW))
 
-    def _swapped(self, run: Callable[[], Found]) -> Found:
-        """A forward pass under the rule. Raises UserError on another activation, or none."""
+    def _swapped(self, run: Callable[[], Result]) -> Result:
+        """Run a forward pass under the rule. Raises UserError on another activation, or without any rectifier."""
         self._rule.met = False
         with Interception(self._swaps):
-            found = run()
+            result = run()
         if not self._rule.met:
             raise UserError(
                 f"{self.title()} changes the backward pass of rectifiers, and {type(self.model).__name__} has none; "
                 "use gradient"
             )
-        return found
+        return result
 
 
 class Deconvnet(Rectified):
@@ -138,7 +146,7 @@ class GuidedGradCAM(Rectified):
         return self.reduced(guided_BCHW * cam_BHW[:, None]), logits_BK, target_B
 
     def _cam(self, logits_BK: Tensor, target_B: Tensor, output: Tensor, x_BCHW: Tensor) -> Tensor:
-        self._rule.clipped = False  # the same graph serves both backward passes
+        self._rule.clipped = False  # both backward passes use the same graph
         score = logits_BK.float().gather(1, target_B[:, None]).sum()
         with full_precision(x_BCHW.device):
             (gradient,) = torch.autograd.grad(score, [output], retain_graph=True, allow_unused=True)
@@ -150,55 +158,20 @@ class GuidedGradCAM(Rectified):
             return F.interpolate(cam_Bhw[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
-# What a call means: (x, high, inplace), or None where it is no rectifier.
-Call = tuple[Tensor, float, bool] | None
+def _swaps(rule: Rule, method: str) -> dict[Any, Swap]:
+    # The swaps do not refer to the method: such a cycle would hold its model until the garbage collector runs.
+    changes = f"{method} changes the backward pass of rectifiers (ReLU, ReLU6), and the model has"
+    refusals = {each: _refuse(f"{changes} {activation_name(each)}; use gradient") for each in OTHER_ACTIVATIONS}
+    return refusals | {each: _swap(each, rule) for each in RECTIFIERS | CLAMPS}
 
 
-def _relu(input: Tensor, inplace: bool = False) -> Call:
-    return input, math.inf, inplace
-
-
-def _relu_(input: Tensor) -> Call:
-    return input, math.inf, True
-
-
-def _relu6(input: Tensor, inplace: bool = False) -> Call:
-    return input, 6, inplace
-
-
-def _hardtanh(input: Tensor, min_val: float = -1, max_val: float = 1, inplace: bool = False) -> Call:
-    return (input, max_val, inplace) if min_val == 0 else None
-
-
-def _hardtanh_(input: Tensor, min_val: float = -1, max_val: float = 1) -> Call:
-    return _hardtanh(input, min_val, max_val, True)
-
-
-def _clamp(input: Tensor, min: Any = None, max: Any = None, *, out: Any = None, inplace: bool = False) -> Call:
-    if isinstance(min, Tensor) or isinstance(max, Tensor) or min != 0 or out is not None:
-        return None
-    return input, math.inf if max is None else max, inplace
-
-
-def _clamp_(input: Tensor, min: Any = None, max: Any = None) -> Call:
-    return _clamp(input, min, max, inplace=True)
-
-
-def _swaps(rule: Rule, promise: str) -> dict[Callable[..., Any], Swap]:
-    # They do not know the method: a cycle would hold its model until the collector happens to run.
-    swaps = {function: _swap(function, read, rule) for function, read in _RECTIFIERS.items()}
-    for name, functions in _OTHERS.items():
-        swaps |= dict.fromkeys(functions, _refuse(f"{promise}, and the model has {name}; use gradient"))
-    return swaps
-
-
-def _swap(function: Callable[..., Any], read: Callable[..., Call], rule: Rule) -> Swap:
-    def swapped(*args: Any, **kwargs: Any) -> Any:
-        call = read(*args, **kwargs)
-        if call is None:
-            return function(*args, **kwargs)
+def _swap(function: Any, rule: Rule) -> Swap:
+    def swapped(input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        low, high = bounds(function, args, kwargs)
+        if isinstance(low, Tensor) or isinstance(high, Tensor) or low != 0 or kwargs.get("out") is not None:
+            return function(input, *args, **kwargs)
         rule.met = True
-        return Rectify.apply(*call, rule)
+        return Rectify.apply(input, math.inf if high is None else high, works_in_place(function, args, kwargs), rule)
 
     return swapped
 
@@ -208,28 +181,3 @@ def _refuse(message: str) -> Swap:
         raise UserError(message)
 
     return refuse
-
-
-_RECTIFIERS: dict[Callable[..., Any], Callable[..., Call]] = {
-    F.relu: _relu,
-    **dict.fromkeys((torch.relu, torch.Tensor.relu), _relu),
-    **dict.fromkeys((torch.relu_, torch.Tensor.relu_), _relu_),
-    F.relu6: _relu6,
-    F.hardtanh: _hardtanh,  # nn.ReLU6 ends here
-    F.hardtanh_: _hardtanh_,
-    **dict.fromkeys((torch.clamp, torch.Tensor.clamp, torch.clamp_min, torch.Tensor.clamp_min), _clamp),
-    **dict.fromkeys((torch.clamp_, torch.Tensor.clamp_, torch.clamp_min_, torch.Tensor.clamp_min_), _clamp_),
-}
-_OTHERS: dict[str, tuple[Callable[..., Any], ...]] = {
-    "CELU": (F.celu, torch.celu, torch.celu_),
-    "ELU": (F.elu, F.elu_),
-    "GELU": (F.gelu,),
-    "Hardswish": (F.hardswish,),
-    "LeakyReLU": (F.leaky_relu, F.leaky_relu_),
-    "Mish": (F.mish,),
-    "PReLU": (torch.prelu, torch.Tensor.prelu),
-    "RReLU": (F.rrelu, torch.rrelu, torch.rrelu_),
-    "SELU": (F.selu, torch.selu, torch.selu_),
-    "SiLU": (F.silu,),
-    "Softplus": (F.softplus,),
-}

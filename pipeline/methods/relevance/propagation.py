@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saltern.pipeline.methods.functions import CLAMPS, RECTIFIERS, bounds, works_in_place
 from saltern.pipeline.methods.relevance import kinds
 from saltern.pipeline.methods.relevance.marks import (
     about_to_change,
@@ -83,8 +84,6 @@ class Propagation:
         self._rules, self._checked = rules, False
         self._refusal = f"{method} has no rule for {{}} in {type(model).__name__}; {advice}"
         alike: list[tuple[frozenset[Any], Any]] = [
-            (kinds.RECTIFIERS, self._activation),
-            (kinds.CLAMPS, self._activation),
             (kinds.ACTIVATIONS, self._activation),
             (kinds.DROPOUTS, self._activation),
             (kinds.MEAN_POOLS, self._pool),
@@ -228,17 +227,13 @@ class Propagation:
     def _activation(self, function: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if any(depends(value) for value in (*args, *kwargs.values())):
             self._refuse(f"{function.__name__} with bounds that depend on the image", x, *args, *kwargs.values())
-        known = mark_of(x)
-        nonnegative = known is not None and known.nonnegative
-        if function in kinds.RECTIFIERS:
-            nonnegative = True
-        elif function in kinds.CLAMPS:
-            lower = kwargs.get("min_val", kwargs.get("min", args[0] if args else None))
-            limits_above = function.__name__.startswith("clamp_max")
-            nonnegative = nonnegative or (not limits_above and isinstance(lower, int | float) and lower >= 0)
+        nonnegative = shared_marks([x])["nonnegative"]
+        if function in RECTIFIERS or function in CLAMPS:
+            low, _ = bounds(function, args, kwargs)
+            nonnegative = nonnegative or (isinstance(low, int | float) and low >= 0)
         elif function not in kinds.DROPOUTS:
             nonnegative = False
-        if _in_place(function) or kwargs.get("inplace") or (args and args[-1] is True):
+        if works_in_place(function, args, kwargs):
             about_to_change(x)
         out = _step(lambda x: function(x, *args, **kwargs), lambda: _as_it_is, x)
         return set_mark(out, nonnegative=nonnegative)
@@ -262,7 +257,7 @@ class Propagation:
             return set_mark(function(x, other, alpha=alpha, **({} if out is None else {"out": out})))  # type: ignore[no-any-return]
         nonnegative = shared_marks([x, other])["nonnegative"]
         held = [hold(value) for value in (x, other) if x.requires_grad or other.requires_grad]
-        if _in_place(function):
+        if works_in_place(function, (), {}):
             about_to_change(x)
 
         def rule() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -279,7 +274,7 @@ class Propagation:
             return set_mark(function(x, *args, **kwargs))  # type: ignore[no-any-return]
         values = [x, *args]
         changing = values[operands[0]]
-        if _in_place(function):
+        if works_in_place(function, (), {}):
             about_to_change(changing)
 
         def operation(changing: Tensor) -> Tensor:
@@ -312,11 +307,6 @@ def _guarded(function: Any, swap: Callable[..., Any]) -> Callable[..., Any]:
         return (swap if known else function)(*args, **kwargs)
 
     return call
-
-
-def _in_place(function: Any) -> bool:
-    name = function.__name__
-    return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
 def _bound(rule: LinearRule, layer: Linear, x: Tensor) -> Callable[[Tensor], Tensor]:
