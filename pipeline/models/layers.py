@@ -1,4 +1,4 @@
-"""Target layers by dotted name, and the default one of a model."""
+"""Target layers by dotted name, and the default layer of a model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from saltern.pipeline.naming import brief, nearest
 from saltern.schemas.errors import UserError
 
-# The layer whose output goes into global pooling, by torchvision class.
+# The layer before global pooling, by torchvision class.
 _LAST_STAGE = {
     "ConvNeXt": "features",
     "DenseNet": "features",  # before the functional ReLU
@@ -28,7 +28,7 @@ _LAST_STAGE = {
 
 
 def resolve(model: nn.Module, layer: str | Sequence[str] | None) -> list[str]:
-    """Dotted names of target layers, checked; the model's default where none is given. Raises UserError."""
+    """Return the checked dotted names of target layers; the model's default if none is given. Raises UserError."""
     names = [layer] if isinstance(layer, str) else list(layer or ())
     known = dict(model.named_modules())
     for name in names:
@@ -42,11 +42,11 @@ def resolve(model: nn.Module, layer: str | Sequence[str] | None) -> list[str]:
 
 
 def default_layer(model: nn.Module) -> str:
-    """The last layer with a grid: the output of the last stage, before global pooling.
+    """Return the last layer with a grid: the output of the last stage, before global pooling.
 
-    VGG and AlexNet: the last activation before the last max pooling (14 x 14 and 13 x 13 at 224), as Grad-CAM's paper
-    has it. Transformers with a class token: the first norm of the last block, since beyond it the patches do not reach
-    the logits. Models that torchvision does not have are run once to see. Raises UserError where that finds none.
+    VGG and AlexNet: the last activation before the last max pooling (14 x 14 and 13 x 13 at 224), as in the paper on
+    Grad-CAM. Transformers with a class token: the first norm of the last block, because the patches do not reach the
+    logits after it. A model that is not from torchvision is run once to find it. Raises UserError if it has none.
     """
     family = next(
         (kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("torchvision.models")), ""
@@ -62,7 +62,7 @@ def default_layer(model: nn.Module) -> str:
 
 
 def probe(model: nn.Module) -> Tensor:
-    """Two fixed random images on the model's device, at its own size where it names one, else 224."""
+    """Return two fixed random images on the model's device, at its `image_size` or at 224 pixels."""
     size = getattr(model, "image_size", 224)
     size = size if isinstance(size, int) else 224
     x_BCHW = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -71,21 +71,21 @@ def probe(model: nn.Module) -> Tensor:
 
 
 def _last_first_norm(model: nn.Module, known: dict[str, nn.Module]) -> str:
-    found = [name for name in known if name.endswith((".ln_1", ".norm1"))]
-    if not found:
+    norms = [name for name in known if name.endswith((".ln_1", ".norm1"))]
+    if not norms:
         raise UserError(
-            f"{_kind(model)} works on tokens; name the target layer (layer=), as the last block's first norm"
+            f"{_kind(model)} works on tokens; name the target layer (layer=), such as the last block's first norm"
         )
-    return found[-1]
+    return norms[-1]
 
 
 def _last_grid(model: nn.Module, known: dict[str, nn.Module]) -> str:
-    found: list[tuple[str, int]] = []
+    grids: list[tuple[str, int]] = []  # name and number of dimensions
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.ndim in (3, 4) and min(output.shape[1:]) > 1:
-                found.append((name, output.ndim))
+                grids.append((name, output.ndim))
 
         return hook
 
@@ -100,9 +100,9 @@ def _last_grid(model: nn.Module, known: dict[str, nn.Module]) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    if not found:
+    if not grids:
         raise UserError(f"{_kind(model)} has no layer with a grid (N, K, h, w); name the target layer (layer=)")
-    name, dimensions = found[-1]
+    name, dimensions = grids[-1]
     return name if dimensions == 4 else _last_first_norm(model, known)
 
 

@@ -1,4 +1,4 @@
-"""From a model's output to the score that a map explains, and to its gradient.
+"""The score that a map explains, from a model's output, and its gradient.
 
 Shape suffixes: B batch, K classes.
 """
@@ -14,24 +14,24 @@ from saltern.schemas.errors import UserError
 
 
 def full_precision(device: torch.device) -> torch.autocast:
-    """A context without autocast: sums and weights stay in float32 whatever the forward ran in."""
+    """Return a context without autocast, so that sums and weights stay in float32."""
     return torch.autocast(device.type, enabled=False)
 
 
 def logits_of(output: Any) -> Tensor:
-    """The model's output as logits_BK. Raises UserError where it is none."""
+    """Return the model's output as logits_BK. Raises UserError if it has another form."""
     if isinstance(output, Tensor) and output.ndim == 2:
         return output
-    got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    form = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     raise UserError(
-        f"the model must return logits of shape (batch, classes), not {got}; wrap it in a factory that does"
+        f"the model must return logits of shape (batch, classes), not {form}; wrap it in a factory that does"
     )
 
 
 def pick_target(logits_BK: Tensor, target_B: Tensor | None) -> Tensor:
-    """The class explained for each sample, int64 (B): as given, else top-1.
+    """Return the class to explain for each sample, int64 (B): the given one, or top-1.
 
-    Raises UserError on a class out of range; on the CPU only, as the check would stall an accelerator.
+    Raises UserError on a class out of range. Only checked on the CPU, because the check would stall an accelerator.
     """
     if target_B is None:
         return logits_BK.argmax(1)
@@ -42,10 +42,10 @@ def pick_target(logits_BK: Tensor, target_B: Tensor | None) -> Tensor:
 
 
 def score_gradients(logits_BK: Tensor, target_B: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """dz_c / d input, each sample's target its own; None for an input that the logits do not depend on."""
+    """Return dz_c / d input, with each sample's own target c; None for an input that the logits do not depend on."""
     if not logits_BK.requires_grad:
         return (None,) * len(inputs)
-    # In eval mode samples do not mix, so the gradient of the sum holds each sample's own.
+    # In eval mode samples do not mix, so the gradient of the sum holds that of each sample.
     score = logits_BK.float().gather(1, target_B[:, None]).sum()
     with full_precision(logits_BK.device):
         return torch.autograd.grad(score, inputs, allow_unused=True)
@@ -53,7 +53,7 @@ def score_gradients(logits_BK: Tensor, target_B: Tensor, inputs: Sequence[Tensor
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, its parameters without gradients; all flags as before on the way out."""
+    """Keep the model in eval mode and its parameters without gradients; restore all flags on exit."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     training = [module for module in model.modules() if module.training]
     try:

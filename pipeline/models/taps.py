@@ -1,4 +1,4 @@
-"""A model's forward pass that keeps what the target layers give out, and differentiates from there on.
+"""Outputs of target layers in a forward pass, and the gradients of the logits with respect to them.
 
 Shape suffixes: B batch, C H W the network's input, K channels of a layer (classes of logits), h w its grid, T tokens.
 """
@@ -15,7 +15,7 @@ _MAX_PREFIX = 16  # class and register tokens before the patches
 
 
 class Taps:
-    """Target layers of a model, read in a forward pass.
+    """Target layers of a model, whose outputs a forward pass keeps.
 
     Args:
         names: dotted names, known to the model.
@@ -25,16 +25,17 @@ class Taps:
         self.model = model
         self.names = list(names)
         self._modules = [model.get_submodule(name) for name in names]
-        # A shared module (one ReLU for all of a block) runs several times a pass: its last output counts.
+        # A shared module (one ReLU for a whole block) runs several times a pass; its last output counts.
         self._last_call = [1] * len(names)
         kinds = (type(module).__name__ for module in model.modules())
         self._tokens_last = any(kind.startswith("SwinTransformer") for kind in kinds)  # N h w K inside
 
     def forward(self, x_BCHW: Tensor, *, differentiable: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """Logits and the layers' outputs, as the layers gave them (see `grid`), in the order of the names.
+        """Return logits and the layers' raw outputs (see `grid`), in the order of the names.
 
-        Where differentiable, the first target layer's output is the first tensor that requires a gradient (the
-        parameters being frozen): what runs before records nothing for a backward pass.
+        Args:
+            differentiable: the layers' outputs require gradients. Because parameters are frozen, modules before the
+                first target layer record nothing for a backward pass.
 
         Raises:
             UserError: a layer that does not run, or whose output holds no tensor.
@@ -69,23 +70,26 @@ class Taps:
             if differentiable and not given.requires_grad:
                 given = given.detach().requires_grad_()
             outputs[index] = given
-            # The model goes on with a copy: an in-place ReLU that follows must not change what is kept.
+            # The model continues with a copy, so that a following in-place ReLU does not change the kept output.
             return with_tensor(output, given.clone())
 
         return keep
 
     def gradients(self, logits_BK: Tensor, target_B: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """dz_c / d output of every layer. Raises UserError where the logits do not depend on a layer."""
-        found = score_gradients(logits_BK, target_B, outputs)
-        for name, gradient in zip(self.names, found, strict=True):
+        """Return dz_c / d output of every layer. Raises UserError if the logits do not depend on a layer."""
+        return self.all_reached(score_gradients(logits_BK, target_B, outputs))
+
+    def all_reached(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """Return the gradients of all layers. Raises UserError if one is None: the logits ignore its layer."""
+        for name, gradient in zip(self.names, gradients, strict=True):
             if gradient is None:
                 raise UserError(f"the logits do not depend on layer {name!r}; choose another")
-        return [gradient for gradient in found if gradient is not None]
+        return [gradient for gradient in gradients if gradient is not None]
 
     def grid(self, index: int, output: Tensor, image: Sequence[int]) -> Tensor:
-        """A layer's output (or its gradient) as float32 (B, K, h, w), without gradient.
+        """Return a layer's output or its gradient as float32 (B, K, h, w), detached.
 
-        Tokens are laid out on their grid, those before the patches (class, registers) left out.
+        Tokens are laid out on their grid, without those before the patches (class, registers).
 
         Args:
             image: height and width of the network's input.
@@ -105,7 +109,7 @@ class Taps:
         return patches_BTK.transpose(1, 2).reshape(len(output), -1, *layout)
 
     def channel_dimension(self, index: int, output: Tensor, image: Sequence[int]) -> int:
-        """Where a layer's output has its channels: dimension 1, or the last one of tokens and channels-last grids."""
+        """Return the dimension of the channels: 1, or -1 for tokens and channels-last grids."""
         is_norm = type(self._modules[index]) is nn.LayerNorm  # normalises the last dimension: that is K
         return -1 if output.ndim == 3 or is_norm or self._channels_last(output, image) else 1
 
@@ -129,13 +133,13 @@ def _token_grid(tokens: int, image: Sequence[int]) -> tuple[int, int] | None:
 
 
 def tensor_of(output: Any, name: str) -> Tensor:
-    """The tensor that counts of what a layer gave: of several, the first. Raises UserError where there is none."""
-    found = output[0] if isinstance(output, tuple | list) and output else output
-    if not isinstance(found, Tensor) or not found.is_floating_point():
+    """Return the tensor of a layer's output; of several, the first. Raises UserError if it holds none."""
+    tensor = output[0] if isinstance(output, tuple | list) and output else output
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         raise UserError(f"layer {name!r} gives {type(output).__name__}, no tensor; choose another")
-    return found
+    return tensor
 
 
 def with_tensor(output: Any, replacement: Tensor) -> Any:
-    """What a layer gave, with another tensor in place of the one that counts."""
+    """Return a layer's output with its tensor replaced."""
     return type(output)([replacement, *output[1:]]) if isinstance(output, tuple | list) else replacement

@@ -149,9 +149,8 @@ class GuidedGradCAM(Rectified):
         self._rule.clipped = False  # both backward passes use the same graph
         score = logits_BK.float().gather(1, target_B[:, None]).sum()
         with full_precision(x_BCHW.device):
-            (gradient,) = torch.autograd.grad(score, [output], retain_graph=True, allow_unused=True)
-            if gradient is None:
-                raise UserError(f"the logits do not depend on layer {self.layer[0]!r}; choose another")
+            gradients = torch.autograd.grad(score, [output], retain_graph=True, allow_unused=True)
+            (gradient,) = self._taps.all_reached(gradients)
             size = x_BCHW.shape[2:]
             A_BKhw, G_BKhw = self._taps.grid(0, output, size), self._taps.grid(0, gradient, size)
             cam_Bhw = weighted_sum(G_BKhw.mean((2, 3)), A_BKhw).relu()

@@ -26,27 +26,27 @@ _INIT_HELP = (
 
 
 def target_logit(logits_BK: Tensor, target_B: Tensor) -> Tensor:
-    """z_c at the class explained, 0 elsewhere."""
+    """Return z_c at the explained class, 0 elsewhere."""
     return _spread(logits_BK.gather(1, target_B[:, None]), torch.zeros_like(logits_BK), target_B)
 
 
 def contrast_unit(logits_BK: Tensor, target_B: Tensor) -> Tensor:
-    """+1 at the class explained, -1/N at each other of N classes, so 1/N in all, whatever the logit's sign."""
+    """Return +1 at the explained class, -1/N at each other of N classes; the sum is 1/N whatever the logit's sign."""
     others_BK = torch.full_like(logits_BK, -1 / logits_BK.shape[1])
     return _spread(torch.ones_like(logits_BK[:, :1]), others_BK, target_B)
 
 
 def contrast_paper(logits_BK: Tensor, target_B: Tensor) -> Tensor:
-    """z_c at the class explained, -z_c / (N - 1) at each other of N classes (Gu 2018, section 3.2)."""
+    """Return z_c at the explained class, -z_c / (N - 1) at each other of N classes (Gu 2018, section 3.2)."""
     z_B1 = logits_BK.gather(1, target_B[:, None])
     return _spread(z_B1, (-z_B1 / max(1, logits_BK.shape[1] - 1)).expand_as(logits_BK), target_B)
 
 
 def softmax_gradient(logits_BK: Tensor, target_B: Tensor) -> Tensor:
-    """y_c (1 - y_c) at the class explained, -y_c y_n elsewhere, no magnitude below 1e-8 (Iwana 2019, eq. 8)."""
+    """Return y_c (1 - y_c) at the explained class, -y_c y_n elsewhere, magnitudes >= 1e-8 (Iwana 2019, eq. 8)."""
     y_BK = logits_BK.softmax(1)
     y_B1 = y_BK.gather(1, target_B[:, None])
-    rest_BK = y_BK.scatter(1, target_B[:, None], 0)  # its sum is 1 - y_c, without cancellation near y_c = 1
+    rest_BK = y_BK.scatter(1, target_B[:, None], 0)  # sums to 1 - y_c without cancellation near y_c = 1
     return _spread(
         (y_B1 * rest_BK.sum(1, keepdim=True)).clamp(min=_FLOOR), -(y_B1 * rest_BK).clamp(min=_FLOOR), target_B
     )
@@ -61,13 +61,13 @@ _INITIAL: dict[str, Initial] = {"unit": contrast_unit, "paper": contrast_paper, 
 
 
 def _start(initial: Initial, logits_BK: Tensor, target_B: Tensor) -> Tensor:
-    """Relevance of the logits, in their dtype: float32 at least."""
+    """Return the relevance of the logits, in their dtype (float32 at least)."""
     with torch.no_grad(), full_precision(logits_BK.device):
         return initial(logits_BK.detach(), target_B)
 
 
 def _as_ran(logits_BK: Tensor, x_BCHW: Tensor) -> Tensor:
-    """Logits in the dtype that the plain forward pass would give them; relevance had them widened."""
+    """Return logits in the dtype of a plain forward pass; relevance widened them."""
     kind = x_BCHW.device.type
     return logits_BK.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BCHW.dtype)
 
@@ -99,7 +99,7 @@ class PixelRelevance(Method):
 
     def _forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         wide_BCHW = x_BCHW.to(torch.promote_types(x_BCHW.dtype, torch.float32)).detach().requires_grad_()
-        # The model works on a copy: it may change its input in place.
+        # The model gets a copy, because it may change its input in place.
         copy_BCHW = wide_BCHW.clone()
         with self._propagation.interception(copy_BCHW):
             return logits_of(self.model(copy_BCHW)), wide_BCHW
@@ -188,17 +188,14 @@ class RelevanceCAM(Method):
         return maps, _as_ran(logits_BK, x_BCHW), target_B
 
     def _relevance(self, logits_BK: Tensor, outputs: list[Tensor], start_BK: Tensor) -> list[Tensor]:
-        found: tuple[Tensor | None, ...] = (None,) * len(outputs)
+        relevance: tuple[Tensor | None, ...] = (None,) * len(outputs)
         if logits_BK.requires_grad:
-            found = torch.autograd.grad(logits_BK, outputs, start_BK, allow_unused=True)
-        for name, R in zip(self._taps.names, found, strict=True):
-            if R is None:
-                raise UserError(f"the logits do not depend on layer {name!r}; choose another")
-        return [R for R in found if R is not None]
+            relevance = torch.autograd.grad(logits_BK, outputs, start_BK, allow_unused=True)
+        return self._taps.all_reached(relevance)
 
 
 def _try_out(model: torch.nn.Module, forward: Callable[[Tensor], None]) -> None:
-    """Operations without a rule are refused now, not at the first batch; on models that take no probe they are then."""
+    """Refuse operations without a rule now; for a model that fails on the probe, the first batch does it."""
     try:
         forward(probe(model)[:1])
     except (RuntimeError, ValueError, TypeError, AssertionError):

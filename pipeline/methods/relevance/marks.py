@@ -1,4 +1,4 @@
-"""What is known of the tensors of a forward pass, and values kept for its backward pass."""
+"""Marks on the tensors of a forward pass, and values kept for its backward pass."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,18 +14,19 @@ Out = TypeVar("Out")
 
 
 class Held:
-    """A value that a rule will need: the tensor itself, copied only if the model is about to change it in place."""
+    """A value that a rule needs later: the tensor itself, or a copy once the model changes it in place."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._value = tensor.detach()
         self._version = tensor._version
 
     def copy(self) -> None:
+        """Copy the value, before the tensor changes."""
         self._value = self._value.clone()
         self._version = self._value._version
 
     def get(self) -> Tensor:
-        """The value, in float32 at least."""
+        """Return the value, in float32 at least. Raises UserError if it changed through a view."""
         if self._value._version != self._version:
             raise UserError("the model changes a tensor in place through a view of it; relevance cannot pass there")
         return widened(self._value)
@@ -33,32 +34,32 @@ class Held:
 
 @dataclass
 class Mark:
-    """What is known of a tensor that depends on the image; kept as an attribute of the tensor."""
+    """Facts about a tensor that depends on the image; kept as an attribute of the tensor."""
 
-    version: int  # of the tensor that this holds for
+    version: int  # of the tensor that the facts hold for
     nonnegative: bool = False
-    image: bool = False  # the image, perhaps shifted and scaled
-    source: tuple[Linear, Tensor] | None = None  # the layer that it came out of directly, and that layer's input
+    image: bool = False  # the image itself, perhaps shifted and scaled
+    source: tuple[Linear, Tensor] | None = None  # the layer that returned it, and that layer's input
     held: Held | None = None
 
 
 def mark_of(tensor: Any) -> Mark | None:
-    """None: a constant, as far as the image is concerned."""
+    """Return the mark of a tensor; None if it does not depend on the image."""
     mark: Mark | None = getattr(tensor, "_relevance_mark", None)
     return Mark(tensor._version) if mark is not None and mark.version != tensor._version else mark
 
 
 def set_mark(out: Out, **known: Any) -> Out:
-    """Notes what is known of each tensor of an operation's result, and gives the result back."""
+    """Mark each tensor of an operation's result, and return the result."""
     for tensor in tensors_in([out]):
-        before = mark_of(tensor)  # where an operation gives back what it was given
+        before = mark_of(tensor)  # of an operation that returns its input
         held = None if before is None else before.held
         tensor._relevance_mark = Mark(tensor._version, held=held, **known)  # type: ignore[attr-defined]
     return out
 
 
 def shared_marks(tensors: Sequence[Any]) -> dict[str, bool]:
-    """Marks that a tensor made of these parts inherits."""
+    """Return the facts that a tensor made of these parts inherits."""
     marks = [mark_of(tensor) for tensor in tensors]
     return {
         "nonnegative": all(mark is not None and mark.nonnegative for mark in marks),
@@ -67,7 +68,7 @@ def shared_marks(tensors: Sequence[Any]) -> dict[str, bool]:
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:
-    """The tensors in nested lists and tuples."""
+    """Yield the tensors in nested lists and tuples."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -76,12 +77,12 @@ def tensors_in(values: Any) -> Iterator[Tensor]:
 
 
 def depends(tensor: Any) -> bool:
-    """Whether it is a tensor that depends on the image."""
+    """Return whether this is a tensor that depends on the image."""
     return isinstance(tensor, Tensor) and (tensor.requires_grad or mark_of(tensor) is not None)
 
 
 def hold(tensor: Tensor) -> Held:
-    """Its value for a rule; the same object for all that ask."""
+    """Keep the value of a tensor for a rule; all rules share one `Held`."""
     mark = mark_of(tensor) or Mark(tensor._version)
     mark.held = mark.held or Held(tensor)
     tensor._relevance_mark = mark  # type: ignore[attr-defined]
@@ -89,7 +90,7 @@ def hold(tensor: Tensor) -> Held:
 
 
 def about_to_change(tensor: Tensor) -> None:
-    """To be called before an operation in place: values held for rules are copied."""
+    """Copy the value that is held for rules. Call this before an operation in place."""
     mark = mark_of(tensor)
     if mark is not None and mark.held is not None:
         mark.held.copy()
@@ -97,5 +98,5 @@ def about_to_change(tensor: Tensor) -> None:
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """In float32 at least."""
+    """Return the tensor in float32 at least."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

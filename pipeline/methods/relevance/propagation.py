@@ -1,9 +1,9 @@
 """A forward pass whose backward pass is layer-wise relevance propagation.
 
-Every operation with a rule runs as an autograd function whose backward is the rule, so autograd sees to order, branches
-and whatever only moves values about. Operations without a rule are refused where relevance would pass through them.
-Tensors that relevance passes through are float32 (or float64) whatever operations compute in, since autograd casts
-gradients to the type of the values.
+Every operation with a rule runs as an autograd function whose backward is the rule. Autograd handles the order, the
+branches and operations that only move values. An operation without a rule is refused if relevance would pass it.
+Tensors on the path of relevance are float32 or float64 whatever dtype operations compute in, because autograd casts
+gradients to the dtype of the values.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,12 +33,12 @@ from saltern.schemas.errors import UserError
 
 
 def _narrowed(tensor: Tensor, like: Tensor) -> Tensor:
-    # Autocast casts by itself.
+    # Autocast does its own casts.
     return tensor if torch.is_autocast_enabled(tensor.device.type) else tensor.to(like.dtype)
 
 
 class Step(torch.autograd.Function):
-    """An operation whose backward is a rule: `rule(R)` gives the relevance of each input."""
+    """An operation whose backward is a rule: `rule(R)` returns the relevance of each input."""
 
     @staticmethod
     def forward(ctx: Any, operation: Callable[..., Tensor], rule: Callable[[Tensor], Any], *inputs: Tensor) -> Tensor:
@@ -54,26 +54,26 @@ class Step(torch.autograd.Function):
     def backward(ctx: Any, *R: Tensor) -> tuple[Tensor | None, ...]:
         rule, ctx.rule = ctx.rule, None
         with full_precision(R[0].device), torch.no_grad():
-            found = rule(widened(R[0]))
-        return None, None, *(found if isinstance(found, tuple) else (found,))
+            relevance = rule(widened(R[0]))
+        return None, None, *(relevance if isinstance(relevance, tuple) else (relevance,))
 
 
 def _step(operation: Callable[..., Tensor], rule: Callable[[], Callable[[Tensor], Any]], *inputs: Tensor) -> Tensor:
-    """The operation, as a step where relevance passes; only then is the rule made, which may hold values."""
+    """Run an operation, as a `Step` if relevance passes it. Only then is the rule made, which may hold values."""
     if not any(tensor.requires_grad for tensor in inputs):
         return operation(*inputs)
     return Step.apply(operation, rule(), *inputs)  # type: ignore[no-any-return]
 
 
-def _as_it_is(R: Tensor) -> Tensor:
+def _unchanged(R: Tensor) -> Tensor:
     return R
 
 
 class Propagation:
-    """Forward passes of a model for relevance by given rules.
+    """Forward passes of a model that are ready for relevance by given rules.
 
     Args:
-        advice: what to do instead, for the message where the model has an operation without a rule.
+        advice: what to do instead, for the message about an operation without a rule.
 
     Raises:
         UserError: parts of the model are compiled.
@@ -83,7 +83,7 @@ class Propagation:
         check_visible(model, method)
         self._rules, self._checked = rules, False
         self._refusal = f"{method} has no rule for {{}} in {type(model).__name__}; {advice}"
-        alike: list[tuple[frozenset[Any], Any]] = [
+        handlers: list[tuple[frozenset[Any], Any]] = [
             (kinds.ACTIVATIONS, self._activation),
             (kinds.DROPOUTS, self._activation),
             (kinds.MEAN_POOLS, self._pool),
@@ -95,19 +95,19 @@ class Propagation:
             (kinds.ROUTES, self._route),
         ]
         swaps: dict[Any, Callable[..., Any]] = {
-            function: partial(swap, function) for functions, swap in alike for function in functions
+            function: partial(swap, function) for functions, swap in handlers for function in functions
         }
         swaps |= {torch.conv2d: self._convolution, F.linear: self._linear, F.batch_norm: self._batch_norm}
         swaps |= {torch.Tensor.requires_grad_: self._requires_grad}
         self._swaps = {function: _guarded(function, swap) for function, swap in swaps.items()}
 
     def interception(self, x_BCHW: Tensor) -> Interception:
-        """To be entered for a forward pass of this input."""
+        """Return the context for a forward pass of this input."""
         set_mark(x_BCHW, image=True)
         return Interception(self._swaps, self._otherwise)
 
     def check(self, logits_BK: Tensor) -> None:
-        """Once: raises UserError where relevance would pass through an operation that no function of torch showed."""
+        """Raise UserError if relevance would pass an operation that no function of torch showed; checked once."""
         if self._checked or logits_BK.grad_fn is None:
             return
         self._checked = True
@@ -140,7 +140,7 @@ class Propagation:
             raise refusal if passes else error from error
         if passes and any(tensor.requires_grad for tensor in tensors_in([out])):
             raise refusal
-        if known:  # __setitem__ gives nothing and changes its first argument
+        if known:  # __setitem__ returns nothing and changes its first argument
             set_mark(args[0] if out is None and args else out)
         return out
 
@@ -150,16 +150,16 @@ class Propagation:
         if function is F.pad and (len(args) > 3 or kwargs.get("value")):
             shared["nonnegative"] = False
         out = function(*args, **kwargs)
-        # A view of itself (detach, contiguous) keeps what is known; no layer may fold across it.
+        # An operation that returns its input (contiguous) keeps the input's mark.
         return out if any(out is tensor for tensor in given) else set_mark(out, **shared)
 
     def _requires_grad(self, tensor: Tensor, requires_grad: bool = True) -> Tensor:
-        # The taps start relevance so: it must reach them in float32.
+        # Taps call this on a target layer's output, where relevance must arrive in float32.
         shared = shared_marks([tensor])
         return set_mark(widened(tensor).requires_grad_(requires_grad), **shared)
 
     def _refuse(self, what: str, *values: Any) -> None:
-        """Raises UserError where relevance would pass, i.e. from the first target layer on."""
+        """Raise UserError if relevance would pass, that is from the first target layer on."""
         if any(tensor.requires_grad for tensor in tensors_in(values)):
             raise UserError(self._refusal.format(what))
 
@@ -215,13 +215,13 @@ class Propagation:
 
         source = mark.source if (mark := mark_of(input)) is not None else None
         if source is None or training or running_mean is None or running_var is None:
-            return set_mark(_step(operation, lambda: _as_it_is, input))
+            return set_mark(_step(operation, lambda: _unchanged, input))
         layer, x = source
         folded = layer.folded(running_mean, running_var, weight, bias, eps)
         rule = self._rules.linear if type(layer) is Linear else self._rules.convolution
         if (mark := mark_of(x)) is not None and mark.image and isinstance(layer, Convolution):
             rule = self._rules.first
-        # The value is the plain one; relevance passes the layer and its BatchNorm in one step.
+        # The value is that of BatchNorm; relevance passes the layer and its BatchNorm in one step.
         return set_mark(_step(lambda _: operation(input.detach()), lambda: _bound(rule, folded, x), x))
 
     def _activation(self, function: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -235,7 +235,7 @@ class Propagation:
             nonnegative = False
         if works_in_place(function, args, kwargs):
             about_to_change(x)
-        out = _step(lambda x: function(x, *args, **kwargs), lambda: _as_it_is, x)
+        out = _step(lambda x: function(x, *args, **kwargs), lambda: _unchanged, x)
         return set_mark(out, nonnegative=nonnegative)
 
     def _pool(self, function: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -266,7 +266,7 @@ class Propagation:
         return set_mark(_step(function, rule, x, other), nonnegative=nonnegative)
 
     def _scale(self, function: Any, x: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Arithmetic with one value that depends on the image, and constants."""
+        """Run arithmetic of constants and one value that depends on the image."""
         args = (*args, kwargs.pop("other")) if "other" in kwargs else args
         operands = [index for index, value in enumerate((x, *args)) if depends(value)]
         if len(operands) != 1 or (operands[0] and "div" in function.__name__):

@@ -1,8 +1,8 @@
 """Rules of layer-wise relevance propagation: from the relevance of an operation's output to that of its inputs.
 
 Plain functions of tensors, all of one dtype (float32 or float64), under no_grad and without autocast.
-Two conventions stand side by side: Relevance-CAM's published one divides by zero to zero; the other, of composites,
-shifts the denominator by 1e-6 away from zero, as zennit does.
+There are two conventions for a zero denominator: the published code of Relevance-CAM returns 0, the composites shift
+the denominator by 1e-6 away from zero, as zennit does.
 
 Names: x input, W weight, b bias, R relevance of the output, Z what R is divided by, S = R / Z; plus and minus are the
 positive and the negative part.
@@ -28,19 +28,19 @@ class Linear:
     bias: Tensor | None
 
     def apply(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
-        """The operation with other weights."""
+        """Return the operation's result with other weights."""
         return F.linear(x, W, b)
 
     def back(self, S: Tensor, W: Tensor, x: Tensor) -> Tensor:
-        """Its transpose, which gives the shape of x."""
+        """Return the transposed operation of S, in the shape of x."""
         return S @ W
 
     def like(self, x: Tensor) -> Self:
-        """The same with weights in the dtype of x."""
+        """Return the layer with weights in the dtype of x."""
         return replace(self, weight=self.weight.to(x.dtype), bias=None if self.bias is None else self.bias.to(x.dtype))
 
     def folded(self, mean: Tensor, variance: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float) -> Self:
-        """The same with the BatchNorm that follows it folded in, in float32 at least."""
+        """Return the layer with the following BatchNorm folded in, in float32 at least."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         factor = (variance.to(dtype) + eps).rsqrt()
         factor = factor if scale is None else factor * scale.to(dtype)
@@ -64,39 +64,39 @@ class Convolution(Linear):
 
     def back(self, S: Tensor, W: Tensor, x: Tensor) -> Tensor:
         geometry = (self.stride, self.padding, self.dilation, False, [0, 0], self.groups)
-        found: Tensor = torch.ops.aten.convolution_backward(S, x, W, None, *geometry, (True, False, False))[0]
-        return found
+        result: Tensor = torch.ops.aten.convolution_backward(S, x, W, None, *geometry, (True, False, False))[0]
+        return result
 
 
 LinearRule = Callable[[Linear, Tensor, bool, Tensor], Tensor]  # (layer, x, x is known to be >= 0, R) -> R of x
 
 
 def divide(R: Tensor, Z: Tensor) -> Tensor:
-    """R / Z, 0 where Z = 0. Z is overwritten."""
+    """Return R / Z, and 0 where Z = 0. Overwrites Z."""
     return R / Z.masked_fill_(Z == 0, torch.inf)
 
 
 def divide_shifted(R: Tensor, Z: Tensor) -> Tensor:
-    """R / (Z +- 1e-6), away from zero."""
+    """Return R / (Z +- 1e-6), shifted away from zero."""
     return R / (Z + torch.where(Z < 0, -_SHIFT, _SHIFT))
 
 
 def _signed(layer: Linear, x: Tensor, W_plus: Tensor, W_minus: Tensor | None, b: Tensor | None) -> Tensor:
-    """x+ W_plus + x- W_minus + b; W_minus is None where x is known to be >= 0."""
+    """Return x+ W_plus + x- W_minus + b; W_minus is None if x is known to be >= 0."""
     if W_minus is None:
         return layer.apply(x, W_plus, b)
     return layer.apply(x.clamp(min=0), W_plus, b).add_(layer.apply(x.clamp(max=0), W_minus))
 
 
 def _signed_back(layer: Linear, x: Tensor, W_plus: Tensor, W_minus: Tensor | None, S: Tensor) -> Tensor:
-    """x+ (W_plus^T S) + x- (W_minus^T S)."""
+    """Return x+ (W_plus^T S) + x- (W_minus^T S)."""
     if W_minus is None:
         return layer.back(S, W_plus, x).mul_(x)
     return torch.where(x >= 0, layer.back(S, W_plus, x), layer.back(S, W_minus, x)).mul_(x)
 
 
 def published(layer: Linear, x: Tensor, nonnegative: bool, R: Tensor) -> Tensor:
-    """Relevance-CAM: positive contributions; the convolution's bias stands in both halves of Z, so twice."""
+    """Relevance-CAM: positive contributions; the bias of a convolution is in both halves of Z, so it counts twice."""
     W_plus, W_minus = layer.weight.clamp(min=0), None if nonnegative else layer.weight.clamp(max=0)
     b = 2 * layer.bias if isinstance(layer, Convolution) and layer.bias is not None else None
     S = divide(R, _signed(layer, x, W_plus, W_minus, b))
@@ -118,25 +118,25 @@ def epsilon(layer: Linear, x: Tensor, nonnegative: bool, R: Tensor) -> Tensor:
 
 
 def gamma(layer: Linear, x: Tensor, nonnegative: bool, R: Tensor) -> Tensor:
-    """Contributions of the output's sign count 1.25 times, also for x < 0 (Andeol 2021; zennit's Gamma(0.25))."""
+    """Contributions with the output's sign count 1.25 times, also for x < 0 (Andeol 2021; zennit's Gamma(0.25))."""
     W, b = layer.weight, layer.bias
     W_plus, W_minus = W + _GAMMA * W.clamp(min=0), W + _GAMMA * W.clamp(max=0)
     b_plus, b_minus = (None, None) if b is None else (b + _GAMMA * b.clamp(min=0), b + _GAMMA * b.clamp(max=0))
     sign = layer.apply(x, W, b)
-    found = torch.zeros_like(x)
-    # Outputs above zero, then below: the same with the parts' roles exchanged.
+    result = torch.zeros_like(x)
+    # Outputs above zero, then those below, with the roles of the parts exchanged.
     for chosen, W_above, W_below, b_above in (
         (sign > 0, W_plus, W_minus, b_plus),
         (sign < 0, W_minus, W_plus, b_minus),
     ):
         other = None if nonnegative else W_below
         S = divide_shifted(R * chosen, _signed(layer, x, W_above, other, b_above))
-        found += _signed_back(layer, x, W_above, other, S)
-    return found
+        result += _signed_back(layer, x, W_above, other, S)
+    return result
 
 
 def box(layer: Linear, x: Tensor, nonnegative: bool, R: Tensor) -> Tensor:
-    """z^B for pixels, between each image's least and largest value (Montavon 2017, eq. 14; zennit's ZBox)."""
+    """z^B for pixels, between each image's smallest and largest value (Montavon 2017, eq. 14; zennit's ZBox)."""
     W, W_plus, W_minus = layer.weight, layer.weight.clamp(min=0), layer.weight.clamp(max=0)
     axes = tuple(range(1, x.ndim))
     low, high = x.amin(axes, keepdim=True).expand_as(x), x.amax(axes, keepdim=True).expand_as(x)
@@ -146,19 +146,19 @@ def box(layer: Linear, x: Tensor, nonnegative: bool, R: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Rules:
-    """A rule for each kind of operation. Activations and BatchNorm pass relevance on as it is in all of them."""
+    """A rule for each kind of operation. Activations and BatchNorm always pass relevance unchanged."""
 
     convolution: LinearRule
     linear: LinearRule
-    first: LinearRule  # convolution whose input is the image, or the image scaled
-    safe: bool = False  # pools, sums and concatenations divide to 0 by 0; else they divide shifted
-    merge: bool = False  # BatchNorm belongs to the convolution or linear layer before it
+    first: LinearRule  # for the convolution of the image, or of the scaled image
+    safe: bool = False  # division by 0 gives 0 in pools, sums and concatenations; False: the denominator is shifted
+    merge: bool = False  # fold BatchNorm into the convolution or linear layer before it
 
     def pool(self, operation: Callable[[Tensor], Tensor], x: Tensor, clamp: bool, R: Tensor) -> Tensor:
-        """x * (operation^T S) for max and average pooling.
+        """Return x * (operation^T S) for max and average pooling.
 
         Args:
-            clamp: x has its negative part cut off in the safe convention.
+            clamp: in the safe convention, set negative x to 0.
         """
         x = x.clamp(min=0) if clamp and self.safe else x.detach()
         with torch.enable_grad():
@@ -167,13 +167,13 @@ class Rules:
         return torch.autograd.grad(Z, x, S)[0] * x.detach()
 
     def add(self, x: Tensor, y: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
-        """Each addend's share of the sum; broadcast ones get the sum over what they were broadcast to."""
+        """Return the relevance of each addend by its share of the sum; that of a broadcast addend is summed."""
         S = (divide if self.safe else divide_shifted)(R, x + y)
         return (x * S).sum_to_size(x.shape), (y * S).sum_to_size(y.shape)
 
 
 def composite(name: Literal["alpha1beta0", "epsilon", "gamma", "epsilon-plus", "epsilon-gamma-box"]) -> Rules:
-    """A composite by name, BatchNorm not merged."""
+    """Return a composite by name, without merged BatchNorm."""
     return {
         "alpha1beta0": Rules(alpha1beta0, alpha1beta0, box),
         "epsilon": Rules(epsilon, epsilon, epsilon),

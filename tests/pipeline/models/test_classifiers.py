@@ -216,7 +216,7 @@ def test_vit_takes_the_image_size_of_its_default_weights():
         ("fcn_resnet50", "none", "unknown model"),  # torchvision has it, and it is no classifier
         (SMALL, "IMAGENET1K_V9", "did you mean 'IMAGENET1K_V1'"),
         (SMALL, "best", "known: none, FILE, IMAGENET1K_V1, DEFAULT"),
-        ("efficientnet_lite0", "IMAGENET1K_V1", "none of DEFAULT, none"),
+        ("efficientnet_lite0", "IMAGENET1K_V1", "must be DEFAULT, none or a file"),
         ("no_such_module:make", "none", "cannot import"),
         ("collections:make", "none", "no 'make'"),
         ("collections:Counter", "none", "returns Counter"),
