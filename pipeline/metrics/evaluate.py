@@ -137,8 +137,7 @@ def evaluate(path: str, patterns: Sequence[str] = (), metrics: Sequence[str] = (
         metrics: names in METRICS, commas allowed; none = all.
 
     Raises:
-        UserError: no run, an incomplete run, shards of another run, an unknown metric, no boxes, or a RUN that cannot
-            be written to.
+        UserError: no run, an incomplete run, shards of another run, an unknown metric, no boxes, a read-only RUN.
     """
     columns = _columns(metrics)
     run = open_run(path)
@@ -187,8 +186,8 @@ def _check(evaluation: Evaluation) -> None:
         return
     why = "; ".join(f"{place}: {reason}" for place, reason in list(evaluation.first_bad.items())[:1])
     fix = "`saltern pack --boxes` packs ILSVRC annotations as `boxes` of the json member"
-    left_out = evaluation.without_boxes + evaluation.bad_annotations
-    raise UserError(f"none of the {left_out:,} samples has boxes to judge by ({why or fix})")
+    skipped = evaluation.without_boxes + evaluation.bad_annotations
+    raise UserError(f"none of the {skipped:,} samples has boxes to judge by ({why or fix})")
 
 
 def _publish(evaluation: Evaluation, name: str, content: bytes, scratch: Path) -> None:

@@ -1,4 +1,4 @@
-"""An object store on loopback that speaks as much S3 as a run takes; it can cut its answers short."""
+"""An object store on loopback with the part of S3 that a run needs. It can cut its answers short."""
 
 import re
 import threading
@@ -18,8 +18,8 @@ class S3(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []  # as "GET key" or "LIST prefix"
-        self.parts: dict[str, dict[int, bytes]] = {}  # of unfinished uploads, by upload
-        self.cut = False  # close the connection in the middle of each object
+        self.parts: dict[str, dict[int, bytes]] = {}  # by unfinished upload
+        self.cut = False  # whether to close the connection in the middle of each object
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -63,7 +63,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, b"", _DATED)
 
     def do_POST(self) -> None:
-        """Begin or complete an upload in parts; or delete several objects."""
+        """Begin or complete a multipart upload, or delete several objects."""
         key, query = self._target()
         body = self._body()
         answer = ""
@@ -145,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def s3_server() -> Iterator[S3]:
-    """A store that serves until the block ends."""
+    """Serve a store until the block ends."""
     with S3() as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()

@@ -1,4 +1,4 @@
-"""Tars built byte by byte, for the tests of whatever reads shards."""
+"""Build small tars for the tests of code that reads shards."""
 
 import io
 import tarfile
@@ -11,7 +11,7 @@ Members = Sequence[tuple[str, bytes]]
 
 
 def tar_bytes(members: Members, **options: int) -> bytes:
-    """A tar as Python writes it: two zero blocks at the end, padded to 10,240 bytes."""
+    """Return a tar as Python writes it: two zero blocks at the end, padded to 10,240 bytes."""
     made = io.BytesIO()
     with tarfile.open(fileobj=made, mode="w", **options) as tar:
         for name, data in members:
@@ -22,12 +22,12 @@ def tar_bytes(members: Members, **options: int) -> bytes:
 
 
 def shard_at(path: Path, content: bytes | None = None, take: int | None = None) -> Shard:
-    """The shard at a path, written first where content is given."""
+    """Return the shard at a path. If content is given, write it first."""
     if content is not None:
         path.write_bytes(content)
     return Shard(path.name, str(path), path.stat().st_size, take)
 
 
 def samples(count: int, image: bytes = b"image") -> list[tuple[str, bytes]]:
-    """Members of plain samples s0, s1, ... whose class is their number."""
+    """Return the members of samples s0, s1, ... whose class is their number."""
     return [(f"s{i}.{ext}", data) for i in range(count) for ext, data in (("jpg", image), ("cls", b"%d" % i))]

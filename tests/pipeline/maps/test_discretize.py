@@ -1,4 +1,4 @@
-"""Thresholds against slow float64 loops, components against scipy, boxes against their definition."""
+"""Thresholds equal slow float64 loops, components equal scipy's, boxes match their definition."""
 
 import itertools
 import math
@@ -24,7 +24,7 @@ RULES = [
 
 
 def maps(seed: int = 0) -> Tensor:
-    """Six 24 x 31 maps: uniform, signed and large, tiny, heavy-tailed, half zeros, two plateaus."""
+    """Return six 24 x 31 maps: uniform, signed and large, tiny, heavy-tailed, half zeros, two plateaus."""
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(24, 31, generator=generator)
     signed = torch.randn(24, 31, generator=generator) * 1e3 - 700
@@ -42,7 +42,7 @@ def order_statistic(unit: NDArray[np.float64], count: int) -> float:
 
 
 def threshold_naive(unit: NDArray[np.float64], rule: str) -> float:
-    """In [0, 1], of one map scaled to [0, 1]."""
+    """Return the threshold in [0, 1] of one map scaled to [0, 1]."""
     name, _, number = rule.partition(":")
     value = float(number or {"mean": 1, "mean-std": 0, "quantile": 0.9, "fixed": 0.5, "max": 0.5}.get(name, 0))
     values = unit.flatten().tolist()
@@ -74,7 +74,7 @@ def test_rules_equal_the_naive_loops(rule: str) -> None:
         expected = threshold_naive(unit, rule)
         found = (float(threshold) - values.min()) / np.ptp(values)
         assert found == pytest.approx(expected, abs=2e-6)
-        # Only pixels within rounding of the threshold may differ.
+        # Only pixels that equal the threshold up to rounding may differ.
         sure = np.abs(unit - expected) > 2e-6
         assert np.array_equal(mask_HW.numpy()[sure], (unit >= expected)[sure])
 
@@ -163,7 +163,7 @@ def test_largest_box_equals_scipy(density: float) -> None:
 def test_largest_box_on_small_cases() -> None:
     assert largest_box(np.zeros((5, 6), bool)) is None
     assert largest_box(np.ones((5, 6), bool)) == (0, 0, 6, 5)
-    corners = np.eye(4, dtype=bool)  # touching corners do not connect; of equals the first counts
+    corners = np.eye(4, dtype=bool)  # touching corners do not connect; the first of equals counts
     assert largest_box(corners) == (0, 0, 1, 1)
     two = np.zeros((5, 9), bool)
     two[0, 0:3] = two[4, 4:8] = True
@@ -195,7 +195,7 @@ def test_to_original_stays_inside_and_never_empties() -> None:
         assert 0 <= left < right <= width
         assert 0 <= top < bottom <= height
         exact = [geometry[2 + i % 2] + scale * box[i] for i in range(4)]
-        # Within half a pixel, but where one whole pixel is kept of a box that is smaller.
+        # Within half a pixel, except for smaller boxes, of which one pixel is kept.
         slack = 0.5 if min(exact[2] - exact[0], exact[3] - exact[1]) >= 1 else 1.5
         assert all(abs(a - b) <= slack + 1e-6 for a, b in zip((left, top, right, bottom), exact, strict=True))
 

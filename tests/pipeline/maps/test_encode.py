@@ -1,4 +1,4 @@
-"""Maps and masks as bytes and back, against loops that do the same one value at a time."""
+"""Encoding and decoding equal loops over single values."""
 
 import math
 
@@ -14,7 +14,7 @@ SIZES = [(1, 1), (1, 9), (7, 7), (8, 8), (13, 5), (31, 33)]
 
 
 def heavy(shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    """Log-normal: a few pixels are hundreds of times the median, as in a map of squared gradients."""
+    """Return log-normal maps: a few pixels are hundreds of times the median, as in maps of squared gradients."""
     return (1.5 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).exp()
 
 
@@ -29,7 +29,7 @@ def back(map_Bhw: Tensor, dtype: str, *, heavy_tailed: bool = False) -> np.ndarr
 
 
 def quantise_naive(values: list[float], heavy_tailed: bool) -> tuple[list[int], float, float]:
-    """One map in float64."""
+    """Quantise one map in float64."""
     ordered = sorted(values)
     lo, hi = ordered[0], ordered[-1]
     if heavy_tailed:
@@ -48,7 +48,7 @@ def test_uint8_equals_the_naive_loop(size: tuple[int, int], heavy_tailed: bool) 
     for b, one in enumerate(map_Bhw):
         expected, lo_expected, hi_expected = quantise_naive(one.flatten().tolist(), heavy_tailed)
         assert (float(lo[b]), float(hi[b])) == (lo_expected, hi_expected)
-        # float32 against float64 may fall on the other side of a half.
+        # float32 and float64 may round a half differently.
         off = np.abs(stored[b].flatten().numpy().astype(int) - expected)
         assert off.max() <= 1
         assert off.mean() < 0.01
@@ -73,7 +73,7 @@ def test_clipping_keeps_the_small_values_of_a_heavy_tail() -> None:
     assert inside.float().mean() == pytest.approx(CLIP_QUANTILE, abs=1e-4)
     bound = ((hi - lo).view(4, 1, 1) / 510 * 1.001).expand_as(map_Bhw)
     assert (np.abs(found - map_Bhw.numpy()) <= bound.numpy())[inside].all()
-    assert (found == hi.view(4, 1, 1).numpy())[~inside].all()  # what lies above ends at the scale's end
+    assert (found == hi.view(4, 1, 1).numpy())[~inside].all()  # larger values are clipped to the scale's end
 
 
 def test_a_clip_that_would_take_all_takes_nothing() -> None:

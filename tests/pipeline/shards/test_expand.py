@@ -1,4 +1,4 @@
-"""SHARDS as the user writes them, on a local disk and in an object store."""
+"""The user's SHARDS are expanded, on a local disk and in an object store."""
 
 import os
 from collections import Counter
@@ -23,7 +23,7 @@ Touch = Callable[..., None]
 
 @pytest.fixture
 def touch(tmp_path: Path) -> Touch:
-    """Makes files below tmp_path, each as many bytes long as its position."""
+    """Return a function that writes files below tmp_path, each as many bytes long as its position."""
 
     def make(*names: str) -> None:
         for size, name in enumerate(names, 1):
@@ -35,7 +35,7 @@ def touch(tmp_path: Path) -> Touch:
 
 
 def found(*patterns: str, hints: int = 0) -> list[str]:
-    """Last components of the URLs."""
+    """Return the last components of the URLs."""
     shards, said = expand(patterns)
     assert len(said) == hints
     return [os.path.basename(shard.url) for shard in shards]
@@ -101,7 +101,7 @@ def test_the_same_shard_twice_counts_once(tmp_path: Path, touch: Touch) -> None:
     touch("a/x.tar", "a/y.tar", "a/z.tar")
     (tmp_path / "link").symlink_to(tmp_path / "a")
     (tmp_path / "a" / "loop").symlink_to(tmp_path / "a")
-    os.link(tmp_path / "a" / "z.tar", tmp_path / "hard.tar")  # another name for the bytes is another shard
+    os.link(tmp_path / "a" / "z.tar", tmp_path / "hard.tar")  # a hard link is another shard
     shards, hints = expand([f"{tmp_path}/a/y.tar", f"{tmp_path}/a/*.tar", str(tmp_path / "hard.tar")])
     assert [os.path.basename(shard.url) for shard in shards] == ["y.tar", "x.tar", "z.tar", "hard.tar"]
     assert len(hints) == 1
@@ -111,7 +111,7 @@ def test_the_same_shard_twice_counts_once(tmp_path: Path, touch: Touch) -> None:
     assert len(hints) == 1
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize("name", ["x.tar", "no/such/folder", "[x"])
@@ -165,7 +165,7 @@ def test_names_that_are_no_text(tmp_path: Path, touch: Touch) -> None:
     touch("a.tar")
     (tmp_path / os.fsdecode(b"\xff.tar")).write_bytes(b"")
     assert "utf-8" in refused(str(tmp_path))
-    assert found(f"{tmp_path}/a.tar") == ["a.tar"]  # its neighbour does no harm
+    assert found(f"{tmp_path}/a.tar") == ["a.tar"]  # other files in its folder do not matter
 
 
 # Hints
@@ -272,10 +272,10 @@ def test_many_flat_names_get_sub_folders(tmp_path: Path, touch: Touch) -> None:
     assert max(folders.values()) < 1000
     assert len(set(many)) == 12_000
     again, _ = expand([f"{tmp_path}/many/{{11999..00000}}.tar"])
-    assert {f"many/{shard.name}" for shard in again} == set(many)  # whatever the order, and whatever else is wanted
+    assert {f"many/{shard.name}" for shard in again} == set(many)  # independent of the order and of the other shards
 
 
-# The same in an object store
+# Object stores
 
 
 @pytest.fixture
@@ -336,7 +336,7 @@ def test_reading_from_an_object_store(store: S3) -> None:
         list(read_samples(shard))
 
 
-@pytest.mark.slow  # Arrow tries again for some seconds
+@pytest.mark.slow  # Arrow retries for some seconds
 def test_a_connection_that_breaks_is_the_worlds_fault(store: S3) -> None:
     store.objects["x.tar"] = tar_bytes(samples(3, bytes(99_999)))
     (shard,), _ = expand(["s3://bucket/x.tar"])

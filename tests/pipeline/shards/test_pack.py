@@ -1,4 +1,4 @@
-"""Packing an image folder, read back by saltern's own reader and by webdataset."""
+"""A packed image folder is read back by Saltern and by webdataset."""
 
 import json
 import os
@@ -20,7 +20,7 @@ Touch = Callable[..., Path]
 
 @pytest.fixture
 def touch(tmp_path: Path) -> Touch:
-    """Makes files in tmp_path/images, each with its name as content; gives the folder."""
+    """Return a function that writes files to tmp_path/images, with their names as content, and returns the folder."""
 
     def make(*names: str) -> Path:
         folder = tmp_path / "images"
@@ -58,7 +58,7 @@ def test_one_folder_a_class(tmp_path: Path, touch: Touch) -> None:
     assert packed == Packed(shards=2, samples=4, classes=4, bytes=size, skipped=2, unboxed=0)
     assert sorted(path.name for path in out.iterdir()) == ["shard-000000.tar", "shard-000001.tar"]
     found = samples(out)
-    # Class aa holds nothing and still counts, as in torchvision's ImageFolder.
+    # Class aa is empty and still counts, as in torchvision's ImageFolder.
     assert [(sample.key, sample.label) for sample in found] == [("a/x", 0), ("b/1", 2), ("b/2", 2), ("c/deep/er/y", 3)]
     assert [sample.image for sample in found] == [b"a/x.png", b"b/1.JPEG", b"b/2.jpg", b"c/deep/er/y.webp"]
     assert [json.loads(sample.members["json"]) for sample in found] == [{"name": name} for name in "abbc"]
@@ -240,7 +240,7 @@ def test_a_damaged_annotation(tmp_path: Path, touch: Touch, text: str) -> None:
     assert list(out.iterdir()) == []
 
 
-# What is refused
+# Errors
 
 
 def test_an_output_folder_with_shards(tmp_path: Path, touch: Touch) -> None:
@@ -254,7 +254,7 @@ def test_an_output_folder_with_shards(tmp_path: Path, touch: Touch) -> None:
 
 def test_other_files_in_the_output_folder_stay(tmp_path: Path, touch: Touch) -> None:
     out = tmp_path / "out"
-    (out / ".tmp-pack").mkdir(parents=True)  # of an attempt that was killed
+    (out / ".tmp-pack").mkdir(parents=True)  # left by a killed process
     (out / ".tmp-pack" / "shard-000009.tar").write_bytes(b"")
     (out / "README").write_text("mine")
     pack(touch("a.jpg"), out)
@@ -266,7 +266,7 @@ def test_a_folder_without_images(tmp_path: Path, touch: Touch) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_images_beside_class_folders(tmp_path: Path, touch: Touch) -> None:
+def test_images_next_to_class_folders(tmp_path: Path, touch: Touch) -> None:
     assert "1 images (z.jpg, ...) next to 2 folders" in refused(touch("a/1.jpg", "b/2.jpg", "z.jpg"), tmp_path / "out")
 
 

@@ -1,51 +1,20 @@
-"""Reading shards: what webdataset reads, and each defect of a tar made for real."""
+"""Samples are grouped as webdataset does; repeated keys and large members are problems of their samples."""
 
 import gzip
 import io
-import struct
 import tarfile
 from pathlib import Path
 
 import pytest
+from reading import BLOCK, fails, header_at, read
 from tars import Members, samples, shard_at, tar_bytes
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from saltern.pipeline.shards import samples as reading
-from saltern.pipeline.shards.samples import Sample, list_keys, read_samples
+from saltern.pipeline.shards import samples as module
+from saltern.pipeline.shards.samples import list_keys, read_samples
 from saltern.pipeline.storage.filesystem import filesystem
-from saltern.schemas.errors import ShardError, UserError
-from saltern.schemas.run import Shard
+from saltern.schemas.errors import UserError
 from saltern.schemas.saliency import DUPLICATE_KEY, MISSING_IMAGE, TOO_LARGE
-
-BLOCK = 512
-
-
-def read(shard: Shard) -> list[Sample]:
-    """All samples, after a check that the keys alone are the same."""
-    found = list(read_samples(shard))
-    assert list_keys(shard) == [sample.key for sample in found]
-    assert [sample.index for sample in found] == list(range(len(found)))
-    return found
-
-
-def fails(shard: Shard, *words: str) -> str:
-    """The reason of the ShardError that both ways to read a shard raise; it names the shard and the words."""
-    with pytest.raises(ShardError) as read_error:
-        list(read_samples(shard))
-    with pytest.raises(ShardError) as keys_error:
-        list_keys(shard)
-    reason = str(read_error.value)
-    assert reason == str(keys_error.value)
-    assert reason.startswith(shard.url)
-    assert "\n" not in reason
-    for word in words:
-        assert word in reason
-    return reason
-
-
-def header_at(content: bytes, member: str) -> int:
-    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-        return tar.getmember(member).offset
 
 
 def test_samples_are_those_of_webdataset(shared_data: Path) -> None:
@@ -137,7 +106,7 @@ def test_long_names_in_each_format(tmp_path: Path, format: int) -> None:
 def test_names_beyond_ascii(tmp_path: Path, format: int) -> None:
     members = [("è/日本.jpg", b"I"), (b"\xe9t\xe9.jpg".decode("utf-8", "surrogateescape"), b"J")]
     found = read(shard_at(tmp_path / "x.tar", tar_bytes(members, format=format)))
-    # The second name is Latin-1: kept apart from others, and storable.
+    # The second name is Latin-1. Its key is unique and can be stored.
     assert [sample.key for sample in found] == ["è/日本", r"\xe9t\xe9"]
 
 
@@ -163,7 +132,7 @@ def test_one_end_block_is_enough(tmp_path: Path) -> None:
     assert len(read(shard_at(tmp_path / "x.tar", content))) == 2
 
 
-# Keys that repeat
+# Repeated keys
 
 REPEATS: list[tuple[str, Members, list[str], dict[int, int]]] = [
     ("side by side", [("a.cls", b"0"), ("a.jpg", b"I"), ("a.cls", b"1"), ("a.jpg", b"J")], ["a", "a"], {1: 0}),
@@ -196,7 +165,7 @@ def test_repeated_keys_are_samples_with_a_problem(
 
 
 def test_a_member_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "MAX_MEMBER", 1000)
+    monkeypatch.setattr(module, "MAX_MEMBER", 1000)
     members = [("a.jpg", bytes(1000)), ("b.jpg", bytes(1001)), ("b.cls", b"1"), ("c.txt", bytes(5000)), ("c.jpg", b"I")]
     found = read(shard_at(tmp_path / "x.tar", tar_bytes(members)))
     assert [sample.problem and sample.problem[0] for sample in found] == [None, TOO_LARGE, None]
@@ -210,8 +179,8 @@ def test_a_real_member_too_large_takes_no_memory(tmp_path: Path) -> None:
 
     path = tmp_path / "x.tar"
     info = tarfile.TarInfo("a.jpg")
-    info.size = reading.MAX_MEMBER + 1
-    with open(path, "wb") as file:  # sparse: takes no disk
+    info.size = module.MAX_MEMBER + 1
+    with open(path, "wb") as file:  # a sparse file
         file.write(info.tobuf())
         file.truncate(BLOCK + info.size + -info.size % BLOCK)
         file.seek(0, 2)
@@ -228,160 +197,7 @@ def test_a_real_member_too_large_takes_no_memory(tmp_path: Path) -> None:
     assert peak < 2**24
 
 
-# Shards whose data is broken as a whole
-
-
-@pytest.mark.parametrize("at", [1, 100, BLOCK, 700, BLOCK + 5000])
-def test_cut_inside_a_member(tmp_path: Path, at: int) -> None:
-    content = tar_bytes(samples(3, bytes(10_000)))
-    cut = content[: header_at(content, "s1.jpg") + at]
-    words = ("after member 's0.cls'",) if at < BLOCK else ("inside member 's1.jpg'", f"byte {len(cut)}")
-    fails(shard_at(tmp_path / "x.tar", cut), "cut", "copy the shard again", *words)
-
-
-@pytest.mark.parametrize("member", ["s0.cls", "s1.jpg", "s2.cls"])
-def test_cut_between_two_members(tmp_path: Path, member: str) -> None:
-    content = tar_bytes(samples(3))
-    at = header_at(content, member)
-    with tarfile.open(fileobj=io.BytesIO(content[:at])) as tar:
-        assert len(tar.getmembers()) == {"s0.cls": 1, "s1.jpg": 2, "s2.cls": 5}[member]  # tarfile says nothing
-    fails(shard_at(tmp_path / "x.tar", content[:at]), "without end-of-archive blocks", f"byte {at}", "copy")
-
-
-def test_cut_before_the_end_blocks(tmp_path: Path) -> None:
-    content = tar_bytes(samples(3))
-    at = header_at(content, "s2.cls") + 2 * BLOCK
-    fails(shard_at(tmp_path / "x.tar", content[:at]), "without end-of-archive blocks", "after member 's2.cls'")
-
-
-def test_cut_in_a_long_name(tmp_path: Path) -> None:
-    content = tar_bytes([("a.jpg", b"I"), ("d/" * 100 + "b.jpg", b"I")], format=tarfile.GNU_FORMAT)
-    fails(shard_at(tmp_path / "x.tar", content[: 3 * BLOCK]), "cut")
-    fails(shard_at(tmp_path / "y.tar", content[: 4 * BLOCK]), "cut")
-
-
-def test_two_tars_in_one_file(tmp_path: Path) -> None:
-    one, two = tar_bytes(samples(2)), tar_bytes(samples(4))
-    fails(shard_at(tmp_path / "x.tar", one + two), "data after the end of the archive", "--ignore-zeros", "'s1.cls'")
-
-
-def test_garbage_after_the_end(tmp_path: Path) -> None:
-    fails(shard_at(tmp_path / "x.tar", tar_bytes(samples(2)) + bytes(3_000_000) + b"x"), "data after the end")
-
-
-@pytest.mark.parametrize("offset", [0, 124, 148, 156, 300])
-def test_a_damaged_header_in_the_middle(tmp_path: Path, offset: int) -> None:
-    content = bytearray(tar_bytes(samples(3)))
-    at = header_at(bytes(content), "s1.jpg")
-    content[at + offset] ^= 0x55
-    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-        assert len(tar.getmembers()) == 2  # tarfile says nothing
-    fails(shard_at(tmp_path / "x.tar", bytes(content)), f"damaged tar header at byte {at}", "after member 's0.cls'")
-
-
-def test_no_flipped_header_byte_loses_a_sample(tmp_path: Path) -> None:
-    content = tar_bytes(samples(3))
-    at = header_at(content, "s1.jpg")
-    whole = [sample.key for sample in read(shard_at(tmp_path / "x.tar", content))]
-    failed = 0
-    for offset in range(BLOCK):
-        flipped = bytearray(content)
-        flipped[at + offset] ^= 0x11
-        try:
-            assert list_keys(shard_at(tmp_path / "x.tar", bytes(flipped))) == whole
-        except ShardError:
-            failed += 1
-    assert failed >= BLOCK - 2  # the checksum's own padding alone may change
-
-
-def test_data_overwritten_by_zeros_in_the_middle(tmp_path: Path) -> None:
-    content = bytearray(tar_bytes(samples(5)))
-    at = header_at(bytes(content), "s1.jpg")
-    content[at : at + 2 * BLOCK] = bytes(2 * BLOCK)
-    fails(shard_at(tmp_path / "x.tar", bytes(content)), "data after the end of the archive")
-
-
-def header(size: bytes, kind: bytes) -> bytes:
-    """A header with a right checksum and whatever size field and type."""
-    block = bytearray(tarfile.TarInfo("a.jpg").tobuf(tarfile.GNU_FORMAT))
-    block[124:136], block[156:157] = size, kind
-    block[148:156] = b" " * 8
-    block[148:156] = b"%06o\0 " % sum(block)
-    return bytes(block)
-
-
-@pytest.mark.parametrize(
-    ("size", "kind", "word"),
-    [
-        (b"\xff" * 12, tarfile.REGTYPE, "a size of -1 bytes"),
-        (b"\x80" + struct.pack(">3xq", 2**62), tarfile.REGTYPE, "cut"),
-        (b"77777777777\0", tarfile.XHDTYPE, "a size of 8589934591 bytes"),
-        (b"77777777777\0", tarfile.GNUTYPE_LONGNAME, "a size of 8589934591 bytes"),
-        (b"00000000000\0", tarfile.GNUTYPE_SPARSE, "sparse"),
-        (b"zzzzzzzzzzz\0", tarfile.REGTYPE, "not a tar"),
-    ],
-)
-def test_hostile_headers(tmp_path: Path, size: bytes, kind: bytes, word: str) -> None:
-    fails(shard_at(tmp_path / "x.tar", header(size, kind) + bytes(9 * BLOCK)), word)
-
-
-def test_a_header_that_tarfile_and_the_tape_read_differently(tmp_path: Path) -> None:
-    made = io.BytesIO()
-    with tarfile.open(fileobj=made, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        info = tarfile.TarInfo("a.jpg")
-        info.size, info.pax_headers = 1, {"size": "1024"}
-        tar.addfile(info, io.BytesIO(b"I"))
-        info = tarfile.TarInfo("b.jpg")
-        info.size = 1
-        tar.addfile(info, io.BytesIO(b"I"))
-    fails(shard_at(tmp_path / "x.tar", made.getvalue()), "cannot be followed")
-
-
-@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
-def test_a_link_in_place_of_an_image(tmp_path: Path, kind: bytes) -> None:
-    made = io.BytesIO()
-    with tarfile.open(fileobj=made, mode="w") as tar:
-        info = tarfile.TarInfo("a.jpg")
-        info.type, info.linkname = kind, "b.jpg"
-        tar.addfile(info)
-    fails(shard_at(tmp_path / "x.tar", made.getvalue()), "'a.jpg' is a link", "-h")
-
-
-def test_an_empty_file(tmp_path: Path) -> None:
-    fails(shard_at(tmp_path / "x.tar", b""), "empty", "copy the shard again")
-
-
-@pytest.mark.parametrize("content", [b"\xff\xd8\xff\xe0 a jpeg" * 100, b"x", b"<html>404</html>" * 99])
-def test_a_file_that_is_no_tar(tmp_path: Path, content: bytes) -> None:
-    fails(shard_at(tmp_path / "x.tar", content), "not a tar", content[:1].hex(), "saltern pack")
-
-
-def test_gzip_under_the_name_of_a_tar(tmp_path: Path) -> None:
-    fails(shard_at(tmp_path / "x.tar", gzip.compress(tar_bytes(samples(1)))), "gzip", ".tar.gz")
-
-
-def test_a_gzip_name_without_gzip(tmp_path: Path) -> None:
-    fails(shard_at(tmp_path / "x.tar.gz", tar_bytes(samples(1))), "gzip stream is damaged")
-
-
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
-def test_gzip_cut(tmp_path: Path, share: float) -> None:
-    import random
-
-    content = gzip.compress(tar_bytes(samples(5, random.Random(0).randbytes(5000))))
-    fails(shard_at(tmp_path / "x.tar.gz", content[: int(share * len(content))]), "gzip stream is cut")
-
-
-def test_gzip_damaged(tmp_path: Path) -> None:
-    import random
-
-    content = bytearray(gzip.compress(tar_bytes(samples(5, random.Random(0).randbytes(5000)))))
-    content[len(content) // 2] ^= 0xFF
-    fails(shard_at(tmp_path / "x.tar.gz", bytes(content)), "gzip stream is damaged")
-
-
-def test_gzip_of_an_empty_stream(tmp_path: Path) -> None:
-    fails(shard_at(tmp_path / "x.tar.gz", gzip.compress(b"")), "empty")
+# The environment
 
 
 def test_a_shard_that_changed_since_the_plan(tmp_path: Path) -> None:
@@ -389,9 +205,6 @@ def test_a_shard_that_changed_since_the_plan(tmp_path: Path) -> None:
     shard = shard_at(path, tar_bytes(samples(2)))
     path.write_bytes(tar_bytes(samples(50)))
     fails(shard, f"had {shard.size} when the run was planned", "plan a new run")
-
-
-# The world
 
 
 def test_a_deleted_shard(tmp_path: Path) -> None:

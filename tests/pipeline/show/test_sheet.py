@@ -1,13 +1,9 @@
-"""The contact sheet: complete, self-contained, in the order asked for, with overlays where they belong."""
+"""The contact sheet is complete, needs no other file, and draws maps, masks and boxes in their places."""
 
 import base64
 import hashlib
-import io
-import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -15,91 +11,17 @@ import pytest
 from made_run import Made, make_run, write_shard
 from making import picture, write_tar
 from numpy.typing import NDArray
-from PIL import Image
+from pages import Card, Page, members, page_of
 from scipy import ndimage
 
 from saltern.pipeline.runs.reader import Row, map_in_original, open_run
 from saltern.pipeline.shards.samples import read_samples
-from saltern.pipeline.show.sheet import comparison, contact_sheet
+from saltern.pipeline.show.sheet import contact_sheet
 from saltern.schemas.errors import UserError
 from saltern.schemas.run import Shard
 from saltern.schemas.saliency import DECODE_FAILED
 
 EVIL = '<b onload="x">\'&amp; evil'
-VOID = {"meta", "img", "input", "rect", "br"}
-
-
-@dataclass
-class Card:
-    attributes: dict[str, str | None]
-    key: str = ""
-    text: str = ""
-    images: list[dict[str, str | None]] = field(default_factory=list)
-    rectangles: list[list[dict[str, str | None]]] = field(default_factory=list)  # for each image
-
-    def pixels(self, number: int) -> NDArray[np.uint8]:
-        source = self.images[number]["src"]
-        assert source is not None
-        return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/jpeg;base64,")))))
-
-    def boxes(self, number: int, kind: str) -> list[list[float]]:
-        """x0 y0 x1 y1 in pixels of the picture."""
-        found = [r for r in self.rectangles[number] if r["class"] == kind]
-        ends = [[float(r[name] or 0) for name in ("x", "y", "width", "height")] for r in found]
-        return [[x, y, x + width, y + height] for x, y, width, height in ends]
-
-
-class Page(HTMLParser):
-    """What a browser would make of the page; tags must be balanced."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.cards: list[Card] = []
-        self.tags: set[str] = set()
-        self.attributes: list[tuple[str, str, str | None]] = []
-        self.head = ""
-        self.script = ""
-        self._open: list[str] = []
-        self.feed(text)
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.attributes += [(tag, name, value) for name, value in attrs]
-        if tag not in VOID:
-            self._open.append(tag)
-        given = dict(attrs)
-        if tag == "article":
-            self.cards.append(Card(given))
-        elif tag == "img":
-            self.cards[-1].images.append(given)
-            self.cards[-1].rectangles.append([])
-        elif tag == "rect":
-            self.cards[-1].rectangles[-1].append(given)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "article" in self._open:
-            card = self.cards[-1]
-            card.key = card.key or data.strip()
-            card.text += data + " "
-        elif "header" in self._open:
-            self.head += data + " "
-        elif "script" in self._open:
-            self.script += data
-
-
-def page_of(made: Made, sort: str | None = None, limit: int = 48) -> Page:
-    return Page(contact_sheet(open_run(str(made.path)), sort, limit))
-
-
-def members(**changes: object) -> bytes:
-    return json.dumps({"name": "disc", "boxes": [[3, 4, 30, 40]], **changes}).encode()
 
 
 def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
@@ -190,7 +112,7 @@ def test_shards_that_are_gone_leave_maps_without_images(tmp_path: Path) -> None:
     for card in page.cards[2:]:
         assert "the image cannot be read" in card.text
         assert len(card.images) == 3
-        assert np.abs(card.pixels(0).astype(int) - 128).max() < 3  # a grey field
+        assert np.abs(card.pixels(0).astype(int) - 128).max() < 3  # grey
         assert np.ptp(card.pixels(1).astype(int)) > 50
 
 
@@ -239,7 +161,7 @@ def test_json_of_another_kind_is_left_out(tmp_path: Path, raw: bytes) -> None:
 
 
 def at_thumbnail(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """An original-sized map at the thumbnail's pixels, by the nearest."""
+    """Resample an original-sized map at the thumbnail's pixels, nearest neighbour."""
     ys, xs = np.arange(235) * 44 // 235, np.arange(320) * 60 // 320
     return values[ys][:, xs]
 
@@ -255,9 +177,9 @@ def test_the_map_lies_over_the_photograph(tmp_path: Path) -> None:
         photo, heat = card.pixels(0).astype(float), card.pixels(1).astype(float)
         seen = np.isfinite(map_YX)
         inside, outside = (ndimage.binary_erosion(part, iterations=5) for part in (seen, ~seen))
-        assert np.abs(heat - 0.3 * photo)[outside].mean() < 3  # dim; the rest is JPEG
+        assert np.abs(heat - 0.3 * photo)[outside].mean() < 3  # dimmed, up to JPEG's error
         colours = ((heat - 0.4 * photo) @ [0.299, 0.587, 0.114])[inside]
-        drawn = map_YX.clip(min=0)  # a signed map is drawn from 0 up
+        drawn = map_YX.clip(min=0)  # a signed map is coloured from 0 up
         assert np.corrcoef(colours, drawn[inside])[0, 1] > 0.95  # inferno grows brighter from end to end
 
     _compare(make_run(tmp_path, shards=1), check)
@@ -289,7 +211,7 @@ def test_a_run_with_nothing_done(tmp_path: Path) -> None:
 
 
 def test_48_photographs_stay_below_5_mb(shared_data: Path, tmp_path: Path) -> None:
-    """Of full size, at the worst: maps and masks of noise."""
+    """Even full-size photographs with maps and masks of noise give a page below 5 MB."""
     tar = next(iter(sorted((shared_data / "imagenet-sample").glob("*.tar"))))
     made = make_run(tmp_path, shards=1, samples=48, grid=(32, 32))
     photographs = enumerate(_photographs(tar, 48))
@@ -305,68 +227,9 @@ def _photographs(tar: Path, count: int) -> list[bytes]:
 
 
 def _resized(made: Made) -> Made:
-    """Let run.json and the receipt believe that the tar was always as large as it is now."""
+    """Write the tar's present size into run.json and the receipt."""
     old, new = made.run.shards[0].size, Path(made.run.shards[0].url).stat().st_size
     for name in ("run.json", "receipts/part0/train.json"):
         file = made.path / name
         file.write_text(file.read_text().replace(f'"size": {old}', f'"size": {new}'))
     return made
-
-
-def beside(folder: Path, method: str, **changes: object) -> Made:
-    """Another run over the tars of the first."""
-    (folder / method).mkdir()
-    return make_run(folder / method, method=method, **changes)  # type: ignore[arg-type]
-
-
-def wide(*made: Made, sort: str | None = None, limit: int = 48) -> Page:
-    return Page(comparison([open_run(str(one.path)) for one in made], sort, limit))
-
-
-def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
-    first = beside(tmp_path, "grad-cam", json=members())
-    second = beside(tmp_path, "gradient", grid=(32, 32), broken=((0, 1),))
-    third = beside(tmp_path, "cam", save_map=False)
-    page = wide(first, second, third, limit=4)
-    assert [card.key for card in page.cards] == ["s0k0", "s0k1", "s0k2", "s0k3"]
-    for card in page.cards:
-        assert card.text.split().index("photograph") < card.text.split().index("gradient")
-        assert len(card.images) == (3 if card.key == "s0k1" else 4)
-    assert "decode_failed" in page.cards[1].text or "no image" in page.cards[1].text
-    assert [str(image["alt"]) for image in page.cards[0].images[1:]] == [
-        "grad-cam of s0k0", "gradient of s0k0", "cam of s0k0",
-    ]  # fmt: skip
-    # The same tars: the first run's overlay is the one that its own page shows.
-    alone = page_of(first, limit=1)
-    assert np.array_equal(page.cards[0].pixels(1), alone.cards[0].pixels(1))
-    assert "4 of 15 rows" in page.head
-    assert second.run.fingerprint in page.head
-
-
-def test_runs_of_one_method_are_told_apart(tmp_path: Path) -> None:
-    folders = [tmp_path / name for name in "abc"]
-    for folder in folders:
-        folder.mkdir()
-    made = [make_run(folder, shards=1, layer=[f"layer{number}"]) for number, folder in enumerate(folders)]
-    page = wide(*made)
-    assert all(f"grad-cam layer{number}" in page.cards[0].text for number in range(3))
-    with pytest.raises(UserError, match="given twice"):
-        wide(made[0], made[0])
-
-
-def test_a_sample_that_a_run_lacks_leaves_a_gap(tmp_path: Path) -> None:
-    page = wide(beside(tmp_path, "cam", shards=2), beside(tmp_path, "grad-cam", shards=1))
-    assert "not in this run" not in page.cards[0].text
-    assert "not in this run" in page.cards[5].text
-
-
-def test_runs_that_share_no_sample(tmp_path: Path) -> None:
-    one, other = beside(tmp_path, "cam"), beside(tmp_path, "grad-cam", shards=0)
-    with pytest.raises(UserError, match=r"cam/run shares no sample with .*grad-cam/run"):
-        wide(one, other)
-
-
-def test_rows_of_the_same_target_are_put_side_by_side(tmp_path: Path) -> None:
-    page = wide(beside(tmp_path, "cam", targets=2, shards=1), beside(tmp_path, "grad-cam", targets=3, shards=1))
-    assert [card.key for card in page.cards[:2]] == ["s0k0", "s0k0"]
-    assert not np.array_equal(page.cards[0].pixels(2), page.cards[1].pixels(2))

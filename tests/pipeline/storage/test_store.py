@@ -1,4 +1,4 @@
-"""A run's folder: whole files or none, and the sweeping of what dead drivers left."""
+"""Files appear completely or not at all, and the scratch folders of dead drivers are removed."""
 
 import os
 import signal
@@ -76,10 +76,10 @@ def test_a_living_drivers_scratch_stays_a_dead_ones_goes(store: Store) -> None:
             other.send_signal(signal.SIGKILL)
             other.wait()
             assert name in scratch_folders(store)
-    assert scratch_folders(store) == []  # swept at the end; the next start would have done it as well
+    assert scratch_folders(store) == []  # removed at the end, as at the next start
 
 
-def test_a_scratch_folder_that_is_being_made_is_left_alone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scratch_folder_that_is_being_made_is_kept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     young = Path(store.path) / f"{SCRATCH}young"
     young.mkdir(parents=True)
     with session(store):

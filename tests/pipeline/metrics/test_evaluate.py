@@ -1,4 +1,4 @@
-"""Localization numbers: each metric against loops over pixels, answers by hand, and whole evaluations of made runs."""
+"""Evaluations of made runs equal loops over pixels, for all kinds of rows, shards and annotations."""
 
 import json
 import math
@@ -13,202 +13,23 @@ import pyarrow.parquet as pq
 import pytest
 from made_run import CROP, SIZE, Made, make_run, write_shard
 from making import picture, write_tar
+from naive_metrics import HEIGHT, WIDTH, filled, inclusive, naive_f1, naive_iou, naive_mask, some_box
 from typer.testing import CliRunner
 
 from saltern.jobs.main import app
-from saltern.pipeline.maps.frame import lay, over_frame, to_original, whole_image
+from saltern.pipeline.maps.frame import over_frame, to_original
 from saltern.pipeline.metrics.evaluate import evaluate
 from saltern.pipeline.metrics.judge import COLUMNS
-from saltern.pipeline.metrics.localization import box_f1, centre_box, iou, is_hit, map_f1, unit
+from saltern.pipeline.metrics.localization import centre_box
 from saltern.pipeline.metrics.table import as_table, remarks
 from saltern.pipeline.runs.manifest import receipt_name
-from saltern.pipeline.runs.reader import Row, map_in_original, open_run
-from saltern.pipeline.shards.annotations import read_annotation
-from saltern.pipeline.shards.samples import Sample
+from saltern.pipeline.runs.reader import map_in_original, open_run
 from saltern.schemas.errors import UserError
-from saltern.schemas.saliency import ZERO_MAP, Box
-
-HEIGHT, WIDTH = SIZE
-
-
-# --- slow and naive, from the definitions ---
-
-
-def pixels(box: Box) -> set[tuple[int, int]]:
-    return set(product(range(box[1], box[3]), range(box[0], box[2])))
-
-
-def naive_iou(one: Box, other: Box) -> float:
-    return len(pixels(one) & pixels(other)) / len(pixels(one) | pixels(other))
-
-
-def naive_f1(map_YX: Any, true: list[Box]) -> float:
-    """Loops over pixels; precision and recall as written in the definition."""
-    total = sum(float(value) for line in map_YX for value in line)
-    best = 0.0
-    for box in true:
-        inside = sum(float(map_YX[y][x]) for y, x in pixels(box) if y < len(map_YX) and x < len(map_YX[0]))
-        if inside > 0:
-            precision, recall = inside / total, inside / len(pixels(box))
-            best = max(best, 2 * precision * recall / (precision + recall))
-    return best
-
-
-def filled(box: Box | None, height: int = HEIGHT, width: int = WIDTH) -> Any:
-    made = np.zeros((height, width))
-    for y, x in pixels(box) if box else ():
-        made[y, x] = 1
-    return made
-
-
-def naive_mask(row: Row) -> Any:
-    """Each pixel of the original has the mask's value at its centre."""
-    mask_HW = row.mask()
-    scale_x, scale_y, offset_x, offset_y = row.geometry
-    made = np.zeros((row.image_height, row.image_width))
-    for y, x in product(*map(range, made.shape)):
-        row_at, column_at = math.floor((y + 0.5 - offset_y) / scale_y), math.floor((x + 0.5 - offset_x) / scale_x)
-        if 0 <= row_at < CROP and 0 <= column_at < CROP:
-            made[y, x] = mask_HW[row_at, column_at]
-    return made
-
-
-def some_box(draw: random.Random, height: int = HEIGHT, width: int = WIDTH) -> Box:
-    (x0, x1), (y0, y1) = (sorted(draw.sample(range(side + 1), 2)) for side in (width, height))
-    return x0, y0, x1, y1
-
-
-# --- the pure functions ---
-
-
-def test_iou_and_f1_of_boxes_are_those_of_their_pixels() -> None:
-    draw, met = random.Random(0), set()
-    for _ in range(60):
-        found, true = some_box(draw, 9, 12), [some_box(draw, 9, 12) for _ in range(draw.randint(1, 3))]
-        assert iou(found, true) == pytest.approx(max(naive_iou(found, box) for box in true))
-        assert box_f1(found, true) == pytest.approx(naive_f1(filled(found, 9, 12), true))
-        assert is_hit([found], true) == any(naive_iou(found, box) > 0.5 for box in true)
-        met.add(is_hit([found], true))
-    assert met == {True, False}
-
-
-def test_answers_by_hand() -> None:
-    assert iou((0, 0, 4, 4), [(2, 2, 6, 6)]) == 4 / 28
-    assert iou((0, 0, 4, 4), [(4, 0, 8, 4)]) == 0  # half-open: neighbours share nothing
-    assert box_f1((0, 0, 4, 4), [(2, 0, 4, 4)]) == 2 * 8 / (16 + 8)
-    assert not is_hit([(0, 0, 4, 4)], [(0, 0, 4, 2)])  # exactly one half is no hit
-    assert is_hit([(0, 0, 4, 4)], [(9, 9, 10, 10), (0, 0, 4, 3)])  # the best of several true boxes
-    assert not is_hit([], [(0, 0, 4, 4)])  # no mask, no hit
-
-
-def test_f1_of_a_map_by_hand() -> None:
-    laid = lay(np.array([[1.0, 0.5], [0.0, 0.5]]), (2, 2), (1, 1, 0, 0), 2, 2, smooth=True)
-    # inside 1.5, P = 1.5 / 2, R = 1.5 / 2
-    assert map_f1(laid, [(0, 0, 2, 1)]) == pytest.approx(0.75)
-    assert map_f1(laid, [(0, 1, 1, 2), (0, 0, 2, 1)]) == pytest.approx(0.75)
-    assert map_f1(laid, [(0, 1, 1, 2)]) == 0
-    assert map_f1(lay(np.zeros((2, 2)), (2, 2), (1, 1, 0, 0), 2, 2, smooth=True), [(0, 0, 2, 2)]) == 0
-
-
-def test_baseline_boxes() -> None:
-    assert whole_image(44, 60) == (0, 0, 60, 44)
-    assert centre_box(64, 64) == (9, 9, 55, 55)  # the margin 9.37 is rounded
-    assert centre_box(100, 300, 0.25) == (75, 25, 225, 75)
-    assert centre_box(30, 40, 1) == whole_image(30, 40)
-    for height, width in product(range(1, 5), range(1, 5)):
-        x0, y0, x1, y1 = centre_box(height, width)
-        assert 0 <= x0 < x1 <= width
-        assert 0 <= y0 < y1 <= height
-
-
-@pytest.mark.parametrize(
-    "geometry",
-    [
-        (1.1, 1.1, 12.1, 3.3),  # a crop: the frame goes beyond it on all sides
-        (WIDTH / CROP, HEIGHT / CROP, 0.0, 0.0),  # squashed
-        (0.5, 0.7, 0.0, 0.0),  # magnified, and cut at the right and below
-        (3.0, 3.0, -5.0, -7.0),  # the input goes beyond the frame
-    ],
-)
-@pytest.mark.parametrize("grid", [(4, 4), (3, 7), (CROP, CROP), (1, 1)])
-def test_laid_maps_are_those_of_the_reader(geometry: tuple[float, ...], grid: tuple[int, int]) -> None:
-    draw = random.Random(1)
-    map_hw = np.random.default_rng(2).random(grid, np.float32)
-    expected_YX = np.nan_to_num(over_frame(map_hw, (CROP, CROP), list(geometry), HEIGHT, WIDTH))
-    laid = lay(map_hw, (CROP, CROP), geometry, HEIGHT, WIDTH, smooth=True)
-    assert laid.sum(laid.frame) == pytest.approx(expected_YX.sum(), rel=1e-5)
-    for _ in range(5):
-        box = some_box(draw)
-        expected = sum(float(expected_YX[y, x]) for y, x in pixels(box))
-        assert laid.sum(box) == pytest.approx(expected, rel=1e-4, abs=1e-4)
-        assert map_f1(laid, [box]) == pytest.approx(naive_f1(expected_YX, [box]), rel=1e-4, abs=1e-5)
-
-
-def test_what_lies_outside_of_the_crop_has_no_map() -> None:
-    laid = lay(np.ones((2, 2)), (CROP, CROP), (1, 1, 10, 5), HEIGHT, WIDTH, smooth=True)
-    assert laid.sum(laid.frame) == pytest.approx(CROP * CROP)
-    assert laid.sum((0, 0, 10, HEIGHT)) == 0
-    assert map_f1(laid, [(0, 0, 10, HEIGHT)]) == 0
-    assert map_f1(laid, [whole_image(HEIGHT, WIDTH)]) == pytest.approx(2 * CROP**2 / (CROP**2 + HEIGHT * WIDTH))
-
-
-def test_boxes_beyond_the_frame_keep_their_area() -> None:
-    laid = lay(np.ones((2, 2)), (4, 4), (1, 1, 0, 0), 4, 4, smooth=True)
-    assert map_f1(laid, [(-2, 0, 4, 5)]) == pytest.approx(2 * 16 / (16 + 30))
-
-
-def test_unit_maps() -> None:
-    assert unit(np.array([[-2, 0], [2, 1]], np.float32)).tolist() == [[0, 0.5], [1, 0.75]]
-    assert not unit(np.full((2, 2), 7, np.float32)).any()
-
-
-# --- annotations ---
-
-
-def annotated(content: Any) -> Sample:
-    raw = content if isinstance(content, bytes) else json.dumps(content).encode()
-    return Sample("k", 0, {"json": raw})
-
-
-def test_inclusive_boxes_become_half_open() -> None:
-    found = read_annotation(annotated({"boxes": [[3, 4, 3, 9], [0, 0, 63.0, 63]], "height": 64, "width": 64}))
-    assert found is not None
-    assert found.boxes == [(3, 4, 4, 10), (0, 0, 64, 64)]
-    assert found.size == (64, 64)
-
-
-@pytest.mark.parametrize("content", [{}, {"boxes": []}, {"boxes": None}, {"name": "cat"}])
-def test_no_boxes(content: Any) -> None:
-    assert read_annotation(annotated(content)) is None
-    assert read_annotation(Sample("k", 0, {})) is None
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"{", "not JSON"),
-        (b"\xff", "not JSON"),
-        ([1], "not an object"),
-        ({"boxes": "1 2 3 4"}, "not a list"),
-        ({"boxes": [[1, 2, 3]]}, "is not a box"),
-        ({"boxes": [[5, 2, 3, 4]]}, "is not a box"),
-        ({"boxes": [[0.5, 2, 3, 4]]}, "whole pixels"),
-        (b'{"boxes": [[0, 0, NaN, 4]]}', "is not a box"),
-        (b'{"boxes": [[0, 0, Infinity, 4]]}', "is not a box"),
-        ({"boxes": [["0", "0", "1", "1"]]}, "is not a box"),
-        ({"boxes": [{"x": 1}]}, "is not a box"),
-    ],
-)
-def test_boxes_that_cannot_be_read(content: Any, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        read_annotation(annotated(content))
-
-
-# --- whole evaluations ---
+from saltern.schemas.saliency import ZERO_MAP
 
 
 def annotate(made: Made, boxes: Callable[[str], bytes | None], samples: int = 5) -> None:
-    """Write the tars anew, of the same size, with another json member for each key."""
+    """Replace the tars by ones of the same size, with another json member for each key."""
     for number, shard in enumerate(made.run.shards):
         members: dict[str, dict[str, bytes]] = {}
         for index in range(samples):
@@ -221,12 +42,6 @@ def annotate(made: Made, boxes: Callable[[str], bytes | None], samples: int = 5)
             tar.write(bytes(shard.size - Path(shard.url).stat().st_size))
 
 
-def inclusive(*boxes: Box) -> bytes:
-    return json.dumps(
-        {"boxes": [[x0, y0, x1 - 1, y1 - 1] for x0, y0, x1, y1 in boxes], "height": HEIGHT, "width": WIDTH}
-    ).encode()
-
-
 def rows_of(made: Made) -> list[dict[str, Any]]:
     return [
         row
@@ -236,7 +51,7 @@ def rows_of(made: Made) -> list[dict[str, Any]]:
 
 
 def alter(made: Made, **changed: Any) -> None:
-    """Write all data files anew with other values in some columns; a value may be a function of the row's key."""
+    """Replace values in some columns of all data files; a value can be a function of the row's key."""
     for number, shard in enumerate(made.run.shards):
         table = pq.read_table(made.data(number))
         rows = []
@@ -252,11 +67,11 @@ BLANK = b'{"boxes": []}'.ljust(200)
 
 def test_every_number_is_that_of_the_naive_loops(tmp_path: Path) -> None:
     made = make_run(tmp_path, shards=2, json=BLANK)
-    # Every other sample is predicted right, so that LE and OM differ.
+    # Half of the predictions are right, so that LE and OM differ.
     alter(made, predicted=lambda key: int(key[-1]) // 2 * 2)
     draw, true = random.Random(3), {}
     for row in open_run(str(made.path)):
-        near = tuple(edge + draw.choice((0, 1)) for edge in row.boxes[0])  # hits, among misses
+        near = tuple(edge + draw.choice((0, 1)) for edge in row.boxes[0])  # some hits among the misses
         true[row.key] = [some_box(draw) for _ in range(draw.randint(1, 3))] + [near] * draw.randint(0, 1)
     annotate(made, lambda key: inclusive(*true[key]))
     found = evaluate(str(made.path))
@@ -285,8 +100,8 @@ def test_every_number_is_that_of_the_naive_loops(tmp_path: Path) -> None:
     assert json.loads((made.path / "metrics/localization.json").read_text()) == json.loads(json.dumps(found.summary()))
 
 
-def test_the_right_box_is_found_and_an_inclusive_one_would_not_be(tmp_path: Path) -> None:
-    """True boxes of 1 x 2 pixels: taken as half-open, their inclusive edges would hold no pixel at all."""
+def test_annotated_boxes_are_inclusive(tmp_path: Path) -> None:
+    """A true box of 1 x 2 pixels would be empty if its inclusive edges were read as half-open."""
     made = make_run(tmp_path, shards=1, json=BLANK)
     alter(made, boxes=[[5, 5, 6, 7]])
     annotate(made, lambda key: b'{"boxes": [[5, 5, 5, 6]]}')
@@ -296,7 +111,7 @@ def test_the_right_box_is_found_and_an_inclusive_one_would_not_be(tmp_path: Path
 
 
 def test_boxes_go_through_the_geometry_of_the_crop(tmp_path: Path) -> None:
-    """A true box that is the mask's box in the original is hit; the same numbers in the input's pixels are not."""
+    """A true box is hit at the mask's box in the original, and not at the same numbers in input pixels."""
     made = make_run(tmp_path, shards=1, json=BLANK)
     row = next(iter(open_run(str(made.path))))
     box = to_original((20, 2, 30, 8), tuple(row.geometry), HEIGHT, WIDTH)
@@ -306,7 +121,7 @@ def test_boxes_go_through_the_geometry_of_the_crop(tmp_path: Path) -> None:
     assert [row["found_le"] for row in rows_of(made)] == [0, 1, 1, 1, 1]
 
 
-def test_failed_rows_are_misses_and_samples_without_boxes_are_left_out(tmp_path: Path) -> None:
+def test_failed_rows_are_misses_and_samples_without_boxes_are_skipped(tmp_path: Path) -> None:
     made = make_run(tmp_path, shards=1, broken=((0, 1), (0, 2)), json=BLANK)
     stated = {"s0k0": inclusive((0, 0, WIDTH, HEIGHT)), "s0k1": inclusive((0, 0, WIDTH, HEIGHT))}
     stated |= {"s0k2": b'{"boxes": [[0, 0, 5, 5]]}', "s0k3": None, "s0k4": b'{"boxes": [[4, 4, 1, 1]]}'}
@@ -316,8 +131,8 @@ def test_failed_rows_are_misses_and_samples_without_boxes_are_left_out(tmp_path:
     kept = {row["key"]: row for row in rows_of(made)}
     for key in ("s0k1", "s0k2"):
         assert [kept[key][f"found_{column}"] for column in COLUMNS] == [1, 1, 0, 0]
-    assert kept["s0k1"]["whole_le"] == 0  # the annotation says how large the image is
-    assert (kept["s0k2"]["whole_le"], kept["s0k2"]["whole_f1"]) == (1, 0)  # nobody does
+    assert kept["s0k1"]["whole_le"] == 0  # the annotation gives the image's size
+    assert (kept["s0k2"]["whole_le"], kept["s0k2"]["whole_f1"]) == (1, 0)  # nothing gives its size
     assert list(found.first_failed) == ["part0/train: s0k1", "part0/train: s0k2"]
     lines = "\n".join(remarks(found))
     for words in ("s0k1: decode_failed", "skipped: 1 samples without boxes", "part0/train: s0k4: [4, 4, 1, 1] is not"):
@@ -345,7 +160,7 @@ def test_class_agnostic_runs_and_several_targets(tmp_path: Path) -> None:
     several = make_run(tmp_path / "b", shards=1, targets=3, json=box)
     found = evaluate(str(several.path))
     assert found.samples == 5
-    assert found.means == expected  # the first target's
+    assert found.means == expected  # those of the first target
     assert "the first target counts" in "\n".join(remarks(found))
 
 
@@ -365,13 +180,13 @@ def test_runs_without_maps_have_the_f1_of_their_masks(tmp_path: Path) -> None:
     assert "--no-map" in "\n".join(remarks(found))
 
 
-def test_maps_that_are_masks_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_maps_that_are_masks_are_not_scaled(tmp_path: Path) -> None:
     true = (10, 10, 40, 40)
     made = make_run(tmp_path, shards=1, samples=1, json=inclusive(true), method="casm")
     (row,) = open_run(str(made.path))
     evaluate(str(made.path))
     (kept,) = rows_of(made)
-    # The made map has values beyond [0, 1]: clipped before it is laid, and not after.
+    # The map has values outside of [0, 1]. They are clipped before the map is laid, not after.
     clipped = np.nan_to_num(over_frame(row.map().clip(0, 1), (CROP, CROP), row.geometry, *SIZE))
     assert kept["found_f1"] == pytest.approx(naive_f1(clipped, [true]), rel=1e-5)
 
@@ -381,7 +196,7 @@ def test_other_sizes_are_told(tmp_path: Path) -> None:
     assert "5 samples were annotated at another size" in "\n".join(remarks(evaluate(str(made.path))))
 
 
-# --- shards, errors, the command ---
+# Shards, errors, the command
 
 
 def test_shards_that_were_moved_or_are_some_of_the_runs(tmp_path: Path) -> None:
@@ -404,7 +219,7 @@ def test_a_tar_of_another_size_is_not_the_runs(tmp_path: Path) -> None:
     elsewhere.write_bytes(tar.read_bytes() + bytes(512))
     with pytest.raises(UserError, match="is not a shard of"):
         evaluate(str(made.path), [str(elsewhere)])
-    tar.write_bytes(tar.read_bytes() + bytes(512))  # in its place: another tar than the run was made from
+    tar.write_bytes(tar.read_bytes() + bytes(512))  # the tar changed after the run
     found = evaluate(str(made.path), [str(tmp_path / "shards")])
     assert found.samples == 10
     assert "when the run was planned" in found.unread["part1/train"]
@@ -431,14 +246,14 @@ def test_wrong_calls(tmp_path: Path) -> None:
         evaluate(str(tmp_path))
 
 
-def test_a_run_that_takes_no_files(tmp_path: Path) -> None:
+def test_a_run_that_cannot_be_written_to(tmp_path: Path) -> None:
     made = make_run(tmp_path, shards=1, json=inclusive((10, 10, 40, 40)))
     (made.path / "metrics").write_bytes(b"in the way")
     with pytest.raises(UserError, match="the results cannot be written there"):
         evaluate(str(made.path))
 
 
-def test_a_run_with_a_limit_leaves_out_the_shards_beyond_it(tmp_path: Path) -> None:
+def test_shards_beyond_the_limit_of_a_run_are_skipped(tmp_path: Path) -> None:
     made = make_run(tmp_path, json=inclusive((10, 10, 40, 40)), limit=15)
     write_tar(tmp_path / "shards/part9/train.tar", [("a", {"jpg": picture(0)})])
     found = evaluate(str(made.path), [str(tmp_path / "shards")])

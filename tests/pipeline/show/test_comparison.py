@@ -1,0 +1,71 @@
+"""The comparison shows the maps of several runs side by side."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_run import Made, make_run
+from pages import Page, members, page_of
+
+from saltern.pipeline.runs.reader import open_run
+from saltern.pipeline.show.sheet import comparison
+from saltern.schemas.errors import UserError
+
+
+def run_of(folder: Path, method: str, **changes: object) -> Made:
+    """Make a run of another method over the same samples."""
+    (folder / method).mkdir()
+    return make_run(folder / method, method=method, **changes)  # type: ignore[arg-type]
+
+
+def wide(*made: Made, sort: str | None = None, limit: int = 48) -> Page:
+    return Page(comparison([open_run(str(one.path)) for one in made], sort, limit))
+
+
+def test_several_runs_are_shown_side_by_side(tmp_path: Path) -> None:
+    first = run_of(tmp_path, "grad-cam", json=members())
+    second = run_of(tmp_path, "gradient", grid=(32, 32), broken=((0, 1),))
+    third = run_of(tmp_path, "cam", save_map=False)
+    page = wide(first, second, third, limit=4)
+    assert [card.key for card in page.cards] == ["s0k0", "s0k1", "s0k2", "s0k3"]
+    for card in page.cards:
+        assert card.text.split().index("photograph") < card.text.split().index("gradient")
+        assert len(card.images) == (3 if card.key == "s0k1" else 4)
+    assert "decode_failed" in page.cards[1].text or "no image" in page.cards[1].text
+    assert [str(image["alt"]) for image in page.cards[0].images[1:]] == [
+        "grad-cam of s0k0", "gradient of s0k0", "cam of s0k0",
+    ]  # fmt: skip
+    # The first run's overlay equals the one on its own page.
+    single = page_of(first, limit=1)
+    assert np.array_equal(page.cards[0].pixels(1), single.cards[0].pixels(1))
+    assert "4 of 15 rows" in page.head
+    assert second.run.fingerprint in page.head
+
+
+def test_runs_of_one_method_are_told_apart(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders:
+        folder.mkdir()
+    made = [make_run(folder, shards=1, layer=[f"layer{number}"]) for number, folder in enumerate(folders)]
+    page = wide(*made)
+    assert all(f"grad-cam layer{number}" in page.cards[0].text for number in range(3))
+    with pytest.raises(UserError, match="given twice"):
+        wide(made[0], made[0])
+
+
+def test_a_sample_that_a_run_lacks_leaves_a_gap(tmp_path: Path) -> None:
+    page = wide(run_of(tmp_path, "cam", shards=2), run_of(tmp_path, "grad-cam", shards=1))
+    assert "not in this run" not in page.cards[0].text
+    assert "not in this run" in page.cards[5].text
+
+
+def test_runs_that_share_no_sample(tmp_path: Path) -> None:
+    one, other = run_of(tmp_path, "cam"), run_of(tmp_path, "grad-cam", shards=0)
+    with pytest.raises(UserError, match=r"cam/run shares no sample with .*grad-cam/run"):
+        wide(one, other)
+
+
+def test_rows_of_the_same_target_are_put_side_by_side(tmp_path: Path) -> None:
+    page = wide(run_of(tmp_path, "cam", targets=2, shards=1), run_of(tmp_path, "grad-cam", targets=3, shards=1))
+    assert [card.key for card in page.cards[:2]] == ["s0k0", "s0k0"]
+    assert not np.array_equal(page.cards[0].pixels(2), page.cards[1].pixels(2))
