@@ -1,1 +1,1 @@
-"""One thin command a file; every heavy import stands inside its command."""
+"""The command line: one thin command in a file, which imports what is heavy inside the command."""

@@ -1,24 +1,67 @@
-"""saltern methods, saltern models: what there is to choose from."""
+"""saltern methods, saltern models: the names to choose from."""
+
+from typing import TYPE_CHECKING
 
 import typer
 
+from saltern.jobs.options import AsJson
 
-def methods() -> None:
-    """List the saliency methods with their options and defaults."""
+if TYPE_CHECKING:
+    from saltern.pipeline.methods.options import OptionSpec
+
+OTHER_METHODS = "captum:NAME runs an attribution of captum (extra `captum`), package.module:Class a method of your own."
+OTHER_MODELS = "timm:NAME loads a model of timm (extra `timm`), package.module:factory a model of your own."
+
+
+def methods(as_json: AsJson = False) -> None:
+    """List the saliency methods: what each does, what it costs, and its options with defaults and choices."""
+    import json
+
     from saltern.pipeline.methods import available
 
-    for name, kind in available().items():
-        options = ", ".join(f"{key}={value}" for key, value in kind.defaults().items())
-        typer.echo(f"{name:<16}{kind.summary()}" + (f" [-O {options}]" if options else ""))
-    typer.echo(
-        "package.module:Class runs a method of your own, captum:NAME any attribution of captum (extra `captum`)."
-    )
+    kinds = available()
+    if as_json:
+        described = [
+            {
+                "name": name,
+                "summary": kind.summary(),
+                "cost": kind.cost,
+                "options": [spec._asdict() for spec in kind.option_specs()],
+            }
+            for name, kind in kinds.items()
+        ]
+        typer.echo(json.dumps(described, indent=1))
+        return
+    rows = [
+        (name, kind.summary(), kind.cost, "\n".join(map(_option, kind.option_specs()))) for name, kind in kinds.items()
+    ]
+    _print_table(("method", "what it does", "cost of an image", "options: -O KEY=VALUE"), rows)
+    typer.echo(OTHER_METHODS, err=True)
 
 
 def models() -> None:
-    """List the models that are known by name."""
+    """List the models that have a name."""
     from saltern.pipeline.models.classifiers import available_models
 
     for name in available_models():
         typer.echo(name)
-    typer.echo("timm:NAME any model of timm (extra `timm`); package.module:factory a model of your own.")
+    typer.echo(OTHER_MODELS, err=True)
+
+
+def _option(spec: "OptionSpec") -> str:
+    """Return `steps=32 (int)` or `reduce=max (max, sum, l2)`."""
+    values = spec.values if isinstance(spec.values, str) else ", ".join(map(str, spec.values))
+    return f"{spec.name}={spec.default} ({values})"
+
+
+def _print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, leading=1)
+    for number, title in enumerate(head):
+        table.add_column(title, no_wrap=number == 0)
+    for row in rows:
+        table.add_row(*row)
+    Console(markup=False, highlight=False, emoji=False).print(table)
