@@ -50,8 +50,6 @@ def _gather(folder: Path) -> None:
         spec = find_spec(package)
         if spec is None or spec.origin is None:
             raise UserError(f"the demo's photographs come with {package}: {install_hint('demo')}")
-            raise UserError(f"the demo's photographs come with {package}: {install_hint('demo')}")
-        source = Path(spec.origin).parent.joinpath(*_FOLDERS[package][1:])
         for name in names:
             shutil.copyfile(Path(spec.origin).parent / within / name, folder / name)
 

@@ -37,6 +37,7 @@ def test_without_a_command_help_is_printed() -> None:
     assert refused(call("extrct")) == "saltern: No such command 'extrct'. Did you mean 'extract'?"
 
 
+@pytest.mark.slow
 def test_a_whole_way(tmp_path: Path) -> None:
     """pack, plan, extract, status, verify, show; then the same extract again, which has nothing to do."""
     for label in ("cat", "dog"):
@@ -139,14 +140,25 @@ def test_missing_options_are_said_by_name() -> None:
     assert "'--model'" in refused(call("extract", "a.tar"))
 
 
-def test_lists_name_what_there_is() -> None:
-    methods = call("methods").stdout
-    assert all(name in methods for name in ("grad-cam", "cam", "gradient"))
+def test_methods_are_listed_with_cost_options_and_choices() -> None:
+    table = call("methods").stdout
+    assert all(f"  {name} " in table for name in ("grad-cam", "cam", "gradient", "integrated-gradients"))
+    assert "1 forward" in table
+    assert "reduce=max" in table
+    listed = {method["name"]: method for method in json.loads(call("methods", "--json").stdout)}
+    reduce = listed["gradient"]["options"][0]
+    assert (reduce["name"], reduce["default"], reduce["values"]) == ("reduce", "max", ["max", "sum", "l2"])
+    assert all(method["summary"] and method["cost"] for method in listed.values())
+    assert all(option["help"] for method in listed.values() for option in method["options"])
+
+
+def test_models_are_listed_one_on_a_line() -> None:
     models = call("models").stdout.splitlines()
     assert "resnet50" in models
     assert "efficientnet_lite0" in models
 
 
+@pytest.mark.slow
 def test_an_error_in_the_code_keeps_its_traceback(tmp_path: Path) -> None:
     (tmp_path / "slip.py").write_text("def model():\n    raise ZeroDivisionError('a slip')\n")
     write_shards(tmp_path / "in", 1, 1)

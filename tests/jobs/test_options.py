@@ -1,0 +1,126 @@
+"""Options: declared once, shown in help and completion, and each of them reaches a config."""
+
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from enum import Enum
+from typing import Annotated, Any, get_args, get_origin
+
+import pytest
+import typer
+from commands import call
+from typer.testing import CliRunner
+
+from saltern.jobs.main import app
+
+GROUP: Any = typer.main.get_command(app)
+COMMANDS: dict[str, Any] = {
+    **{name: command for name, command in GROUP.commands.items() if name != "bench"},
+    **{f"bench {name}": command for name, command in GROUP.commands["bench"].commands.items()},
+}
+# Options of one name that mean different things in different commands.
+DIFFERENT = {
+    "--out": "a run's folder or URL; a local folder; the page of show",
+    "--limit": "samples to read; rows to show",
+    "--step-size": "a fraction of the pixel range in attack; a factor in visualize-class",
+    "--lambda": "weight of the mask's size, or auto; weight of the squared norm in visualize-class",
+    "--classes": "a list or file of numbers; ranges and all in visualize-class",
+    "--workers": "Ray actors; data-parallel workers of a training; workers to plan for",
+    "--batch-size": "images; classes in visualize-class; images of a training's step",
+    "--precision": "of an extraction; of a training, which has no fp16",
+    "--address": "of a Ray cluster; of a cluster's dashboard in submit",
+}
+
+
+def signature(command: Any) -> dict[str, inspect.Parameter]:
+    function = inspect.unwrap(command.callback)
+    return {name: it for name, it in inspect.signature(function).parameters.items() if it.annotation != typer.Context}
+
+
+def enums(command: Any) -> Iterator[type[Enum]]:
+    """The Enums that a command's options take their values from."""
+    for parameter in signature(command).values():
+        kind = get_args(parameter.annotation)[0]
+        for candidate in get_args(kind) or (kind,):
+            if isinstance(candidate, type) and issubclass(candidate, Enum):
+                yield candidate
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_every_option_and_its_choices(name: str) -> None:
+    shown = CliRunner().invoke(app, [*name.split(), "--help"], env={"COLUMNS": "240"}).stdout
+    for parameter in COMMANDS[name].params:
+        if not getattr(parameter, "hidden", False) and parameter.param_type_name == "option":
+            assert max(parameter.opts, key=len) in shown
+            assert parameter.help, parameter.name
+    for kind in enums(COMMANDS[name]):
+        assert "|".join(choice.value for choice in kind) in shown
+
+
+def test_each_option_is_declared_once() -> None:
+    declared: dict[str, set[int]] = defaultdict(set)
+    for command in (command for name, command in COMMANDS.items() if not name.startswith("bench")):
+        names = {parameter.name: max(parameter.opts, key=len) for parameter in command.params}
+        for name, parameter in signature(command).items():
+            assert get_origin(parameter.annotation) is Annotated, name
+            declared[names[name]].add(id(parameter.annotation.__metadata__[0]))
+    doubled = {name for name, declarations in declared.items() if len(declarations) > 1}
+    assert doubled == set(DIFFERENT)
+
+
+def requests() -> dict[str, tuple[tuple[type, ...], set[str]]]:
+    """The dataclasses that a command's parameters become, and the parameters that the command reads itself."""
+    from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
+    from saltern.pipeline.casm.training.train import TrainRequest
+    from saltern.pipeline.engine.conduct import RunOptions
+    from saltern.pipeline.extract.request import ExtractRequest
+    from saltern.pipeline.synthesis.perturb import PGD
+    from saltern.pipeline.synthesis.visualize import VisualizeRequest
+
+    return {
+        "extract": ((ExtractRequest, RunOptions), {"config", "checkpoint", "no_map"}),
+        "attack": ((ExtractRequest, PGD, RunOptions), {"config", "guide", "save_images"}),
+        "visualize-class": ((VisualizeRequest, RunOptions), {"batch_size"}),
+        "plan": ((ExtractRequest,), {"as_json", "device", "workers"}),
+        "train-casm": ((TrainRequest, Hyperparameters), {"config"}),
+        "unseen-classes": ((TrainRequest, Hyperparameters), {"as_json"}),
+    }
+
+
+def test_every_option_is_a_field_with_the_same_default() -> None:
+    """A renamed field would otherwise lose its option without a word."""
+    for name, (kinds, own) in requests().items():
+        known = {field.name: field.default for kind in kinds for field in fields(kind)}
+        options = signature(COMMANDS[name])
+        assert set(options) - set(known) == own - set(known), name
+        for option, parameter in options.items():
+            default = known.get(option, MISSING)
+            text = parameter.default.value if isinstance(parameter.default, Enum) else parameter.default
+            if default in (MISSING, ()) or option in own | {"thinning", "model", "method"}:
+                continue
+            assert text == default, (name, option)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("saltern ", {"extract", "train-casm", "bench"}),
+        ("saltern extract --en", {"--engine"}),
+        ("saltern extract --engine ", {"auto", "local", "ray"}),
+        ("saltern extract --map-dtype f", {"float16", "float32"}),
+        ("saltern train-casm --thinning L1", {"L1000", "L100"}),
+        ("saltern attack --rule ", {"normalised", "sign"}),
+    ],
+)
+def test_completion_lists_commands_options_and_choices(
+    monkeypatch: pytest.MonkeyPatch, line: str, expected: set[str]
+) -> None:
+    words = line.split(" ")
+    monkeypatch.setenv("_SALTERN_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
+    listed = set(call().stdout.split())
+    assert expected <= listed
+    if "--" in line and not line.endswith("-"):
+        assert listed == expected
