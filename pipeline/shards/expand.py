@@ -21,7 +21,7 @@ ENDINGS = (".tar", ".tar.gz", ".tgz")
 FLAT = 10_000  # largest number of data files in one folder
 BUCKET = 1_000  # approximate number of data files in each sub-folder of a larger one
 
-Found = tuple[str, int, object]  # URL or absolute path; size in bytes; identity of the file
+File = tuple[str, int, object]  # URL or absolute path; size in bytes; identity of the file
 
 
 def expand(patterns: Sequence[str]) -> tuple[list[Shard], list[str]]:
@@ -78,7 +78,7 @@ def _remote(url: str) -> bool:
     return "://" in url or url.startswith("pipe:")
 
 
-def _find(wanted: list[tuple[str, str]]) -> Iterator[Found]:
+def _find(wanted: list[tuple[str, str]]) -> Iterator[File]:
     """Yield the files of all patterns. Raise UserError for the first pattern without files."""
     infos = _look_up([url for _, url in wanted if _remote(url)])
     missing = []
@@ -103,7 +103,7 @@ def _missing(pattern: str, url: str, missing: list[str], wanted: list[str]) -> U
     return UserError(f"{pattern}: no such file or folder")
 
 
-def _find_local(url: str) -> Iterator[Found]:
+def _find_local(url: str) -> Iterator[File]:
     for path in _local_paths(url):
         info = os.stat(path)
         yield path, info.st_size, (info.st_dev, info.st_ino)
@@ -137,7 +137,7 @@ def _look_up(urls: list[str]) -> dict[str, fs.FileInfo | None]:
     return infos
 
 
-def _find_remote(url: str, info: fs.FileInfo | None) -> Iterator[Found]:
+def _find_remote(url: str, info: fs.FileInfo | None) -> Iterator[File]:
     """Yield the files that a URL names: itself, those below a folder, or those that match a glob, from one listing."""
     if info is not None and info.type == fs.FileType.File:
         yield url, info.size, url
@@ -169,19 +169,19 @@ def _matches(parts: list[str], pattern: list[str]) -> bool:
     return not hidden and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
-def _distinct(found: Iterable[Found]) -> tuple[dict[str, int], list[str]]:
+def _distinct(files: Iterable[File]) -> tuple[dict[str, int], list[str]]:
     """Return size by URL, in order, and the URLs that repeat a file, also through a symbolic link."""
-    files: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     repeats: list[str] = []
     first: dict[object, str] = {}
-    for url, size, identity in found:
+    for url, size, identity in files:
         other = first.setdefault(identity, url)
         # Some file systems give two files one number, so the real paths are compared as well.
-        if url in files or (other != url and os.path.realpath(other) == os.path.realpath(url)):
+        if url in sizes or (other != url and os.path.realpath(other) == os.path.realpath(url)):
             repeats.append(url)
         else:
-            files[url] = size
-    return files, repeats
+            sizes[url] = size
+    return sizes, repeats
 
 
 def _sibling_hint(url: str) -> list[str]:

@@ -181,7 +181,7 @@ def _sample(image: _Image, boxes: Path | None, packed: Packed) -> dict[str, Any]
     if boxes is not None:
         annotation = _annotation(image, boxes)
         packed.unboxed += annotation is None
-        facts |= read_annotation(annotation) if annotation else {}
+        facts |= read_ilsvrc(annotation) if annotation else {}
     if facts:
         members["json"] = json.dumps(facts).encode()
     return members
@@ -195,7 +195,7 @@ def _annotation(image: _Image, boxes: Path) -> Path | None:
     return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
-def read_annotation(path: Path) -> dict[str, Any]:
+def read_ilsvrc(path: Path) -> dict[str, Any]:
     """Return `boxes` [[x0, y0, x1, y1]], inclusive pixels, `height` and `width` of an ILSVRC annotation.
 
     Raises:

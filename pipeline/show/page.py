@@ -7,9 +7,10 @@ import base64
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from saltern.schemas.saliency import OK
 
@@ -62,22 +63,19 @@ class Card:
 
 def render(title: str, facts: Iterable[tuple[str, str]], notes: Iterable[str], cards: Sequence[Card]) -> str:
     """Return the page. The template escapes all text."""
-    return (
-        _environment()
-        .get_template("page.html")
-        .render(
-            title=title,
-            run_facts=facts,
-            notes=notes,
-            cards=cards,
-            sort_names=["page order", *(cards[0].values if cards else ())],
-            statuses=sorted({card.status for card in cards}),
-            ok=OK,
-        )
+    return _template().render(
+        title=title,
+        run_facts=facts,
+        notes=notes,
+        cards=cards,
+        sort_names=["page order", *(cards[0].values if cards else ())],
+        statuses=sorted({card.status for card in cards}),
+        ok=OK,
     )
 
 
-def _environment() -> Environment:
+@cache
+def _template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -87,7 +85,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
     )
     environment.filters |= {"attribute_name": _attribute_name, "base64": _base64, "digest": _digest}
-    return environment
+    return environment.get_template("page.html")
 
 
 def _attribute_name(name: str) -> str:

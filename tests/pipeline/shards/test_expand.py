@@ -13,6 +13,7 @@ import pytest
 from s3server import S3, s3_server
 from tars import samples, tar_bytes
 
+from saltern.pipeline.shards import expand as module
 from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.samples import list_keys, read_samples
 from saltern.pipeline.storage import filesystem
@@ -259,9 +260,12 @@ def test_names_are_read_back_by_arrow_and_duckdb(tmp_path: Path, touch: Touch) -
     assert sorted(rows) == [(name,) for name in wanted]
 
 
-def test_many_flat_names_get_sub_folders(tmp_path: Path, touch: Touch) -> None:
+def test_many_flat_names_get_sub_folders(tmp_path: Path, touch: Touch, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (module.FLAT, module.BUCKET) == (10_000, 1_000)
+    monkeypatch.setattr(module, "FLAT", 1_000)
+    monkeypatch.setattr(module, "BUCKET", 100)
     touch("many/00000.tar", *(f"few/{i}.tar" for i in range(3)))
-    for i in range(12_000):
+    for i in range(1_200):
         os.close(os.open(tmp_path / f"many/{i:05d}.tar", os.O_CREAT))
     made = names(tmp_path)
     assert made["few/2.tar"] == "few/2"
@@ -269,9 +273,9 @@ def test_many_flat_names_get_sub_folders(tmp_path: Path, touch: Touch) -> None:
     folders = Counter(name.rpartition("/")[0] for name in many)
     assert len(folders) == 16
     assert all(folder.startswith("many/") for folder in folders)
-    assert max(folders.values()) < 1000
-    assert len(set(many)) == 12_000
-    again, _ = expand([f"{tmp_path}/many/{{11999..00000}}.tar"])
+    assert max(folders.values()) < 150
+    assert len(set(many)) == 1_200
+    again, _ = expand([f"{tmp_path}/many/{{01199..00000}}.tar"])
     assert {f"many/{shard.name}" for shard in again} == set(many)  # independent of the order and of the other shards
 
 

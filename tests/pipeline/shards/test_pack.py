@@ -11,7 +11,7 @@ import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from saltern.pipeline.shards.expand import expand
-from saltern.pipeline.shards.pack import Packed, pack, read_annotation
+from saltern.pipeline.shards.pack import Packed, pack, read_ilsvrc
 from saltern.pipeline.shards.samples import Sample, read_samples
 from saltern.schemas.errors import UserError
 
@@ -234,7 +234,7 @@ def test_a_damaged_annotation(tmp_path: Path, touch: Touch, text: str) -> None:
     path.parent.mkdir()
     path.write_text(text)
     with pytest.raises(UserError, match=r"b\.xml"):
-        read_annotation(path)
+        read_ilsvrc(path)
     out = tmp_path / "out"
     assert str(path) in refused(touch(*(f"{name}.jpg" for name in "abc")), out, boxes=path.parent, per_shard=1)
     assert list(out.iterdir()) == []
