@@ -1,19 +1,18 @@
-"""CASM's training step beside the forwards and backwards that it cannot avoid, in fp32 and bf16.
+"""CASM's training step against the forward and backward passes that it cannot avoid, in fp32 and bf16.
 
-Needs no ray and reads no shard. Shape suffixes: B batch, C H W the network's input.
+Shape suffixes: B batch, C H W the network's input, K classes, h w the decoder's grid.
 """
 
 import copy
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from saltern.pipeline.bench.figures import Side, by_turns, peak_bytes, ratio
+from saltern.pipeline.bench.figures import compare, peak_bytes
 from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS, Thinning, thinning_named
@@ -21,16 +20,15 @@ from saltern.pipeline.machine import exact
 from saltern.pipeline.masknet.network import Decoder, Trunk
 from saltern.pipeline.masknet.stages import find_stages
 from saltern.pipeline.models import classifiers
+from saltern.pipeline.tables import markdown_table
 
 GOAL = 1.15  # of step / limit
 PRECISIONS = ("fp32", "bf16")
-SIDES = ("step", "limit", "optimisers")
-_ENOUGH_S = 1.0  # of one round of one side; faster calls are repeated
-_POOL = 4  # past classifiers, of which each step draws one: as costly as the pool's full 30
+_POOL = 4  # past classifiers to draw from; a step costs as much as with the usual 30
 
 
 @dataclass(frozen=True)
-class Bench:
+class CasmBench:
     """What to measure on."""
 
     model: str = "resnet50"
@@ -41,9 +39,9 @@ class Bench:
 
 
 class Kind(NamedTuple):
-    """What a step costs depends on these alone."""
+    """A kind of training step. All steps of one kind cost the same."""
 
-    trained: bool  # f learns
+    trained: bool  # the classifier f learns
     past: bool  # a past f judges the masked images, not the current one
 
     def __str__(self) -> str:
@@ -52,7 +50,7 @@ class Kind(NamedTuple):
         return "f trained, a past f judges" if self.past else "f trained, and judges"
 
     def limit(self) -> str:
-        """The passes that a step of this kind cannot avoid, in words."""
+        """Return the passes that a step of this kind cannot avoid, as text."""
         if not self.trained:
             return "clean forward; masked forward, backward to the image"
         clean = "clean forward, backward to f's weights"
@@ -62,17 +60,82 @@ class Kind(NamedTuple):
 
 
 def mix(thinning: Thinning) -> dict[Kind, float]:
-    """The expected share of each kind of step, once the pool has a member."""
+    """Return the expected share of each kind of step, once the pool has a member."""
     shares = {Kind(thinning.trained, False): 1 - thinning.hp, Kind(thinning.trained, True): thinning.hp}
     return {kind: share for kind, share in shares.items() if share}
 
 
+def measure(bench: CasmBench, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """Yield one entry for each kind of step in each precision, then one for each thinning that mixes kinds.
+
+    Raises:
+        UserError: an unknown thinning; a model that cannot be loaded, or has no stages.
+    """
+    mixes = {name: mix(thinning_named(name)) for name in bench.thinnings}
+    entries: dict[tuple[Kind, str], dict[str, Any]] = {}
+    for kind in dict.fromkeys(kind for shares in mixes.values() for kind in shares):
+        for precision in PRECISIONS:
+            say(f"{kind}, {precision}")
+            names = [name for name, shares in mixes.items() if kind in shares]
+            entries[kind, precision] = {"thinnings": names, **_measure(kind, precision, bench)}
+            yield entries[kind, precision]
+            gc.collect()
+    for name, shares in mixes.items():
+        for precision in PRECISIONS if len(shares) > 1 else ():
+            yield _expected(
+                name, precision, {kind: (share, entries[kind, precision]) for kind, share in shares.items()}
+            )
+
+
+def _measure(kind: Kind, precision: str, bench: CasmBench) -> dict[str, Any]:
+    classifier = classifiers.load(bench.model, "none")
+    model = classifier.model.to(bench.device).to(memory_format=torch.channels_last)
+    batch, side = bench.batch_size, classifier.preprocess.crop
+    draw = torch.Generator().manual_seed(0)
+    x_BCHW = torch.randn(batch, 3, side, side, generator=draw)
+    x_BCHW = x_BCHW.to(bench.device, memory_format=torch.channels_last)
+    label_B = torch.randint(classifier.classes, (batch,), generator=draw).to(bench.device)
+    with exact():  # as train-casm does
+        sides = Sides(model, kind, precision, x_BCHW, label_B)
+        calls = {"step": sides.step, "limit": sides.limit, "optimisers": sides.optimisers}
+        times = compare(calls, batch, bench.device, bench.rounds)
+        peak = {name: peak_bytes(calls[name], bench.device) / 1e6 / batch for name in ("step", "limit")}
+    return {
+        "kind": str(kind),
+        "limit": kind.limit(),
+        "precision": precision,
+        **_against_goal(times.ms),
+        "core_over_limit": times.core_ms["step"] / times.core_ms["limit"] if bench.device == "cpu" else None,
+        "peak_mb": peak,
+        "rounds": times.rounds,
+    }
+
+
+def _expected(name: str, precision: str, parts: dict[Kind, tuple[float, dict[str, Any]]]) -> dict[str, Any]:
+    """Return the expected entry of a step whose kind is drawn: medians weighted by share, the larger peak."""
+    sides = ("step", "limit", "optimisers")
+    ms = {side: sum(share * entry["ms"][side] for share, entry in parts.values()) for side in sides}
+    return {
+        "thinnings": [name],
+        "kind": "expected: " + ", ".join(f"{share:g} x {kind}" for kind, (share, _) in parts.items()),
+        "limit": "the kinds' limits by the same shares",
+        "precision": precision,
+        **_against_goal(ms),
+        "peak_mb": {side: max(entry["peak_mb"][side] for _, entry in parts.values()) for side in ("step", "limit")},
+    }
+
+
+def _against_goal(ms: dict[str, float]) -> dict[str, Any]:
+    return {"ms": ms, "over_limit": ms["step"] / ms["limit"], "goal": GOAL}
+
+
 class Sides:
-    """The step, its limit and its optimisers by themselves, on the same images.
+    """A training step, its limit, and its optimisers' steps, each on its own copy of the model.
 
     Args:
-        model: where it shall run; each side works on its own copy.
-        x_BCHW: normalised images; label_B: their classes.
+        model: on its device.
+        x_BCHW: normalised images.
+        label_B: their classes.
     """
 
     def __init__(self, model: nn.Module, kind: Kind, precision: str, x_BCHW: Tensor, label_B: Tensor) -> None:
@@ -90,10 +153,11 @@ class Sides:
             weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
 
     def step(self) -> None:
+        """Take one training step."""
         self._training.step(self._x_BCHW, self._label_B)
 
     def limit(self) -> None:
-        """The kind's passes, the decoder's forward and backward among them; neither losses nor optimisers."""
+        """Run the kind's passes and the decoder's forward and backward, without losses and optimisers."""
         with torch.set_grad_enabled(self._kind.trained), self._autocast():
             logits_BK, taps = self._trunk(self._x_BCHW)
         if self._kind.trained:
@@ -110,7 +174,7 @@ class Sides:
             _backward(logits_BK, self._f_weights)
 
     def optimisers(self) -> None:
-        """Those steps of SGD and Adam that the training step takes."""
+        """Take the steps of SGD and Adam that are part of the training step."""
         for _ in range(0 if not self._kind.trained else 1 if self._kind.past else 2):
             self._sgd.step()
         self._adam.step()
@@ -120,8 +184,8 @@ class Sides:
 
 
 def _training(model: nn.Module, kind: Kind, precision: str) -> Training:
-    """One whose steps are all of one kind. It learns at a rate of 0: as costly, and no value runs away."""
-    # hp decides which kind a step is, so at 0 and at 1 every step is of the same.
+    """Return a training whose steps are all of one kind. Its learning rates are 0, so that no value diverges."""
+    # hp is the probability of a past classifier: at 0 and at 1, every step is of the same kind.
     thinning = replace(THINNINGS["L100"], trained=kind.trained, hp=float(kind.past))
     hyperparameters = Hyperparameters(thinning, precision=precision, pool_size=_POOL, lr_classifier=0.0, lr_mask=0.0)
     training = Training(model, hyperparameters)
@@ -136,110 +200,27 @@ def _backward(output: Tensor, inputs: Sequence[Tensor], again: bool = False) -> 
     torch.autograd.grad(output, inputs, torch.ones_like(output), retain_graph=again)
 
 
-def measure(bench: Bench, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """One entry for each kind of step in each precision, then one for each thinning that mixes kinds.
-
-    Raises:
-        UserError: an unknown thinning; a model that cannot be loaded, or has no stages.
-    """
-    mixes = {name: mix(thinning_named(name)) for name in bench.thinnings}
-    entries: dict[tuple[Kind, str], dict[str, Any]] = {}
-    for kind in dict.fromkeys(kind for shares in mixes.values() for kind in shares):
-        for precision in PRECISIONS:
-            say(f"{kind}, {precision}")
-            names = [name for name, shares in mixes.items() if kind in shares]
-            entries[kind, precision] = {"thinnings": names, **_measure(kind, precision, bench)}
-            yield entries[kind, precision]
-            gc.collect()
-    for name, shares in mixes.items():
-        for precision in PRECISIONS if len(shares) > 1 else ():
-            yield _mixed(name, precision, {kind: (share, entries[kind, precision]) for kind, share in shares.items()})
-
-
-def _measure(kind: Kind, precision: str, bench: Bench) -> dict[str, Any]:
-    classifier = classifiers.load(bench.model, "none")
-    model = classifier.model.to(bench.device).to(memory_format=torch.channels_last)
-    batch, side = bench.batch_size, classifier.preprocess.crop
-    draw = torch.Generator().manual_seed(0)
-    x_BCHW = torch.randn(batch, 3, side, side, generator=draw)
-    x_BCHW = x_BCHW.to(bench.device, memory_format=torch.channels_last)
-    label_B = torch.randint(classifier.classes, (batch,), generator=draw).to(bench.device)
-    with exact():
-        sides = Sides(model, kind, precision, x_BCHW, label_B)
-        timed = {name: _timed(getattr(sides, name), batch, bench.device) for name in SIDES}
-        rates = by_turns(bench.rounds, *timed.values())
-        peak = {name: peak_bytes(getattr(sides, name), bench.device) / 1e6 / batch for name in ("step", "limit")}
-    rounds = {name: [1000 / rate for rate in found] for name, found in zip(SIDES, rates, strict=True)}
-    core_rounds = {name: side.core_ms for name, side in timed.items()} if bench.device == "cpu" else None
-    return {
-        "kind": str(kind),
-        "limit": kind.limit(),
-        "precision": precision,
-        **_held_to({name: median(found) for name, found in rounds.items()}),
-        "core_over_limit": core_rounds and ratio(core_rounds["step"], core_rounds["limit"]),
-        "peak_mb": peak,
-        "rounds": rounds,
-        "core_rounds": core_rounds,
-    }
-
-
-def _mixed(name: str, precision: str, parts: dict[Kind, tuple[float, dict[str, Any]]]) -> dict[str, Any]:
-    """What is expected of a step whose kind is drawn: medians by their shares, the larger peak."""
-    ms = {side: sum(share * entry["ms"][side] for share, entry in parts.values()) for side in SIDES}
-    return {
-        "thinnings": [name],
-        "kind": "expected: " + ", ".join(f"{share:g} x {kind}" for kind, (share, _) in parts.items()),
-        "limit": "the kinds' limits by the same shares",
-        "precision": precision,
-        **_held_to(ms),
-        "peak_mb": {side: max(entry["peak_mb"][side] for _, entry in parts.values()) for side in ("step", "limit")},
-    }
-
-
-def _held_to(ms: dict[str, float]) -> dict[str, Any]:
-    return {"ms": ms, "over_limit": ms["step"] / ms["limit"], "goal": GOAL}
-
-
-def _timed(work: Callable[[], None], batch: int, device: str) -> Side:
-    """Calls that follow each other without a wait between them, as steps do."""
-
-    def run(repeats: int) -> int:
-        for _ in range(repeats):
-            work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return repeats * batch
-
-    run(1)  # warm
-    repeats = max(1, round(_ENOUGH_S * Side(lambda: run(1))() / batch))
-    return Side(lambda: run(repeats))
-
-
-NOTES = """
-- To each limit comes the decoder's forward and its backward to its weights. No limit holds hooks, losses, the masking,
-  clipping, the copy of a past f or optimisers; layout (channels_last), BatchNorm mode and autocast are the step's.
-- The two backwards of "f trained, and judges" differentiate two losses, of the mask and of f, and cannot be one.
-- Optimisers: the steps of SGD and Adam alone; in the step's time, not in the limit's.
-- Random weights and images, nothing read or decoded; all sides with torch's deterministic algorithms, as train-casm has
-  them. Each step draws its past f among {pool}. A thinning's expected row is by hp.
-"""
-
-
 def as_table(entries: Sequence[dict[str, Any]]) -> str:
-    """The entries as a Markdown table, with what the limits contain."""
-    lines = [
-        "| step | thinning | | ms an image | limit | / limit | core time / limit | optimisers | peak MB (limit) |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for entry in entries:
-        ms, peak, core = entry["ms"], entry["peak_mb"], entry.get("core_over_limit")
-        lines.append(
-            f"| {entry['kind']} | {', '.join(entry['thinnings'])} | {entry['precision']} | {ms['step']:.4g} "
-            f"| {ms['limit']:.4g} | {_verdict(entry)} | {f'{core:.3f}' if core else '-'} | {ms['optimisers']:.2g} "
-            f"| {peak['step']:.0f} ({peak['limit']:.0f}) |"
-        )
+    """Return the entries as a Markdown table, followed by the passes of each limit."""
+    heads = ["step", "thinning", "", "ms an image", "limit", "/ limit", "core time / limit", "optimisers"]
+    table = markdown_table([*heads, "peak MB (limit)"], map(_cells, entries))
     limits = dict.fromkeys(f'- limit of "{entry["kind"]}": {entry["limit"]}.' for entry in entries)
-    return "\n".join([*lines, "", *limits]) + NOTES.format(pool=_POOL)
+    return "\n".join([table, "", *limits, ""])
+
+
+def _cells(entry: dict[str, Any]) -> list[str]:
+    ms, peak, core = entry["ms"], entry["peak_mb"], entry.get("core_over_limit")
+    return [
+        entry["kind"],
+        ", ".join(entry["thinnings"]),
+        entry["precision"],
+        f"{ms['step']:.4g}",
+        f"{ms['limit']:.4g}",
+        _verdict(entry),
+        f"{core:.3f}" if core else "-",
+        f"{ms['optimisers']:.2g}",
+        f"{peak['step']:.0f} ({peak['limit']:.0f})",
+    ]
 
 
 def _verdict(entry: dict[str, Any]) -> str:

@@ -1,14 +1,13 @@
-"""Figures with their goals, how two sides are compared, and the report that they make."""
+"""Figures and their goals, the timing of two sides by turns, and the report."""
 
 import json
-import math
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from itertools import accumulate
 from typing import Any
 
@@ -16,90 +15,60 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from saltern import __version__
+from saltern.pipeline.machine import cores
+from saltern.pipeline.tables import markdown_table
+
+_ENOUGH_S = 1.0  # of one round of one side; faster calls are repeated
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One row of the table."""
+    """A measured value and its goal: one row of the report."""
 
     name: str
-    value: float  # nan where skipped
+    value: float | None  # None: not measured
     goal: float
     unit: str  # of value and goal: x, s, MB, ...
     at_least: bool  # whether larger is better
-    note: str  # what was divided by what, with absolute values; where it was skipped, the reason
-    miss: str = ""  # where it misses its goal, why
-    rounds: dict[str, list[float]] = field(default_factory=dict)  # of each side, what was measured
-
-    @property
-    def skipped(self) -> bool:
-        return math.isnan(self.value)
-
-    @property
-    def met(self) -> bool:
-        return self.value >= self.goal if self.at_least else self.value <= self.goal
-
-    @property
-    def gap(self) -> float:
-        """Of the goal, as a share of it; negative where it is missed."""
-        return (self.value / self.goal - 1) * (1 if self.at_least else -1)
+    note: str  # what was divided by what, in absolute values; or why it was not measured
+    miss: str = ""  # why the goal is missed
+    rounds: dict[str, list[float]] = field(default_factory=dict)  # each side's measurements
 
     def verdict(self) -> str:
-        if self.skipped:
+        """Return whether the goal is met, and by how much of it."""
+        if self.value is None:
             return "skipped"
-        return f"met, {self.gap:+.1%}" if self.met else f"MISSED, {self.gap:+.1%}"
+        gap = (self.value / self.goal - 1) * (1 if self.at_least else -1)
+        return f"{'met' if gap >= 0 else 'MISSED'}, {gap:+.1%}"
 
 
-def skipped(name: str, goal: float, unit: str, at_least: bool, reason: str) -> Figure:
-    return Figure(name, math.nan, goal, unit, at_least, reason)
+def as_json(figures: Sequence[Figure], settings: dict[str, Any], machine: dict[str, Any]) -> str:
+    """Return the report as JSON, every round included."""
+    rows = [asdict(figure) | {"verdict": figure.verdict()} for figure in figures]
+    return json.dumps({"machine": machine, "settings": settings, "figures": rows}, indent=1)
 
 
-@dataclass
-class Side:
-    """One side of a ratio: does a piece of work each time it is called, and keeps its core time."""
-
-    work: Callable[[], int]  # returns the images done
-    cpu_s: Callable[[], float] = time.process_time  # core seconds so far, of whatever takes part
-    core_ms: list[float] = field(default_factory=list)  # an image, of each call
-
-    def __call__(self) -> float:
-        """Images a second."""
-        cpu, since = self.cpu_s(), time.perf_counter()
-        images = self.work()
-        seconds = time.perf_counter() - since
-        self.core_ms.append(1000 * (self.cpu_s() - cpu) / images)
-        return images / seconds
-
-    @property
-    def cost(self) -> float:
-        """Core milliseconds an image, the median."""
-        return statistics.median(self.core_ms)
-
-
-def by_turns(rounds: int, *sides: Callable[[], float]) -> list[list[float]]:
-    """Every side's values, a round each; every second round in reverse order, so that a drift hits all alike."""
-    found: list[list[float]] = [[] for _ in sides]
-    for number in range(rounds):
-        order = range(len(sides)) if number % 2 == 0 else reversed(range(len(sides)))
-        for index in order:
-            found[index].append(sides[index]())
-    return found
-
-
-def ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """Of the medians."""
-    return statistics.median(above) / statistics.median(below)
+def as_markdown(figures: Sequence[Figure], machine: dict[str, Any]) -> str:
+    """Return the report as a Markdown table below a line about the machine."""
+    rows = []
+    for figure in figures:
+        value = "-" if figure.value is None else f"{figure.value:.4g} {figure.unit}"
+        goal = f"{'>=' if figure.at_least else '<='} {figure.goal:g} {figure.unit}"
+        miss = f" **{figure.miss}**" if figure.verdict().startswith("MISSED") else ""
+        rows.append([figure.name, value, goal, figure.verdict(), figure.note + miss])
+    return f"{machine_line(machine)}\n\n{markdown_table(['what', 'value', 'goal', '', 'how measured'], rows)}\n"
 
 
 def describe_machine() -> dict[str, Any]:
-    """The machine, versions and the load that others put on it."""
+    """Return the machine, the versions and the load that other processes put on it."""
+    found = {package.name.lower(): package.version for package in distributions()}
+    names = ("torch", "torchvision", "ray", "pyarrow", "pillow")
     return {
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load_average": list(os.getloadavg()),
-        "versions": {"saltern": __version__}
-        | {name: _version(name) for name in ("torch", "torchvision", "ray", "pyarrow", "pillow")},
+        "versions": {"saltern": __version__} | {name: found.get(name) for name in names},
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -113,44 +82,87 @@ def _cpu_model() -> str:
         return platform.processor() or platform.machine()
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def as_json(figures: Sequence[Figure], settings: dict[str, Any], machine: dict[str, Any]) -> str:
-    rows = [
-        {**asdict(figure), "value": None if figure.skipped else figure.value, "verdict": figure.verdict()}
-        for figure in figures
-    ]
-    return json.dumps({"machine": machine, "settings": settings, "figures": rows}, indent=1)
-
-
-def as_markdown(figures: Sequence[Figure], machine: dict[str, Any]) -> str:
+def machine_line(machine: dict[str, Any]) -> str:
+    """Return what `describe_machine` found in one line."""
     load = ", ".join(f"{value:.1f}" for value in machine["load_average"])
-    names = machine["versions"]
+    packages = ", ".join(f"{name} {machine['versions'][name] or 'absent'}" for name in ("torch", "ray"))
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['gpu'] or 'no GPU'}"
-    lines = [
-        f"{where}; torch {names['torch']}, ray {names['ray'] or 'absent'}; {machine['date']}; load at the start {load}",
-        "",
-        "| what | value | goal | | how, and why where it misses |",
-        "|---|---|---|---|---|",
-    ]
-    for figure in figures:
-        value = "-" if figure.skipped else f"{figure.value:.4g} {figure.unit}"
-        goal = f"{'>=' if figure.at_least else '<='} {figure.goal:g} {figure.unit}"
-        missed = "" if figure.skipped or figure.met else f" **{figure.miss}**"
-        lines.append(f"| {figure.name} | {value} | {goal} | {figure.verdict()} | {figure.note}{missed} |")
-    return "\n".join(lines) + "\n"
+    return f"{where}; {packages}; {machine['date']}; load at the start {load}"
 
 
-def peak_bytes(work: Callable[[], Any], device: str = "cpu") -> int:
-    """Bytes that torch's allocator held at the most while `work` ran, above what it held before.
+@dataclass
+class Side:
+    """One side of a ratio: work that is timed once a round."""
 
-    Runs it twice, so that what stays cached is cached. On a CPU the allocations are traced by torch's profiler; what
-    other libraries take for themselves does not show.
+    work: Callable[[], int]  # returns the images done
+    cpu_s: Callable[[], float] = time.process_time  # core seconds used so far by everything that takes part
+    core_ms: list[float] = field(default_factory=list)  # an image, one a round
+
+    def __call__(self) -> float:
+        """Do the work. Returns images/s."""
+        cpu, since = self.cpu_s(), time.perf_counter()
+        images = self.work()
+        seconds = time.perf_counter() - since
+        self.core_ms.append(1000 * (self.cpu_s() - cpu) / images)
+        return images / seconds
+
+    @property
+    def cost(self) -> float:
+        """Core milliseconds an image, the median of the rounds."""
+        return statistics.median(self.core_ms)
+
+
+def by_turns(rounds: int, *sides: Callable[[], float]) -> list[list[float]]:
+    """Return each side's values, one a round. Every second round runs in reverse, so that a drift hits all sides."""
+    values: list[list[float]] = [[] for _ in sides]
+    for number in range(rounds):
+        order = range(len(sides)) if number % 2 == 0 else reversed(range(len(sides)))
+        for index in order:
+            values[index].append(sides[index]())
+    return values
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """Return the ratio of the medians."""
+    return statistics.median(above) / statistics.median(below)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Calls on one batch, timed by turns. Each field has a value for each call, by its name."""
+
+    ms: dict[str, float]  # an image, the median of the rounds
+    core_ms: dict[str, float]  # likewise
+    rounds: dict[str, list[float]]  # ms an image
+
+
+def compare(calls: Mapping[str, Callable[[], object]], images: int, device: str, rounds: int) -> Comparison:
+    """Time calls that each work on `images` images. Calls of one round follow each other without a wait."""
+    sides = {name: _repeated(call, images, device) for name, call in calls.items()}
+    values = by_turns(rounds, *sides.values())
+    ms = {name: [1000 / rate for rate in rates] for name, rates in zip(sides, values, strict=True)}
+    medians = {name: statistics.median(values) for name, values in ms.items()}
+    return Comparison(medians, {name: side.cost for name, side in sides.items()}, ms)
+
+
+def _repeated(call: Callable[[], object], images: int, device: str) -> Side:
+    def run(repeats: int) -> int:
+        for _ in range(repeats):
+            call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return repeats * images
+
+    run(1)  # warm up
+    repeats = max(1, round(_ENOUGH_S * Side(lambda: run(1))() / images))
+    return Side(lambda: run(repeats))
+
+
+def peak_bytes(work: Callable[[], object], device: str = "cpu") -> int:
+    """Return the most bytes that torch's allocator held while `work` ran, above what it held before.
+
+    Runs `work` twice, so that caches are filled. On a CPU, torch's profiler traces the allocations; memory of other
+    libraries does not count.
     """
     work()
     if device == "cuda":

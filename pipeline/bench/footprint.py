@@ -1,4 +1,4 @@
-"""What a run costs beside its images: memory, resume, the driver's loop, the start of the command."""
+"""What a run costs apart from time for images: bytes stored, memory, resume, the driver's loop, the command's start."""
 
 import json
 import shutil
@@ -11,18 +11,25 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+import pyarrow.parquet as pq
+
 from saltern.pipeline.bench.figures import Figure, by_turns, ratio
-from saltern.pipeline.bench.workload import Blank, Settings, make_shards
+from saltern.pipeline.bench.workload import ExtractBench, NullBook, Supply, make_shards, spec_for
 from saltern.pipeline.engine.driver import Driver
 from saltern.pipeline.engine.local import LocalPool
+from saltern.pipeline.extract.extraction import Extraction
+from saltern.pipeline.extract.processor import Processor
 from saltern.pipeline.extract.request import resolve
-from saltern.pipeline.runs.manifest import receipt_name
+from saltern.pipeline.machine import cores
+from saltern.pipeline.runs.manifest import data_name, receipt_name
+from saltern.pipeline.runs.writer import ShardWriter, read_rows
 from saltern.schemas.errors import UserError
 from saltern.schemas.receipt import PHASES, Receipt
 from saltern.schemas.run import Shard
 
-HEAVY = ("torch", "ray", "pyarrow", "webdataset")
-# A parent's peak is inherited through exec: what starts the command must be small itself.
+_HEAVY = ("torch", "ray", "pyarrow", "webdataset")
+IMAGENET = 1_281_167  # images of its training set
+# A process starts with the peak of its parent, so that a small process must start the command.
 _LAUNCH = """
 import json, os, subprocess, sys, time
 since = time.perf_counter()
@@ -34,7 +41,7 @@ print(json.dumps([time.perf_counter() - since, used.ru_maxrss, status, said.deco
 
 
 def timed(words: Sequence[str]) -> tuple[float, float]:
-    """Runs a command to its end. Returns its seconds and its peak resident memory, MB. UserError where it fails."""
+    """Run a command. Returns its seconds and its peak resident memory in MB. Raises UserError if it fails."""
     ended = subprocess.run([sys.executable, "-c", _LAUNCH, *words], check=True, capture_output=True)
     seconds, peak_kb, status, said = json.loads(ended.stdout)
     if status:
@@ -42,61 +49,82 @@ def timed(words: Sequence[str]) -> tuple[float, float]:
     return seconds, peak_kb * 1024 / 1e6
 
 
-def _extract(settings: Settings, shards: Path, out: Path) -> list[str]:
-    noop = settings.noop()
+def _extract(bench: ExtractBench, shards: Path, out: Path) -> list[str]:
+    noop = bench.noop()
     words = ["extract", str(shards), "--out", str(out), "--model", noop.model, "--method", noop.method]
-    return [*settings.command, *words, "--target", noop.target, "--engine", "local", "--device", "cpu"]
+    return [*bench.command, *words, "--target", noop.target, "--engine", "local", "--device", "cpu"]
 
 
-def memory(settings: Settings) -> Figure:
-    """Peak of a run over many shards ÷ that over few."""
-    few, many = settings.few_shards, settings.many_shards
+def stored(bench: ExtractBench, supply: Supply) -> Figure:
+    """Measure the bytes of masks and native maps in one data file of all the images."""
+    with spec_for(bench.request(), bench.device, cores(), cores()) as spec:
+        processor, rows = Processor(spec, Extraction), []
+        for shard in supply.images(min(bench.stored_images, sum(supply.samples))):
+            processor.process(shard)
+            path = Path(spec.root, data_name(shard.name))
+            rows += [row for sample in read_rows(path).values() for row in sample]
+        with ShardWriter(Path(spec.scratch), pq.read_schema(path)) as writer:
+            writer.write(rows)
+            each = writer.close().size / len(rows)
+    weights = "random weights" if bench.weights == "none" else f"weights {bench.weights}"
+    pictures = "made pictures" if bench.made else "photographs"
+    note = (
+        f"{each:.0f} bytes an image in a file of {len(rows)} rows, x {IMAGENET:,}; {bench.method} of {bench.model}, "
+        f"{weights}, {pictures}"
+    )
+    miss = f"an image may take {1e9 / IMAGENET:.0f} bytes"
+    name = "stored, ImageNet's training set, masks + native maps"
+    return Figure(name, each * IMAGENET / 1e9, 1.0, "GB", False, note, miss)
+
+
+def memory(bench: ExtractBench) -> Figure:
+    """Compare the peak memory of a run over many shards to that over few."""
+    few, many = bench.few_shards, bench.many_shards
     with TemporaryDirectory(prefix="saltern-bench-") as folder:
         make_shards(Path(folder, "few"), few, 16)
         Path(folder, "many").mkdir()
-        for number in range(many):  # copies, as two links to one file are one shard
+        for number in range(many):  # copies, because two links to one file are one shard
             shutil.copyfile(
                 Path(folder, "few", f"shard-{number % few:06}.tar"), Path(folder, "many", f"{number:06}.tar")
             )
 
         def peak(shards: str) -> float:
             with TemporaryDirectory(dir=folder) as out:
-                return timed(_extract(settings, Path(folder, shards), Path(out, "run")))[1]
+                return timed(_extract(bench, Path(folder, shards), Path(out, "run")))[1]
 
-        peaks = by_turns(settings.rounds, lambda: peak("many"), lambda: peak("few"))
+        peaks = by_turns(bench.rounds, lambda: peak("many"), lambda: peak("few"))
     note = f"{median(peaks[0]):.0f} ÷ {median(peaks[1]):.0f} MB, whole `saltern extract` with a no-op method"
     name = f"peak memory, {many} shards ÷ {few} shards"
     miss = f"{median(peaks[0]) - median(peaks[1]):.0f} MB more over {many - few} shards"
     return Figure(name, ratio(*peaks), 1.05, "x", False, note, miss, {"many": peaks[0], "few": peaks[1]})
 
 
-def resume(settings: Settings) -> list[Figure]:
-    """Seconds and memory of `saltern extract` on a run whose shards are all done."""
-    count = settings.done_shards
+def resume(bench: ExtractBench) -> list[Figure]:
+    """Measure `saltern extract` on a run whose shards are all done: seconds and memory."""
+    count = bench.done_shards
     with TemporaryDirectory(prefix="saltern-bench-") as folder:
         shards, out = Path(folder, "shards"), Path(folder, "run")
-        _make_done(settings, shards, out, count)
-        taken = [timed(_extract(settings, shards, out)) for _ in range(settings.rounds)]
-    imports_gb = timed([settings.command[0], "-c", "import saltern.pipeline.engine.conduct"])[1] / 1e3
+        _make_done(bench, shards, out, count)
+        taken = [timed(_extract(bench, shards, out)) for _ in range(bench.rounds)]
     seconds, peaks_gb = [time for time, _ in taken], [peak / 1e3 for _, peak in taken]
     name = f"plan and resume {count:,} done shards"
     note = "whole `saltern extract`, imports included"
     slow = "listing the shards, reading their receipts and importing torch add up"
-    large = f"the imports alone take {imports_gb:.2f} GB, shards and receipts {median(peaks_gb) - imports_gb:.2f} GB"
+    large = "importing torch, the shards and their receipts add up"
     return [
         Figure(name, median(seconds), 10.0, "s", False, note, slow, {"s": seconds}),
         Figure(f"{name}, peak memory", median(peaks_gb), 1.0, "GB", False, note, large, {"GB": peaks_gb}),
     ]
 
 
-def _make_done(settings: Settings, shards: Path, out: Path, count: int) -> None:
-    """As many tars, which are only listed, with their receipts."""
+def _make_done(bench: ExtractBench, shards: Path, out: Path, count: int) -> None:
+    """Write tars, which are only listed, and their receipts."""
     for number in range(count):
         path = shards / f"{number // 1000:03}" / f"{number:06}.tar"
         if number % 1000 == 0:
             path.parent.mkdir(parents=True)
         path.write_bytes(b"\0")
-    run, _ = resolve(replace(settings.noop(), shards=[str(shards)], batch_size=None), None, "cpu", 1)
+    run, _ = resolve(replace(bench.noop(), shards=[str(shards)], batch_size=None), None, "cpu", 1)
     for shard in run.shards:
         path = out / receipt_name(shard.name)
         if not path.parent.is_dir():
@@ -121,28 +149,28 @@ class _Idle:
         return _receipt(shard)
 
 
-def driver_loop(settings: Settings) -> Figure:
-    """The driver and the pool of threads, a shard, with nothing to do in it."""
-    shards = [Shard(f"{number:06}", "", 0) for number in range(settings.loop_shards)]
+def driver_loop(bench: ExtractBench) -> Figure:
+    """Measure the driver and the local pool on shards with nothing to do."""
+    shards = [Shard(f"{number:06}", "", 0) for number in range(bench.loop_shards)]
 
     def loop() -> float:
         since = time.perf_counter()
-        Driver(LocalPool(_Idle), Blank()).run(shards)
+        Driver(LocalPool(_Idle), NullBook()).run(shards)
         return 1000 * (time.perf_counter() - since) / len(shards)
 
-    (each,) = by_turns(settings.rounds, loop)
+    (each,) = by_turns(bench.rounds, loop)
     note = f"{len(shards):,} shards, local engine"
     miss = "a thread is started for each shard, and the driver wakes for each"
     return Figure("driver loop, a shard", median(each), 1.0, "ms", False, note, miss, {"ms": each})
 
 
-def start(settings: Settings) -> Figure:
-    """`saltern --help`."""
-    python, *rest = settings.command
-    (seconds,) = by_turns(settings.rounds, lambda: timed([python, *rest, "--help"])[0])
+def start(bench: ExtractBench) -> Figure:
+    """Measure `saltern --help`, and list the heavy packages that it imports."""
+    python, *rest = bench.command
+    (seconds,) = by_turns(bench.rounds, lambda: timed([python, *rest, "--help"])[0])
     ended = subprocess.run([python, "-X", "importtime", *rest, "--help"], check=True, capture_output=True, text=True)
     imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
-    heavy = [name for name in HEAVY if name in imported]
-    note = f"imports {', '.join(heavy) or 'none of ' + ', '.join(HEAVY)}"
+    heavy = [name for name in _HEAVY if name in imported]
+    note = f"imports {', '.join(heavy) or 'none of ' + ', '.join(_HEAVY)}"
     miss = f"the interpreter and typer take it; {note}"
     return Figure("`saltern --help`", median(seconds), 0.3, "s", False, note, miss, {"s": seconds})

@@ -1,146 +1,146 @@
-"""The same maps by the field's libraries, called as their users call them; each is absent where it is not installed.
+"""The same maps by other libraries, called as their users call them.
 
 Shape suffixes: B batch, C H W the network's input.
 """
+# ruff: noqa: N815  (fields carry a shape suffix)
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-Call = Callable[[Tensor, Tensor], Any]  # (x_BCHW, target_B)
-Make = Callable[[nn.Module, nn.Module | None, dict[str, Any]], Call]  # of the model, its target layer, our options
-
-
-def _captum(name: str, **fixed: Any) -> Make:
-    def make(model: nn.Module, layer: nn.Module | None, options: dict[str, Any]) -> Call:
-        import captum.attr
-
-        attribution = getattr(captum.attr, name)(model, *([] if layer is None else [layer]))
-
-        def call(x_BCHW: Tensor, target_B: Tensor) -> Any:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # captum announces the hooks that it sets
-                return attribution.attribute(x_BCHW.detach().requires_grad_(), target=target_B, **fixed)
-
-        return call
-
-    return make
+from saltern.pipeline.methods import Method
 
 
-def _integrated(model: nn.Module, layer: nn.Module | None, options: dict[str, Any]) -> Call:
-    return _captum("IntegratedGradients", n_steps=options["steps"], internal_batch_size=options["chunk"])(
-        model, layer, options
-    )
+@dataclass(frozen=True)
+class Problem:
+    """A method on its model, and the batch that it explains."""
+
+    model: nn.Module
+    method: Method
+    x_BCHW: Tensor
+    target_B: Tensor
+
+    def layers(self) -> list[nn.Module]:
+        """Return the method's target layers."""
+        return [self.model.get_submodule(name) for name in self.method.layer]
 
 
-def _occlusion(model: nn.Module, layer: nn.Module | None, options: dict[str, Any]) -> Call:
-    shape = (3, options["window"], options["window"])
-    step = (3, options["stride"], options["stride"])
-    make = _captum("Occlusion", sliding_window_shapes=shape, strides=step, perturbations_per_eval=options["chunk"] // 2)
-    call = make(model, layer, options)
-
-    def without_gradients(x_BCHW: Tensor, target_B: Tensor) -> Any:
-        with torch.no_grad():
-            return call(x_BCHW, target_B)
-
-    return without_gradients
+def peers_of(method: str) -> dict[str, Callable[[Problem], object]]:
+    """Return the calls of the installed libraries that have a method, by library."""
+    return {
+        library: partial(_LIBRARIES[library].call, name)
+        for library, name in _NAMES.get(method, {}).items()
+        if find_spec(_LIBRARIES[library].module)
+    }
 
 
-def _smoothgrad(model: nn.Module, layer: nn.Module | None, options: dict[str, Any]) -> Call:
-    import captum.attr
+def _captum(name: str, problem: Problem) -> object:
+    from captum import attr
 
-    tunnel = captum.attr.NoiseTunnel(captum.attr.Saliency(model))
-
-    def call(x_BCHW: Tensor, target_B: Tensor) -> Any:
-        number = {"nt_samples": options["samples"], "nt_samples_batch_size": max(1, options["chunk"] // len(x_BCHW))}
-        return tunnel.attribute(
-            x_BCHW.detach().requires_grad_(), target=target_B, nt_type="smoothgrad", stdevs=0.5, abs=False, **number
-        )
-
-    return call
-
-
-def _pytorch_grad_cam(name: str) -> Make:
-    def make(model: nn.Module, layer: nn.Module | None, options: dict[str, Any]) -> Call:
-        import pytorch_grad_cam
-        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-
-        def call(x_BCHW: Tensor, target_B: Tensor) -> Any:
-            targets = [ClassifierOutputTarget(int(target)) for target in target_B]
-            with getattr(pytorch_grad_cam, name)(model=model, target_layers=[layer]) as cam:
-                if hasattr(cam, "batch_size"):
-                    cam.batch_size = options["chunk"]
-                return cam(input_tensor=x_BCHW, targets=targets)
-
-        return call
-
-    return make
+    if name == "NoiseTunnel":
+        attribution = attr.NoiseTunnel(attr.Saliency(problem.model))
+    else:
+        attribution = getattr(attr, name)(problem.model, *problem.layers())
+    options = _captum_options(name, problem.method.options, len(problem.x_BCHW))
+    with warnings.catch_warnings(), torch.set_grad_enabled(name != "Occlusion"):
+        warnings.simplefilter("ignore")  # captum announces the hooks that it sets
+        return attribution.attribute(problem.x_BCHW.detach().requires_grad_(), target=problem.target_B, **options)
 
 
-def _torchcam(name: str) -> Make:
-    def make(model: nn.Module, layer: nn.Module | None, options: dict[str, Any]) -> Call:
-        import torchcam.methods
-
-        def call(x_BCHW: Tensor, target_B: Tensor) -> Any:
-            with getattr(torchcam.methods, name)(model, layer) as cam:
-                return cam(target_B.tolist(), model(x_BCHW))
-
-        return call
-
-    return make
-
-
-def _zennit(name: str) -> Make:
-    def make(model: nn.Module, layer: nn.Module | None, options: dict[str, Any]) -> Call:
-        from zennit import composites, rules
-        from zennit.attribution import Gradient
-        from zennit.torchvision import ResNetCanonizer
-
-        if name == "alpha1beta0":
-            maps = [
-                (composites.Activation, rules.Pass()),
-                (composites.Sum, rules.Norm()),
-                (composites.AvgPool, rules.Norm()),
-                (composites.Convolution, rules.AlphaBeta(alpha=1, beta=0)),
-                (nn.Linear, rules.AlphaBeta(alpha=1, beta=0)),
-            ]
-            composite = composites.LayerMapComposite(maps, canonizers=[ResNetCanonizer()])
-        else:
-            composite = getattr(composites, name)()
-
-        def call(x_BCHW: Tensor, target_B: Tensor) -> Any:
-            with Gradient(model=model, composite=composite) as attributor:
-                return attributor(x_BCHW, nn.functional.one_hot(target_B, 1000).to(x_BCHW))
-
-        return call
-
-    return make
+def _captum_options(name: str, ours: dict[str, Any], batch: int) -> dict[str, Any]:
+    """Return captum's names for our options."""
+    match name:
+        case "IntegratedGradients":
+            return {"n_steps": ours["steps"], "internal_batch_size": ours["chunk"]}
+        case "NoiseTunnel":
+            number = {"nt_samples": ours["samples"], "nt_samples_batch_size": max(1, ours["chunk"] // batch)}
+            return {"nt_type": "smoothgrad", "stdevs": 0.5, "abs": False, **number}
+        case "Occlusion":
+            shape, strides = (3, ours["window"], ours["window"]), (3, ours["stride"], ours["stride"])
+            return {
+                "sliding_window_shapes": shape,
+                "strides": strides,
+                "perturbations_per_eval": ours["chunk"] // 2,
+            }
+    return {}
 
 
-PEERS: dict[str, dict[str, Make]] = {
-    "cam": {"torchcam": _torchcam("CAM")},
-    "gradient": {"captum": _captum("Saliency")},
-    "deconvnet": {"captum": _captum("Deconvolution"), "zennit": _zennit("DeconvNet")},
-    "guided-backprop": {"captum": _captum("GuidedBackprop"), "zennit": _zennit("GuidedBackprop")},
-    "guided-grad-cam": {"captum": _captum("GuidedGradCam")},
-    "input-x-gradient": {"captum": _captum("InputXGradient")},
-    "integrated-gradients": {"captum": _integrated},
-    "smoothgrad": {"captum": _smoothgrad},
-    "occlusion": {"captum": _occlusion},
-    "grad-cam": {
-        "pytorch-grad-cam": _pytorch_grad_cam("GradCAM"),
-        "torchcam": _torchcam("GradCAM"),
-        "captum": _captum("LayerGradCam"),
-    },
-    "grad-cam++": {"pytorch-grad-cam": _pytorch_grad_cam("GradCAMPlusPlus"), "torchcam": _torchcam("GradCAMpp")},
-    "layer-cam": {"pytorch-grad-cam": _pytorch_grad_cam("LayerCAM"), "torchcam": _torchcam("LayerCAM")},
-    "hires-cam": {"pytorch-grad-cam": _pytorch_grad_cam("HiResCAM")},
-    "xgrad-cam": {"pytorch-grad-cam": _pytorch_grad_cam("XGradCAM"), "torchcam": _torchcam("XGradCAM")},
-    "eigen-cam": {"pytorch-grad-cam": _pytorch_grad_cam("EigenCAM")},
-    "score-cam": {"pytorch-grad-cam": _pytorch_grad_cam("ScoreCAM"), "torchcam": _torchcam("ScoreCAM")},
-    "ablation-cam": {"pytorch-grad-cam": _pytorch_grad_cam("AblationCAM")},
-    "lrp": {"zennit": _zennit("alpha1beta0")},
+def _pytorch_grad_cam(name: str, problem: Problem) -> object:
+    import pytorch_grad_cam
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    targets = [ClassifierOutputTarget(target) for target in problem.target_B.tolist()]
+    with getattr(pytorch_grad_cam, name)(model=problem.model, target_layers=problem.layers()) as cam:
+        if hasattr(cam, "batch_size"):
+            cam.batch_size = problem.method.options["chunk"]
+        return cam(input_tensor=problem.x_BCHW, targets=targets)
+
+
+def _torchcam(name: str, problem: Problem) -> object:
+    import torchcam.methods
+
+    with getattr(torchcam.methods, name)(problem.model, *problem.layers()) as cam:
+        return cam(problem.target_B.tolist(), problem.model(problem.x_BCHW))
+
+
+def _zennit(name: str, problem: Problem) -> object:
+    from zennit import composites
+    from zennit.attribution import Gradient
+
+    composite = _alpha1_beta0() if name == "alpha1beta0" else getattr(composites, name)()
+    with Gradient(model=problem.model, composite=composite) as attributor:
+        return attributor(problem.x_BCHW, F.one_hot(problem.target_B, 1000).to(problem.x_BCHW))
+
+
+def _alpha1_beta0() -> object:
+    from zennit import composites, rules
+    from zennit.torchvision import ResNetCanonizer
+
+    maps = [
+        (composites.Activation, rules.Pass()),
+        (composites.Sum, rules.Norm()),
+        (composites.AvgPool, rules.Norm()),
+        (composites.Convolution, rules.AlphaBeta(alpha=1, beta=0)),
+        (nn.Linear, rules.AlphaBeta(alpha=1, beta=0)),
+    ]
+    return composites.LayerMapComposite(maps, canonizers=[ResNetCanonizer()])
+
+
+class _Library(NamedTuple):
+    module: str
+    call: Callable[[str, Problem], object]  # of the library's name for a method
+
+
+_LIBRARIES = {
+    "captum": _Library("captum", _captum),
+    "pytorch-grad-cam": _Library("pytorch_grad_cam", _pytorch_grad_cam),
+    "torchcam": _Library("torchcam", _torchcam),
+    "zennit": _Library("zennit", _zennit),
+}
+_NAMES: dict[str, dict[str, str]] = {
+    "cam": {"torchcam": "CAM"},
+    "gradient": {"captum": "Saliency"},
+    "deconvnet": {"captum": "Deconvolution", "zennit": "DeconvNet"},
+    "guided-backprop": {"captum": "GuidedBackprop", "zennit": "GuidedBackprop"},
+    "guided-grad-cam": {"captum": "GuidedGradCam"},
+    "input-x-gradient": {"captum": "InputXGradient"},
+    "integrated-gradients": {"captum": "IntegratedGradients"},
+    "smoothgrad": {"captum": "NoiseTunnel"},
+    "occlusion": {"captum": "Occlusion"},
+    "grad-cam": {"pytorch-grad-cam": "GradCAM", "torchcam": "GradCAM", "captum": "LayerGradCam"},
+    "grad-cam++": {"pytorch-grad-cam": "GradCAMPlusPlus", "torchcam": "GradCAMpp"},
+    "layer-cam": {"pytorch-grad-cam": "LayerCAM", "torchcam": "LayerCAM"},
+    "hires-cam": {"pytorch-grad-cam": "HiResCAM"},
+    "xgrad-cam": {"pytorch-grad-cam": "XGradCAM", "torchcam": "XGradCAM"},
+    "eigen-cam": {"pytorch-grad-cam": "EigenCAM"},
+    "score-cam": {"pytorch-grad-cam": "ScoreCAM", "torchcam": "ScoreCAM"},
+    "ablation-cam": {"pytorch-grad-cam": "AblationCAM"},
+    "lrp": {"zennit": "alpha1beta0"},
 }

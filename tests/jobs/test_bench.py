@@ -1,4 +1,4 @@
-"""The bench runs through and reports every figure. What the figures are is no test's business."""
+"""Tests of `saltern bench extract`: it runs, and reports every figure. No test depends on a figure's value."""
 
 import json
 import math
@@ -9,12 +9,13 @@ import pytest
 from making import write_shards
 
 from saltern.pipeline.bench.extract import measure
-from saltern.pipeline.bench.figures import Figure, as_json, as_markdown, by_turns, describe_machine, skipped
-from saltern.pipeline.bench.workload import Settings, Work, make_shards
+from saltern.pipeline.bench.figures import Figure, as_json, as_markdown, by_turns, describe_machine
+from saltern.pipeline.bench.workers import engines
+from saltern.pipeline.bench.workload import ExtractBench, Supply, make_shards
 from saltern.schemas.errors import UserError
 
 
-def figure(value: float, goal: float, at_least: bool) -> Figure:
+def figure(value: float | None, goal: float, at_least: bool) -> Figure:
     return Figure("f", value, goal, "x", at_least, "how", "why")
 
 
@@ -22,7 +23,7 @@ def test_a_figure_knows_whether_it_meets_its_goal() -> None:
     assert figure(0.96, 0.95, True).verdict() == "met, +1.1%"
     assert figure(0.90, 1.00, True).verdict() == "MISSED, -10.0%"
     assert figure(1.10, 1.00, False).verdict() == "MISSED, -10.0%"
-    assert skipped("f", 1.0, "x", True, "no Ray").verdict() == "skipped"
+    assert figure(None, 1.00, True).verdict() == "skipped"
 
 
 def test_sides_take_turns_in_alternating_order() -> None:
@@ -33,28 +34,28 @@ def test_sides_take_turns_in_alternating_order() -> None:
 
 
 def test_work_goes_round_the_shards(tmp_path: Path) -> None:
-    work = Work.of([str(write_shards(tmp_path, 2, 6))])
-    assert [(shard.name, shard.take) for shard in work.images(15)] == [("000000", 6), ("000001", 6), ("000002", 3)]
-    assert [shard.take for shard in work.images(9, 4)] == [4, 4, 1]
+    supply = Supply.of([str(write_shards(tmp_path, 2, 6))])
+    assert [(shard.name, shard.take) for shard in supply.images(15)] == [("000000", 6), ("000001", 6), ("000002", 3)]
+    assert [shard.take for shard in supply.images(9, 4)] == [4, 4, 1]
     write_shards(tmp_path / "empty", 1, 0)
     with pytest.raises(UserError, match="no samples"):
-        Work.of([str(tmp_path / "empty")])
+        Supply.of([str(tmp_path / "empty")])
 
 
 def test_made_pictures_weigh_as_much_as_photographs(tmp_path: Path) -> None:
     make_shards(tmp_path / "made", 2, 3)
-    work = Work.of([str(tmp_path / "made")])
-    assert work.samples == [3, 3]
-    assert all(40_000 < shard.size / 3 < 250_000 for shard in work.shards)
+    supply = Supply.of([str(tmp_path / "made")])
+    assert supply.samples == [3, 3]
+    assert all(40_000 < shard.size / 3 < 250_000 for shard in supply.shards)
 
 
 @pytest.mark.slow
 def test_every_figure_is_measured(tmp_path: Path, ray_address: str) -> None:
-    settings = Settings(
+    bench = ExtractBench(
         command=[sys.executable, "-m", "saltern"],
         shards=[str(write_shards(tmp_path, 2, 16))],
-        model="saltern.pipeline.bench.noop:net",
-        method="saltern.pipeline.bench.noop:Noop",
+        model="saltern.pipeline.bench.workload:Net",
+        method="saltern.pipeline.bench.workload:Noop",
         batch_size=4,
         rounds=1,
         seconds=0.05,
@@ -64,7 +65,7 @@ def test_every_figure_is_measured(tmp_path: Path, ray_address: str) -> None:
         done_shards=20,
         loop_shards=20,
     )
-    figures = measure(settings, lambda: ray_address)  # connected already
+    figures = measure(bench, lambda: ray_address)  # connected already
     machine = describe_machine()
     made = json.loads(as_json(figures, {"rounds": 1}, machine))
     assert set(made) == {"machine", "settings", "figures"}
@@ -76,17 +77,15 @@ def test_every_figure_is_measured(tmp_path: Path, ray_address: str) -> None:
     names = " ".join(row["name"] for row in made["figures"])
     for part in ("method alone", "decoding alone", "stored", "memory", "resume", "driver loop", "--help", "2 actors"):
         assert part in names
-    assert as_markdown(figures, machine).count("\n| ") == 1 + len(figures)
+    assert as_markdown(figures, machine).count("\n| ") == 2 + len(figures)  # heads and the line below them
 
 
 def test_without_ray_its_figures_are_skipped(tmp_path: Path) -> None:
-    from saltern.pipeline.bench.engines import engines
-
     def absent() -> None:
         raise ImportError("No module named 'ray'")
 
-    work = Work.of([str(write_shards(tmp_path, 1, 1))])
-    found = engines(Settings(command=[]), work, absent)
+    supply = Supply.of([str(write_shards(tmp_path, 1, 1))])
+    found = engines(ExtractBench(command=[]), supply, absent)
     assert [figure.verdict() for figure in found] == ["skipped", "skipped"]
     assert json.loads(as_json(found, {}, {}))["figures"][0]["value"] is None
     assert "No module named 'ray'" in found[0].note

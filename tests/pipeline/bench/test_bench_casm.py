@@ -1,4 +1,4 @@
-"""The bench of CASM runs through and reports what it should. What the figures are is no test's business."""
+"""Tests of the bench of CASM: it runs, and reports every figure. No test depends on a figure's value."""
 
 import json
 import math
@@ -11,8 +11,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 from saltern.jobs.main import app
-from saltern.pipeline.bench import casm, scaling
-from saltern.pipeline.bench.casm import Bench, Kind, Sides, as_table, measure, mix
+from saltern.pipeline.bench import figures, workers
+from saltern.pipeline.bench.casm import CasmBench, Kind, Sides, as_table, measure, mix
+from saltern.pipeline.bench.workers import TrainingBench, training_gain, training_line
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS
 from saltern.schemas.errors import UserError
 
@@ -33,7 +34,7 @@ class Toy(nn.Module):
     def forward(self, x):
         return self.fc(self.stages(x).mean((2, 3)))
 """
-# In train-casm's place: it logs a speed by its number of workers, and fails where it is told to.
+# Replaces train-casm: logs a speed that depends on the number of workers, and fails for the model `broken`.
 TRAINING = """
 import json, os, sys
 words = sys.argv[1:]
@@ -71,7 +72,7 @@ def made(kind: Kind, precision: str = "fp32") -> Sides:
 
 
 class Counted:
-    """Forward and backward passes, by the convolutions of the first stage that they go through."""
+    """Counts forward and backward passes by the convolutions of the first stage."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.forwards, self.backwards = 0, list[int]()
@@ -124,7 +125,7 @@ def test_every_step_is_of_its_kind_and_leaves_the_weights(past: bool) -> None:
 
 
 def test_the_command_reports_every_figure(toy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(casm, "_ENOUGH_S", 0.01)
+    monkeypatch.setattr(figures, "_ENOUGH_S", 0.01)
     words = ["bench", "casm", "--out", str(tmp_path / "out"), "--model", toy, "--batch-size", "2", "--device", "cpu"]
     ended = CliRunner().invoke(app, [*words, "--rounds", "1", "--workers", "1"], catch_exceptions=False)
     assert ended.exit_code == 0
@@ -142,13 +143,13 @@ def test_the_command_reports_every_figure(toy: str, tmp_path: Path, monkeypatch:
     assert ms[3] == pytest.approx((ms[1] + ms[2]) / 2)
     table = (tmp_path / "out" / "casm.md").read_text()
     assert table in ended.stdout
-    assert table.count("\n| ") == 1 + len(rows)
+    assert table.count("\n| ") == 2 + len(rows)  # heads and the line below them
     assert "another backward to f's weights" in table
 
 
 def test_a_thinning_that_is_none_is_refused() -> None:
     with pytest.raises(UserError, match="unknown thinning 'L10'"):
-        next(measure(Bench(thinnings=("L10",)), print))
+        next(measure(CasmBench(thinnings=("L10",)), print))
 
 
 def test_a_miss_is_explained() -> None:
@@ -159,29 +160,29 @@ def test_a_miss_is_explained() -> None:
 
 
 @pytest.fixture
-def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def trainer(tmp_path: Path) -> list[str]:
     (tmp_path / "training.py").write_text(TRAINING)
-    monkeypatch.setattr(scaling, "_IMAGES", 1)
     return [sys.executable, str(tmp_path / "training.py")]
 
 
 def test_scaling_leaves_out_the_first_reading(trainer: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaling, "_lacking", lambda scaling: None)
-    what = scaling.Scaling(trainer, rounds=2)
-    entry = scaling.measure(what)
+    monkeypatch.setattr(workers, "cores", lambda: 2)
+    bench = TrainingBench(trainer, rounds=2, images=4)
+    entry = training_gain(bench)
     assert [len(found) for found in entry["rounds"].values()] == [4, 4]
     assert entry["images_per_s"][1] == pytest.approx(10)
     assert entry["gain"] == pytest.approx(entry["images_per_s"][2] / 10)
-    assert f"{entry['gain']:.2f} x" in scaling.as_line(entry, what)
+    assert f"{entry['gain']:.2f} x" in training_line(entry, bench)
     json.dumps(entry)
 
 
 def test_scaling_says_why_it_is_left_out(trainer: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    many = scaling.Scaling(trainer, workers=10_000)
-    entry = scaling.measure(many)
+    many = TrainingBench(trainer, workers=10_000, images=4)
+    entry = training_gain(many)
     assert "10000 workers, and " in entry["skipped"]
-    assert "skipped, 10000 workers" in scaling.as_line(entry, many)
+    assert "skipped, 10000 workers" in training_line(entry, many)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert scaling.measure(scaling.Scaling(trainer, device="cuda"))["skipped"] == "2 workers, and 1 GPU"
-    monkeypatch.setattr(scaling, "_lacking", lambda scaling: None)
-    assert "it cannot be trained" in scaling.measure(scaling.Scaling(trainer, model="broken"))["skipped"]
+    assert training_gain(TrainingBench(trainer, device="cuda"))["skipped"] == "2 workers, and 1 GPU"
+    monkeypatch.setattr(workers, "cores", lambda: 2)
+    broken = TrainingBench(trainer, model="broken", images=4)
+    assert "it cannot be trained" in training_gain(broken)["skipped"]
