@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 from saltern.jobs import options as opt
-from saltern.jobs.config import collect, drive, to_number, value
+from saltern.jobs.config import collect, convert, drive, to_number
 from saltern.schemas import choices
 
-_NUMBER = value(to_number, "a number, as 12/255 or 0.05")
+_NUMBER = convert(to_number, "a number, as 12/255 or 0.05")
 
 
 def attack(

@@ -20,10 +20,10 @@ from saltern.schemas.run import check_keys
 if TYPE_CHECKING:
     from saltern.pipeline.engine.conduct import Job
 
-Config = TypeVar("Config")
+T = TypeVar("T")
 
 
-def collect(kind: type[Config], ctx: typer.Context, **more: Any) -> Config:
+def collect(kind: type[T], ctx: typer.Context, **more: Any) -> T:
     """Build a config dataclass from the command's parameters that have the names of its fields.
 
     Args:
@@ -119,7 +119,7 @@ def _json_or_text(text: str) -> Any:
     return text
 
 
-def value(read: Callable[[str], Any], what: str) -> Callable[[typer.CallbackParam, str | None], Any]:
+def convert(read: Callable[[str], Any], what: str) -> Callable[[typer.CallbackParam, str | None], Any]:
     """Make the callback that reads an option's text, or raises a UserError that says what the text should be."""
 
     def callback(parameter: typer.CallbackParam, text: str | None) -> Any:

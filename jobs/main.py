@@ -79,7 +79,7 @@ def main() -> None:
     except UserError as error:
         _fail(2, str(error))
     except _UsageError as error:
-        _fail(2, error.format_message())
+        _fail(2, error.format_message().replace("Value error, ", ""))  # pydantic's words
     except (KeyboardInterrupt, typer.Abort):
         _fail(130, "interrupted")
     except Exception:

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from saltern.jobs.config import parse_options, read_config, to_classes, to_lambda, to_rgb, value
+from saltern.jobs.config import convert, parse_options, read_config, to_classes, to_lambda, to_rgb
 from saltern.schemas import choices
 
-_RGB = value(to_rgb, "three numbers, as 0.485,0.456,0.406")
+_RGB = convert(to_rgb, "three numbers, as 0.485,0.456,0.406")
 
 
 def _option(panel: str, text: str, *names: str, **rules: Any) -> Any:
@@ -46,7 +46,7 @@ Classes = Annotated[
     inputs(
         "Numbers of the classes to use; default: all.",
         metavar="FILE|A,B,...",
-        callback=value(to_classes, "a list of numbers or a file of them"),
+        callback=convert(to_classes, "a list of numbers or a file of them"),
     ),
 ]
 Side = Annotated[int | None, inputs("Side of the network's input, in pixels; default: the weights'.", min=1)]
@@ -136,7 +136,7 @@ Lambda = Annotated[
         "resnet50, else auto.",
         "--lambda",
         metavar="NUMBER|auto",
-        callback=value(to_lambda, "a number or auto"),
+        callback=convert(to_lambda, "a number or auto"),
     ),
 ]
 Epochs = Annotated[int, training("Epochs; learning rates fall to a tenth after each third.", min=1)]

@@ -16,7 +16,7 @@ Ended = subprocess.CompletedProcess[str]
 
 
 def call(*words: str | Path) -> Ended:
-    """Run `saltern` in this process. Its messages and exit code are those of the real command."""
+    """Run `saltern` in this process, with the messages and the exit code of the real command."""
     line = ["saltern", *map(str, words)]
     out, err = io.StringIO(), io.StringIO()
     memory = mock.patch.object(main, "keep_memory")  # it would change the allocator of all tests

@@ -39,7 +39,7 @@ def signature(command: Any) -> dict[str, inspect.Parameter]:
 
 
 def enums(command: Any) -> Iterator[type[Enum]]:
-    """The Enums that a command's options take their values from."""
+    """Yield the Enums that a command's options take their values from."""
     for parameter in signature(command).values():
         kind = get_args(parameter.annotation)[0]
         for candidate in get_args(kind) or (kind,):
@@ -70,7 +70,7 @@ def test_each_option_is_declared_once() -> None:
 
 
 def requests() -> dict[str, tuple[tuple[type, ...], set[str]]]:
-    """The dataclasses that a command's parameters become, and the parameters that the command reads itself."""
+    """Return the dataclasses that a command's parameters become, and the parameters that the command reads itself."""
     from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
     from saltern.pipeline.casm.training.train import TrainRequest
     from saltern.pipeline.engine.conduct import RunOptions

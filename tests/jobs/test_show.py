@@ -1,4 +1,4 @@
-"""saltern show, as it is called."""
+"""`saltern show` as a user calls it."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def run(*words: str) -> str:
     return result.stdout
 
 
-def test_the_page_lies_in_the_run_and_its_path_is_printed(tmp_path: Path) -> None:
+def test_the_page_is_in_the_run_and_its_path_is_printed(tmp_path: Path) -> None:
     made = make_run(tmp_path, shards=1)
     assert run(str(made.path)) == f"{made.path}/show.html\n"
     assert (made.path / "show.html").read_text().count("<article") == 5
