@@ -1,4 +1,4 @@
-"""A classifier for some of its classes."""
+"""Restriction of a classifier to some of its classes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,10 +11,10 @@ from saltern.schemas.errors import UserError
 
 
 def restrict(model: nn.Module, classes: Sequence[int]) -> None:
-    """Leave a model the logits of some classes alone, in the order given; in place.
+    """Restrict a model to the logits of some classes, in the given order; in place.
 
     Raises:
-        UserError: no class, a class given twice or out of range, or a model whose logits no linear layer gives.
+        UserError: no class, a repeated class, one out of range, or a model whose last layer is not linear.
     """
     name, head = _head(model)
     if not classes or len(set(classes)) < len(classes):
@@ -44,4 +44,6 @@ def _head(model: nn.Module) -> tuple[str, nn.Linear]:
     for name, (head, output) in given.items():
         if output.shape == logits_BK.shape and torch.equal(output, logits_BK):
             return name, head
-    raise UserError(f"{type(model).__name__} has no linear layer that gives its logits; it can't be cut to classes")
+    raise UserError(
+        f"{type(model).__name__} has no linear layer that returns its logits, and cannot be restricted to some classes"
+    )

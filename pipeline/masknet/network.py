@@ -1,4 +1,4 @@
-"""The mask network: a classifier's stages, tapped while it classifies, and a small decoder on top (Zolna 2020, fig. 2).
+"""The mask network: taps at the stages of a classifier, and a small decoder on top (Zolna 2020, fig. 2).
 
 Shape suffixes: B batch, C H W the network's input, K channels of a tap (classes of logits), h w the stem tap's grid.
 """
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from saltern.pipeline.models.passes import logits_of
 from saltern.pipeline.models.taps import tensor_of
 
-WIDTH = 64  # channels that the decoder brings every stage to
+WIDTH = 64  # channels of every stage in the decoder
 
 
 class Trunk:
-    """A classifier that gives its logits and what its stages held, from one run.
+    """A classifier that returns its logits and the outputs of its stages from one forward pass.
 
     Args:
         names: of `find_stages`.
-        detached: taps without gradient, as where the trunk is the classifier's own.
+        detached: return taps without gradient, for a classifier that the decoder must not train.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], *, detached: bool = True) -> None:
@@ -30,9 +30,9 @@ class Trunk:
         self._detached = detached
 
     def __call__(self, x_BCHW: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """logits_BK and the taps (B, K, h, w), stem first.
+        """Return logits_BK and the taps (B, K, h, w), stem first.
 
-        A tap holds what the rest of the model sees, also of an activation that follows in place (DenseNet's last).
+        A tap includes the effect of a following in-place activation (the last one of DenseNet).
         """
         kept: dict[str, Tensor] = {}
 
@@ -53,12 +53,15 @@ class Trunk:
 
 
 class Decoder(nn.Module):
-    """Taps to a mask: stages -> 1x1 conv to 64 -> BN -> ReLU -> the stem's grid; all, with the stem -> 3x3 -> sigmoid.
+    """Network from taps to a mask.
+
+    Each stage: 1x1 convolution to 64 channels, BatchNorm, ReLU, resized to the stem's grid. All of them and the stem:
+    3x3 convolution, sigmoid.
 
     Args:
         channels: of the taps, stem first.
-        generator: of the initial weights; None: torch's own.
-        scale: of the last convolution's initial weights; as published, 1, the first masks are 0 or 1 nearly everywhere.
+        generator: of the initial weights; None = the global generator.
+        scale: of the last convolution's initial weights; with 1, as published, the first masks are nearly binary.
     """
 
     def __init__(self, channels: Sequence[int], generator: torch.Generator | None = None, scale: float = 1.0) -> None:
@@ -78,17 +81,17 @@ class Decoder(nn.Module):
             nn.init.zeros_(self.last.bias)
 
     def forward(self, taps: Sequence[Tensor]) -> Tensor:
-        """mask_B1hw, float32, in [0, 1], on the stem tap's grid: a quarter of the input's side; 1 = taken out."""
+        """Return mask_B1hw, float32, in [0, 1], on the stem's grid: a quarter of the input's side; 1 = removed."""
         grid = taps[0].shape[2:]
-        raised = [
+        resized = [
             F.interpolate(stage(tap), size=grid, mode="bilinear", align_corners=False)
             for stage, tap in zip(self.stages, taps[1:], strict=True)
         ]
-        # In float32: half precision would round masks near 1 to 1, where the sigmoid has no slope.
-        logits_B1hw: Tensor = self.last(torch.cat([taps[0], *raised], 1))
+        # Half precision would round masks near 1 to 1, where the sigmoid has no slope.
+        logits_B1hw: Tensor = self.last(torch.cat([taps[0], *resized], 1))
         return logits_B1hw.float().sigmoid()
 
 
 def enlarge(mask_B1hw: Tensor, image: Sequence[int]) -> Tensor:
-    """mask_B1HW: a mask on the input's pixels, by its nearest cell."""
+    """Return mask_B1HW: the mask on the pixels of the input, by the nearest cell."""
     return F.interpolate(mask_B1hw, size=tuple(image), mode="nearest")

@@ -1,4 +1,4 @@
-"""Where a classifier is tapped: the ends of its stages, found by running it once."""
+"""Stages of a classifier, found by running it once."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ STRIDES = (4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class Stages:
-    """Where a model is tapped: its stem, then the ends of its stages at strides 4, 8, 16 and 32."""
+    """Tapped modules of a model: the end of its stem, then the ends of its stages at strides 4, 8, 16 and 32."""
 
     names: tuple[str, ...]  # dotted
     channels: tuple[int, ...]
@@ -25,34 +25,34 @@ class Stages:
 
 @dataclass(frozen=True)
 class _Ran:
+    """A module that ran."""
+
     name: str
     channels: int
-    stride: float  # of its output, against the image
-    shrinks: float  # output's stride over its input's
+    stride: float  # of the output, in pixels of the image
+    shrinks: float  # stride of the output over that of the input
     is_block: bool
 
 
 def find_stages(model: nn.Module) -> Stages:
-    """The taps of a model, found by running it once on its own image size, in eval mode.
+    """Find the taps of a model by running it once on its own image size, in eval mode.
 
-    A block is a module that holds a convolution and makes the grid at most twice as coarse; what is inside a block is
-    not looked at. A stage ends with the last block at its stride, or the last layer where there is no block (VGG). The
-    stem ends with the first block or layer at stride 4: ResNet gives maxpool, layer1, layer2, layer3, layer4.
+    A block is a module that holds a convolution and makes the grid at most twice as coarse; modules inside a block are
+    ignored. A stage ends with the last block at its stride, or with the last layer if it has no block (VGG). The stem
+    ends with the first block or layer at stride 4: for ResNet the taps are maxpool, layer1, layer2, layer3, layer4.
 
     Raises:
         UserError: the model has no grid at one of the strides 4, 8, 16 and 32, or does not run.
     """
-    ran = _trunk(model, _record(model))
-    found: list[_Ran | None] = [next((step for step in ran if step.stride == STRIDES[0]), None)]
+    ran = _trunk(_record(model))
+    taps = [module for module in ran if module.stride == STRIDES[0]][:1]
     for stride in STRIDES:
-        there = [step for step in ran if step.stride == stride]
-        ends = [step for step in there if step.is_block] or there
-        found.append(ends[-1] if ends else None)
-    taps = [tap for tap in found if tap is not None]
-    if len(taps) < len(found):
+        at_stride = [module for module in ran if module.stride == stride]
+        taps += ([module for module in at_stride if module.is_block] or at_stride)[-1:]
+    if len(taps) < 1 + len(STRIDES):
         raise UserError(
             f"{type(model).__name__} has no stages at strides 4, 8, 16 and 32 with channels before the grid, which "
-            "CASM taps; take a ResNet, RegNet, EfficientNet, MobileNet, DenseNet, VGG or ConvNeXt"
+            "CASM taps; use a ResNet, RegNet, EfficientNet, MobileNet, DenseNet, VGG or ConvNeXt"
         )
     return Stages(tuple(tap.name for tap in taps), tuple(tap.channels for tap in taps))
 
@@ -62,7 +62,7 @@ def _record(model: nn.Module) -> list[_Ran]:
     side = probe(model).shape[-1]
 
     def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        pooled = isinstance(module, nn.AdaptiveAvgPool2d)  # to a grid that the image's size does not change
+        pooled = isinstance(module, nn.AdaptiveAvgPool2d)  # its grid does not depend on the image's size
         if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] == output.shape[3] and not pooled:
             given = args[0] if args and isinstance(args[0], Tensor) and args[0].ndim == 4 else output
             inner = [part for part in module.modules() if part is not module]
@@ -75,10 +75,10 @@ def _record(model: nn.Module) -> list[_Ran]:
 
 
 def watch(model: nn.Module, note: Callable[[str, nn.Module, Any, Any], None]) -> Tensor:
-    """Logits of a model for one fixed random image in eval mode; it is left as it was.
+    """Return the logits of a model for one fixed random image, in eval mode; the model stays as it was.
 
     Args:
-        note: is told of each module that runs: its name, itself, its arguments and its output.
+        note: called for each module that runs, with its name, the module, its arguments and its output.
 
     Raises:
         UserError: the model fails on an image of its own size.
@@ -103,13 +103,13 @@ def watch(model: nn.Module, note: Callable[[str, nn.Module, Any, Any], None]) ->
             module.training = mode
 
 
-def _trunk(model: nn.Module, ran: list[_Ran]) -> list[_Ran]:
-    """What ran, in order, less what is inside a block and modules that ran several times."""
-    names = [step.name for step in ran]
-    once = [step for step in ran if names.count(step.name) == 1]
-    # A container of stages takes the image down by more: it is looked into. So is one that gives no grid itself.
-    closed = {step.name for step in once if step.shrinks <= 2}
-    return [step for step in once if step.shrinks <= 2 and not closed.intersection(_parents(step.name))]
+def _trunk(ran: list[_Ran]) -> list[_Ran]:
+    """Return the modules that ran, in order, without those inside a block and those that ran several times."""
+    names = [module.name for module in ran]
+    once = [module for module in ran if names.count(module.name) == 1]
+    # A module that shrinks the grid by more than 2 is a container of stages, whose children count instead.
+    closed = {module.name for module in once if module.shrinks <= 2}
+    return [module for module in once if module.shrinks <= 2 and not closed.intersection(_parents(module.name))]
 
 
 def _parents(name: str) -> list[str]:

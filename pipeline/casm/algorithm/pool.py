@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saltern.pipeline.masknet.checkpoint import Member, State
+from saltern.pipeline.masknet.members import Member, State
 from saltern.pipeline.models.passes import logits_of
 from saltern.schemas.errors import UserError
 
