@@ -61,6 +61,8 @@ class Tape:
             if kind in tarfile.REGULAR_TYPES:
                 yield name, size
             self._skip_to(end)
+        if extensions:
+            raise self._error_here("the tar ends before the member of a long name")
 
     def read(self, size: int) -> bytes:
         """Return the next `size` bytes of data."""

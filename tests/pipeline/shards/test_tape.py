@@ -43,6 +43,12 @@ def test_cut_in_a_long_name(tmp_path: Path) -> None:
     fails(shard_at(tmp_path / "y.tar", content[: 4 * BLOCK]), "cut")
 
 
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_the_end_after_a_long_name(tmp_path: Path, format: int) -> None:
+    content = tar_bytes([("a.jpg", b"I"), ("d/" * 100 + "b.jpg", b"I")], format=format)
+    fails(shard_at(tmp_path / "x.tar", content[: 4 * BLOCK] + bytes(2 * BLOCK)), "before the member of a long name")
+
+
 def test_two_tars_in_one_file(tmp_path: Path) -> None:
     one, two = tar_bytes(samples(2)), tar_bytes(samples(4))
     fails(shard_at(tmp_path / "x.tar", one + two), "data after the end of the archive", "--ignore-zeros", "'s1.cls'")
