@@ -2,27 +2,35 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+ENVIRONMENT := $(VENV)/pyvenv.cfg
 
-.PHONY: demo test check bench
+.PHONY: demo quick test check bench
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(ENVIRONMENT):
 	$(PYTHON) -m venv $(VENV)
-	if command -v uv >/dev/null; then VIRTUAL_ENV=$(abspath $(VENV)) uv pip install -q -c constraints.txt -e '.[demo,test]'; \
-	else $(BIN)/python -m pip install -q -c constraints.txt -e '.[demo,test]'; fi
+
+# .ready-EXTRA: this checkout is installed with the packages of an extra, as constraints.txt pins them.
+$(VENV)/.ready-%: pyproject.toml constraints.txt | $(ENVIRONMENT)
+	if command -v uv >/dev/null; then VIRTUAL_ENV=$(abspath $(VENV)) uv pip install -q -c constraints.txt -e '.[$*]'; \
+	else $(BIN)/python -m pip install -q -c constraints.txt -e '.[$*]'; fi
 	touch $@
 
-demo: $(VENV)/.ready
+demo: $(VENV)/.ready-demo
 	$(BIN)/saltern demo
 
-# In the order of collection, so that the files that share a Ray cluster, the longest row, begin early.
-test: $(VENV)/.ready
+# What can be tested in two minutes on two cores.
+quick: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -q -n 2 --dist loadscope -m "not slow"
+
+# In the order of collection, so that the files that share a Ray cluster, the longest group, start early.
+test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-check: $(VENV)/.ready
+check: $(VENV)/.ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
-bench: $(VENV)/.ready
+bench: $(VENV)/.ready-bench
 	$(BIN)/saltern bench extract --out bench-out

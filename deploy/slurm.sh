@@ -1,8 +1,8 @@
 #!/bin/bash
-# A Ray cluster over the nodes of one Slurm job, and one run on it:
+# Start a Ray cluster on the nodes of one Slurm job, and one run on it:
 #   sbatch deploy/slurm.sh SHARDS... --out RUN --model resnet50 --method grad-cam
 # Submit it from a folder that all nodes see, with `ray` and `saltern` on the PATH. A preempted job is queued again
-# and goes on from its receipts; so does the same sbatch line after a time limit.
+# and continues from its receipts. After a time limit, submit the same sbatch line again.
 #SBATCH --job-name=saltern
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -16,7 +16,7 @@
 #SBATCH --output=saltern-%j.log
 set -euo pipefail
 
-# A token of this job's own, readable by its user alone.
+# A token for this job. Only its user can read it.
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$PWD/.saltern-token-$SLURM_JOB_ID"
 trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
 (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' > "$RAY_AUTH_TOKEN_PATH")
@@ -43,6 +43,6 @@ if ((workers > 0)); then
         "${ray_start[@]}" --address="$address" &
 fi
 
-# All workers are asked for; work begins with the first that is ready.
+# The run asks for all workers, and starts with the first that is ready.
 count=$((SLURM_JOB_NUM_NODES * ${SLURM_GPUS_ON_NODE:-1}))
 saltern extract "$@" --engine ray --address "$address" --workers "$count"

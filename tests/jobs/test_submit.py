@@ -1,17 +1,14 @@
 """saltern submit against a real Ray head on loopback, with a token."""
 
-import io
 import json
 import signal
 import subprocess
 import sys
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from making import write_shard
 from ray_head import CLI, Head, started_head, submit, user_env
 
 from saltern import __version__
@@ -122,7 +119,7 @@ def test_an_extract_with_the_users_model(head: Head, tmp_path: Path) -> None:
         "import torch, torchvision\n\n\ndef small():\n    torch.manual_seed(0)\n"
         "    return torchvision.models.resnet18(weights=None, num_classes=5).eval()\n"
     )
-    _shard(tmp_path / "shards" / "a-0.tar", 3)
+    write_shard(tmp_path / "shards" / "a-0.tar", 3)
     words = ("shards/a-0.tar", "--out", "run", "--model", "nets:small", "--weights", "none", "--method", "grad-cam")
     ended = head.submit("--follow", "--", "extract", *words, "--crop", "64", "--resize", "64", cwd=tmp_path)
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -132,16 +129,3 @@ def test_an_extract_with_the_users_model(head: Head, tmp_path: Path) -> None:
     receipts = list((tmp_path / "run" / "receipts").rglob("*.json"))
     assert [json.loads(path.read_text())["rows"] for path in receipts] == [3]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["versions"]["saltern"] == __version__
-
-
-def _shard(path: Path, count: int) -> None:
-    path.parent.mkdir()
-    rng = np.random.default_rng(0)
-    with tarfile.open(path, "w") as tar:
-        for index in range(count):
-            buffer = io.BytesIO()
-            Image.fromarray(rng.integers(0, 256, (80, 90, 3), np.uint8)).save(buffer, "JPEG")
-            for suffix, raw in (("jpg", buffer.getvalue()), ("cls", str(index).encode())):
-                info = tarfile.TarInfo(f"{index:03}.{suffix}")
-                info.size = len(raw)
-                tar.addfile(info, io.BytesIO(raw))

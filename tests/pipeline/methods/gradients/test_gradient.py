@@ -106,7 +106,7 @@ def test_captum_window_shapes_are_lists_in_json(tiny, images):
 
 def test_captum_that_is_not_installed_names_the_extra(monkeypatch, tiny):
     monkeypatch.setitem(sys.modules, "captum.attr", None)
-    with pytest.raises(UserError, match=r"saltern\[captum\]"):
+    with pytest.raises(UserError, match=r"'\.\[captum\]'"):
         build("captum:Saliency", tiny)
 
 
