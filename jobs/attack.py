@@ -1,6 +1,5 @@
 """saltern attack: adversarial images, plain and guided by a saliency map."""
 
-from functools import partial
 from typing import Annotated
 
 import typer
@@ -69,15 +68,7 @@ def attack(
     Prints the mean fooling confidence, and how much smaller the guided perturbation is. To resume a run, repeat the
     command.
     """
-    from dataclasses import asdict
+    from saltern.pipeline.synthesis.attack import AttackRequest, attacking
+    from saltern.schemas.config import PGD
 
-    from saltern.pipeline.engine.conduct import Job
-    from saltern.pipeline.extract.processor import Processor
-    from saltern.pipeline.extract.request import ExtractRequest
-    from saltern.pipeline.synthesis.attack import Attack, plan
-    from saltern.pipeline.synthesis.attack_report import close
-    from saltern.pipeline.synthesis.perturb import PGD
-
-    job_options = {**asdict(collect(PGD, ctx)), "save_images": save_images}
-    request = collect(ExtractRequest, ctx, method=guide, job_options=job_options)
-    drive(ctx, Job(partial(plan, request), partial(Processor, task=Attack), close))
+    drive(ctx, attacking(collect(AttackRequest, ctx, method=guide, pgd=collect(PGD, ctx))))

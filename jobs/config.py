@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import typer
 
+from saltern.schemas.config import check_keys
 from saltern.schemas.errors import UserError
-from saltern.schemas.run import check_keys
 
 if TYPE_CHECKING:
     from saltern.pipeline.engine.conduct import Job

@@ -16,7 +16,7 @@ def status(run: RunFolder, as_json: AsJson = False) -> None:
     from saltern.pipeline.runs.manifest import load_run_folder
     from saltern.pipeline.runs.status import run_status
     from saltern.pipeline.synthesis.attack_report import in_words, means
-    from saltern.schemas.run import ATTACK, EXTRACT
+    from saltern.schemas.config import ATTACK, EXTRACT
 
     store, manifest = load_run_folder(run)
     found = run_status(store, manifest)

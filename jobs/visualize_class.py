@@ -1,6 +1,5 @@
 """saltern visualize-class: what a classifier sees in its classes."""
 
-from functools import partial
 from typing import Annotated
 
 import typer
@@ -44,8 +43,7 @@ def visualize_class(
     Writes DIR/pictures/CLASS-NAME.png, DIR/pictures.png with all of them, and Parquet files with the objective at every
     step. To resume a run, repeat the command.
     """
-    from saltern.pipeline.engine.conduct import Job
-    from saltern.pipeline.synthesis.visualize import Visualizer, VisualizeRequest, close, plan
+    from saltern.pipeline.synthesis.visualize import VisualizeRequest, visualizing
+    from saltern.schemas.config import Ascent
 
-    request = collect(VisualizeRequest, ctx, pinned={"batch_size": batch_size})
-    drive(ctx, Job(partial(plan, request), Visualizer, close))
+    drive(ctx, visualizing(collect(VisualizeRequest, ctx, ascent=collect(Ascent, ctx))))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from saltern.schemas.run import SCHEMA_VERSION
+from saltern.schemas.config import SCHEMA_VERSION
 
 METADATA_KEY = b"saltern"
 

@@ -21,10 +21,12 @@ from saltern.pipeline.bench.workload import ExtractBench, Supply, drive, images,
 from saltern.pipeline.engine.local import LocalPool
 from saltern.pipeline.extract.explain import AUTOCAST
 from saltern.pipeline.extract.extraction import Extraction, load_method
-from saltern.pipeline.extract.processor import Processor, Spec
+from saltern.pipeline.extract.processor import Processor
 from saltern.pipeline.machine import cores
+from saltern.pipeline.runs.outlet import Spec
 from saltern.pipeline.shards.decode import DecodeError, decode
 from saltern.pipeline.shards.samples import read_samples
+from saltern.schemas.config import ExtractConfig
 
 GPU_GOAL = 5000.0  # images/s end to end
 _AHEAD = 64  # images that are being decoded, at most
@@ -145,12 +147,13 @@ class MethodAlone:
     """The method on one preloaded batch, in a thread of its own as in a worker."""
 
     def __init__(self, spec: Spec):
-        self._config, self._device = spec.run.config, torch.device(spec.device)
+        self._config, self._device = spec.run.config_of(ExtractConfig), torch.device(spec.device)
         # torch keeps its thread count for each calling thread.
         self._thread = ThreadPoolExecutor(1, initializer=lambda: torch.set_num_threads(self._config.torch_threads))
         self._method = self._thread.submit(lambda: load_method(self._config, self._device)[1]).result()
         layout = torch.contiguous_format if self._config.precision == "fp32" else torch.channels_last
-        x_BCHW = torch.randn(self._config.batch_size, 3, self._config.crop, self._config.crop)
+        side = self._config.preprocess.crop
+        x_BCHW = torch.randn(self._config.batch_size, 3, side, side)
         self._x_BCHW = x_BCHW.to(self._device).contiguous(memory_format=layout)
 
     def __call__(self, count: float) -> int:
@@ -191,12 +194,5 @@ class DecodeAlone:
         return done
 
     def _decode(self, data: bytes) -> None:
-        config = self._config
         with suppress(DecodeError):
-            decode(
-                data,
-                resize=config.resize,
-                crop=config.crop,
-                squash=config.squash,
-                interpolation=config.interpolation,
-            )
+            decode(data, self._config.preprocess)

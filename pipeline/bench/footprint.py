@@ -22,7 +22,7 @@ from saltern.pipeline.extract.processor import Processor
 from saltern.pipeline.extract.request import resolve
 from saltern.pipeline.machine import cores
 from saltern.pipeline.runs.manifest import data_name, receipt_name
-from saltern.pipeline.runs.writer import ShardWriter, read_rows
+from saltern.pipeline.runs.writer import ShardWriter, read_records
 from saltern.schemas.errors import UserError
 from saltern.schemas.receipt import PHASES, Receipt
 from saltern.schemas.run import Shard
@@ -62,7 +62,7 @@ def stored(bench: ExtractBench, supply: Supply) -> Figure:
         for shard in supply.images(min(bench.stored_images, sum(supply.samples))):
             processor.process(shard)
             path = Path(spec.root, data_name(shard.name))
-            rows += [row for sample in read_rows(path).values() for row in sample]
+            rows += [row for sample in read_records(path).values() for row in sample]
         with ShardWriter(Path(spec.scratch), pq.read_schema(path)) as writer:
             writer.write(rows)
             each = writer.close().size / len(rows)

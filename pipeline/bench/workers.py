@@ -21,8 +21,9 @@ from saltern.pipeline.casm.training.journal import EVERY
 from saltern.pipeline.engine.local import LocalPool
 from saltern.pipeline.engine.pool import Event, Pool, Ready
 from saltern.pipeline.extract.extraction import Extraction
-from saltern.pipeline.extract.processor import Processor, Spec
+from saltern.pipeline.extract.processor import Processor
 from saltern.pipeline.machine import cores
+from saltern.pipeline.runs.outlet import Spec
 from saltern.schemas.errors import UserError
 
 _COST = partial(Figure, "core time an image, Ray engine ÷ local engine", goal=1.03, unit="x", at_least=False)

@@ -20,10 +20,10 @@ from webdataset.writer import TarWriter
 
 from saltern.pipeline.engine.driver import Driver
 from saltern.pipeline.engine.pool import Pool
-from saltern.pipeline.extract.processor import Spec
 from saltern.pipeline.extract.request import BATCH_SIZE, ExtractRequest, resolve
 from saltern.pipeline.methods import Method
 from saltern.pipeline.methods.base import Maps
+from saltern.pipeline.runs.outlet import Spec
 from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.samples import list_keys
 from saltern.pipeline.storage.store import Store, session
@@ -162,7 +162,7 @@ def spec_for(request: ExtractRequest, device: str, torch_threads: int, decode_th
 class NullBook:
     """A book that knows no results and records none."""
 
-    def standing(self, shard: Shard) -> Receipt | None:
+    def receipt_of(self, shard: Shard) -> Receipt | None:
         return None
 
     def succeeded(self, receipt: Receipt) -> None: ...

@@ -1,4 +1,4 @@
-"""Workers as Ray actors, one for each GPU. A dead one is never restarted in place: the driver makes another."""
+"""Workers as Ray actors, one for each GPU. Ray never restarts a dead one: the driver starts another."""
 
 import contextlib
 import itertools
@@ -16,25 +16,25 @@ from saltern.schemas.errors import UserError
 from saltern.schemas.receipt import Receipt
 from saltern.schemas.run import Shard
 
-COUNT_EVERY_S = 2.0  # progress asks every actor, and each question costs core time on both sides
-STORE_BYTES = 80_000_000  # the object store of a cluster of our own: receipts are all that crosses it
+COUNT_EVERY_S = 2.0  # the progress line asks every actor, and each call costs core time on both sides
+STORE_BYTES = 80_000_000  # object store of a cluster started here: only receipts cross it
 
 
 def join_cluster(address: str | None) -> dict[str, float]:
     """Join a cluster, or start one on this machine.
 
     Returns:
-        The cluster's resources by name, as CPU and GPU.
+        The cluster's resources by name: CPU, GPU and others.
 
     Raises:
-        UserError: no cluster answers at the address, or it refuses the token.
+        UserError: no cluster answers at the address, or the cluster refuses the token.
     """
-    own: dict[str, Any] = {}
+    local: dict[str, Any] = {}
     if address is None:
-        own = {"include_dashboard": False, "object_store_memory": STORE_BYTES}
+        local = {"include_dashboard": False, "object_store_memory": STORE_BYTES}
     try:
-        if not ray.is_initialized():  # by an earlier job of this process
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
+        if not ray.is_initialized():  # an earlier job of this process may have joined
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -44,12 +44,12 @@ def join_cluster(address: str | None) -> dict[str, float]:
 
 
 def _alive() -> dict[str, dict[str, float]]:
-    """Resources of the living nodes, by node."""
+    """Return the resources of the living nodes, by node."""
     return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
 
 
 class _Worker:
-    """The actor. Its processor is built by a call, so that an error in it comes back as it is."""
+    """The actor. A call builds its processor, so that an error there comes back unchanged."""
 
     def build(self, factory: Factory) -> str:
         self._processor: ShardProcessor = factory()
@@ -63,20 +63,20 @@ class _Worker:
 
 
 class RayPool:
-    """Actors on the cluster that `join_cluster` joined.
+    """Workers that are actors of the cluster that `join_cluster` joined.
 
     Args:
-        factory: makes a processor; travels to the actor.
+        factory: builds a processor; travels to the actor.
         gpus, cpus: of each actor; fractions allowed.
         torch_threads: of each actor.
-        import_paths: put before the actor's own, where `package.module:factory` is found.
+        import_paths: put before the actor's own, for modules of the user.
     """
 
     def __init__(self, factory: Factory, *, gpus: float, cpus: float, torch_threads: int, import_paths: list[str]):
         self._factory = factory
-        # An actor that wants more cores than any node has would wait for ever.
-        fit = [node.get("CPU", 0.0) for node in _alive().values() if node.get("GPU", 0.0) >= gpus]
-        cpus = min(cpus, max(fit, default=0.0) or cpus)
+        # An actor that asks for more cores than any node has would wait for ever.
+        available = [node.get("CPU", 0.0) for node in _alive().values() if node.get("GPU", 0.0) >= gpus]
+        cpus = min(cpus, max(available, default=0.0) or cpus)
         environment = {
             **machine.ENVIRONMENT,
             "OMP_NUM_THREADS": str(torch_threads),
@@ -87,12 +87,12 @@ class RayPool:
             num_cpus=cpus,
             max_restarts=0,
             max_task_retries=0,
-            max_concurrency=4,  # two shards, a count of images, and one to spare
+            max_concurrency=4,  # two shards, a count of images, and a spare
             runtime_env={"env_vars": environment},
         )
         self._numbers = itertools.count()
         self._actors: dict[int, Any] = {}
-        self._calls: dict[Any, tuple[int, Shard | None]] = {}  # by reference; no shard: the building
+        self._calls: dict[Any, tuple[int, Shard | None]] = {}  # by reference; None: the call that builds
         self._nodes: dict[int, str] = {}
         self._counting: dict[Any, int] = {}
         self._counts: dict[int, int] = {}
@@ -108,7 +108,7 @@ class RayPool:
         self._calls[self._actors[worker].process.remote(shard, redo)] = (worker, shard)
 
     def wait(self, timeout_s: float) -> list[Event]:
-        if not self._calls:  # all that is left waits for its next attempt
+        if not self._calls:  # every remaining shard waits for its next attempt
             time.sleep(timeout_s)
             return []
         ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
@@ -138,14 +138,14 @@ class RayPool:
         return Done(worker, shard, value)
 
     def _died(self, worker: int, error: Exception) -> Died:
-        """Only a process that ended on a machine that lives on is blamed on what it was doing."""
+        """Return the event of a dead worker. Its shards are blamed only if its machine is still alive."""
         text = " ".join(str(error).split())
         if "worker process has died" not in text or self._nodes.get(worker) not in {None, *_alive()}:
             return Died(worker, "its machine is gone or cannot be reached", blame=False)
         return Died(worker, text.split("Worker exit detail: ")[-1].split(". ")[0][:200], blame=True)
 
     def kill(self, worker: int) -> None:
-        with contextlib.suppress(Exception):  # it may be dead already, in any of many ways
+        with contextlib.suppress(Exception):  # it may be dead already, for many reasons
             ray.kill(self._actors[worker])
         del self._actors[worker]
         self._nodes.pop(worker, None)
@@ -154,7 +154,7 @@ class RayPool:
         self._counting = {ref: number for ref, number in self._counting.items() if number != worker}
 
     def images(self) -> int:
-        """As of the last answers; never waits for one."""
+        """Return the count of the last answers, without waiting for new ones."""
         if self._counting:
             answered, _ = ray.wait(list(self._counting), num_returns=len(self._counting), timeout=0)
             for reference in answered:

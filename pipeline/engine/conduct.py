@@ -1,12 +1,13 @@
-"""One call of a job, from the request to the last line: choose the engine, resume, drive, report."""
+"""Conduct one run of a job: select the engine, resume, drive the shards, report."""
 
 import contextlib
 import os
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -36,15 +37,15 @@ from saltern.schemas.run import Run, Shard
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run is driven; nothing here changes what its files hold."""
+    """Options of how a run is executed; they do not change its files."""
 
-    out: str
+    out: str  # the run's folder or URL
     engine: str = "auto"  # auto | local | ray
-    address: str | None = None
+    address: str | None = None  # of a Ray cluster
     workers: int | None = None
     gpus_per_worker: float | None = None
-    decode_threads: int | None = None
-    device: str = "auto"
+    decode_threads: int | None = None  # of each worker
+    device: str = "auto"  # auto | cpu | cuda
     overwrite: bool = False
     retry_failed: bool = False
     shard_timeout_s: float | None = None
@@ -52,23 +53,118 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class Exit:
-    """The command's exit code; `stuck` where threads are left that may never end."""
+class Job:
+    """The parts in which one job differs from another.
 
-    code: int
-    stuck: bool = False
+    Args:
+        plan: returns the run that is asked for and hints for the user, from the existing run, the device and the
+            number of workers.
+        processor: builds the processor of a worker.
+        close: runs after the last shard, if the run was not stopped early. Writes the run's pictures and summary from
+            its data files.
+    """
+
+    plan: Callable[[Run | None, str, int], tuple[Run, list[str]]]
+    processor: Callable[[Spec], ShardProcessor]
+    close: Callable[[Store, Run, Path], None] = lambda store, run, scratch: None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended."""
+
+    path: str  # the run's folder or URL
+    code: int  # exit code of the command: 0 all shards done; 1 shards failed or the run stopped; 130 interrupted
+    shards: int  # wanted
+    done: int  # shards, including those of earlier calls
+    rows: dict[str, int] = field(default_factory=dict)  # by status, of all shards that are done
+    failures: dict[str, str] = field(default_factory=dict)  # kind and reason, by shard
+    stuck: bool = False  # a thread is left that may never end: leave the process with os._exit
+
+
+def conduct(job: Job, options: RunOptions) -> RunResult:
+    """Do the job, or resume it.
+
+    Raises:
+        UserError: the options are invalid or not possible here; nothing was started.
+    """
+    root = options.out if "://" in options.out else os.path.abspath(options.out)
+    store = Store(root)
+    engine = select_engine(options.engine, options.device, options.address, options.workers, options.gpus_per_worker)
+    existing = None if options.overwrite else load_run(store)
+    run, hints = job.plan(existing, engine.device, engine.workers)
+    for line in (*hints, str(engine)):
+        print(line, file=sys.stderr)
+    if options.overwrite:
+        _wipe(store, options.out)
+    with session(store) as scratch, _sigterm():
+        run = begin(store, run, scratch)
+        threads = options.decode_threads or max(1, min(16, cores() // engine.workers))
+        spec = Spec(run, root, str(scratch), engine.device, threads)
+        result = _drive(store, spec, partial(job.processor, spec), options, engine)
+        if result.code in (0, 1):
+            job.close(store, run, scratch)
+        return result
+
+
+def _sigterm() -> contextlib.AbstractContextManager[None]:
+    """Handle SIGTERM as Ctrl-C. Python allows signal handlers only in the main thread."""
+    main = threading.current_thread() is threading.main_thread()
+    return sigterm_as_interrupt() if main else contextlib.nullcontext()
+
+
+def _wipe(store: Store, out: str) -> None:
+    if store.read("run.json") is None and store.listing("", ""):
+        raise UserError(f"--overwrite: {out} holds files but no run.json, so it is no run; choose another --out")
+    wipe(store)
+
+
+def _drive(store: Store, spec: Spec, factory: Factory, options: RunOptions, engine: Engine) -> RunResult:
+    run = spec.run
+    receipts = read_receipts(store, run)
+    redo = {name for name, receipt in receipts.items() if options.retry_failed and receipt.failed}
+    pending = [shard for shard in run.shards if shard.name not in receipts or shard.name in redo]
+    done = len(run.shards) - len(pending)
+    print(f"{done} of {len(run.shards)} shards done, {len(pending)} to do", file=sys.stderr)
+    if not pending:
+        print(f"nothing to do: all shards of {spec.root} are done")
+        return RunResult(spec.root, 0, len(run.shards), done, _rows(receipts.values()))
+    pool = make_pool(engine, factory, spec.decode_threads, run.config.torch_threads)
+    started = time.monotonic()
+    with Progress(done, len(run.shards), _expected(pending, receipts)) as progress:
+        driver = Driver(
+            pool,
+            Book(store, run, Path(spec.scratch), set(read_failures(store, receipts))),
+            workers=min(engine.workers, len(pending)),
+            timeout_s=options.shard_timeout_s,
+            max_failed=options.max_failed_shards,
+            redo=options.retry_failed,
+            tick=progress,
+        )
+        try:
+            outcome = driver.run(pending)
+        except KeyboardInterrupt:
+            outcome = driver.state.outcome
+            outcome.stopped = "interrupted"
+    done += len(outcome.receipts) + outcome.elsewhere
+    _report(outcome, len(run.shards), done, spec.root, time.monotonic() - started)
+    failures = {name: f"{failure.kind}: {failure.reason}" for name, failure in outcome.failures.items()}
+    code = 130 if outcome.stopped == "interrupted" else int(bool(failures or outcome.stopped))
+    stuck = isinstance(pool, LocalPool) and pool.abandoned
+    rows = _rows({**receipts, **outcome.receipts}.values())
+    return RunResult(spec.root, code, len(run.shards), done, rows, failures, stuck)
 
 
 @dataclass
 class Book:
-    """Results in the run's folder (the driver's view of it)."""
+    """The driver's view of the run's folder."""
 
     store: Store
     run: Run
     scratch: Path
-    failing: set[str]  # shards with a failure on record
+    failing: set[str]  # shards with a recorded failure
 
-    def standing(self, shard: Shard) -> Receipt | None:
+    def receipt_of(self, shard: Shard) -> Receipt | None:
         return read_receipt(self.store, self.run, shard)
 
     def succeeded(self, receipt: Receipt) -> None:
@@ -79,95 +175,11 @@ class Book:
         publish_failure(self.store, failure, self.scratch)
 
 
-@dataclass(frozen=True)
-class Job:
-    """What differs between one job and another.
-
-    Args:
-        plan: the run that is asked for and hints in words, from the standing run, the device and the workers.
-        processor: what a worker holds.
-        close: called where every shard stands or has failed, with what has been done so far: makes what is for looking
-            at, from the data files alone.
-    """
-
-    plan: Callable[[Run | None, str, int], tuple[Run, list[str]]]
-    processor: Callable[[Spec], ShardProcessor]
-    close: Callable[[Store, Run, Path], None] = lambda store, run, scratch: None
-
-
-def conduct(job: Job, settings: RunOptions) -> Exit:
-    """Do the job, or go on with it.
-
-    Raises:
-        UserError: the request cannot be met; nothing was started.
-    """
-    root = settings.out if "://" in settings.out else os.path.abspath(settings.out)
-    store = Store(root)
-    engine = select_engine(
-        settings.engine, settings.device, settings.address, settings.workers, settings.gpus_per_worker
-    )
-    standing = None if settings.overwrite else load_run(store)
-    run, hints = job.plan(standing, engine.device, engine.workers)
-    for line in (*hints, str(engine)):
-        print(line, file=sys.stderr)
-    if settings.overwrite:
-        _wipe(store, settings.out)
-    with session(store) as scratch, sigterm_as_interrupt():
-        run = begin(store, run, scratch)
-        spec = Spec(run, root, str(scratch), engine.device, _threads(settings, engine))
-        ended = _drive(store, spec, partial(job.processor, spec), settings, engine)
-        if ended.code in (0, 1):
-            job.close(store, run, scratch)
-        return ended
-
-
-def _threads(settings: RunOptions, engine: Engine) -> int:
-    return settings.decode_threads or max(1, min(16, cores() // engine.workers))
-
-
-def _wipe(store: Store, out: str) -> None:
-    if store.read("run.json") is None and store.listing("", ""):
-        raise UserError(f"--overwrite: {out} holds files but no run.json, so it is no run; choose another --out")
-    wipe(store)
-
-
-def _drive(store: Store, spec: Spec, factory: Factory, settings: RunOptions, engine: Engine) -> Exit:
-    run = spec.run
-    receipts = read_receipts(store, run)
-    book = Book(store, run, Path(spec.scratch), set(read_failures(store, receipts)))
-    redo = {name for name, receipt in receipts.items() if settings.retry_failed and receipt.failed}
-    pending = [shard for shard in run.shards if shard.name not in receipts or shard.name in redo]
-    standing = len(run.shards) - len(pending)
-    print(f"{standing} of {len(run.shards)} shards stand, {len(pending)} to do", file=sys.stderr)
-    if not pending:
-        print(f"nothing to do: {spec.root} is whole")
-        return Exit(0)
-    pool = make_pool(engine, factory, spec.decode_threads, run.config.torch_threads)
-    started = time.monotonic()
-    with Progress(standing, len(run.shards), _expected(pending, receipts)) as progress:
-        driver = Driver(
-            pool,
-            book,
-            workers=min(engine.workers, len(pending)),
-            timeout_s=settings.shard_timeout_s,
-            max_failed=settings.max_failed_shards,
-            redo=settings.retry_failed,
-            tick=progress,
-        )
-        try:
-            outcome = driver.run(pending)
-        except KeyboardInterrupt:
-            outcome = driver.state.outcome
-            outcome.stopped = "interrupted"
-    _report(outcome, len(run.shards), standing, spec.root, time.monotonic() - started)
-    stuck = isinstance(pool, LocalPool) and pool.abandoned
-    if outcome.stopped == "interrupted":
-        return Exit(130, stuck)
-    return Exit(1 if outcome.failures or outcome.stopped else 0, stuck)
-
-
 def _expected(pending: Sequence[Shard], receipts: dict[str, Receipt]) -> int | None:
-    """Images of the shards to do, from the samples a byte of those that stand, else of the first if it is at hand."""
+    """Estimate the images of the pending shards from their bytes and the samples per byte of shards that are done.
+
+    If none is done, count the samples of the first pending shard, unless it is remote.
+    """
     size = sum(receipt.size for receipt in receipts.values())
     samples = sum(receipt.samples for receipt in receipts.values())
     first = pending[0]
@@ -177,18 +189,22 @@ def _expected(pending: Sequence[Shard], receipts: dict[str, Receipt]) -> int | N
     return round(samples / size * sum(shard.size for shard in pending)) if size else None
 
 
-def _report(outcome: Outcome, shards: int, standing: int, root: str, seconds: float) -> None:
+def _report(outcome: Outcome, shards: int, done: int, root: str, seconds: float) -> None:
     receipts = outcome.receipts.values()
-    statuses: Counter[str] = sum((Counter(receipt.statuses) for receipt in receipts), Counter())
     samples = sum(receipt.samples for receipt in receipts)
-    done = standing + len(receipts) + outcome.elsewhere
-    rows = ", ".join(f"{count:,} {status}" for status, count in statuses.most_common()) or "no rows"
+    rows = ", ".join(f"{count:,} {status}" for status, count in _rows(receipts).items()) or "no rows"
     print(
-        f"{done}/{shards} shards stand in {root}: {samples:,} images in {clock(seconds)} "
+        f"{done}/{shards} shards done in {root}: {samples:,} images in {clock(seconds)} "
         f"({samples / seconds:,.1f} images/s); rows: {rows}; time: {spent(receipts)}"
     )
     for failure in outcome.failures.values():
         print(f"{failure.shard}: {failure.kind}: {failure.reason}", file=sys.stderr)
     if outcome.stopped or outcome.failures:
         why = outcome.stopped or f"{len(outcome.failures)} shards failed"
-        print(f"{why}; what stands is kept: the same command again goes on from here", file=sys.stderr)
+        print(f"{why}; finished shards are kept: repeat the command to resume", file=sys.stderr)
+
+
+def _rows(receipts: Iterable[Receipt]) -> dict[str, int]:
+    """Return the rows by status, the most frequent status first."""
+    statuses: Counter[str] = sum((Counter(receipt.statuses) for receipt in receipts), Counter())
+    return dict(statuses.most_common())

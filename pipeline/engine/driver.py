@@ -1,7 +1,9 @@
-"""The driver: owns the queue of shards, feeds workers two at a time, and decides what follows from what went wrong.
+"""The driver: owns the queue of shards, gives each worker two at a time, and handles every kind of failure.
 
-Data is broken: the shard fails, once. The world is broken: the shard is tried again, later, elsewhere. A worker dies:
-its shards go to others, and one that has killed three is poison. The code is broken: everything stops.
+- Broken data: the shard fails at once.
+- Broken environment (network, memory): the shard is retried later, by any worker.
+- Dead worker: its shards go to other workers; a shard that has killed three workers fails as poison.
+- Broken code: the run stops.
 """
 
 import time
@@ -15,18 +17,18 @@ from saltern.schemas.errors import DeviceLostError, OutputError, ShardError
 from saltern.schemas.receipt import Failure, Receipt
 from saltern.schemas.run import Shard
 
-IN_FLIGHT = 2  # shards of a worker: one is read while the other is finished
-ATTEMPTS = 3  # of a shard, where the world is broken, its time runs out or its worker dies
-STILLBORN = 5  # workers in a row that may die before they are ready
+IN_FLIGHT = 2  # shards of a worker: it reads one while it finishes the other
+ATTEMPTS = 3  # of a shard whose environment is broken, whose time runs out or whose worker dies
+STILLBORN = 5  # consecutive workers that may die before they are ready
 BACKOFF_S = (1.0, 5.0)  # before the second and the third attempt
 TICK_S = 0.25
 
 
 class Book(Protocol):
-    """Where results stand: the run's folder."""
+    """The record of results: the run's folder."""
 
-    def standing(self, shard: Shard) -> Receipt | None:
-        """The receipt, where the shard is done by now (another driver may have done it)."""
+    def receipt_of(self, shard: Shard) -> Receipt | None:
+        """Return the receipt if the shard is done; another driver may have done it."""
 
     def succeeded(self, receipt: Receipt) -> None: ...
 
@@ -35,24 +37,24 @@ class Book(Protocol):
 
 @dataclass
 class Outcome:
-    """How a drive ended."""
+    """The result of a drive."""
 
     receipts: dict[str, Receipt] = field(default_factory=dict)  # of this drive, by shard
     failures: dict[str, Failure] = field(default_factory=dict)
     elsewhere: int = 0  # shards that another driver finished meanwhile
-    stopped: str | None = None  # why it ended early, in words
+    stopped: str | None = None  # why it ended early
 
 
 @dataclass
 class State:
-    """What is under way; the progress line reads it."""
+    """The state of a drive, for the progress line."""
 
     outcome: Outcome
     total: int  # shards
     workers: int = 0  # ready
-    wanted: int = 0  # workers asked for
-    images: int = 0  # finished, those of unfinished shards included
-    says: list[str] = field(default_factory=list)  # notes for the user, one line each, taken by the progress line
+    wanted: int = 0  # workers that were started
+    images: int = 0  # finished, including those of unfinished shards
+    notes: list[str] = field(default_factory=list)  # lines for the user, which the progress line prints and removes
 
 
 @dataclass
@@ -65,12 +67,12 @@ class Driver:
     """Drives shards through a pool.
 
     Args:
-        pool: of workers; the driver starts `workers` of them and closes it.
-        book: where results stand.
-        workers: how many to start; work begins with the first that is ready.
-        timeout_s: of one shard, from the moment it is handed to a worker; None for no limit.
-        max_failed: stop when more shards than this have failed; None for never.
-        redo: hand on to the processor (redo the rows that are not ok).
+        pool: the driver starts its workers and closes it.
+        book: the record of results.
+        workers: how many to start; work begins when the first is ready.
+        timeout_s: limit of one shard, from its submission to a worker; None = no limit.
+        max_failed: stop when more shards than this have failed; None = never.
+        redo: passed to the processor (redo the rows that are not ok).
         tick: called a few times a second.
     """
 
@@ -89,20 +91,21 @@ class Driver:
         self._timeout_s, self._max_failed, self._redo, self._tick = timeout_s, max_failed, redo, tick
         self._queue: deque[Shard] = deque()
         self._later: list[tuple[float, Shard]] = []
-        self._suspects: deque[Shard] = deque()  # of those suspected, the ones that wait
-        self._suspected: set[str] = set()  # their worker died or hung: each runs alone, so that no neighbour is blamed
+        # A shard whose worker died or hung is a suspect. It runs with no other shard, so that no other is blamed.
+        self._suspected: set[str] = set()
+        self._suspects: deque[Shard] = deque()  # suspects that wait for a worker
         self._flights: dict[int, dict[str, _Flight]] = {}  # by ready worker
         self._attempts: dict[str, int] = {}
         self._kills: dict[str, int] = {}
         self._living: set[int] = set()
         self._image_base = 0
-        self._stillborn = 0  # workers that died before they were ready, in a row
+        self._stillborn = 0  # consecutive workers that died before they were ready
 
     def run(self, shards: Iterable[Shard]) -> Outcome:
         """Drive all shards to a receipt or a failure.
 
         Raises:
-            Whatever the code raised that is no fault of data or world, as it is.
+            Any error of the code, unchanged.
         """
         self._queue.extend(shards)
         self.state = State(Outcome(), len(self._queue), wanted=self._workers)
@@ -111,7 +114,8 @@ class Driver:
             while self._unfinished() and self.state.outcome.stopped is None:
                 self._assign()
                 for event in self._pool.wait(TICK_S):
-                    if event.worker in self._living:  # one event may tell of the end of a worker that another is of
+                    # Skip events of workers that an earlier event in this batch removed.
+                    if event.worker in self._living:
                         self._handle(event)
                 self._expire()
                 self.state.workers = len(self._flights)
@@ -132,21 +136,18 @@ class Driver:
         self._later = [(due, shard) for due, shard in self._later if due > now]
         for slots in range(IN_FLIGHT):  # the first of every worker before the second of any
             for worker, flights in self._flights.items():
-                if len(flights) == slots and not self._alone(flights):
-                    found = self._next(alone=not flights)
-                    if found is not None:
-                        flights[found.name] = _Flight(found, now)
-                        self._pool.submit(worker, found, self._redo)
+                if len(flights) == slots and self._suspected.isdisjoint(flights):
+                    following = self._next(idle=not flights)
+                    if following is not None:
+                        flights[following.name] = _Flight(following, now)
+                        self._pool.submit(worker, following, self._redo)
 
-    def _alone(self, flights: dict[str, _Flight]) -> bool:
-        return not self._suspected.isdisjoint(flights)
-
-    def _next(self, alone: bool) -> Shard | None:
-        """The next shard that still needs doing; one under suspicion only for a worker that has nothing else."""
-        for source in (self._suspects, self._queue) if alone else (self._queue,):
+    def _next(self, idle: bool) -> Shard | None:
+        """Return the next shard that is not done; a suspect only for an idle worker."""
+        for source in (self._suspects, self._queue) if idle else (self._queue,):
             while source:
                 shard = source.popleft()
-                if self._redo or self._book.standing(shard) is None:
+                if self._redo or self._book.receipt_of(shard) is None:
                     return shard
                 self.state.outcome.elsewhere += 1
         return None
@@ -202,7 +203,7 @@ class Driver:
             )
 
     def _replace(self, worker: int, reason: str, blame: bool) -> None:
-        """A worker is gone: make another, and give its shards to whoever is free."""
+        """Start another worker in place of one that is gone, and queue the shards of that one again."""
         self._image_base = self.state.images
         self._stillborn += worker not in self._flights
         if self._stillborn > STILLBORN:
@@ -212,7 +213,7 @@ class Driver:
         self._pool.kill(worker)
         self._living.add(self._pool.start())
         names = ", ".join(flights) or "nothing"
-        self._say(f"a worker is gone ({reason}) with {names} in flight; made anew")
+        self._say(f"a worker is gone ({reason}), {names} in flight; another was started")
         for flight in flights.values():
             name = flight.shard.name
             if not blame:
@@ -226,7 +227,7 @@ class Driver:
                 self._suspects.append(flight.shard)
 
     def _expire(self) -> None:
-        """Shards past their time limit. Nothing but the end of its worker ends one for sure."""
+        """Retry the shards that are past their time limit. Only the end of its worker stops a shard for certain."""
         if self._timeout_s is None:
             return
         now = time.monotonic()
@@ -240,4 +241,4 @@ class Driver:
                 self._replace(worker, "a shard ran out of time", blame=False)
 
     def _say(self, text: str) -> None:
-        self.state.says.append(text)
+        self.state.notes.append(text)

@@ -1,4 +1,4 @@
-"""Workers as threads of this process."""
+"""Worker threads of this process."""
 
 import itertools
 import queue
@@ -17,14 +17,14 @@ class _Local:
 
 
 class LocalPool:
-    """Workers in this process: threads, which can be abandoned but not killed."""
+    """Workers that are threads of this process. A thread can be abandoned but not killed."""
 
     def __init__(self, factory: Factory):
         self._factory = factory
         self._events: queue.Queue[Event] = queue.Queue()
         self._workers: dict[int, _Local] = {}
         self._numbers = itertools.count()
-        self.abandoned = False  # a thread is stuck: the process must be left with os._exit
+        self.abandoned = False  # a thread is stuck: leave the process with os._exit
 
     def start(self) -> int:
         number = next(self._numbers)
@@ -39,7 +39,7 @@ class LocalPool:
         try:
             self._workers[number].processor = self._factory()
             self._events.put(Ready(number))
-        except BaseException as error:  # raised again by the driver
+        except BaseException as error:  # the driver raises it
             self._events.put(Raised(number, None, error))
 
     def submit(self, worker: int, shard: Shard, redo: bool) -> None:
@@ -50,7 +50,7 @@ class LocalPool:
         assert worker.processor is not None  # noqa: S101 - the driver waits for Ready
         try:
             event: Event = Done(number, shard, worker.processor.process(shard, redo))
-        except BaseException as error:  # judged by the driver
+        except BaseException as error:  # the driver handles it
             event = Raised(number, shard, error)
         worker.busy.discard(shard.name)
         self._events.put(event)

@@ -1,4 +1,4 @@
-"""Workers behind one face: what the driver asks of them, and the ones that live in this process."""
+"""The interface between the driver and its workers: processors, pools and their events."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from saltern.schemas.run import Shard
 
 
 class ShardProcessor(Protocol):
-    """What a worker holds: built once, then fed with shards, two at once."""
+    """The processor of a worker: built once, then called with shards, two at a time."""
 
-    images: int
+    images: int  # finished
 
     def process(self, shard: Shard, redo: bool = False) -> Receipt: ...
 
@@ -28,6 +28,8 @@ class Ready:
 
 @dataclass(frozen=True)
 class Done:
+    """A worker has finished a shard."""
+
     worker: int
     shard: Shard
     receipt: Receipt
@@ -35,7 +37,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Raised:
-    """`process`, or with no shard the building of the processor, raised an error."""
+    """`process` raised an error; or, if shard is None, the building of the processor did."""
 
     worker: int
     shard: Shard | None
@@ -44,11 +46,11 @@ class Raised:
 
 @dataclass(frozen=True)
 class Died:
-    """A worker's process is gone, and with it all that it had in flight."""
+    """A worker's process is gone, with its shards in flight."""
 
     worker: int
-    reason: str  # in words, one line
-    blame: bool  # False where its whole machine went
+    reason: str  # one line
+    blame: bool  # the shards in flight may be the cause; False if the whole machine is gone
 
 
 Event = Ready | Done | Raised | Died
@@ -58,16 +60,16 @@ class Pool(Protocol):
     """Workers by number. A number is never used again."""
 
     def start(self) -> int:
-        """Begin to make a worker; `Ready` follows when it stands."""
+        """Start a worker and return its number; `Ready` follows."""
 
     def submit(self, worker: int, shard: Shard, redo: bool) -> None: ...
 
     def wait(self, timeout_s: float) -> list[Event]:
-        """What has happened; waits for the first event, at most so long. Nothing is said of killed workers."""
+        """Wait for the first event, at most so long, and return all events; none is of a killed worker."""
 
     def kill(self, worker: int) -> None: ...
 
     def images(self) -> int:
-        """Images that the living workers have finished since they were made."""
+        """Return the images that the living workers have finished since they were started."""
 
     def close(self) -> None: ...

@@ -1,4 +1,4 @@
-"""What the user sees while a run goes on: one line on a terminal, plain log lines elsewhere; all on stderr."""
+"""Progress on stderr: one live line on a terminal, plain log lines elsewhere."""
 
 import sys
 import time
@@ -16,7 +16,7 @@ WAITING_S = 30.0
 
 
 def spent(receipts: Iterable[Receipt]) -> str:
-    """Where the thread time went, as `read 3 %, decode 40 %, ...`."""
+    """Return the share of thread time in each phase, as `read 3 %, decode 40 %, ...`."""
     total = dict.fromkeys(PHASES, 0.0)
     for receipt in receipts:
         for phase in PHASES:
@@ -26,18 +26,18 @@ def spent(receipts: Iterable[Receipt]) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss."""
+    """Return seconds as h:mm:ss or m:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class Progress:
-    """The `tick` of a drive.
+    """The progress display, which the driver calls as its `tick`.
 
     Args:
-        shards_done, shards: those that stood before, and all.
-        expected: images of the shards that are still to do, as estimated; None where unknown.
+        shards_done, shards: those done before this drive, and all.
+        expected: estimated images of the pending shards; None if unknown.
     """
 
     def __init__(self, shards_done: int, shards: int, expected: int | None):
@@ -58,7 +58,7 @@ class Progress:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """A line of its own."""
+        """Print a line above the live line."""
         if self._live:
             self._live.console.print(Text(text))
         else:
@@ -72,8 +72,8 @@ class Progress:
             self._waiting = False
             if not state.workers:
                 self.say(f"no worker of {state.wanted} is ready yet; waiting for the cluster's resources")
-        while state.says:
-            self.say(state.says.pop(0))
+        while state.notes:
+            self.say(state.notes.pop(0))
         if self._live:
             self._live.update(Text(self.line(state)))
         elif time.monotonic() - self._last >= PLAIN_EVERY_S:

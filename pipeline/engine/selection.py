@@ -1,4 +1,4 @@
-"""Which engine runs the work, on how many workers, and its pool."""
+"""Select the engine and the number of workers, and make the pool."""
 
 import os
 import secrets
@@ -15,13 +15,13 @@ from saltern.schemas.errors import UserError
 
 @dataclass(frozen=True)
 class Engine:
-    """The engine that was chosen."""
+    """The selected engine."""
 
     ray: bool
     device: str  # cpu | cuda
     workers: int
     gpus: float  # of each worker
-    why: str  # in words
+    why: str  # for the user
 
     def __str__(self) -> str:
         kind = "ray" if self.ray else "local"
@@ -31,39 +31,39 @@ class Engine:
 def select_engine(
     engine: str, device: str, address: str | None, workers: int | None, gpus_per_worker: float | None
 ) -> Engine:
-    """Local for one device and no cluster, else Ray, whose cluster is joined or started.
+    """Select the local engine for one device and no cluster, else Ray; join its cluster or start one.
 
     Raises:
-        UserError: the wishes contradict each other, or cannot be had here.
+        UserError: the options contradict each other, or are not possible here.
     """
     choices.check_choice("--engine", engine, choices.Engine)
     if engine == "local" and (address or (workers or 1) > 1):
         raise UserError("--engine local is one worker in this process; --address and --workers need --engine ray")
-    why = "as asked for" if engine != "auto" else _reason_for_ray(device, address, workers)
+    why = "as requested" if engine != "auto" else _reason_for_ray(device, address, workers)
     if engine == "local" or why is None:
         return Engine(False, pick_device(device), 1, 0.0, why or "one device and no cluster")
     address = address or os.environ.get("RAY_ADDRESS")
     secure(address)
     from saltern.pipeline.engine.actors import join_cluster
 
-    found = join_cluster(address)
+    resources = join_cluster(address)
     if device == "auto":
-        device = "cuda" if found.get("GPU") else "cpu"
+        device = "cuda" if resources.get("GPU") else "cpu"
     gpus = float(device == "cuda") if gpus_per_worker is None else gpus_per_worker
-    return Engine(True, device, workers or max(1, int(found.get("GPU", 0.0) / gpus) if gpus else 1), gpus, why)
+    return Engine(True, device, workers or max(1, int(resources.get("GPU", 0.0) / gpus) if gpus else 1), gpus, why)
 
 
 def _reason_for_ray(device: str, address: str | None, workers: int | None) -> str | None:
     if address or os.environ.get("RAY_ADDRESS"):
-        return "a cluster is named"
+        return "a cluster was named"
     if (workers or 1) > 1:
-        return f"{workers} workers are asked for"
+        return f"{workers} workers were requested"
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     return f"{gpus} GPUs here" if gpus > 1 and workers is None else None
 
 
 def secure(address: str | None) -> None:
-    """A cluster of our own is closed to others by a token of its own. Ray reads these when it is imported."""
+    """Protect a cluster that this process will start with a new token. Ray reads the variables when it is imported."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address is None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -72,7 +72,7 @@ def secure(address: str | None) -> None:
 
 
 def make_pool(engine: Engine, factory: Factory, decode_threads: int, torch_threads: int) -> Pool:
-    """Workers that hold what `factory` makes."""
+    """Return a pool whose workers build their processors with `factory`."""
     if not engine.ray:
         return LocalPool(factory)
     from saltern.pipeline.engine.actors import RayPool

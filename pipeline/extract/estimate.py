@@ -1,4 +1,4 @@
-"""What a run would take, from a few dozen images that are really extracted, into a folder that goes away again."""
+"""Estimate the time and the output of a run: extract a few dozen images into a temporary folder and project."""
 
 import tempfile
 import time
@@ -8,23 +8,24 @@ from dataclasses import dataclass, replace
 import pyarrow.parquet as pq
 
 from saltern.pipeline.extract.extraction import Extraction
-from saltern.pipeline.extract.processor import Processor, Spec
+from saltern.pipeline.extract.processor import Processor
 from saltern.pipeline.extract.request import ExtractRequest, resolve
 from saltern.pipeline.machine import cores, pick_device
 from saltern.pipeline.runs.manifest import data_name
+from saltern.pipeline.runs.outlet import Spec
 from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.samples import list_keys
 from saltern.pipeline.storage.store import Store, session
 from saltern.schemas.errors import UserError
 from saltern.schemas.run import Shard
 
-COUNTED = 16  # shards whose samples are counted; of more, the others' are estimated by their bytes
+COUNTED = 16  # shards whose samples are counted; the samples of the others are estimated from their bytes
 TRIED = 64  # images extracted
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would take. None where no model was named."""
+    """The estimate for a run. Fields are None if no model was named."""
 
     shards: int
     input_bytes: int
@@ -41,32 +42,18 @@ class Plan:
             f"samples  {about}{self.samples:,}",
         ]
         if self.hours is None or self.output_bytes is None:
-            return "\n".join([*lines, "time     give --model and --method to have it estimated"])
-        return "\n".join(
-            [
-                *lines,
-                f"time     about {self.hours:,.2f} h at {self.images_per_s:,.1f} images/s a worker, as tried here",
-                f"output   about {self.output_bytes / 1e6:,.1f} MB",
-            ]
-        )
-
-
-def count(shards: Sequence[Shard]) -> tuple[int, bool]:
-    """Samples of the shards, and whether each was counted."""
-    step = max(1, -(-len(shards) // COUNTED))
-    counted = shards[::step]
-    samples = sum(len(list_keys(shard)) for shard in counted)
-    if step == 1:
-        return samples, True
-    size = sum(shard.size for shard in counted)
-    return round(samples * sum(shard.size for shard in shards) / size) if size else 0, False
+            lines.append("time     give --model and --method to estimate it")
+        else:
+            lines.append(f"time     about {self.hours:,.2f} h at {self.images_per_s:,.1f} images/s per worker")
+            lines.append(f"output   about {self.output_bytes / 1e6:,.1f} MB")
+        return "\n".join(lines)
 
 
 def estimate(request: ExtractRequest, device: str, workers: int) -> tuple[Plan, list[str]]:
-    """Count samples; where a model is named, extract a few images of the first shard and project their time and bytes.
+    """Count samples; if a model is named, extract a few images of the first shard and project time and bytes.
 
     Raises:
-        UserError: a shard, the model or the method cannot be had.
+        UserError: a shard, the model or the method is not available.
     """
     shards, hints = expand(request.shards)
     samples, exact = count(shards)
@@ -79,12 +66,23 @@ def estimate(request: ExtractRequest, device: str, workers: int) -> tuple[Plan, 
     return replace(plan, images_per_s=rate, hours=hours, output_bytes=output), hints
 
 
+def count(shards: Sequence[Shard]) -> tuple[int, bool]:
+    """Return the number of samples in the shards, and whether it is exact."""
+    step = max(1, -(-len(shards) // COUNTED))
+    counted = shards[::step]
+    samples = sum(len(list_keys(shard)) for shard in counted)
+    if step == 1:
+        return samples, True
+    size = sum(shard.size for shard in counted)
+    return round(samples * sum(shard.size for shard in shards) / size) if size else 0, False
+
+
 def _try(request: ExtractRequest, device: str) -> tuple[float, float, int]:
-    """Images/s, stored bytes an image, and bytes of a file beside its rows."""
+    """Return images/s, stored bytes per image, and the bytes of a file that are not rows."""
     run, _ = resolve(request, None, device, 1)
     with tempfile.TemporaryDirectory(prefix="saltern-plan-") as root, session(Store(root)) as scratch:
         processor = Processor(Spec(run, root, str(scratch), device, cores()), Extraction)
-        processor.process(run.shards[0])  # the first time pays for set-up
+        processor.process(run.shards[0])  # the first time includes set-up
         since = time.perf_counter()
         receipt = processor.process(run.shards[0])
         seconds = time.perf_counter() - since

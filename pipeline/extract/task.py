@@ -1,8 +1,8 @@
-"""What the processor and the jobs that it runs hand to each other."""
+"""The work of one job on samples, as the processor calls it, and the data that they exchange."""
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,31 +13,48 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saltern.pipeline.runs.writer import Row
+from saltern.pipeline.runs.writer import Record
 from saltern.pipeline.shards.decode import Decoded, DecodeError
 from saltern.pipeline.shards.samples import Sample
 from saltern.schemas.errors import DeviceLostError
 from saltern.schemas.run import Shard
 from saltern.schemas.saliency import NONFINITE, OK, ZERO_MAP
 
-_STATUS = (OK, ZERO_MAP, NONFINITE)
-
+STATUSES = (OK, ZERO_MAP, NONFINITE)  # by the code that a task computes on the device
 
 Decoding = Future[tuple[Decoded, float]]  # with its thread seconds
 
 
+class Task(Protocol):
+    """What a job does with samples.
+
+    The thread that owns the device builds and calls a task; the thread that writes calls `records`.
+    """
+
+    schema: pa.Schema  # of the data files; includes key, shard, index, status and error
+
+    def __call__(self, pixels_BHWC: Tensor, label_B: Tensor, seed_B: Tensor) -> "Pending":
+        """Start one batch: pixels uint8, labels and seeds int64, all on the host."""
+
+    def problem(self, sample: Sample) -> tuple[str, str] | None:
+        """Return status and reason if the task cannot use a sample that has an image."""
+
+    def records(self, shard: Shard, batch: "list[Item]", explained: "Explained | None") -> list[Record]:
+        """Return the records of a decoded batch, in its order; `explained` is None if no item was decoded."""
+
+
 @dataclass
 class Item:
-    """A sample that is being decoded, has failed before the method, or is kept from an earlier run."""
+    """A sample that is being decoded, that failed before the method, or whose records an earlier run has."""
 
     sample: Sample
     decoding: Decoding | None = None
     problem: tuple[str, str] | None = None  # status, reason
-    kept: list[Row] | None = None
+    kept: list[Record] | None = None
     decoded: Decoded | None = None
 
-    def settle(self) -> float:
-        """Wait for the decoding; returns its thread seconds."""
+    def wait(self) -> float:
+        """Wait for the decoding and return its thread seconds."""
         if self.decoding is None:
             return 0.0
         try:
@@ -49,14 +66,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Explained:
-    """What one batch gave, on the host; R = B * targets, all targets of a sample in a run."""
+    """Results of one batch, on the host. R = B * targets rows; the rows of a sample are adjacent."""
 
     columns: dict[str, NDArray[Any]]
     statuses: list[str]  # of each row
 
     @classmethod
     def concatenate(cls, parts: "list[Explained]") -> "Explained":
-        """One batch of the parts into which it was split."""
+        """Join the parts into which a batch was split."""
         if len(parts) == 1:
             return parts[0]
         names = parts[0].columns
@@ -64,8 +81,51 @@ class Explained:
         return cls(joined, [status for part in parts for status in part.statuses])
 
 
+# Columns of one row from (its decoded image, the columns of its batch, its number in them, its status).
+Describe = Callable[[Decoded, dict[str, NDArray[Any]], int, str], Record]
+
+
+def assemble(
+    shard: Shard,
+    items: Sequence[Item],
+    explained: Explained | None,
+    describe: Describe,
+    reasons: Mapping[str, str],
+    each: int = 1,
+) -> list[Record]:
+    """Return the records of a batch, in the order of its items.
+
+    Args:
+        shard: of the items.
+        items: decoded, failed or kept.
+        explained: results of the decoded items, `each` rows for one; None if no item was decoded.
+        describe: gives the columns that the job adds to a row.
+        reasons: the column `error` by status.
+        each: rows of a decoded sample.
+    """
+    records: list[Record] = []
+    row = 0
+    for item in items:
+        sample, decoded = item.sample, item.decoded
+        identity = {"key": sample.key, "shard": shard.name, "index": sample.index, "label": sample.label}
+        if item.kept is not None:
+            records += item.kept
+        elif decoded is None or explained is None:
+            status, reason = item.problem or ("", "")
+            records.append({**identity, "status": status, "error": reason})
+        else:
+            identity |= {"image_height": decoded.image_height, "image_width": decoded.image_width}
+            for number in range(row, row + each):
+                status = explained.statuses[number]
+                columns = describe(decoded, explained.columns, number, status)
+                end = {"geometry": list(decoded.geometry), "status": status, "error": reasons.get(status)}
+                records.append({**identity, **columns, **end})
+            row += each
+    return records
+
+
 class Pending:
-    """Results on their way to the host. `wait` blocks the caller, not the device's thread."""
+    """Results that are being copied to the host. `wait` blocks the caller, not the device's thread."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
@@ -79,6 +139,7 @@ class Pending:
         return event
 
     def send(self, columns: dict[str, Tensor]) -> "Pending":
+        """Start the copies to the host."""
         self._columns = {name: self._to_host(column) for name, column in columns.items()}
         self._ended = self._mark()
         return self
@@ -89,34 +150,19 @@ class Pending:
         return torch.empty(column.shape, dtype=column.dtype, pin_memory=True).copy_(column, non_blocking=True)
 
     def wait(self) -> tuple[Explained, float]:
-        """The results, and the seconds that the device spent on them."""
+        """Return the results and the seconds that the device spent on them."""
         if self._cuda:
             self._ended.synchronize()
             seconds = self._started.elapsed_time(self._ended) / 1000
         else:
             seconds = self._ended - self._started
         columns = {name: column.numpy() for name, column in self._columns.items()}
-        return Explained(columns, [_STATUS[code] for code in columns.pop("status").tolist()]), seconds
-
-
-class Task(Protocol):
-    """What a job does with samples; made and called in the thread that owns the device, but for `rows`."""
-
-    schema: pa.Schema  # of the data files; begins with key, shard, index, ends with status, error
-
-    def __call__(self, pixels_BHWC: Tensor, label_B: Tensor, seed_B: Tensor) -> Pending:
-        """Begin one batch, on the host as yet: pixels uint8, labels and seeds int64."""
-
-    def problem(self, sample: Sample) -> tuple[str, str] | None:
-        """Status and reason where a sample with an image cannot be worked on all the same."""
-
-    def rows(self, shard: Shard, batch: list[Item], found: Explained | None) -> list[Row]:
-        """Rows of a settled batch, in its order."""
+        return Explained(columns, [STATUSES[code] for code in columns.pop("status").tolist()]), seconds
 
 
 @contextlib.contextmanager
 def device_losses() -> Iterator[None]:
-    """A CUDA error leaves the process unusable: said as what it means."""
+    """Raise DeviceLostError for a CUDA error, which leaves the process unusable."""
     try:
         yield
     except torch.OutOfMemoryError:

@@ -11,10 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saltern.schemas.errors import UserError
-
-Rule = Callable[[Tensor], Tensor]  # unit_BHW in [0, 1] -> threshold_B in [0, 1]
-RULES = "mean:ALPHA, mean-std:K, quantile:Q, fixed:T, max:ALPHA, fraction, otsu"
+from saltern.schemas.rules import Rule
 
 
 def discretize(map_BHW: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -29,30 +26,11 @@ def discretize(map_BHW: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     lo_B, hi_B = map_BHW.amin((1, 2)), map_BHW.amax((1, 2))
     span_B = hi_B - lo_B
     unit_BHW = (map_BHW - lo_B[:, None, None]) / span_B.where(span_B > 0, torch.ones_like(span_B))[:, None, None]
-    unit_B = rule(unit_BHW)
+    unit_B = _RULES[rule.name](unit_BHW, rule.number)
     chosen_BHW = torch.where(unit_BHW >= unit_B[:, None, None], map_BHW, torch.inf)
     # Converting back rounds. The threshold must not exceed a value that the rule chose, or the mask would lose it.
     threshold_B = (lo_B + unit_B * span_B).minimum(chosen_BHW.amin((1, 2)))
     return map_BHW >= threshold_B[:, None, None], threshold_B
-
-
-def parse_rule(text: str) -> Rule:
-    """Return the discretization rule of a text as `mean:1`.
-
-    Raises:
-        UserError: the text is none of RULES; the message lists them.
-    """
-    name, colon, number = text.partition(":")
-    try:
-        if name in _PLAIN and not colon:
-            return _PLAIN[name]
-        make, default, limit = _WITH_NUMBER[name]
-        value = float(number) if colon else default
-    except (KeyError, ValueError):
-        raise UserError(f"--discretize {text!r} is not a rule; the rules are {RULES}") from None
-    if not np.isfinite(value) or (limit is not None and not 0 <= value <= limit):
-        raise UserError(f"--discretize {text!r}: the number must be in 0..{limit or 'infinity'}")
-    return make(value)
 
 
 def upsample(map_Bhw: Tensor, size: tuple[int, int]) -> Tensor:
@@ -81,24 +59,20 @@ def largest_box(mask_HW: np.ndarray) -> tuple[int, int, int, int] | None:
     return x, y, x + width, y + height
 
 
-def _mean(alpha: float) -> Rule:
-    return lambda unit_BHW: alpha * unit_BHW.mean((1, 2))
+def _mean(unit_BHW: Tensor, alpha: float) -> Tensor:
+    return alpha * unit_BHW.mean((1, 2))
 
 
-def _mean_std(k: float) -> Rule:
-    return lambda unit_BHW: unit_BHW.mean((1, 2)) + k * unit_BHW.flatten(1).std(1, correction=0)
+def _mean_std(unit_BHW: Tensor, k: float) -> Tensor:
+    return unit_BHW.mean((1, 2)) + k * unit_BHW.flatten(1).std(1, correction=0)
 
 
-def _quantile(q: float) -> Rule:
-    def rule(unit_BHW: Tensor) -> Tensor:
-        pixels = unit_BHW[0].numel()
-        kept = max(1, round((1 - q) * pixels))
-        return _kth_largest(unit_BHW, torch.full((len(unit_BHW),), kept, device=unit_BHW.device))
-
-    return rule
+def _quantile(unit_BHW: Tensor, q: float) -> Tensor:
+    kept = max(1, round((1 - q) * unit_BHW[0].numel()))
+    return _kth_largest(unit_BHW, torch.full((len(unit_BHW),), kept, device=unit_BHW.device))
 
 
-def _fraction(unit_BHW: Tensor) -> Tensor:
+def _fraction(unit_BHW: Tensor, _: float) -> Tensor:
     return _kth_largest(unit_BHW, (unit_BHW.mean((1, 2)) * unit_BHW[0].numel()).round().long())
 
 
@@ -107,15 +81,15 @@ def _kth_largest(unit_BHW: Tensor, count_B: Tensor) -> Tensor:
     return ordered_BN.gather(1, (count_B.clamp(1, ordered_BN.shape[1]) - 1)[:, None])[:, 0]
 
 
-def _fixed(t: float) -> Rule:
-    return lambda unit_BHW: unit_BHW.new_full((len(unit_BHW),), t)
+def _fixed(unit_BHW: Tensor, t: float) -> Tensor:
+    return unit_BHW.new_full((len(unit_BHW),), t)
 
 
-def _max(alpha: float) -> Rule:
-    return lambda unit_BHW: alpha * unit_BHW.amax((1, 2))
+def _max(unit_BHW: Tensor, alpha: float) -> Tensor:
+    return alpha * unit_BHW.amax((1, 2))
 
 
-def _otsu(unit_BHW: Tensor) -> Tensor:
+def _otsu(unit_BHW: Tensor, _: float) -> Tensor:
     """Return the threshold that maximises the variance between the two classes (Otsu 1979), on 256 levels."""
     level_BN = (unit_BHW * 255).round().long().flatten(1)
     hist_BL = unit_BHW.new_zeros(len(unit_BHW), 256).scatter_add_(
@@ -128,12 +102,13 @@ def _otsu(unit_BHW: Tensor) -> Tensor:
     return (between_BL.argmax(1) + 0.5) / 255
 
 
-# name -> rule, default of its number, largest number
-_WITH_NUMBER: dict[str, tuple[Callable[[float], Rule], float, float | None]] = {
-    "mean": (_mean, 1.0, None),
-    "mean-std": (_mean_std, 0.0, None),
-    "quantile": (_quantile, 0.9, 1.0),
-    "fixed": (_fixed, 0.5, 1.0),
-    "max": (_max, 0.5, 1.0),
+# By name: unit_BHW in [0, 1] and the rule's number -> threshold_B in [0, 1].
+_RULES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "mean": _mean,
+    "mean-std": _mean_std,
+    "quantile": _quantile,
+    "fraction": _fraction,
+    "fixed": _fixed,
+    "max": _max,
+    "otsu": _otsu,
 }
-_PLAIN: dict[str, Rule] = {"fraction": _fraction, "otsu": _otsu}

@@ -15,8 +15,8 @@ from saltern.pipeline.methods.options import OptionSpec, from_text
 from saltern.pipeline.models.passes import logits_of, pick_target
 from saltern.pipeline.models.taps import Taps
 from saltern.pipeline.naming import install_hint, nearest
+from saltern.schemas.config import check_keys
 from saltern.schemas.errors import UserError
-from saltern.schemas.run import check_keys
 
 _OURS = ("self", "inputs", "target", "additional_forward_args", "kwargs")  # of attribute(); the others are options
 _REQUIRED = "Required."

@@ -5,8 +5,8 @@ import types
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from saltern.schemas.config import check_keys
 from saltern.schemas.errors import UserError
-from saltern.schemas.run import check_keys
 
 
 class OptionSpec(NamedTuple):

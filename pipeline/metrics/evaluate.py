@@ -72,7 +72,7 @@ class Evaluation:
     @property
     def maps(self) -> str:
         """How F1 treats the maps: one of judge.MAPS."""
-        config = self.run.run.config
+        config = self.run.config
         return NO_MAPS if not config.save_map else AS_IS if config.method in UNIT_MAPS else SCALED
 
     def add(self, part: Judged) -> None:
@@ -92,11 +92,11 @@ class Evaluation:
 
     def summary(self) -> dict[str, Any]:
         """Return everything as JSON, the means in percent."""
-        config = self.run.run.config
+        config = self.run.config.to_dict()
         return {
             "run": self.run.path,
             "fingerprint": self.run.run.fingerprint,
-            **{name: getattr(config, name) for name in ("model", "method", "target", "discretize")},
+            **{name: config[name] for name in ("model", "method", "target", "discretize")},
             "samples": self.samples,
             "without_boxes": self.without_boxes,
             "bad_annotations": self.bad_annotations,

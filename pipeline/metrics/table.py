@@ -18,7 +18,7 @@ _SHOWN = 5  # number of failed samples that are printed
 
 def as_table(evaluation: Evaluation) -> str:
     """Return a Markdown table of the run and the baselines: means with half their 95 % intervals."""
-    config = evaluation.run.run.config
+    config = evaluation.run.config
     names = {FOUND: f"{config.method} of {config.model}", CENTRE: "centre box of half the area", WHOLE: "whole image"}
     rows = [[name, *map(_cell, evaluation.means[subject].values())] for subject, name in names.items()]
     return markdown_table(["", *(_HEADS[column] for column in evaluation.columns)], rows)
@@ -31,10 +31,10 @@ def _cell(mean: Mean) -> str:
 
 def remarks(evaluation: Evaluation) -> Iterator[str]:
     """Yield lines on which samples the table covers and how its numbers were computed."""
-    config = evaluation.run.run.config
+    config = evaluation.run.config
     yield (
-        f"{evaluation.samples:,} samples with boxes; target {config.target}, "
-        f"boxes of the masks by {config.discretize}; ± half the 95 % interval"
+        f"{evaluation.samples:,} samples with boxes; target {config.target.text}, "
+        f"boxes of the masks by {config.discretize.text}; ± half the 95 % interval"
     )
     if "f1" in evaluation.columns:
         yield f"F1: {_MAPS[evaluation.maps]}"

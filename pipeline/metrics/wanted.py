@@ -35,7 +35,7 @@ def wanted_shards(run: SaliencyRun, patterns: Sequence[str]) -> tuple[list[Shard
             raise UserError(f"{tar.url} and {chosen[shard.name].url} are both the run's {shard.name}; name one of them")
         else:
             chosen[shard.name] = replace(shard, url=tar.url)
-    if strangers and (run.run.config.limit is None or not chosen):
+    if strangers and (run.config.limit is None or not chosen):
         raise UserError(
             f"{strangers[0].url} ({strangers[0].size:,} bytes) is not a shard of {run.path}"
             f"{_others(strangers)}; the run's first is {run.run.shards[0].url} "

@@ -12,22 +12,11 @@ from torch import Tensor, nn
 
 from saltern.pipeline.models.weights import SUFFIXES, digest, fit, read
 from saltern.pipeline.naming import brief, import_object, install_hint, nearest
+from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
 
 _LITE = {"efficientnet_lite0": 224, "efficientnet_lite1": 240, "efficientnet_lite2": 260}  # side of the input, pixels
 _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}  # heads only used in training
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """Preprocessing of an upright RGB image: resize, centre crop, scale to [0, 1], (x - mean) / std."""
-
-    resize: int = 256  # shorter side, pixels
-    crop: int = 224  # side of the input, pixels
-    squash: bool = False  # resize both sides to crop, without keeping the aspect ratio
-    interpolation: str = "bilinear"  # bilinear | bicubic, antialiased
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
 
 @dataclass

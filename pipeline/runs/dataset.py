@@ -1,4 +1,4 @@
-"""A torch dataset of images with their maps and masks: a run joined with the shards it was made from."""
+"""A torch dataset of images with their maps and masks: a run joined with its shards."""
 
 import random
 from collections.abc import Iterator
@@ -19,36 +19,36 @@ from saltern.schemas.saliency import OK
 
 
 class SaliencyDataset(IterableDataset[dict[str, Any]]):
-    """Streams a run beside its shards: each (sample, target) once over all ranks and loader workers.
+    """Streams a run with its images: each (sample, target) once over all ranks and loader workers.
 
-    Whole shards are dealt out, first to ranks, then to a rank's workers: have at least ranks * workers of them. Ranks
-    may differ in length, so there is no `len`; end an epoch after a fixed number of steps. The shards are those that
-    were done when the dataset was made; ranks see the same ones only if nothing writes to the run meanwhile.
+    Whole shards go to ranks, and from a rank to its workers: have at least ranks * workers shards. Ranks may differ in
+    length, so the dataset has no `len`; end an epoch after a fixed number of steps. The dataset has the shards that
+    were done when it was made; ranks see the same ones only if nothing writes to the run meanwhile.
 
-    An item, ready for the default collate (H W: the network's input; image, map and mask align pixel for pixel):
+    An item is ready for the default collate (H W: the network's input; image, map and mask align pixel for pixel):
 
-    - image: uint8 (3, H, W), RGB, preprocessed as the run did, not normalised
-    - map: float32 (H, W), in its own unit; absent where the run was made with --no-map
+    - image: uint8 (3, H, W), RGB, preprocessed as in the run, not normalised
+    - map: float32 (H, W), in its own unit; absent if the run was made with --no-map
     - mask: bool (H, W)
-    - box: int64 (4,), x0 y0 x1 y1, half-open, of the mask's largest component in pixels of the *original*; zeros and
-      `has_box` False where there is none
-    - geometry: float32 (4,), which brings input pixels to the original (schemas.saliency); image_size: int64 (2,), its
-      height and width
-    - label, predicted, target: int, -1 where absent; score: float, NaN where absent
+    - box: int64 (4,), x0 y0 x1 y1, half-open, of the mask's largest component in pixels of the *original*; zeros, and
+      `has_box` False, if the mask is empty
+    - geometry: float32 (4,), from input pixels to the original (schemas.saliency); image_size: int64 (2,), height and
+      width of the original
+    - label, predicted, target: int, -1 if absent; score: float, NaN if absent
     - key, shard, status: str; index: int
 
-    With `only_ok` False, what a failed row lacks is zero.
+    With `only_ok` False, the missing values of a failed row are zeros.
 
     Args:
-        path: of the run, a folder or an object store's URL. For the latter, give the DataLoader
+        path: folder or object store's URL of the run. For a URL, give the DataLoader
             multiprocessing_context="spawn": object-store clients do not survive a fork.
-        only_ok: leave out rows whose status is not ok.
-        shuffle: the order of the shards, by (seed, epoch); rows keep their order within a shard.
-        rank, world: of this process; by default those of torch.distributed, where it is initialised by now.
+        only_ok: skip rows whose status is not ok.
+        shuffle: shuffle the shards by (seed, epoch); rows keep their order within a shard.
+        rank, world: of this process; by default those of torch.distributed, if it is initialised.
 
     Raises:
-        UserError: no run there, or no such rank.
-        ShardError: on iteration, where a tar no longer fits its data file.
+        UserError: the path has no run, or the rank is not in 0..world-1.
+        ShardError: while iterating, if a tar no longer matches its data file.
     """
 
     def __init__(
@@ -67,13 +67,13 @@ class SaliencyDataset(IterableDataset[dict[str, Any]]):
         if not 0 <= self._rank < self._world:
             raise UserError(f"rank {self._rank} of {self._world}: ranks count from 0")
         self._run = open_run(path)
-        self._config = self._run.run.config
+        self._config = self._run.config
         self._only_ok, self._shuffle, self._seed = only_ok, shuffle, seed
         # Shared, so that persistent workers see the next epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the shards for the next iteration; call it on all ranks alike."""
+        """Set the epoch, which seeds the order of the shards; call it with the same number on all ranks."""
         self._epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -93,18 +93,12 @@ class SaliencyDataset(IterableDataset[dict[str, Any]]):
                 yield from (self._item(image_3HW, row) for row in wanted)
 
     def _image(self, sample: Sample, row: Row) -> Tensor:
-        config = self._config
-        pixels_HWC: NDArray[np.uint8] = np.zeros((config.crop, config.crop, 3), np.uint8)
+        preprocess = self._config.preprocess
+        pixels_HWC: NDArray[np.uint8] = np.zeros((preprocess.crop, preprocess.crop, 3), np.uint8)
         try:
-            pixels_HWC = decode(
-                sample.image or b"",
-                resize=config.resize,
-                crop=config.crop,
-                squash=config.squash,
-                interpolation=config.interpolation,
-            ).pixels_HWC
+            pixels_HWC = decode(sample.image or b"", preprocess).pixels_HWC
         except DecodeError:
-            if row.status == OK:  # what could be decoded then cannot be now
+            if row.status == OK:  # the run could decode it
                 raise
         return torch.from_numpy(pixels_HWC).permute(2, 0, 1).contiguous()
 

@@ -1,4 +1,4 @@
-"""What a worker of any job needs to be built, and how it hands in a shard: the data file first, the receipt last."""
+"""The output of a worker: it publishes the data file of a shard first, then the shard's receipt."""
 
 import contextlib
 import errno
@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from saltern.pipeline.runs.manifest import data_name, publish_receipt
-from saltern.pipeline.runs.writer import Row, ShardWriter, Written
+from saltern.pipeline.runs.writer import Record, ShardWriter, Written
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.errors import OutputError
 from saltern.schemas.receipt import PHASES, Receipt
@@ -26,18 +26,18 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, err
 
 @dataclass(frozen=True)
 class Spec:
-    """What a worker needs to build its processor. Travels to other machines."""
+    """The data from which a worker builds its processor. It travels to other machines."""
 
     run: Run
     root: str  # the run's folder
-    scratch: str  # this session's folder for unfinished files
-    device: str
+    scratch: str  # the session's folder for unfinished files
+    device: str  # cpu | cuda
     decode_threads: int
 
 
 @dataclass
 class Tally:
-    """What one shard's receipt will say."""
+    """Counts and times of one shard, for its receipt."""
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     statuses: Counter[str] = field(default_factory=Counter)
@@ -46,29 +46,30 @@ class Tally:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent in the `with` to a phase."""
         since = time.perf_counter()
         try:
             yield
         finally:
             self.seconds[name] += time.perf_counter() - since
 
-    def count(self, samples: int, rows: list[Row]) -> None:
+    def count(self, samples: int, records: list[Record]) -> None:
         self.samples += samples
-        self.statuses.update(row[-2] for row in rows)
+        self.statuses.update(record["status"] for record in records)
 
 
 class Outlet:
-    """A worker's way into the run's folder."""
+    """The way of a worker into the run's folder."""
 
     def __init__(self, spec: Spec):
         self.store, self._scratch = Store(spec.root), Path(spec.scratch)
         self._fingerprint = spec.run.fingerprint
         if not self.store.local:
-            self._scratch.mkdir(parents=True, exist_ok=True)  # the driver's lies on the driver's machine
+            self._scratch.mkdir(parents=True, exist_ok=True)  # the driver made its own on its own machine
 
     @contextlib.contextmanager
     def writing(self, tally: Tally) -> Iterator[None]:
-        """Time spent on output. Raises OutputError where the folder takes no more."""
+        """Measure time spent on output. Raises OutputError if the folder accepts no more data."""
         try:
             with tally.phase("write"):
                 yield
@@ -78,25 +79,26 @@ class Outlet:
             raise
 
     def open(self, schema: pa.Schema, tally: Tally) -> ShardWriter:
+        """Start a data file in the scratch folder."""
         with self.writing(tally):
             return ShardWriter(self._scratch, schema)
 
     def publish(self, content: bytes, name: str, tally: Tally) -> None:
-        """A file beside the data, whole."""
+        """Publish one more file of the run."""
         with self.writing(tally):
-            made = self._scratch / uuid.uuid4().hex
-            made.write_bytes(content)
-            self.store.publish(made, name)
+            path = self._scratch / uuid.uuid4().hex
+            path.write_bytes(content)
+            self.store.publish(path, name)
 
     def close(self, shard: Shard, writer: ShardWriter, tally: Tally) -> Written:
-        """The data file under its name."""
+        """Finish the data file and publish it under its name."""
         with self.writing(tally):
             written = writer.close()
             self.store.publish(written.path, data_name(shard.name))
         return written
 
     def hand_in(self, shard: Shard, written: Written, tally: Tally, batch_size: int) -> Receipt:
-        """The receipt: from here on the shard is done."""
+        """Publish the receipt, which marks the shard as done."""
         receipt = Receipt(
             shard=shard.name,
             size=shard.size,
@@ -116,5 +118,5 @@ class Outlet:
 
 
 def origin(run: Run) -> dict[str, Any]:
-    """What every data file says of the run that it belongs to."""
+    """Return what the metadata of every data file says about its run."""
     return {"fingerprint": run.fingerprint, "config": run.config.marked(), "versions": run.versions}

@@ -1,10 +1,10 @@
-"""Read a run back: rows in shard order or by key, maps over their originals, rows beside their samples.
+"""Read a run: rows in shard order or by key, maps in the original image, rows joined with their samples.
 
 Shape suffixes: H W the network's input, h w a stored map's grid, Y X the upright original.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import groupby, zip_longest
 from typing import Any
@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from saltern.pipeline.maps.discretize import upsample
 from saltern.pipeline.maps.encode import dequantise, unpack_mask
 from saltern.pipeline.maps.frame import over_frame
-from saltern.pipeline.runs import manifest
-from saltern.pipeline.runs.manifest import data_name, read_receipts
+from saltern.pipeline.runs.manifest import data_name, load_run_folder, read_receipts
+from saltern.pipeline.runs.writer import Record
 from saltern.pipeline.shards.samples import Sample, read_samples
 from saltern.pipeline.storage.store import Store
+from saltern.schemas.config import EXTRACT, ExtractConfig
 from saltern.schemas.errors import ShardError
 from saltern.schemas.receipt import Receipt
-from saltern.schemas.run import EXTRACT, Run, Shard
+from saltern.schemas.run import Run, Shard
 from saltern.schemas.saliency import read_metadata
 
 _AT_ONCE = 64  # rows decoded at a time: 13 MB of 224 x 224 float32 maps
@@ -34,7 +35,7 @@ _AT_ONCE = 64  # rows decoded at a time: 13 MB of 224 x 224 float32 maps
 
 @dataclass(frozen=True)
 class Layout:
-    """What is common to the rows of a file."""
+    """The properties that all rows of a file share."""
 
     map_dtype: str  # uint8 | float16 | float32
     input_shape: tuple[int, int]  # H, W, pixels
@@ -42,7 +43,10 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One (sample, target): the layout of its file, and the columns of schemas.saliency.table_schema, in order."""
+    """One (sample, target), with the columns of schemas.saliency.table_schema.
+
+    `map_bytes` and `mask_bytes` hold the columns `map` and `mask`; the methods of these names decode them.
+    """
 
     layout: Layout = field(repr=False)
     key: str
@@ -67,14 +71,20 @@ class Row:
     status: str
     error: str | None
 
+    @classmethod
+    def from_record(cls, layout: Layout, record: Record) -> "Row":
+        """Return a record, as it is written, as a row."""
+        values: list[Any] = [record.get(name) for name in COLUMNS]
+        return cls(layout, *values)
+
     def map(self, size: str = "native") -> NDArray[np.float32]:
-        """The map in its own unit, up to the rounding of its stored dtype.
+        """Return the map in its own unit, up to the rounding of its stored dtype.
 
         Args:
-            size: native, the stored grid (h, w); or input, brought to (H, W) as the run's masks were made.
+            size: native for the stored grid (h, w); input for (H, W), upsampled as for the run's masks.
 
         Raises:
-            ValueError: the row has no map (it failed before, or the run was made with --no-map).
+            ValueError: the row has no map (it failed, or the run was made with --no-map).
         """
         if self.map_bytes is None or self.map_height is None or self.map_width is None:
             raise ValueError(f"{self.shard}: {self.key} has no map ({self.error or 'the run was made with --no-map'})")
@@ -88,14 +98,18 @@ class Row:
         return map_HW
 
     def mask(self) -> NDArray[np.bool_]:
-        """Bool (H, W), to the bit as extracted. ValueError where the row has none."""
+        """Return the mask, bool (H, W), exactly as extracted. Raises ValueError if the row has none."""
         if self.mask_bytes is None:
             raise ValueError(f"{self.shard}: {self.key} has no mask ({self.error})")
         return unpack_mask(self.mask_bytes, self.layout.input_shape)
 
 
+# The columns of a row in the order of its fields.
+COLUMNS = tuple(item.name.removesuffix("_bytes") for item in fields(Row) if item.name != "layout")
+
+
 def map_in_original(row: Row) -> NDArray[np.float32]:
-    """The row's map over the upright original: (Y, X), NaN where the network did not look (outside of its crop).
+    """Return the row's map over the upright original: (Y, X), NaN outside of the network's crop.
 
     Raises:
         ValueError: the row has no map.
@@ -107,28 +121,29 @@ def map_in_original(row: Row) -> NDArray[np.float32]:
 
 
 def open_run(path: str) -> "SaliencyRun":
-    """The run in a folder or under an object store's URL. Raises UserError where there is none."""
-    store, run = manifest.load_run_folder(path, EXTRACT)
-    return SaliencyRun(path, store, run, manifest.read_receipts(store, run))
+    """Open the run in a folder or at an object store's URL. Raises UserError if there is no extraction."""
+    store, run = load_run_folder(path, EXTRACT)
+    return SaliencyRun(path, store, run, read_receipts(store, run))
 
 
 class SaliencyRun:
-    """A run, finished or not: the shards that had a receipt when it was opened, in the order of run.json.
+    """The rows of a run, finished or not: of the shards that were done when it was opened, in the order of run.json.
 
-    Iterating gives its rows in shard order, some rows in memory at a time. All that reads rows raises ShardError where
-    a data file is gone, cut or of another run.
+    Iterating yields the rows in shard order and keeps few in memory. Everything that reads rows raises ShardError if a
+    data file is missing, truncated or of another run.
     """
 
     def __init__(self, path: str, store: Store, run: Run, receipts: dict[str, Receipt]):
         self.path, self.store, self.run = path, store, run
+        self.config = run.config_of(ExtractConfig)
         self.shards = [shard for shard in run.shards if shard.name in receipts]
         self.receipts = [receipts[shard.name] for shard in self.shards]
-        # Number of the first row of each shard, and of all rows at the end.
+        # The number of the first row of each shard, and at the end the number of all rows.
         self._starts = np.cumsum([0, *(receipt.rows for receipt in self.receipts)])
         self._group: tuple[str, int, list[Row]] | None = None
 
     def __len__(self) -> int:
-        """Rows."""
+        """Return the number of rows."""
         return int(self._starts[-1])
 
     def __iter__(self) -> Iterator[Row]:
@@ -136,14 +151,14 @@ class SaliencyRun:
             yield from self.read(shard)
 
     def read(self, shard: Shard) -> Iterator[Row]:
-        """The rows of one shard."""
+        """Yield the rows of one shard."""
         with self._open(shard) as file:
             layout = self._layout(shard, file)
             for batch in file.iter_batches(_AT_ONCE, use_threads=False):
                 yield from _rows(batch, layout)
 
     def joined(self, shard: Shard) -> Iterator[tuple[Sample, list[Row]]]:
-        """Each sample of one shard's tar with its rows.
+        """Yield each sample of one shard's tar with its rows.
 
         Raises:
             ShardError: tar and data file do not hold the same samples; or as read_samples does.
@@ -158,8 +173,8 @@ class SaliencyRun:
             yield sample, group
 
     def columns(self, *names: str) -> pa.Table:
-        """These columns of all rows, in shard order; read in parallel."""
-        paths = [self.store.full(manifest.data_name(shard.name)) for shard in self.shards]
+        """Return columns of all rows, in shard order; the files are read in parallel."""
+        paths = [self.store.full(data_name(shard.name)) for shard in self.shards]
         try:
             table = ds.dataset(paths, filesystem=self.store.fs, format="parquet").to_table(list(names))
         except (FileNotFoundError, pa.ArrowInvalid) as error:
@@ -169,7 +184,7 @@ class SaliencyRun:
         return table
 
     def at(self, number: int) -> Row:
-        """The row of this number, counted from 0 in shard order. Neighbours are found in memory."""
+        """Return a row by its number, counted from 0 in shard order. Its neighbours stay in memory."""
         position = int(np.searchsorted(self._starts, number, "right")) - 1
         shard, within = self.shards[position], number - int(self._starts[position])
         if (
@@ -181,7 +196,7 @@ class SaliencyRun:
         return self._group[2][within - self._group[1]]
 
     def _row_group(self, shard: Shard, within: int) -> tuple[int, list[Row]]:
-        """The number of its first row in the shard, and the rows of the group that holds row `within`."""
+        """Return the row group that holds row `within` of the shard: the number of its first row, and its rows."""
         with self._open(shard) as file:
             first = 0
             for group in range(file.num_row_groups):
@@ -196,7 +211,7 @@ class SaliencyRun:
         return self.columns("key")["key"] if self.shards else pa.chunked_array([], pa.string())
 
     def rows(self, key: str, shard: str | None = None) -> list[Row]:
-        """All rows of a key, in shard order: one for each target, in each shard (or the one named) that has the key.
+        """Return all rows of a key, in shard order: one for each target, in each shard (or the named one) with the key.
 
         The first call reads the keys of the whole run. An unknown key has no rows.
         """
@@ -206,7 +221,7 @@ class SaliencyRun:
         return [row for row in map(self.at, numbers) if shard in (None, row.shard)]
 
     def row(self, key: str, shard: str | None = None) -> Row:
-        """The first row of a key. Raises KeyError where there is none, or where several shards have the key."""
+        """Return the first row of a key. Raises KeyError if the key has none, or is in several shards."""
         rows = self.rows(key, shard)
         shards = sorted({row.shard for row in rows})
         if len(shards) != 1:
@@ -216,32 +231,34 @@ class SaliencyRun:
 
     @property
     def _fix(self) -> str:
-        return f"`saltern verify {self.path}` lists what does not hold"
+        return f"`saltern verify {self.path}` lists what is wrong"
 
     def _broken(self, shard: Shard, what: str) -> ShardError:
-        return ShardError(f"{self.store.full(manifest.data_name(shard.name))} {what}; {self._fix}")
+        return ShardError(f"{self.store.full(data_name(shard.name))} {what}; {self._fix}")
 
     def _open(self, shard: Shard) -> pq.ParquetFile:
         try:
-            return pq.ParquetFile(self.store.fs.open_input_file(self.store.full(manifest.data_name(shard.name))))
+            return pq.ParquetFile(self.store.fs.open_input_file(self.store.full(data_name(shard.name))))
         except (FileNotFoundError, pa.ArrowInvalid) as error:
             raise self._broken(shard, f"cannot be read ({error})") from error
 
     def _layout(self, shard: Shard, file: pq.ParquetFile) -> Layout:
-        found = read_metadata(file.schema_arrow)
-        if found.get("fingerprint") != self.run.fingerprint:
-            raise self._broken(shard, f"has the fingerprint {found.get('fingerprint')}, its run {self.run.fingerprint}")
-        height, width = found["input_shape"]
-        return Layout(found["map_dtype"], (height, width))
+        metadata = read_metadata(file.schema_arrow)
+        fingerprint = metadata.get("fingerprint")
+        if fingerprint != self.run.fingerprint:
+            raise self._broken(shard, f"has the fingerprint {fingerprint}, its run {self.run.fingerprint}")
+        height, width = metadata["input_shape"]
+        return Layout(metadata["map_dtype"], (height, width))
 
 
 def _rows(table: Any, layout: Layout) -> list[Row]:
-    """Rows of an Arrow table or record batch."""
-    return [Row(layout, *values) for values in zip(*(column.to_pylist() for column in table.columns), strict=True)]
+    """Return the rows of an Arrow table or record batch."""
+    columns = (table.column(name).to_pylist() for name in COLUMNS)
+    return [Row(layout, *values) for values in zip(*columns, strict=True)]
 
 
 def read_columns(store: Store, run: Run, columns: Sequence[str], limit: int | None = None) -> Iterator[dict[str, Any]]:
-    """Rows of the shards that stand, in order; of the columns named nothing else is read."""
+    """Yield the named columns of the rows of the shards that are done, in order; no other column is read."""
     done = read_receipts(store, run)
     for shard in run.shards:
         if shard.name not in done or limit == 0:

@@ -15,7 +15,7 @@ class RunStatus:
     fingerprint: str
     job: str
     model: str
-    method: str
+    method: str  # empty if the job has none
     shards: int
     done: int  # shards
     samples: int
@@ -32,7 +32,7 @@ def run_status(store: Store, run: Run) -> RunStatus:
         fingerprint=run.fingerprint,
         job=run.config.job,
         model=run.config.model,
-        method=run.config.method,
+        method=run.config.to_dict()["method"],
         shards=len(run.shards),
         done=len(receipts),
         samples=sum(receipt.samples for receipt in receipts.values()),

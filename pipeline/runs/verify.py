@@ -1,4 +1,4 @@
-"""Proof of a run: every wanted shard has its data file, whole, of this run, with a row for every sample of its tar."""
+"""Verify a run: every wanted shard has an intact data file of this run, with rows for every sample of its tar."""
 
 import hashlib
 from collections.abc import Iterator
@@ -10,34 +10,35 @@ import pyarrow.parquet as pq
 from saltern.pipeline.runs.manifest import data_name, read_failures, read_receipts
 from saltern.pipeline.shards.samples import list_keys
 from saltern.pipeline.storage.store import SCRATCH, Store
+from saltern.schemas.config import VISUALIZE
 from saltern.schemas.errors import ShardError
 from saltern.schemas.receipt import Receipt
-from saltern.schemas.run import CLASSES, VISUALIZE, Run, Shard
+from saltern.schemas.run import CLASSES, Run, Shard
 from saltern.schemas.saliency import read_metadata
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that does not hold."""
+    """One thing that is wrong."""
 
-    shard: str  # or the file's name, where it belongs to no shard
+    shard: str  # or the file's name, if it belongs to no shard
     reason: str
 
 
 @dataclass
 class Verdict:
-    """What `verify` found. The run holds where `findings` is empty."""
+    """The result of `verify`. The run is whole if `findings` is empty."""
 
     shards: int
     done: int
     samples: int
     rows: int
-    recounted: int  # shards whose tar was read again; the others' counts are their receipts'
+    recounted: int  # shards whose tar was read again; the counts of the others come from their receipts
     findings: list[Finding]
 
 
 def verify(store: Store, run: Run) -> Verdict:
-    """Check every shard, and that nothing lies in the folder that is not the run's."""
+    """Check every shard, and that the folder has no files that are not the run's."""
     receipts = read_receipts(store, run)
     verdict = Verdict(len(run.shards), len(receipts), 0, 0, 0, [])
     failures = read_failures(store, receipts)
@@ -53,12 +54,12 @@ def verify(store: Store, run: Run) -> Verdict:
         keys = _keys(run, shard)
         verdict.recounted += keys is not None
         verdict.findings += [Finding(shard.name, reason) for reason in _check(store, run, shard, receipt, keys)]
-    verdict.findings += _strangers(store, run)
+    verdict.findings += _unknown_files(store, run)
     return verdict
 
 
 def _keys(run: Run, shard: Shard) -> list[str] | None:
-    """The keys of the tar, or the classes, where they can be had at little cost; None where not."""
+    """Return the keys of the tar, or the classes; None if reading them is expensive or impossible."""
     if run.config.job == VISUALIZE:
         return shard.url.removeprefix(CLASSES).split(",")
     if "://" in shard.url:
@@ -72,7 +73,7 @@ def _keys(run: Run, shard: Shard) -> list[str] | None:
 def _check(store: Store, run: Run, shard: Shard, receipt: Receipt, keys: list[str] | None) -> Iterator[str]:
     raw = store.read(data_name(shard.name))
     if raw is None:
-        yield "its data file is gone"
+        yield "its data file is missing"
         return
     if hashlib.sha256(raw).hexdigest() != receipt.digest:
         yield "its data file is not the one that its receipt was written for (digest differs)"
@@ -88,18 +89,17 @@ def _check(store: Store, run: Run, shard: Shard, receipt: Receipt, keys: list[st
     if table.num_rows != receipt.rows:
         yield f"{table.num_rows} rows, the receipt says {receipt.rows}"
     if set(table["shard"].unique().to_pylist()) - {shard.name}:
-        yield "it holds rows of another shard"
+        yield "it has rows of another shard"
     if table.select(["index", "target"]).group_by(["index", "target"]).aggregate([]).num_rows != table.num_rows:
-        yield "it holds a sample's target twice"
-    found = dict.fromkeys(zip(table["index"].to_pylist(), table["key"].to_pylist(), strict=True))
-    if [index for index, _ in found] != list(range(receipt.samples)):
-        yield f"its rows do not stand for the samples 0..{receipt.samples - 1}, each once, in order"
-    if keys is not None and [key for _, key in found] != keys:
-        yield f"its keys are not those of the tar ({len(found)} samples in the data file, {len(keys)} in {shard.url})"
+        yield "it has a sample's target twice"
+    samples = dict.fromkeys(zip(table["index"].to_pylist(), table["key"].to_pylist(), strict=True))
+    if [index for index, _ in samples] != list(range(receipt.samples)):
+        yield f"its rows are not those of the samples 0..{receipt.samples - 1}, each once, in order"
+    if keys is not None and [key for _, key in samples] != keys:
+        yield f"its keys are not those of the tar ({len(samples)} samples in the data file, {len(keys)} in {shard.url})"
 
 
-def _strangers(store: Store, run: Run) -> Iterator[Finding]:
-    """Files that no wanted shard accounts for."""
+def _unknown_files(store: Store, run: Run) -> Iterator[Finding]:
     wanted = {data_name(shard.name).removeprefix("data/") for shard in run.shards}
     for name in store.listing("data", ""):
         if name not in wanted:
@@ -107,4 +107,5 @@ def _strangers(store: Store, run: Run) -> Iterator[Finding]:
     if store.local:
         for name in store.listing("", ""):
             if name.startswith(SCRATCH):
-                yield Finding(name, "is a temporary file: a run is going on, or one was killed; the next run sweeps it")
+                reason = "is a temporary file: a run is in progress, or one was killed; the next run removes the file"
+                yield Finding(name, reason)

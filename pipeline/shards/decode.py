@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from saltern.schemas.config import Preprocess
 from saltern.schemas.saliency import DECODE_FAILED, TOO_LARGE
 
 MAX_PIXELS = 2**27  # 512 MiB once decoded; checked on the header, before decoding
@@ -39,7 +40,7 @@ class Decoded:
     geometry: tuple[float, float, float, float]  # scale x, scale y, offset x, offset y: see saltern.schemas.saliency
 
 
-def decode(data: bytes, *, resize: int, crop: int, squash: bool, interpolation: str) -> Decoded:
+def decode(data: bytes, preprocess: Preprocess) -> Decoded:
     """Decode an image, turn it upright, resize and crop it.
 
     The pixels equal those of torchvision's preset, Resize(resize) on the PIL image and then CenterCrop(crop), except
@@ -49,18 +50,15 @@ def decode(data: bytes, *, resize: int, crop: int, squash: bool, interpolation: 
 
     Args:
         data: the image file.
-        resize: shorter side before the crop, pixels; the longer follows. At least crop.
-        crop: side of the result, pixels.
-        squash: resize the whole image to crop x crop instead, without keeping its aspect ratio.
-        interpolation: bilinear | bicubic, antialiased.
+        preprocess: its resize, crop, squash and interpolation are used. `resize` is at least `crop`.
 
     Raises:
         DecodeError: the bytes cannot be decoded. No other exception is raised.
     """
     image = decode_image(data)
     width, height = image.size
-    geometry = _geometry(width, height, max(resize, crop), crop, squash)
-    small = _resample(image, geometry, crop, INTERPOLATIONS[interpolation])
+    geometry = _geometry(width, height, preprocess)
+    small = _resample(image, geometry, preprocess.crop, INTERPOLATIONS[preprocess.interpolation])
     return Decoded(np.array(small), height, width, geometry)
 
 
@@ -90,9 +88,10 @@ def decode_image(data: bytes) -> Image.Image:
         raise DecodeError(DECODE_FAILED, reason) from error
 
 
-def _geometry(width: int, height: int, resize: int, crop: int, squash: bool) -> tuple[float, float, float, float]:
+def _geometry(width: int, height: int, preprocess: Preprocess) -> tuple[float, float, float, float]:
     """Return scale and offset of the crop in the original; size and offset are rounded as torchvision does."""
-    if squash:
+    crop, resize = preprocess.crop, max(preprocess.resize, preprocess.crop)
+    if preprocess.squash:
         return width / crop, height / crop, 0.0, 0.0
     short = min(width, height)
     new_width = resize if width == short else int(resize * width / short)

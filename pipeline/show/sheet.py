@@ -42,7 +42,7 @@ def contact_sheet(run: SaliencyRun, sort: str | None = None, limit: int = 48) ->
     samples, names, problems = _samples(run, rows.values())
     cards = [_card(row, samples.get((row.shard, row.index)), names) for row in map(rows.__getitem__, numbers)]
     counts = f"{len(cards):,} of {len(run):,} rows, {order}"
-    config = run.run.config
+    config = run.config
     title = f"{config.method} of {config.model}"
     return render(title, [*_provenance(run), ("shown", counts)], [_NOTE, *problems], cards)
 
@@ -188,11 +188,11 @@ def _same(row: Row, run: SaliencyRun) -> Row | None:
 def _captions(runs: Sequence[SaliencyRun]) -> list[str]:
     """Return a unique caption for each run: its method, with layer, model or options if several runs share it."""
     tries = [
-        [run.run.config.method for run in runs],
-        [" ".join([run.run.config.method, *run.run.config.layer]) for run in runs],
-        [" ".join([run.run.config.method, *run.run.config.layer, run.run.config.model]) for run in runs],
-        [f"{run.run.config.method} {_options(run, _CAPTION)}" for run in runs],
-        [f"{run.run.config.method} {run.path}" for run in runs],
+        [run.config.method for run in runs],
+        [" ".join([run.config.method, *run.config.layer]) for run in runs],
+        [" ".join([run.config.method, *run.config.layer, run.config.model]) for run in runs],
+        [f"{run.config.method} {_options(run, _CAPTION)}" for run in runs],
+        [f"{run.config.method} {run.path}" for run in runs],
     ]
     counts = [Counter(names) for names in tries]
     captions = []
@@ -206,13 +206,13 @@ def _captions(runs: Sequence[SaliencyRun]) -> list[str]:
 
 
 def _in_short(run: SaliencyRun) -> str:
-    config = run.run.config
+    config = run.config
     return ", ".join(filter(None, [run.path, config.model, *config.layer, _options(run), run.run.fingerprint]))
 
 
 def _options(run: SaliencyRun, length: int | None = None) -> str:
     """Return the method's options. Values longer than `length` are cut to their end, where files and digests differ."""
-    shown = {name: str(value) for name, value in run.run.config.options.items()}
+    shown = {name: str(value) for name, value in run.config.options.items()}
     if length is not None:
         shown = {name: text if len(text) <= length else f"...{text[-length:]}" for name, text in shown.items()}
     return ", ".join(f"{name}={value}" for name, value in shown.items())
@@ -220,20 +220,21 @@ def _options(run: SaliencyRun, length: int | None = None) -> str:
 
 def _provenance(run: SaliencyRun) -> list[tuple[str, str]]:
     """Return how the run was made, for the page's header."""
-    config = run.run.config
+    config = run.config
     statuses: dict[str, int] = {}
     for receipt in run.receipts:
         for status, count in receipt.statuses.items():
             statuses[status] = statuses.get(status, 0) + count
-    shape = f"squashed to {config.crop}" if config.squash else f"shorter side {config.resize}, crop {config.crop}"
+    how = config.preprocess
+    shape = f"squashed to {how.crop}" if how.squash else f"shorter side {how.resize}, crop {how.crop}"
     facts = {
         "run": run.path,
         "model": f"{config.model} (weights {config.weights}, {config.weights_digest[:12]})",
         "method": f"{config.method} {_options(run)}",
         "layer": ", ".join(config.layer),
-        "target": config.target,
-        "preprocess": f"{shape}, {config.interpolation}, mean {_numbers(config.mean)}, std {_numbers(config.std)}",
-        "masks": config.discretize,
+        "target": config.target.text,
+        "preprocess": f"{shape}, {how.interpolation}, mean {_numbers(how.mean)}, std {_numbers(how.std)}",
+        "masks": config.discretize.text,
         "maps": f"{config.map_size}, {config.map_dtype}" if config.save_map else "not stored",
         "precision": config.precision,
         "shards": f"{len(run.shards):,} of {len(run.run.shards):,} done",

@@ -1,4 +1,4 @@
-"""Class visualization: the image that a classifier's logit likes best, found by ascent from nothing or from noise.
+"""Class visualization: find the image with the largest logit of a class, by ascent from zeros or from noise.
 
 Shape suffixes: B batch, C H W the network's input, K classes, T steps.
 """
@@ -10,29 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saltern.schemas.config import Ascent
+
 Logits = Callable[[Tensor], Tensor]  # normalised I_BCHW -> logits_BK
-
-
-@dataclass(frozen=True)
-class Ascent:
-    """How the ascent goes.
-
-    Args:
-        steps: of plain gradient ascent.
-        step_size: what a step's gradient is multiplied by.
-        weight: lambda, of the squared norm.
-        init: zero, or noise of standard deviation `_NOISE`, drawn for each class by itself.
-    """
-
-    steps: int
-    step_size: float
-    weight: float
-    init: str  # one of choices.FirstImage
+_NOISE = 0.1  # standard deviation of the first image, normalised
+_CLASSES = 1_000_003  # more than any model has, so that every (seed, class) has its own draw
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Where an ascent ended."""
+    """The result of an ascent."""
 
     image_BCHW: Tensor  # float32, normalised
     logit_B: Tensor  # of the class, on that image
@@ -43,12 +30,8 @@ class Peak:
         return Peak(*(value.cpu() for value in vars(self).values()))
 
 
-_NOISE = 0.1  # of the normalised image
-_CLASSES = 1_000_003  # more than there are, so that no two (seed, class) share a draw
-
-
 def start(target_B: Tensor, shape: tuple[int, int, int], init: str, seed: int) -> Tensor:
-    """The first image of each class, normalised: zeros, or noise that depends on seed and class alone."""
+    """Return the first image of each class, normalised: zeros, or noise that depends only on seed and class."""
     if init == "zero":
         return torch.zeros(len(target_B), *shape)
     draws = [torch.Generator().manual_seed(seed * _CLASSES + target) for target in target_B.tolist()]
@@ -59,9 +42,9 @@ def ascend(logits_of: Logits, image_BCHW: Tensor, target_B: Tensor, how: Ascent)
     """Ascend z_c(I) - lambda * ||I||_2^2 (Simonyan 2014, section 2) on the logit, by plain gradient steps.
 
     Args:
-        logits_of: of a frozen model; samples must not mix in it.
-        image_BCHW: where to begin, normalised: the norm is of the normalised image, as in the paper, whose zero is the
-            mean image.
+        logits_of: of a frozen model in which samples do not mix.
+        image_BCHW: the first image, normalised. The norm is of the normalised image, as in the paper, so that zero is
+            the mean image.
         target_B: int64, the class of each.
         how: the settings.
     """

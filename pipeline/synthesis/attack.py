@@ -1,32 +1,42 @@
-"""`attack`: the least likely class put into images by perturbations, plain ones and ones guided by a saliency map.
+"""The job `attack`: perturb images until the model sees their least likely class, plainly and guided by a saliency map.
 
 Shape suffixes: B batch, C H W the network's input, K classes.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from saltern.pipeline.engine.conduct import Job
 from saltern.pipeline.extract.extraction import load_method
-from saltern.pipeline.extract.request import ExtractRequest, resolve
-from saltern.pipeline.extract.task import Explained, Item, Pending
+from saltern.pipeline.extract.processor import Processor
+from saltern.pipeline.extract.request import (
+    MethodRequest,
+    load_classifier,
+    method_fields,
+    new_run,
+    wanted_shards,
+)
+from saltern.pipeline.extract.task import STATUSES, Explained, Item, Pending, assemble
 from saltern.pipeline.maps.discretize import upsample
 from saltern.pipeline.methods import find
 from saltern.pipeline.models.passes import frozen, logits_of
 from saltern.pipeline.runs.outlet import Spec, origin
-from saltern.pipeline.runs.writer import Row
+from saltern.pipeline.runs.writer import Record
 from saltern.pipeline.shards.decode import Decoded
 from saltern.pipeline.shards.samples import Sample
 from saltern.pipeline.show.grid import png
-from saltern.pipeline.synthesis.perturb import PGD, perturb, unit
+from saltern.pipeline.synthesis.attack_report import close
+from saltern.pipeline.synthesis.perturb import perturb, unit
 from saltern.schemas.attack import SIDES, attack_schema
 from saltern.schemas.choices import PenaltyNorm, StepRule, check_choice
+from saltern.schemas.config import PGD, AttackConfig
 from saltern.schemas.errors import UserError
-from saltern.schemas.run import ATTACK, Run, Shard
+from saltern.schemas.run import Run, Shard
 from saltern.schemas.saliency import NONFINITE, ZERO_MAP, with_metadata
 
 _REASONS = {
@@ -35,8 +45,43 @@ _REASONS = {
 }
 
 
+@dataclass(frozen=True)
+class AttackRequest(MethodRequest):
+    """Options of `attack`; `method` is the guide."""
+
+    pgd: PGD = PGD(steps=80, step_size=1.5 / 255, epsilon=12 / 255, beta=50.0)  # noqa: RUF009 - frozen
+    save_images: bool = True
+
+
+def attacking(request: AttackRequest) -> Job:
+    """Return the job of `saltern attack`."""
+    return Job(partial(plan, request), partial(Processor, task=Attack), close)
+
+
+def plan(request: AttackRequest, existing: Run | None, device: str, workers: int) -> tuple[Run, list[str]]:
+    """Return the run that is asked for, as extract.request.resolve does. Raises UserError if an option is invalid."""
+    if not find(request.method).needs_target:
+        raise UserError(f"--guide {request.method} explains no class; give one that does, as cameras or grad-cam")
+    _check(request.pgd)
+    shards, hints = wanted_shards(request)
+    classifier = load_classifier(request.model, request.weights, request.seed)
+    fields = method_fields(request, classifier, existing, device, workers)
+    config = AttackConfig(**fields, pgd=request.pgd, save_images=request.save_images)
+    return new_run(config, shards, classifier.class_names), hints
+
+
+def _check(how: PGD) -> None:
+    if how.steps < 1 or how.recompute < 0 or how.beta < 0 or not 0 < how.step_size <= 1 or not 0 < how.epsilon <= 1:
+        raise UserError(
+            "--steps must be at least 1, --recompute and --beta at least 0, --step-size and --epsilon above 0 and at "
+            "most 1 (pixels are in 0..1: 12/255 is twelve levels of 8 bits)"
+        )
+    check_choice("--norm", how.norm, PenaltyNorm)
+    check_choice("--rule", how.rule, StepRule)
+
+
 class Hit(NamedTuple):
-    """What one side's perturbation did; one value a sample."""
+    """Results of one side's perturbation, one value a sample."""
 
     score: Tensor
     predicted: Tensor
@@ -47,18 +92,16 @@ class Hit(NamedTuple):
 
 
 class Attack:
-    """The work of the processor on a batch: the map of the clean image, then both perturbations."""
+    """The task of `attack`: make the map of the clean image, then both perturbations."""
 
     def __init__(self, spec: Spec, device: torch.device):
-        config = spec.run.config
-        given = dict(config.job_options)
-        self._save = bool(given.pop("save_images"))
-        self._guided = PGD(**given)
-        self._plain = PGD(**{**given, "beta": 0.0, "recompute": 0})
-        self._device = device
-        self._mean, self._std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (config.mean, config.std))
+        config = spec.run.config_of(AttackConfig)
+        self._save, self._device = config.save_images, device
+        self._sides = {"plain": replace(config.pgd, beta=0.0, recompute=0), "guided": config.pgd}
+        how = config.preprocess
+        self._mean, self._std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (how.mean, how.std))
         self._model, self._method = load_method(config, device)
-        self.schema = with_metadata(attack_schema(), {**origin(spec.run), "input_shape": [config.crop, config.crop]})
+        self.schema = with_metadata(attack_schema(), {**origin(spec.run), "input_shape": [how.crop, how.crop]})
 
     def __call__(self, pixels_BHWC: Tensor, label_B: Tensor, seed_B: Tensor) -> Pending:
         pending = Pending(self._device)
@@ -69,19 +112,22 @@ class Attack:
         last = self._method.last
         clean_BK = last.logits_BK.float()
         hidden_B, target_B = clean_BK.argmax(1), clean_BK.argmin(1)
-
-        def remap(image_BCHW: Tensor) -> Tensor:
-            return self._map(image_BCHW, hidden_B, seed_B)
-
         columns = {
-            "status": torch.where(last.nonfinite_B, 2, last.zero_B.long()),
+            "status": torch.where(last.nonfinite_B, STATUSES.index(NONFINITE), last.zero_B.long()),
             "predicted": hidden_B,
             "score": clean_BK.softmax(1).amax(1),
             "target": target_B,
         }
         with torch.inference_mode(False), torch.enable_grad(), frozen(self._model):
-            for side, how in zip(SIDES, (self._plain, self._guided), strict=True):
-                p_BCHW = perturb(self._logits, image_BCHW, target_B, how, map_BHW, remap)
+            for side in SIDES:
+                p_BCHW = perturb(
+                    self._logits,
+                    image_BCHW,
+                    target_B,
+                    self._sides[side],
+                    map_BHW,
+                    lambda perturbed_BCHW: self._map(perturbed_BCHW, hidden_B, seed_B),
+                )
                 hit = self._judge(image_BCHW, p_BCHW, target_B, map_BHW)
                 columns |= {f"{side}_{name}": value for name, value in hit._asdict().items()}
         if self._save:
@@ -95,7 +141,7 @@ class Attack:
 
     def _map(self, image_BCHW: Tensor, target_B: Tensor | None, seed_B: Tensor) -> Tensor:
         map_Bhw = self._method((image_BCHW - self._mean) / self._std, target_B, seed_B)
-        assert isinstance(map_Bhw, Tensor)  # noqa: S101 - of one layer
+        assert isinstance(map_Bhw, Tensor)  # noqa: S101 - a run's method has one layer
         return unit(upsample(map_Bhw, (image_BCHW.shape[2], image_BCHW.shape[3])))
 
     def _judge(self, image_BCHW: Tensor, p_BCHW: Tensor, target_B: Tensor, map_BHW: Tensor) -> Hit:
@@ -112,59 +158,18 @@ class Attack:
         )
 
     def problem(self, sample: Sample) -> None:
-        """The class that is attacked is the model's own: a label is not needed."""
+        """Return None: the attacked class is the model's own, so no label is needed."""
 
-    def rows(self, shard: Shard, batch: list[Item], found: Explained | None) -> list[Row]:
-        rows: list[Row] = []
-        at = 0
-        for item in batch:
-            if item.kept is not None:
-                rows += item.kept
-                continue
-            made: dict[str, Any] = {"status": "", "error": ""}
-            if item.decoded is None or found is None:
-                made["status"], made["error"] = item.problem or ("", "")
-            else:
-                made = _attacked(item.decoded, found, at)
-                at += 1
-            sample = item.sample
-            made |= {"key": sample.key, "shard": shard.name, "index": sample.index, "label": sample.label}
-            rows.append(tuple(made.get(name) for name in self.schema.names))
-        return rows
+    def records(self, shard: Shard, batch: list[Item], explained: Explained | None) -> list[Record]:
+        return assemble(shard, batch, explained, _describe, _REASONS)
 
 
-def _attacked(decoded: Decoded, found: Explained, row: int) -> dict[str, Any]:
-    status = found.statuses[row]
-    made: Mapping[str, Any] = {name: _value(column[row]) for name, column in found.columns.items()}
+def _describe(decoded: Decoded, columns: dict[str, NDArray[Any]], row: int, status: str) -> Record:
+    """Return the columns of one attacked image; pictures as PNG."""
     if status == NONFINITE:
-        made = {}
-    else:
-        made = {**made, "norm_reduction": 1 - made["guided_norm"] / made["plain_norm"] if made["plain_norm"] else None}
-    return {
-        **made,
-        "image_height": decoded.image_height,
-        "image_width": decoded.image_width,
-        "geometry": list(decoded.geometry),
-        "status": status,
-        "error": _REASONS.get(status),
+        return {}
+    record: Record = {
+        name: png(column[row]) if column[row].ndim else column[row].item() for name, column in columns.items()
     }
-
-
-def _value(value: NDArray[Any]) -> Any:
-    """A number as it is, a picture as PNG."""
-    return png(value) if value.ndim else value.item()
-
-
-def plan(request: ExtractRequest, standing: Run | None, device: str, workers: int) -> tuple[Run, list[str]]:
-    """The run that is asked for. Raises UserError where something that was asked for cannot be had."""
-    if not find(request.method).needs_target:
-        raise UserError(f"--guide {request.method} explains no class; give one that does, as cameras or grad-cam")
-    how = PGD(**{name: value for name, value in request.job_options.items() if name != "save_images"})
-    if how.steps < 1 or how.recompute < 0 or how.beta < 0 or not 0 < how.step_size <= 1 or not 0 < how.epsilon <= 1:
-        raise UserError(
-            "--steps must be at least 1, --recompute and --beta at least 0, --step-size and --epsilon above 0 and at "
-            "most 1 (pixels are in 0..1: 12/255 is twelve levels of 8 bits)"
-        )
-    check_choice("--norm", how.norm, PenaltyNorm)
-    check_choice("--rule", how.rule, StepRule)
-    return resolve(replace(request, job=ATTACK, target="top1"), standing, device, workers)
+    plain = record["plain_norm"]
+    return {**record, "norm_reduction": 1 - record["guided_norm"] / plain if plain else None}

@@ -1,40 +1,18 @@
-"""Targeted PGD in pixel space, plain or kept to where a map is high.
+"""Targeted PGD in pixel space: plain, or confined to where a map is high.
 
 Shape suffixes: B batch, C H W the network's input, K classes. Images are in [0, 1], perturbations in the same unit.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from saltern.schemas.config import PGD
+
 Logits = Callable[[Tensor], Tensor]  # image_BCHW in [0, 1] -> logits_BK
 Remap = Callable[[Tensor], Tensor]  # image_BCHW in [0, 1] -> map_BHW in [0, 1]
-
-
-@dataclass(frozen=True)
-class PGD:
-    """How the attack goes.
-
-    Args:
-        steps: of the descent, from no perturbation on.
-        step_size: change of a pixel in one step, in [0, 1]; with normalised steps its root mean square.
-        epsilon: largest change of a pixel (l_inf), in [0, 1].
-        beta: weight of the perturbation outside of the map; 0 is plain PGD.
-        norm: of that perturbation: l2, the square root of the sum of squares, or rms, of their mean.
-        rule: a step is the gradient at a length of its own for each sample, or its sign.
-        recompute: steps after which the map is made anew on the perturbed image; 0 = never.
-    """
-
-    steps: int
-    step_size: float
-    epsilon: float
-    beta: float
-    norm: str = "rms"  # one of choices.PenaltyNorm
-    recompute: int = 0
-    rule: str = "normalised"  # one of choices.StepRule
 
 
 def perturb(
@@ -42,22 +20,22 @@ def perturb(
 ) -> Tensor:
     """Descend CE(f(I + p), target) + beta * ||p * (1 - map)||_2 by projected gradient steps (Madry 2018).
 
-    Jalwana 2021, whose text gives beta = 50 and no unit of the norm. As a square root of the sum (l2) the penalty
-    outweighs the cross-entropy and hardly an image fools; as one of the mean (rms) what is published comes out.
-    After each step p is brought back to |p| <= epsilon and I + p to [0, 1]. The sum over the batch is differentiated,
-    and norms are each sample's own: samples do not mix. Where p is zero, the norm's gradient is taken as zero.
-    Of all iterates the one with the least objective counts, as steps of a fixed length circle round the minimum.
+    Jalwana 2021 gives beta = 50 but no unit of the norm. With the root of the sum (l2), the penalty outweighs the
+    cross-entropy and hardly any image fools the model; the root of the mean (rms) gives the published results.
+    After each step p is clamped to |p| <= epsilon and I + p to [0, 1]. The loss is summed over the batch and each
+    sample has its own norm, so samples do not mix. The norm's gradient at p = 0 is taken as zero. The iterate with the
+    least objective is returned, as steps of a fixed length circle around the minimum.
 
     Args:
         logits_of: of a frozen model.
         image_BCHW: in [0, 1], multiples of 1/255.
-        target_B: int64, the class to be seen.
+        target_B: int64, the class that the model should see.
         how: the settings.
-        map_BHW: in [0, 1], high where the perturbation may be.
-        remap: makes the map anew; needed where `how.recompute` is not 0.
+        map_BHW: in [0, 1], high where the perturbation is allowed.
+        remap: makes the map of a perturbed image; needed if `how.recompute` is not 0.
 
     Returns:
-        p_BCHW: rounded to multiples of 1/255 within epsilon, so that I + p is what an 8-bit image file holds.
+        p_BCHW: rounded to multiples of 1/255 within epsilon, so that an 8-bit image file can hold I + p.
     """
     p_BCHW = best_BCHW = torch.zeros_like(image_BCHW)
     least_B = image_BCHW.new_full(target_B.shape, torch.inf, dtype=torch.float32)
@@ -79,7 +57,7 @@ def perturb(
 
 
 def _fooling(logits_of: Logits, image_BCHW: Tensor, p_BCHW: Tensor, target_B: Tensor) -> tuple[Tensor, Tensor]:
-    """CE of each sample, and its slope in p."""
+    """Return the cross-entropy of each sample and its gradient in p."""
     p_BCHW = p_BCHW.detach().requires_grad_()
     loss_B = F.cross_entropy(logits_of(image_BCHW + p_BCHW).float(), target_B, reduction="none")
     (slope_BCHW,) = torch.autograd.grad(loss_B.sum(), p_BCHW)
@@ -95,14 +73,14 @@ def _step(slope_BCHW: Tensor, rule: str) -> Tensor:
 
 
 def weighed_norm(p_BCHW: Tensor, weight_B1HW: Tensor) -> tuple[Tensor, Tensor]:
-    """||p * weight||_2 of each sample, and its slope in p: zeros where the norm is zero."""
+    """Return ||p * weight||_2 of each sample and its gradient in p, zeros if the norm is zero."""
     norm_B = (p_BCHW * weight_B1HW).flatten(1).norm(dim=1)
     divisor_B111 = norm_B.where(norm_B > 0, torch.ones_like(norm_B))[:, None, None, None]
     return norm_B, p_BCHW * weight_B1HW**2 / divisor_B111
 
 
 def unit(map_BHW: Tensor) -> Tensor:
-    """Each map in [0, 1]: negative values cut, the largest at 1; zeros stay zeros."""
+    """Scale each map to [0, 1]: negative values become 0 and the largest value 1; zeros stay zeros."""
     map_BHW = map_BHW.clamp_min(0)
     top_B11 = map_BHW.amax((1, 2), keepdim=True)
     return map_BHW / top_B11.where(top_B11 > 0, torch.ones_like(top_B11))

@@ -13,6 +13,7 @@ from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.algorithm.thinning import Thinning
 from saltern.pipeline.casm.training.train import TrainRequest
 from saltern.pipeline.shards.decode import decode
+from saltern.schemas.config import Preprocess
 
 OFTEN = Thinning("T", True, 0.6, 2, 3.0, 9)  # snapshots every other step: a small pool is soon full
 SIDE = 64
@@ -80,7 +81,7 @@ def write_shards(folder: Path, count: int = 3, each: int = 8) -> Path:
             samples = []
             for number in range(shard * each, (shard + 1) * each):
                 image = picture(number, 72, 72)
-                pixels = decode(image, resize=SIDE, crop=SIDE, squash=False, interpolation="bilinear").pixels_HWC
+                pixels = decode(image, Preprocess(SIDE, SIDE)).pixels_HWC
                 x = (torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255 - 0.45) / 0.225
                 label = number // 3 % 6 if number % 3 == 0 else int(net(x).argmax())
                 samples.append((f"k{number:03}", {"jpg": image, "cls": str(label)}))

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from saltern.pipeline.shards.decode import Decoded, DecodeError, decode
+from saltern.schemas.config import Preprocess
 from saltern.schemas.saliency import DECODE_FAILED
 
 rng = np.random.default_rng(0)
@@ -25,7 +26,7 @@ def encoded(image: Image.Image | NDArray[Any], format: str = "PNG", **options: A
 
 
 def square(data: bytes, **changes: Any) -> Decoded:
-    return decode(data, **{"resize": 64, "crop": 56, "squash": False, "interpolation": "bilinear", **changes})
+    return decode(data, Preprocess(**{"resize": 64, "crop": 56, **changes}))
 
 
 def fails(data: bytes, status: str = DECODE_FAILED) -> str:

@@ -1,6 +1,7 @@
 """Runs made by hand, with known maps and masks; the tars, the schema and the writer are real."""
 
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +10,24 @@ import torch
 from making import Members, picture, write_tar
 from numpy.typing import NDArray
 
-from saltern.pipeline.maps.discretize import discretize, largest_box, parse_rule, upsample
+from saltern.pipeline.maps.discretize import discretize, largest_box, upsample
 from saltern.pipeline.maps.encode import pack_mask, quantise
 from saltern.pipeline.maps.frame import to_original
 from saltern.pipeline.runs.manifest import data_name, publish_receipt
-from saltern.pipeline.runs.writer import ShardWriter
+from saltern.pipeline.runs.writer import Record, ShardWriter
 from saltern.pipeline.shards.decode import decode
 from saltern.pipeline.storage.store import Store
+from saltern.schemas.config import ExtractConfig, config_from_dict
 from saltern.schemas.receipt import Receipt
-from saltern.schemas.run import Run, RunConfig, Shard
+from saltern.schemas.run import Run, Shard
 from saltern.schemas.saliency import DECODE_FAILED, OK, table_schema, with_metadata
 
 CROP = 32
 SIZE = (44, 60)  # height and width of the photographs
 
 
-def config(**changes: Any) -> RunConfig:
+def config(**changes: Any) -> ExtractConfig:
+    """A config with changes by the keys of run.json."""
     made: dict[str, Any] = {
         "model": "resnet18", "weights": "none", "weights_digest": "0" * 64, "classes": 10, "method": "grad-cam",
         "layer": ["layer4"], "options": {}, "target": "label", "discretize": "mean:1", "map_size": "native",
@@ -32,7 +35,9 @@ def config(**changes: Any) -> RunConfig:
         "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3, "precision": "fp32", "seed": 0, "limit": None,
         "batch_size": 4, "torch_threads": 1,
     }  # fmt: skip
-    return RunConfig(**(made | changes))
+    config = config_from_dict(made | changes)
+    assert isinstance(config, ExtractConfig)
+    return config
 
 
 @dataclass
@@ -82,46 +87,52 @@ def make_run(
     made.path.mkdir()
     (made.path / "run.json").write_bytes(made.run.to_json())
     for number in range(shards):
-        rows: list[tuple[Any, ...]] = []
+        rows: list[Record] = []
         for index in range(samples):
             key = f"s{number}k{index}"
             if (number, index) in broken:
-                rows.append((key, wanted[number].name, index, index, *[None] * 15, DECODE_FAILED, "no image"))
+                failed = {"key": key, "shard": wanted[number].name, "index": index, "label": index}
+                rows.append({**failed, "status": DECODE_FAILED, "error": "no image"})
             else:
                 rows += [_row(made, wanted[number].name, key, index, t, grid) for t in range(targets)]
         write_shard(made, number, samples, rows, grid)
     return made
 
 
-def _row(made: Made, shard: str, key: str, index: int, target: int, grid: tuple[int, int]) -> tuple[Any, ...]:
-    cfg = made.run.config
+def _row(made: Made, shard: str, key: str, index: int, target: int, grid: tuple[int, int]) -> Record:
+    cfg = made.run.config_of(ExtractConfig)
     seed = int.from_bytes(key.encode()[-6:]) + target
     map_1hw = torch.rand(1, *grid, generator=torch.Generator().manual_seed(seed)) * 3 - 1
-    mask_1HW, threshold = discretize(upsample(map_1hw, (CROP, CROP)), parse_rule(cfg.discretize))
+    mask_1HW, threshold = discretize(upsample(map_1hw, (CROP, CROP)), cfg.discretize)
     stored, lo, hi = quantise(map_1hw, cfg.map_dtype, heavy_tailed=False)
-    preprocess = {"resize": cfg.resize, "crop": cfg.crop, "squash": cfg.squash, "interpolation": cfg.interpolation}
-    decoded = decode(picture(index, *SIZE), **preprocess)
+    decoded = decode(picture(index, *SIZE), cfg.preprocess)
     box = largest_box(mask_1HW[0].numpy())
     assert box is not None
     made.maps[shard, key, target] = map_1hw[0].numpy()
     made.masks[shard, key, target] = mask_1HW[0].numpy()
-    scale = (float(lo), float(hi)) if cfg.map_dtype == "uint8" else (None, None)
-    stored_columns = (stored.numpy().tobytes(), *grid, *scale) if cfg.save_map else (None,) * 5
-    return (
-        key, shard, index, index, (index + 1) % 10, (index + target) % 10, 1 / (1 + index + target), *stored_columns,
-        pack_mask(mask_1HW).numpy().tobytes(), float(threshold), float(mask_1HW.float().mean()),
-        [to_original(box, decoded.geometry, decoded.image_height, decoded.image_width)],
-        decoded.image_height, decoded.image_width, list(decoded.geometry), OK, None,
-    )  # fmt: skip
+    record: Record = {
+        "key": key, "shard": shard, "index": index, "label": index, "predicted": (index + 1) % 10,
+        "target": (index + target) % 10, "score": 1 / (1 + index + target),
+        "mask": pack_mask(mask_1HW).numpy().tobytes(), "mask_threshold": float(threshold),
+        "mask_area": float(mask_1HW.float().mean()),
+        "boxes": [to_original(box, decoded.geometry, decoded.image_height, decoded.image_width)],
+        "image_height": decoded.image_height, "image_width": decoded.image_width, "geometry": list(decoded.geometry),
+        "status": OK,
+    }  # fmt: skip
+    if cfg.save_map:
+        record |= {"map": stored.numpy().tobytes(), "map_height": grid[0], "map_width": grid[1]}
+        if cfg.map_dtype == "uint8":
+            record |= {"map_lo": float(lo), "map_hi": float(hi)}
+    return record
 
 
-def write_shard(made: Made, number: int, samples: int, rows: list[tuple[Any, ...]], grid: tuple[int, int]) -> None:
+def write_shard(made: Made, number: int, samples: int, rows: list[Record], grid: tuple[int, int]) -> None:
     """Data file and receipt."""
-    shard, cfg = made.run.shards[number], made.run.config
+    shard, cfg = made.run.shards[number], made.run.config_of(ExtractConfig)
     size = grid[0] * grid[1] * np.dtype(cfg.map_dtype).itemsize if cfg.save_map else None
     provenance = {
         "fingerprint": made.run.fingerprint,
-        "config": asdict(cfg),
+        "config": cfg.to_dict(),
         "map_dtype": cfg.map_dtype,
         "map_shape": grid if cfg.save_map else None,
         "input_shape": [CROP, CROP],
@@ -132,7 +143,7 @@ def write_shard(made: Made, number: int, samples: int, rows: list[tuple[Any, ...
         writer.write(rows)
         written = writer.close()
     store.publish(written.path, data_name(shard.name))
-    statuses = {status: sum(row[-2] == status for row in rows) for status in {row[-2] for row in rows}}
+    statuses = dict(Counter(row["status"] for row in rows))
     receipt = Receipt(
         shard.name, shard.size, made.run.fingerprint, samples, len(rows), statuses, written.digest, written.size, {}
     )

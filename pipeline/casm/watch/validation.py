@@ -22,8 +22,8 @@ from saltern.pipeline.casm.algorithm.step import Average, Training
 from saltern.pipeline.casm.watch import curves
 from saltern.pipeline.casm.watch.mask_page import Chosen, mask_page
 from saltern.pipeline.extract.explain import Explainer
-from saltern.pipeline.extract.extraction import Storage, assemble
-from saltern.pipeline.extract.task import Item
+from saltern.pipeline.extract.extraction import REASONS, Storage
+from saltern.pipeline.extract.task import Item, assemble
 from saltern.pipeline.methods import Method
 from saltern.pipeline.metrics.judge import AS_IS, Judged
 from saltern.pipeline.runs.reader import Layout, Row
@@ -32,8 +32,10 @@ from saltern.pipeline.shards.decode import Decoded, decode
 from saltern.pipeline.shards.prefetch import prefetch
 from saltern.pipeline.shards.samples import Sample, list_keys, read_samples
 from saltern.pipeline.storage.files import write
+from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import ShardError, UserError
-from saltern.schemas.run import RunConfig, Shard
+from saltern.schemas.rules import Rule, Target
+from saltern.schemas.run import Shard
 
 LINES = "validation.jsonl"
 AHEAD = 2  # batches decoded before they are needed
@@ -80,12 +82,8 @@ class Validation:
         self._shards, self._root, self._class_numbers = shards, root, class_numbers
         self._threads, self._rank, self._world, self._average, self._say = threads, rank, world, average, say
         self._layout = Layout("uint8", (side, side))  # as extract stores the maps of a mask network
-        self._config = RunConfig(
-            model="", weights="", weights_digest="", classes=0, method="casm", layer=[], options={}, target="label",
-            discretize="mean:1", map_size="native", map_dtype="uint8", save_map=True, resize=resize or side, crop=side,
-            squash=False, interpolation=interpolation, mean=list(mean), std=list(std), precision="fp32", seed=0,
-            limit=None, batch_size=batch_size, torch_threads=1,
-        )  # fmt: skip
+        self._batch_size = batch_size
+        self._preprocess = Preprocess(resize or side, side, False, interpolation, tuple(mean), tuple(std))
         _check(shards)
 
     def __call__(self, training: Training) -> dict[str, float]:
@@ -102,7 +100,7 @@ class Validation:
             ShardError: a shard that broke since the training began.
             OSError: one that cannot be read now, or a root that takes no files.
         """
-        network = _Network(self._config, self._layout, training, self._class_numbers)
+        network = _Network(self._preprocess, self._layout, training, self._class_numbers)
         sums, chosen = _Sums(), Chosen()
         with (
             ThreadPoolExecutor(self._threads, "saltern-decode") as pool,
@@ -131,7 +129,7 @@ class Validation:
         numbers = count()
         for shard in self._shards:
             own = self._own(shard, numbers, chosen)
-            while batch := list(islice(own, self._config.batch_size)):
+            while batch := list(islice(own, self._batch_size)):
                 yield shard, [self._item(pool, sample) for sample in batch]
 
     def _own(self, shard: Shard, numbers: Iterator[int], chosen: Chosen) -> Generator[Sample, None, None]:
@@ -147,11 +145,7 @@ class Validation:
         return Item(sample, pool.submit(self._decode, sample.image))
 
     def _decode(self, data: bytes) -> tuple[Decoded, float]:
-        config = self._config
-        decoded = decode(
-            data, resize=config.resize, crop=config.crop, squash=config.squash, interpolation=config.interpolation
-        )
-        return decoded, 0.0
+        return decode(data, self._preprocess), 0.0
 
     def _write(self, line: dict[str, float], network: "_Network", chosen: Chosen) -> None:
         step = int(line["step"])
@@ -160,7 +154,7 @@ class Validation:
         with ThreadPoolExecutor(self._threads, "saltern-decode") as pool:
             items = [(shard, self._item(pool, sample)) for shard, sample in chosen.samples()]
             shown = [(item.sample, network.rows(shard, [item])[0]) for shard, item in items]
-        page = mask_page(line, shown, chosen.names, self._config.mean)
+        page = mask_page(line, shown, chosen.names, self._preprocess.mean)
         write(self._root / "masks" / f"{step}.html", page.encode())
         curves.draw(self._root)
         self._say(
@@ -189,10 +183,14 @@ class _Network:
     """The training's networks as they stand: samples in, rows out."""
 
     def __init__(
-        self, config: RunConfig, layout: Layout, training: Training, class_numbers: Sequence[int] | None
+        self, preprocess: Preprocess, layout: Layout, training: Training, class_numbers: Sequence[int] | None
     ) -> None:
         method = _Live(training)
-        self._explain, self._layout = Explainer(method, config, training.device), layout
+        target, rule = Target.parse("label", 1), Rule.parse("mean:1")  # the defaults of extract
+        self._explain = Explainer(
+            method, training.device, preprocess, target=target, rule=rule, map_dtype=layout.map_dtype
+        )
+        self._layout = layout
         grey_BHWC = torch.full((1, *layout.input_shape, 3), 127, dtype=torch.uint8)
         found = self._explain(grey_BHWC, torch.zeros(1, dtype=torch.long)).wait()[0]
         self._grid: tuple[int, int] = found.columns["map"].shape[1:]
@@ -202,7 +200,7 @@ class _Network:
     def rows(self, shard: Shard, items: Sequence[Item]) -> list[Row]:
         """A row for each sample, as `extract` would store it; its decoding is waited for."""
         for item in items:
-            item.settle()
+            item.wait()
         pixels = [item.decoded.pixels_HWC for item in items if item.decoded is not None]
         found = None
         if pixels:
@@ -210,8 +208,9 @@ class _Network:
                 torch.from_numpy(np.stack(pixels)), torch.zeros(len(pixels), dtype=torch.long)
             ).wait()[0]
             found.columns["predicted"] = self._numbers[found.columns["predicted"]]
-        storage = Storage(shard.name, self._grid, True, self._layout.input_shape)
-        return [self._read_back(Row(self._layout, *row)) for row in assemble(items, found, 1, storage)]
+        storage = Storage(self._grid, True, self._layout.input_shape)
+        records = assemble(shard, items, found, storage.describe, REASONS)
+        return [self._read_back(Row.from_record(self._layout, record)) for record in records]
 
     @staticmethod
     def _read_back(row: Row) -> Row:

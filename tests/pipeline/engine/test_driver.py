@@ -25,7 +25,7 @@ class Notebook:
         self.failures: dict[str, Failure] = {}
         self.elsewhere: set[str] = set()
 
-    def standing(self, shard: Shard) -> Receipt | None:
+    def receipt_of(self, shard: Shard) -> Receipt | None:
         return toys.receipt(shard) if shard.name in self.elsewhere else None
 
     def succeeded(self, receipt: Receipt) -> None:

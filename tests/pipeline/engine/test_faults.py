@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import resource
 import shutil
 import signal
@@ -12,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -19,6 +19,8 @@ import pytest
 from making import HELPERS, PYTHONPATH, TINY, files, picture, write_shards, write_tar
 from PIL import Image
 
+from saltern.pipeline.engine.conduct import RunResult
+from saltern.pipeline.extract.extraction import extract
 from saltern.pipeline.runs.manifest import load_run_folder, read_failures, read_receipts
 from saltern.pipeline.runs.verify import verify
 
@@ -54,6 +56,19 @@ def run(line: list[str], slow: float = 0.0, **more: object) -> tuple[int, str]:
     return finish(start(line, slow, **more))
 
 
+def resume(shards: Path, out: Path, **more: Any) -> RunResult:
+    """Repeat the command of `command` in this process, which saves the imports of another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLOW", "0")
+        patch.chdir(HELPERS)
+        result = extract(
+            shards, out, model="making:tiny", method="odd_methods:Slow", resize=40, crop=32, map_dtype="float32",
+            target="top1", batch_size=4, torch_threads=1, device="cpu", engine="local", **more,
+        )  # fmt: skip
+    assert result.code == 0, result
+    return result
+
+
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(tmp_path_factory.mktemp("in"), SHARDS, EACH)
@@ -62,8 +77,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("out") / "run"
-    code, said = run(command(shards, out, "--engine", "local"))
-    assert code == 0, said
+    resume(shards, out)
     return files(out)
 
 
@@ -129,7 +143,9 @@ def test_a_killed_actor(shards: Path, undisturbed: dict[str, bytes], tmp_path: P
 
 
 @pytest.mark.parametrize("moment", ["at the start", "after one shard", "late"])
-def test_a_killed_driver(shards: Path, undisturbed: dict[str, bytes], tmp_path: Path, moment: str) -> None:
+def test_a_killed_driver(
+    shards: Path, undisturbed: dict[str, bytes], tmp_path: Path, moment: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     running = start(command(shards, out, "--engine", "local"))
     wanted = {"at the start": 0, "after one shard": 1, "late": SHARDS - 2}[moment]
@@ -137,9 +153,12 @@ def test_a_killed_driver(shards: Path, undisturbed: dict[str, bytes], tmp_path: 
     running.kill()
     finish(running)
     assert done(out) < SHARDS
-    code, said = run(command(shards, out, "--engine", "local"))
-    assert code == 0, said
-    assert re.search(rf"{done(out)}/{SHARDS} shards stand", said)
+    before = done(out)
+    capsys.readouterr()
+    assert resume(shards, out).done == SHARDS
+    said = capsys.readouterr()
+    assert f"{before} of {SHARDS} shards done" in said.err
+    assert f"{SHARDS}/{SHARDS} shards done" in said.out
     equals(out, undisturbed)
 
 
@@ -241,8 +260,7 @@ def test_a_limit_on_file_sizes(shards: Path, undisturbed: dict[str, bytes], tmp_
     assert "cannot write to" in said
     assert "Traceback" not in said
     assert files(out) == {}
-    code, said = run(command(shards, out, "--engine", "local"))
-    assert code == 0, said
+    resume(shards, out)
     equals(out, undisturbed)
 
 
@@ -268,8 +286,7 @@ def test_a_full_disk(shards: Path, undisturbed: dict[str, bytes], tmp_path: Path
         assert "Traceback" not in said
         assert 0 < done(out) < SHARDS
         subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
-        code, said = run(command(shards, out, "--engine", "local"))
-        assert code == 0, said
+        resume(shards, out)
         equals(out, undisturbed)
 
 
@@ -291,18 +308,16 @@ def test_an_interrupt(
     code, said = finish(running)
     assert code == 130, said
     assert "Traceback" not in said
-    assert "interrupted; what stands is kept: the same command again goes on from here" in said
+    assert "interrupted; finished shards are kept: repeat the command to resume" in said
     assert not [path.name for path in out.iterdir() if path.name.startswith("_tmp-")]
     assert 1 <= done(out) < SHARDS
-    code, said = run(command(shards, out, *where))
-    assert code == 0, said
+    resume(shards, out)
     equals(out, undisturbed)
 
 
 def test_another_config_is_refused_in_one_line(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    code, said = run(command(shards, out, "--engine", "local", "--limit", "3"))
-    assert code == 0, said
+    resume(shards, out, limit=3)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     code, said = run(command(shards, out, "--engine", "local", "--limit", "3", "--discretize", "otsu"))
     assert code == 2

@@ -22,6 +22,7 @@ from saltern.pipeline.models.classifiers import load
 from saltern.pipeline.runs.manifest import load_run_folder, read_receipts
 from saltern.pipeline.runs.verify import verify
 from saltern.pipeline.shards.decode import decode
+from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
 from saltern.schemas.saliency import read_metadata
 
@@ -59,7 +60,7 @@ def test_rows_are_what_the_method_gives_alone(tmp_path: Path) -> None:
     assert [row["key"] for row in found] == [f"k{i:05}" for i in range(14)]
     with build("grad-cam", classifier.model, layer="body") as method:
         for i, row in enumerate(found):
-            decoded = decode(picture(i), resize=40, crop=32, squash=False, interpolation="bilinear")
+            decoded = decode(picture(i), Preprocess(40, 32))
             x_BCHW = (torch.from_numpy(decoded.pixels_HWC).permute(2, 0, 1)[None] / 255 - mean) / std
             map_Bhw = method(x_BCHW, torch.tensor([i % 5]))
             assert isinstance(map_Bhw, torch.Tensor)
@@ -329,6 +330,6 @@ def test_verify_finds_what_was_tampered_with(tmp_path: Path) -> None:
     (tmp_path / "in/part-000002.tar").write_bytes((tmp_path / "in/part-000001.tar").read_bytes())
     reasons = {finding.shard: finding.reason for finding in verify(*load_run_folder(str(tmp_path / "run"))).findings}
     assert "digest" in reasons["part-000000"]
-    assert "gone" in reasons["part-000001"]
+    assert "missing" in reasons["part-000001"]
     assert "keys are not those of the tar" in reasons["part-000002"]
     assert "no shard" in reasons["data/stranger.parquet"]

@@ -12,9 +12,10 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 from torch import Tensor
 
-from saltern.pipeline.maps.discretize import discretize, largest_box, parse_rule, upsample
+from saltern.pipeline.maps.discretize import discretize, largest_box, upsample
 from saltern.pipeline.maps.frame import to_original
 from saltern.schemas.errors import UserError
+from saltern.schemas.rules import Rule
 
 RULES = [
     "mean", "mean:1", "mean:0.5", "mean:2", "mean-std", "mean-std:1", "mean-std:-0.5", "quantile", "quantile:0.75",
@@ -65,7 +66,7 @@ def threshold_naive(unit: NDArray[np.float64], rule: str) -> float:
 @pytest.mark.parametrize("rule", RULES)
 def test_rules_equal_the_naive_loops(rule: str) -> None:
     map_BHW = maps()
-    mask_BHW, threshold_B = discretize(map_BHW, parse_rule(rule))
+    mask_BHW, threshold_B = discretize(map_BHW, Rule.parse(rule))
     assert mask_BHW.dtype == torch.bool
     assert threshold_B.dtype == torch.float32
     for map_HW, mask_HW, threshold in zip(map_BHW, mask_BHW, threshold_B, strict=True):
@@ -82,23 +83,23 @@ def test_rules_equal_the_naive_loops(rule: str) -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_the_threshold_reproduces_the_mask_to_the_bit(rule: str) -> None:
     map_BHW = maps(1)
-    mask_BHW, threshold_B = discretize(map_BHW, parse_rule(rule))
+    mask_BHW, threshold_B = discretize(map_BHW, Rule.parse(rule))
     assert torch.equal(mask_BHW, map_BHW >= threshold_B[:, None, None])
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_batch_equals_its_maps_one_by_one(rule: str) -> None:
     map_BHW = maps(2)
-    mask_BHW, threshold_B = discretize(map_BHW, parse_rule(rule))
+    mask_BHW, threshold_B = discretize(map_BHW, Rule.parse(rule))
     for b in range(len(map_BHW)):
-        mask_1HW, threshold_1 = discretize(map_BHW[b : b + 1], parse_rule(rule))
+        mask_1HW, threshold_1 = discretize(map_BHW[b : b + 1], Rule.parse(rule))
         assert torch.equal(mask_1HW[0], mask_BHW[b])
         assert torch.equal(threshold_1[0], threshold_B[b])
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_constant_map_is_chosen_whole(rule: str) -> None:
-    mask_BHW, threshold_B = discretize(torch.tensor([3.25, -1.5, 0.0]).view(3, 1, 1).expand(3, 6, 7), parse_rule(rule))
+    mask_BHW, threshold_B = discretize(torch.tensor([3.25, -1.5, 0.0]).view(3, 1, 1).expand(3, 6, 7), Rule.parse(rule))
     assert mask_BHW.all()
     assert threshold_B.tolist() == [3.25, -1.5, 0.0]
 
@@ -112,15 +113,15 @@ def test_a_plateau_is_never_lost_to_rounding(rule: str) -> None:
     map_BHW = lo_B.view(-1, 1, 1) + torch.rand(200, 20, 20, generator=generator) * 0.9 * (hi_B - lo_B).view(-1, 1, 1)
     map_BHW[:, 0, 0] = lo_B
     map_BHW[:, 5:15, 5:15] = hi_B.view(-1, 1, 1)
-    mask_BHW, _ = discretize(map_BHW, parse_rule(rule))
+    mask_BHW, _ = discretize(map_BHW, Rule.parse(rule))
     assert mask_BHW.sum((1, 2)).tolist() == [100] * 200
 
 
 def test_quantile_and_fraction_keep_so_many_pixels() -> None:
     map_BHW = torch.randn(8, 50, 40, generator=torch.Generator().manual_seed(0))
-    mask_BHW, _ = discretize(map_BHW, parse_rule("quantile:0.75"))
+    mask_BHW, _ = discretize(map_BHW, Rule.parse("quantile:0.75"))
     assert mask_BHW.sum((1, 2)).tolist() == [500] * 8
-    mask_BHW, _ = discretize(map_BHW, parse_rule("fraction"))
+    mask_BHW, _ = discretize(map_BHW, Rule.parse("fraction"))
     lo, hi = map_BHW.amin((1, 2), keepdim=True), map_BHW.amax((1, 2), keepdim=True)
     expected = (((map_BHW - lo) / (hi - lo)).double().mean((1, 2)) * 2000).round()
     assert (mask_BHW.sum((1, 2)) - expected).abs().max() <= 1
@@ -129,8 +130,8 @@ def test_quantile_and_fraction_keep_so_many_pixels() -> None:
 @pytest.mark.parametrize("rule", ["mean:1", "quantile:0.9", "otsu", "max:0.2"])
 def test_scaling_and_shifting_a_map_does_not_move_its_mask(rule: str) -> None:
     map_BHW = torch.randint(0, 1000, (4, 16, 16), generator=torch.Generator().manual_seed(5)).float()
-    mask_BHW, _ = discretize(map_BHW, parse_rule(rule))
-    moved_BHW, _ = discretize(map_BHW * 4 - 512, parse_rule(rule))  # exact in float32
+    mask_BHW, _ = discretize(map_BHW, Rule.parse(rule))
+    moved_BHW, _ = discretize(map_BHW * 4 - 512, Rule.parse(rule))  # exact in float32
     assert torch.equal(mask_BHW, moved_BHW)
 
 
@@ -139,7 +140,7 @@ def test_scaling_and_shifting_a_map_does_not_move_its_mask(rule: str) -> None:
 )
 def test_what_is_no_rule_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(UserError, match="--discretize") as caught:
-        parse_rule(text)
+        Rule.parse(text)
     assert "\n" not in str(caught.value)
 
 

@@ -33,10 +33,7 @@ def photographs(shared_data: Path, classifier: Classifier) -> Tensor:
     shards, _ = expand([str(shared_data / "imagenet-sample")])
     how = classifier.preprocess
     samples = [sample for sample, _ in zip(read_samples(shards[0]), range(6), strict=False)]
-    pixels = [
-        decode(sample.image, resize=how.resize, crop=how.crop, squash=False, interpolation=how.interpolation).pixels_HWC
-        for sample in samples[::2]
-    ]
+    pixels = [decode(sample.image, how).pixels_HWC for sample in samples[::2]]
     x_BCHW = torch.stack([torch.as_tensor(image).permute(2, 0, 1) for image in pixels]) / 255
     return (x_BCHW - torch.tensor(how.mean).view(3, 1, 1)) / torch.tensor(how.std).view(3, 1, 1)
 

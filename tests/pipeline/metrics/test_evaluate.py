@@ -57,9 +57,9 @@ def alter(made: Made, **changed: Any) -> None:
         rows = []
         for row in table.to_pylist():
             row |= {name: value(row["key"]) if callable(value) else value for name, value in changed.items()}
-            rows.append(tuple(row.values()))
+            rows.append(row)
         assert shard.name == table["shard"][0].as_py()
-        write_shard(made, number, len({row[0] for row in rows}), rows, (4, 4))
+        write_shard(made, number, len({row["key"] for row in rows}), rows, (4, 4))
 
 
 BLANK = b'{"boxes": []}'.ljust(200)

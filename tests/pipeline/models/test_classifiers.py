@@ -15,8 +15,9 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-from saltern.pipeline.models.classifiers import Preprocess, available_models, load
+from saltern.pipeline.models.classifiers import available_models, load
 from saltern.pipeline.models.weights import digest
+from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
 
 SMALL = "shufflenet_v2_x0_5"

@@ -19,10 +19,11 @@ from saltern.pipeline.maps.frame import to_original
 from saltern.pipeline.runs.dataset import SaliencyDataset
 from saltern.pipeline.runs.reader import open_run
 from saltern.pipeline.shards.decode import decode
+from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.saliency import DECODE_FAILED
 
-PREPROCESS: dict[str, Any] = {"resize": 40, "crop": CROP, "squash": False, "interpolation": "bilinear"}
+PREPROCESS = Preprocess(40, CROP)
 # On a machine of few cores torch advises against so many workers.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -44,7 +45,7 @@ def test_items_are_the_rows_with_their_images(tmp_path: Path) -> None:
             row.status,
         )
         assert [item[name] for name in ("label", "predicted", "target")] == [row.label, row.predicted, row.target]
-        pixels = decode(picture(row.index, *SIZE), **PREPROCESS).pixels_HWC
+        pixels = decode(picture(row.index, *SIZE), PREPROCESS).pixels_HWC
         assert item["image"].dtype == torch.uint8
         assert np.array_equal(item["image"].permute(1, 2, 0).numpy(), pixels)
         assert torch.equal(item["map"], torch.from_numpy(row.map("input")))

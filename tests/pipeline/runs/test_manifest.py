@@ -17,39 +17,40 @@ from saltern.pipeline.runs.manifest import (
     wipe,
 )
 from saltern.pipeline.storage.store import Store, session
+from saltern.schemas.config import config_from_dict
 from saltern.schemas.errors import UserError
 from saltern.schemas.receipt import PHASES, Failure, Receipt
-from saltern.schemas.run import Run, RunConfig, Shard
+from saltern.schemas.run import Run, Shard
 
-CONFIG = RunConfig(
-    model="resnet50",
-    weights="DEFAULT",
-    weights_digest="d" * 64,
-    classes=1000,
-    method="grad-cam",
-    layer=["layer4"],
-    options={},
-    target="label",
-    discretize="mean:1",
-    map_size="native",
-    map_dtype="float32",
-    save_map=True,
-    resize=256,
-    crop=224,
-    squash=False,
-    interpolation="bilinear",
-    mean=[0.5, 0.5, 0.5],
-    std=[0.2, 0.2, 0.2],
-    precision="fp32",
-    seed=0,
-    limit=None,
-    batch_size=16,
-    torch_threads=2,
-)
+CONFIG = {
+    "model": "resnet50",
+    "weights": "DEFAULT",
+    "weights_digest": "d" * 64,
+    "classes": 1000,
+    "method": "grad-cam",
+    "layer": ["layer4"],
+    "options": {},
+    "target": "label",
+    "discretize": "mean:1",
+    "map_size": "native",
+    "map_dtype": "float32",
+    "save_map": True,
+    "resize": 256,
+    "crop": 224,
+    "squash": False,
+    "interpolation": "bilinear",
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.2, 0.2, 0.2],
+    "precision": "fp32",
+    "seed": 0,
+    "limit": None,
+    "batch_size": 16,
+    "torch_threads": 2,
+}
 
 
 def make_run(shards: int = 3, **changes: object) -> Run:
-    config = replace(CONFIG, **changes)  # type: ignore[arg-type]
+    config = config_from_dict({**CONFIG, **changes})
     wanted = [Shard(f"s{index:06}", f"/in/s{index:06}.tar", 1000) for index in range(shards)]
     return Run(config, wanted, {"torch": "2"}, config.fingerprint())
 

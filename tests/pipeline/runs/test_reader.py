@@ -21,6 +21,7 @@ from saltern.pipeline.runs.manifest import read_receipts
 from saltern.pipeline.runs.reader import SaliencyRun, map_in_original, open_run
 from saltern.pipeline.shards.decode import decode
 from saltern.pipeline.storage.store import Store
+from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.saliency import DECODE_FAILED, OK
 
@@ -79,9 +80,9 @@ def test_rows_by_key(tmp_path: Path) -> None:
 
 def test_a_key_in_two_shards_asks_for_the_shard(tmp_path: Path) -> None:
     made = make_run(tmp_path, shards=2, samples=1)
-    row = ("same", *[None] * 2, *[None] * 16, DECODE_FAILED, "no image")
     for number, shard in enumerate(made.run.shards):
-        write_shard(made, number, 1, [("same", shard.name, 0, *row[3:])], (4, 4))
+        failed = {"key": "same", "shard": shard.name, "index": 0, "status": DECODE_FAILED, "error": "no image"}
+        write_shard(made, number, 1, [failed], (4, 4))
     run = open_run(str(made.path))
     assert [row.shard for row in run.rows("same")] == ["part0/train", "part1/train"]
     assert run.row("same", shard="part1/train").shard == "part1/train"
@@ -188,7 +189,8 @@ def test_joined_gives_each_sample_its_rows(tmp_path: Path) -> None:
 def test_a_tar_of_other_samples_is_named(tmp_path: Path, keys: list[str]) -> None:
     made = make_run(tmp_path, shards=1, samples=3)
     shard = made.run.shards[0]
-    rows = [(key, shard.name, index, *[None] * 16, DECODE_FAILED, "") for index, key in enumerate("abc")]
+    failed = {"shard": shard.name, "status": DECODE_FAILED, "error": ""}
+    rows = [{**failed, "key": key, "index": index} for index, key in enumerate("abc")]
     write_shard(made, 0, 3, rows, (4, 4))
     # Small members, so that each of these tars has one record's 10,240 bytes: the size does not tell.
     write_tar(Path(shard.url), [(key, {"jpg": b"x"}) for key in keys])
@@ -224,7 +226,7 @@ def test_what_the_extractor_writes_is_read_back(tmp_path: Path) -> None:
 def test_a_map_of_places_lands_on_the_places(tmp_path: Path) -> None:
     """A map that holds each input pixel's own x in the original must, put back, hold each original pixel's x."""
     for width, height, squash in [(60, 44, False), (44, 61, False), (300, 200, False), (40, 40, False), (90, 33, True)]:
-        decoded = decode(picture(0, height, width), resize=40, crop=32, squash=squash, interpolation="bilinear")
+        decoded = decode(picture(0, height, width), Preprocess(40, 32, squash))
         scale_x, scale_y, offset_x, offset_y = decoded.geometry
         x_HW, y_HW = np.meshgrid((np.arange(32) + 0.5) * scale_x + offset_x, (np.arange(32) + 0.5) * scale_y + offset_y)
         for found, scale, places in [
@@ -241,7 +243,7 @@ def test_a_map_of_places_lands_on_the_places(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("squash", [False, True])
 def test_outside_of_the_crop_is_nan(squash: bool) -> None:
-    geometry = decode(picture(0, 44, 60), resize=40, crop=32, squash=squash, interpolation="bilinear").geometry
+    geometry = decode(picture(0, 44, 60), Preprocess(40, 32, squash)).geometry
     found = over_frame(np.ones((4, 4), np.float32), (32, 32), list(geometry), 44, 60)
     y_44, x_60 = np.arange(44) + 0.5, np.arange(60) + 0.5
     inside = np.outer(

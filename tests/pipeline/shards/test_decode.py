@@ -17,6 +17,7 @@ from torchvision.transforms import InterpolationMode
 
 from saltern.pipeline.shards.decode import decode, decode_image
 from saltern.pipeline.shards.samples import read_samples
+from saltern.schemas.config import Preprocess
 from saltern.schemas.run import Shard
 
 
@@ -63,7 +64,7 @@ def test_pixels_are_those_of_torchvision_on_imagenet(shared_data: Path) -> None:
         assert sample.image is not None
         image = Image.open(io.BytesIO(sample.image))
         assert image.getexif().get(ExifTags.Base.Orientation, 1) in (0, 1)
-        ours = decode(sample.image, resize=256, crop=224, squash=False, interpolation="bilinear")
+        ours = decode(sample.image, Preprocess(256, 224))
         difference = np.abs(ours.pixels_HWC - preset(image, 256, 224, "bilinear"))
         worst = max(worst, int(difference.max()))
         differ.append((difference > 0).mean())

@@ -3,8 +3,7 @@
 import hashlib
 import io
 import json
-from dataclasses import replace
-from functools import partial
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +18,19 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from saltern.jobs.main import app
-from saltern.pipeline.engine.conduct import Job, RunOptions, conduct
-from saltern.pipeline.extract.processor import Processor
-from saltern.pipeline.extract.request import ExtractRequest
+from saltern.pipeline.engine.conduct import RunOptions, conduct
+from saltern.pipeline.extract.request import ExtractRequest, MethodRequest
 from saltern.pipeline.runs import reader
 from saltern.pipeline.runs.manifest import load_run_folder
 from saltern.pipeline.runs.verify import verify
-from saltern.pipeline.synthesis.attack import Attack, plan
-from saltern.pipeline.synthesis.attack_report import close, means
-from saltern.pipeline.synthesis.perturb import PGD, perturb, unit, weighed_norm
+from saltern.pipeline.synthesis.attack import AttackRequest, attacking
+from saltern.pipeline.synthesis.attack_report import means
+from saltern.pipeline.synthesis.perturb import perturb, unit, weighed_norm
 from saltern.schemas.attack import attack_schema
+from saltern.schemas.config import PGD, UNMARKED
 from saltern.schemas.errors import UserError
-from saltern.schemas.run import UNMARKED
 
 HOW = PGD(steps=20, step_size=1 / 255, epsilon=12 / 255, beta=50.0, rule="sign")
-OPTIONS = {**vars(HOW), "save_images": True}
 REQUEST = ExtractRequest(
     shards=[], model="making:tiny", method="grad-cam", layer="body", resize=40, crop=32, batch_size=4, torch_threads=1
 )
@@ -45,9 +42,11 @@ def _home(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def attack(shards: Path, out: Path, wishes: dict[str, Any] | None = None, **options: Any) -> int:
-    request = replace(REQUEST, shards=[str(shards)], job_options={**OPTIONS, **options}, **(wishes or {}))
-    job = Job(partial(plan, request), partial(Processor, task=Attack), close)
-    return conduct(job, RunOptions(str(out), device="cpu", engine="local")).code
+    save_images = options.pop("save_images", True)
+    common = {field.name: getattr(REQUEST, field.name) for field in fields(MethodRequest)}
+    given = {**common, "shards": [str(shards)], **(wishes or {})}
+    request = AttackRequest(**given, pgd=replace(HOW, **options), save_images=save_images)
+    return conduct(attacking(request), RunOptions(str(out), device="cpu", engine="local")).code
 
 
 def rows(out: Path) -> list[dict[str, Any]]:

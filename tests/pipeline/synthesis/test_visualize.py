@@ -1,7 +1,7 @@
 """Class visualization: the objective rises, a class does not see its neighbours, and it is a run as any other."""
 
 import io
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,18 @@ from torch import nn
 from typer.testing import CliRunner
 
 from saltern.jobs.main import app
-from saltern.pipeline.engine.conduct import Job, RunOptions, conduct
+from saltern.pipeline.engine.conduct import RunOptions, conduct
 from saltern.pipeline.models.classifiers import load
 from saltern.pipeline.models.passes import frozen
 from saltern.pipeline.runs.manifest import load_run_folder
 from saltern.pipeline.runs.verify import verify
-from saltern.pipeline.synthesis.ascend import Ascent, ascend, start
-from saltern.pipeline.synthesis.visualize import Visualizer, VisualizeRequest, close, parse_classes, plan
+from saltern.pipeline.synthesis.ascend import ascend, start
+from saltern.pipeline.synthesis.visualize import VisualizeRequest, parse_classes, visualizing
+from saltern.schemas.config import Ascent
 from saltern.schemas.errors import UserError
 from saltern.schemas.visualization import visualization_schema
 
+ASCENT = Ascent(steps=10, step_size=1.0, weight=1e-3, init="zero")
 HOW = Ascent(steps=30, step_size=0.1, weight=1e-3, init="zero")
 
 
@@ -35,11 +37,10 @@ def _home(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def visualize(out: Path, classes: str = "0-4", **wishes: Any) -> int:
-    made: dict[str, Any] = {"steps": 10, "crop": 32, "pinned": {"batch_size": 2, "torch_threads": 1}, **wishes}
-    request = VisualizeRequest(classes, "making:tiny", **made)
-    return conduct(
-        Job(partial(plan, request), Visualizer, close), RunOptions(str(out), device="cpu", engine="local")
-    ).code
+    ascent = {key: wishes.pop(key) for key in ("steps", "step_size", "weight", "init") if key in wishes}
+    given: dict[str, Any] = {"crop": 32, "batch_size": 2, "torch_threads": 1, **wishes}
+    request = VisualizeRequest(classes, "making:tiny", ascent=replace(ASCENT, **ascent), **given)
+    return conduct(visualizing(request), RunOptions(str(out), device="cpu", engine="local")).code
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -135,7 +136,7 @@ def test_a_resume_does_the_rest_alone_and_writes_the_same(tmp_path: Path) -> Non
     kept = (tmp_path / "cut/receipts/classes-000000.json").read_bytes()
     (tmp_path / "cut/receipts/classes-000001.json").unlink()  # as a kill before its last write leaves it
     assert any("not done" in finding.reason for finding in verify(*load_run_folder(str(tmp_path / "cut"))).findings)
-    assert visualize(tmp_path / "cut", pinned={}) == 0  # batch size and threads are the run's
+    assert visualize(tmp_path / "cut", batch_size=None, torch_threads=None) == 0  # batch size and threads are the run's
     assert (tmp_path / "cut/receipts/classes-000000.json").read_bytes() == kept
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
     with pytest.raises(UserError, match="steps: 10 there, 11 asked for"):

@@ -1,0 +1,210 @@
+"""The frozen config of a run: one type for each job, and the flat form that run.json stores."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+from saltern.schemas.errors import UserError
+from saltern.schemas.rules import Rule, Target
+
+SCHEMA_VERSION = 1  # of all files in a run's folder
+# run.json keeps these and a resumed run reuses them, as they change last bits. The fingerprint leaves them out.
+PINNED = ("batch_size", "torch_threads")
+# The digest identifies the weights, wherever they were loaded from.
+UNMARKED = ("weights", *PINNED)
+EXTRACT, ATTACK, VISUALIZE = "extract", "attack", "visualize-class"
+# The keys of a config in run.json, in their order, each with the value stored by a job that does not use the key.
+_STORED: dict[str, Any] = {
+    "model": "", "weights": "", "weights_digest": "", "classes": 0, "method": "", "layer": [], "options": {},
+    "target": "", "discretize": "", "map_size": "", "map_dtype": "", "save_map": False, "resize": 0, "crop": 0,
+    "squash": False, "interpolation": "", "mean": [], "std": [], "precision": "fp32", "seed": 0, "limit": None,
+    "batch_size": 0, "torch_threads": 0, "job": EXTRACT, "job_options": {},
+}  # fmt: skip
+_OPTIONAL = ("job", "job_options")  # runs made before the second job lack them
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """From an upright RGB image to the network's input: resize, centre crop, scale to [0, 1], (x - mean) / std."""
+
+    resize: int = 256  # shorter side before the crop, pixels
+    crop: int = 224  # side of the network's input, pixels
+    squash: bool = False  # resize both sides to crop; the aspect ratio is lost
+    interpolation: str = "bilinear"  # bilinear | bicubic, antialiased
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class PGD:
+    """The settings of an attack by projected gradient descent."""
+
+    steps: int  # of the descent, which starts from no perturbation
+    step_size: float  # change of a pixel in one step, in [0, 1]; with normalised steps its root mean square
+    epsilon: float  # largest change of a pixel (l_inf), in [0, 1]
+    beta: float  # weight of the perturbation outside of the map; 0 is plain PGD
+    norm: str = "rms"  # rms | l2, of that perturbation: root of the mean, or of the sum, of squares
+    recompute: int = 0  # steps after which the map is made again, on the perturbed image; 0 = never
+    rule: str = "normalised"  # normalised | sign: a step is the gradient at a fixed length, or its sign
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """The settings of a class visualization by gradient ascent."""
+
+    steps: int
+    step_size: float  # factor of a step's gradient
+    weight: float  # lambda, of the squared norm
+    init: str  # zero | noise, drawn for each class
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The settings that every job has. A config decides what a run's files hold."""
+
+    job: ClassVar[str]
+    model: str
+    weights: str
+    weights_digest: str  # sha256 of the state dict
+    classes: int  # logits of the model
+    preprocess: Preprocess
+    precision: str = "fp32"  # fp32 | bf16 | fp16
+    seed: int = 0
+    batch_size: int
+    torch_threads: int  # of each worker
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as run.json stores it: flat, JSON values only, the same keys for every job."""
+        own = {item.name: getattr(self, item.name) for item in fields(self)}
+        given = asdict(self.preprocess)
+        given |= {"mean": list(self.preprocess.mean), "std": list(self.preprocess.std)}
+        values = {**_STORED, **own, **given, "job": self.job, **self._to_stored()}
+        return {key: values[key] for key in _STORED}
+
+    def _to_stored(self) -> dict[str, Any]:
+        """Return the stored keys whose values differ from the fields of the same name."""
+        return {}
+
+    @classmethod
+    def _from_stored(cls, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields that are not stored as they are, by name."""
+        return {}
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits over exactly the settings that change results."""
+        raw = json.dumps({"schema_version": SCHEMA_VERSION, **self.marked()}, sort_keys=True)
+        return hashlib.sha256(raw.encode()).hexdigest()[:16]
+
+    def marked(self) -> dict[str, Any]:
+        """Return what the fingerprint covers. Extractions leave the job out, so that older runs keep theirs."""
+        left_out = (*UNMARKED, *(_OPTIONAL if self.job == EXTRACT else ()))
+        return {key: value for key, value in self.to_dict().items() if key not in left_out}
+
+    def differences(self, other: "RunConfig") -> list[str]:
+        """Return one line for each key that differs; the source of the weights is not compared."""
+        mine, theirs = _with_job_options(self), _with_job_options(other)
+        return [
+            f"{key}: {mine.get(key)!r} there, {theirs.get(key)!r} asked for"
+            for key in {**mine, **theirs}
+            if key != "weights" and mine.get(key) != theirs.get(key)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(RunConfig):
+    """The settings of a job that takes images through a saliency method."""
+
+    method: str
+    layer: list[str]  # target layers by dotted name; empty if the method has none
+    options: dict[str, Any]  # of the method
+    map_dtype: str  # uint8 | float16 | float32
+    limit: int | None = None  # samples of the whole run
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig(MethodConfig):
+    """The config of `extract`."""
+
+    job = EXTRACT
+    target: Target
+    discretize: Rule
+    map_size: str = "native"  # native | input
+    save_map: bool = True
+
+    def _to_stored(self) -> dict[str, Any]:
+        return {"target": self.target.text, "discretize": self.discretize.text}
+
+    @classmethod
+    def _from_stored(cls, stored: Mapping[str, Any]) -> dict[str, Any]:
+        target = Target.parse(stored["target"], stored["classes"])
+        return {"target": target, "discretize": Rule.parse(stored["discretize"])}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig(MethodConfig):
+    """The config of `attack`. Nothing is stored as `map_dtype`; the fingerprints of older runs include it."""
+
+    job = ATTACK
+    pgd: PGD
+    save_images: bool
+
+    def _to_stored(self) -> dict[str, Any]:
+        # The first attacks stored the defaults of `extract`, so fingerprints include them.
+        unused = {"target": "top1", "discretize": "mean:1", "map_size": "native", "save_map": True}
+        return {**unused, "job_options": {**asdict(self.pgd), "save_images": self.save_images}}
+
+    @classmethod
+    def _from_stored(cls, stored: Mapping[str, Any]) -> dict[str, Any]:
+        options = dict(stored["job_options"])
+        return {"save_images": options.pop("save_images"), "pgd": PGD(**options)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualizeConfig(RunConfig):
+    """The config of `visualize-class`."""
+
+    job = VISUALIZE
+    ascent: Ascent
+
+    def _to_stored(self) -> dict[str, Any]:
+        return {"job_options": asdict(self.ascent)}
+
+    @classmethod
+    def _from_stored(cls, stored: Mapping[str, Any]) -> dict[str, Any]:
+        return {"ascent": Ascent(**stored["job_options"])}
+
+
+CONFIGS: dict[str, type[RunConfig]] = {kind.job: kind for kind in (ExtractConfig, AttackConfig, VisualizeConfig)}
+
+
+def config_from_dict(stored: Mapping[str, Any]) -> RunConfig:
+    """Return the config that run.json stores. Raises UserError on an unknown or missing key."""
+    check_keys(stored, _STORED, "the run's config")
+    missing = [key for key in _STORED if key not in stored and key not in _OPTIONAL]
+    if missing:
+        raise UserError(f"the run's config lacks {', '.join(missing)}")
+    kind = CONFIGS.get(stored.get("job", EXTRACT))
+    if kind is None:
+        raise UserError(f"the run's job {stored['job']!r} is none of {', '.join(CONFIGS)}")
+    preprocess = {item.name: stored[item.name] for item in fields(Preprocess)}
+    preprocess |= {"mean": tuple(stored["mean"]), "std": tuple(stored["std"])}
+    own = {item.name: stored[item.name] for item in fields(kind) if item.name in stored}
+    return kind(**{**own, "preprocess": Preprocess(**preprocess), **kind._from_stored(stored)})
+
+
+def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raise UserError on the first unknown key, naming the nearest known one."""
+    known = list(known)
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise UserError(f"unknown key {key!r} in {where}: {hint}")
+
+
+def _with_job_options(config: RunConfig) -> dict[str, Any]:
+    stored = config.to_dict()
+    return {**stored, **stored.pop("job_options")}
