@@ -56,7 +56,7 @@ def read_samples(shard: Shard) -> Iterator[Sample]:
         OSError: the environment is broken: network, permissions, file gone.
     """
     with _opened(shard, seekable=False) as tape:
-        yield from islice(_samples(_members(tape, with_data=True)), shard.take)
+        yield from islice(_samples(_members(tape, data_of=_WANTED)), shard.take)
 
 
 def list_keys(shard: Shard) -> list[str]:
@@ -66,7 +66,36 @@ def list_keys(shard: Shard) -> list[str]:
         ShardError, OSError: as `read_samples`.
     """
     with _opened(shard, seekable=True) as tape:
-        return [group[0].key for group in islice(_groups(_members(tape, with_data=False)), shard.take)]
+        return [group[0].key for group in islice(_groups(_members(tape)), shard.take)]
+
+
+class Place(NamedTuple):
+    """Where the image of a sample is in its tar."""
+
+    key: str
+    offset: int  # of the image's bytes
+    size: int  # bytes
+    label: int | None  # as `Sample.label`
+
+
+def locate_images(shard: Shard) -> Iterator[Place]:
+    """Yield the place of each image that `read_samples` gives, without repeats. On a local tar it only seeks.
+
+    The shard must not be compressed.
+
+    Raises:
+        ShardError, OSError: as `read_samples`.
+    """
+    with _opened(shard, seekable=True) as tape:
+        seen: set[str] = set()
+        for index, group in enumerate(islice(_groups(_members(tape, data_of=frozenset({"cls"}))), shard.take)):
+            members = {member.ext: member for member in group}
+            image = next((members[ext] for ext in IMAGES if ext in members), None)
+            key = group[0].key
+            if image is not None and image.size <= MAX_MEMBER and key not in seen:
+                data = {member.ext: member.data for member in group if member.data is not None}
+                yield Place(key, image.offset, image.size, Sample(key, index, data).label)
+            seen.add(key)
 
 
 @contextmanager
@@ -96,14 +125,15 @@ class _Member(NamedTuple):
     ext: str  # lower case
     data: bytes | None  # None if it was not wanted, or is too large
     size: int  # bytes
+    offset: int  # of the data in the tar
 
 
-def _members(tape: Tape, *, with_data: bool) -> Iterator[_Member]:
-    """Yield the members of samples, with the data of wanted ones."""
+def _members(tape: Tape, *, data_of: frozenset[str] = frozenset()) -> Iterator[_Member]:
+    """Yield the members of samples, with the data of those with these extensions."""
     for name, size in tape:
         if named := split_name(name):
-            wanted = with_data and named[1] in _WANTED and size <= MAX_MEMBER
-            yield _Member(*named, tape.read(size) if wanted else None, size)
+            wanted, offset = named[1] in data_of and size <= MAX_MEMBER, tape.position
+            yield _Member(*named, tape.read(size) if wanted else None, size, offset)
 
 
 def split_name(name: str) -> tuple[str, str] | None:

@@ -36,7 +36,7 @@ class Tape:
 
     def __init__(self, url: str, source: Any, total: int | None, *, seekable: bool = False) -> None:
         self._url, self._source, self._total, self._seekable = url, source, total, seekable
-        self._at = 0  # position, bytes
+        self.position = 0  # in the tar, bytes
         self._member = ""  # name in the last header
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
@@ -50,8 +50,8 @@ class Tape:
             name, kind, size = self._header(block, extensions)
             self._check(name, kind, size)
             padded = 0 if kind in _DATALESS else -(-size // BLOCK) * BLOCK
-            self._at += BLOCK
-            end = self._at + padded
+            self.position += BLOCK
+            end = self.position + padded
             if self._total is not None and end > self._total:
                 raise self._error(f"the tar is cut at byte {self._total}, inside member {name!r}; {REPAIR}")
             if kind in _EXTENSIONS:
@@ -67,17 +67,17 @@ class Tape:
     def read(self, size: int) -> bytes:
         """Return the next `size` bytes of data."""
         data = self._fetch(size)
-        self._at += len(data)
+        self.position += len(data)
         if len(data) < size:
-            raise self._error(f"the tar is cut at byte {self._at}, inside member {self._member!r}; {REPAIR}")
+            raise self._error(f"the tar is cut at byte {self.position}, inside member {self._member!r}; {REPAIR}")
         return data
 
     def _skip_to(self, position: int) -> None:
-        if self._seekable and self._at < position:
+        if self._seekable and self.position < position:
             self._source.seek(position)
-            self._at = position
-        while self._at < position:
-            self.read(min(position - self._at, _CHUNK))
+            self.position = position
+        while self.position < position:
+            self.read(min(position - self.position, _CHUNK))
 
     def _fetch(self, size: int) -> bytes:
         """Return `size` bytes, fewer only at the end of the stream."""
@@ -137,17 +137,17 @@ class Tape:
     def _error_here(self, what: str) -> ShardError:
         """Return an error that names the defect, the position and the fix."""
         after = f", after member {self._member!r}" if self._member else ""
-        return self._error(f"{what} at byte {self._at}{after}; {REPAIR}")
+        return self._error(f"{what} at byte {self.position}{after}; {REPAIR}")
 
     def _cut(self, block: bytes) -> ShardError:
-        if not self._at and not block:
+        if not self.position and not block:
             return self._error("the file is empty, not even an empty tar; copy the shard again")
-        if not self._at:
+        if not self.position:
             return self._no_header(block)
         return self._error_here("the tar is cut: it ends without end-of-archive blocks")
 
     def _no_header(self, block: bytes) -> ShardError:
-        if self._at:
+        if self.position:
             return self._error_here("damaged tar header")
         if block.startswith(b"\x1f\x8b"):
             return self._error("compressed by gzip; let its name end in .tar.gz, or decompress it")

@@ -1,11 +1,11 @@
-"""Lambda, the weight of the penalty on size: fixed, or steered so that masks cover a given share of the image.
+"""Lambda, the weight of the size penalty: fixed, or steered so that masks cover a given share of the image.
 
     mean       += 0.2 * (area - mean)                      running mean of the masks' area
     integral   += 0.02 * (mean - target)
     log lambda  = log lambda_0 + integral + 2 * (mean - target)
 
-A larger lambda makes masks smaller. Under Adam their area moves at a bounded speed for as long as lambda is off, so
-that an integral alone answers too late and swings for ever; the proportional term, which answers at once, damps it.
+A larger lambda makes masks smaller. Under Adam, their area moves at a bounded speed as long as lambda is wrong. An
+integral term without a proportional one reacts too late and oscillates forever; the proportional term damps it.
 """
 
 import math
@@ -13,18 +13,18 @@ import math
 import torch
 from torch import Tensor
 
-BLEND = 0.2  # of the running mean: about 5 steps
-PROPORTIONAL = 2.0  # an area that is off by 0.1 moves lambda by 22 %
-INTEGRAL = 0.02  # e-fold in 500 steps at an area that is off by 0.1
-REACH = math.log(1000)  # the integral's limit, so that it comes back soon from a collapse
+BLEND = 0.2  # of the running mean, which covers about 5 steps
+PROPORTIONAL = 2.0  # an error of 0.1 in the area moves lambda by 22 %
+INTEGRAL = 0.02  # an error of 0.1 in the area moves lambda by a factor of e in 500 steps
+REACH = math.log(1000)  # limit of the integral, so that it recovers soon from a collapse
 
 
 class Lambda:
-    """The weight of the penalty on size, as a scalar float64 on the device; it never leaves it.
+    """The weight of the size penalty, a float64 scalar that stays on the device.
 
     Args:
         start: at the first step.
-        area: mean mask to steer to, in (0, 1); None: lambda stays.
+        area: mean mask to steer to, in (0, 1); None: lambda is fixed.
     """
 
     def __init__(self, start: float, area: float | None, device: torch.device) -> None:
@@ -33,7 +33,7 @@ class Lambda:
         self.value, self._integral, self._mean = (torch.tensor(v, dtype=torch.float64, device=device) for v in initial)
 
     def observe(self, area: Tensor) -> None:
-        """Move lambda after a step whose masks had this mean (of all ranks)."""
+        """Update lambda after a step whose masks had this mean over all ranks."""
         if self._area is None:
             return
         self._mean = self._mean + BLEND * (area.double() - self._mean)

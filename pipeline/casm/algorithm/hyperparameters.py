@@ -1,4 +1,4 @@
-"""All that a training's result depends on, beside the classifier and the data."""
+"""The hyperparameters of a training: with the classifier and the data, they determine its result."""
 
 import math
 from dataclasses import dataclass
@@ -11,27 +11,27 @@ from saltern.schemas.errors import UserError
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """The defaults are the published ones. Raises UserError on a value out of range."""
+    """Hyperparameters, by default the published ones. Raises UserError if a value is out of range."""
 
     thinning: Thinning = THINNINGS["L100"]
     score: str = "entropy"
-    lam: float | Literal["auto"] | None = None  # weight of the penalty on size; None: the published one
-    mask_area: float = 0.5  # mean mask that "auto" steers to
+    lam: float | Literal["auto"] | None = None  # weight of the size penalty; None: the published one
+    mask_area: float = 0.5  # mean mask, in (0, 1), that "auto" steers to
     pool_size: int = 30
     pool_half: bool = False  # the pool's weights in 16 bits
-    pool_draw: str = "shared"  # one member for all ranks, or one for each; the coin is common in both
+    pool_draw: str = "shared"  # one pool member for all ranks, or one for each; the coin is always shared
     classifier_loss: str = "sequential"  # clean, then masked; "sum": half of each in one step (eq. 8)
-    share_encoder: bool = True  # False: a second trunk, a copy of the classifier at first, trained with the decoder
-    init_scale: float = 1.0  # of the last weights of the decoder at first; below 1, masks do not begin saturated
+    share_encoder: bool = True  # False: train a second trunk with the decoder; it starts as a copy of the classifier
+    init_scale: float = 1.0  # factor on the last convolution's first weights; below 1, masks do not start saturated
     tv: float = 0.0  # weight of the total variation of the masks
-    batch_norm: str = "train"  # "eval": running statistics everywhere, so that the batch's split has no effect
+    batch_norm: str = "train"  # "eval": running statistics everywhere, so that the number of ranks has no effect
     precision: str = "fp32"
     lr_classifier: float = 1e-3  # SGD
     momentum: float = 0.9
     lr_mask: float = 1e-3  # Adam
     weight_decay: float = 1e-4
     clip: float = 10.0  # norm of the mask's gradient
-    steps: int | None = None  # of the whole run: both rates x 0.1 after each third; None: they stay
+    steps: int | None = None  # of the whole training: both rates x 0.1 after each third; None: constant rates
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -48,11 +48,11 @@ class Hyperparameters:
             raise UserError(f"lambda={self.lam} must be 0 or more and finite, or auto")
 
     def start_lambda(self) -> float:
-        """Lambda at the first step."""
+        """Return lambda at the first step."""
         return self.thinning.lambda_for(self.score) if self.lam in (None, "auto") else float(self.lam)
 
     def rate(self, step: int) -> float:
-        """What both learning rates are multiplied with at a step, from 0."""
+        """Return the factor on both learning rates at a step (from 0)."""
         return 1.0 if self.steps is None else 0.1 ** (3 * min(step, self.steps - 1) // self.steps)
 
 
@@ -66,5 +66,5 @@ _CHOICES = {
 
 
 def usual_lambda(model: str) -> Literal["auto"] | None:
-    """The default by the classifier's name: the published value was found on ResNet-50 and carries over to no other."""
+    """Return the default lambda of a classifier: the published value was found on ResNet-50 and suits no other."""
     return None if model == "resnet50" else "auto"

@@ -1,4 +1,4 @@
-"""What a mask is trained on (Zolna 2020, eq. 3, 5 and 9; where the published code differs, the code).
+"""The loss of the masks (Zolna 2020, eq. 3, 5 and 9; the published code if the two differ).
 
 Shape suffixes: B batch, K classes, H W the network's input, h w the decoder's grid.
 """
@@ -12,37 +12,37 @@ from torch import Tensor
 
 
 class MaskTerms(NamedTuple):
-    """The terms of a mask's loss, and what they rest on. Losses are scalars in float32, gradient kept."""
+    """The terms of the mask loss: float32 scalars with gradients; and the values per image that they follow from."""
 
     score: Tensor  # minus the entropy, or minus the cross-entropy, of the masked image
-    shortfall: Tensor  # mean of relu(q - mean(m)): how much of the image confused masks leave standing
+    shortfall: Tensor  # mean of relu(q - mean(m)): how much of the image the masks of confused images keep
     area_B: Tensor  # mean(m_n), in [0, 1]
     confused_B: Tensor  # q_n, bool
 
     def loss(self, lam: Tensor | float) -> Tensor:
-        """score - lambda * shortfall, to be minimised: the larger lambda, the smaller the masks."""
+        """Return score - lambda * shortfall, to be minimised: a larger lambda makes smaller masks."""
         return self.score - lam * self.shortfall
 
 
 def mask_terms(
     masked_logits_BK: Tensor, label_B: Tensor, right_B: Tensor, mask_B1HW: Tensor, score: str = "entropy"
 ) -> MaskTerms:
-    """The terms of the mask's loss.
+    """Return the terms of the mask loss.
 
         loss    = -lambda * mean_n relu(q_n - mean(m_n)) + score
         q_n     = f(x_n) is right and f'(x_n * (1 - m_n)) is wrong
         entropy:          score = -mean_n [ H(softmax f'(x_n * (1 - m_n))) * (f(x_n) is right) ], H in nats
         classification:   score = -mean_n CE(f'(x_n * (1 - m_n)), y_n)
 
-    Only a mask that confuses a classifier which knew the image is pressed to be small.
+    The size penalty acts only on masks that confuse a classifier that is right on the clean image.
 
     Args:
         masked_logits_BK: f' of the masked images.
         right_B: bool, whether the current classifier is right on the clean images.
-        mask_B1HW: in [0, 1], 1 = taken out.
+        mask_B1HW: in [0, 1], 1 = masked out.
     """
     logits_BK = masked_logits_BK.float()
-    # A logical AND: a sum of two bool tensors is an OR, and would never equal 2.
+    # AND, not a sum: the sum of two bool tensors is a logical OR, which never equals 2.
     confused_B = right_B & (logits_BK.argmax(1) != label_B)
     area_B = mask_B1HW.float().mean((1, 2, 3))
     gain = (entropy(logits_BK) * right_B).mean() if score == "entropy" else F.cross_entropy(logits_BK, label_B)
@@ -50,15 +50,16 @@ def mask_terms(
 
 
 def entropy(logits_BK: Tensor) -> Tensor:
-    """Shannon entropy of softmax(logits), (B), in nats: 0..ln K."""
+    """Return the Shannon entropy of softmax(logits), (B), in nats: 0..ln K."""
     log_p_BK = F.log_softmax(logits_BK.float(), 1)
     return -(log_p_BK.exp() * log_p_BK).sum(1)
 
 
 def total_variation(mask_B1hw: Tensor) -> Tensor:
-    """Mean squared difference of vertical plus that of horizontal neighbours; not in the published loss.
+    """Return the mean squared difference of vertical neighbours plus that of horizontal ones.
 
-    Taken on the decoder's own grid, as copies of one cell differ by nothing. 0 for a grid of one cell.
+    The published loss has no such term. Computed on the decoder's grid, as copies of one cell do not differ. 0 for a
+    grid of one cell.
     """
     mask_B1hw = mask_B1hw.float()
     pairs = (mask_B1hw.diff(dim=2), mask_B1hw.diff(dim=3))

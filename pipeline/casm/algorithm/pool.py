@@ -1,4 +1,4 @@
-"""The thinned pool of past classifiers, and the one of them that judges a mask."""
+"""The thinned pool of past classifiers, and the network that takes the weights of one of them."""
 
 import copy
 import hashlib
@@ -17,7 +17,7 @@ class Pool:
     """At most `size` past classifiers, by slot.
 
     Args:
-        half: weights in float16, half the memory. Buffers keep their precision: a variance may exceed float16's range.
+        half: keep weights in float16. Buffers keep their precision: a variance can exceed float16's range.
     """
 
     def __init__(self, size: int, half: bool = False) -> None:
@@ -28,7 +28,12 @@ class Pool:
         return len(self.members)
 
     def add(self, model: nn.Module, step: int, slot: int) -> Member:
-        """Keep a model as it is now; slot is the number of members, or, of a full pool, the member that goes."""
+        """Add a snapshot of a model.
+
+        Args:
+            step: of the training.
+            slot: the number of members; in a full pool, the member to replace.
+        """
         if slot > len(self.members) or slot >= self.size:
             raise ValueError(f"slot {slot} of a pool that holds {len(self.members)} of {self.size}")
         member = Member(step, self._snapshot(model))
@@ -41,7 +46,7 @@ class Pool:
         return {key: _cloned(value, self.half and key in weights) for key, value in state.items()}
 
     def needs(self, model: nn.Module) -> int:
-        """Bytes that the pool takes once it is full."""
+        """Return the size of the full pool, bytes."""
         weights = {name for name, _ in model.named_parameters()}
         total = 0
         for key, value in model.state_dict().items():
@@ -50,25 +55,25 @@ class Pool:
         return self.size * total
 
     def digest(self) -> str:
-        """sha256, hex, over all members by slot: ranks compare it."""
+        """Return the sha256, hex, of all members by slot, which ranks compare."""
         return hashlib.sha256("\n".join(member.digest for member in self.members).encode()).hexdigest()
 
     def manifest(self) -> list[dict[str, Any]]:
-        """step and digest of each member by slot: what a checkpoint needs where each member has a file of its own."""
+        """Return step and digest of each member by slot, for a checkpoint whose members are in separate files."""
         return [{"step": member.step, "digest": member.digest} for member in self.members]
 
     def state_dict(self) -> dict[str, Any]:
-        """All members whole."""
+        """Return all members with their weights."""
         return {"members": [{"step": member.step, "state": dict(member.state)} for member in self.members]}
 
     def load_state_dict(self, state: Mapping[str, Any], manifest: list[dict[str, Any]] | None = None) -> None:
-        """Take the members of a `state_dict`, in place of those held.
+        """Replace the members by those of a `state_dict`.
 
         Args:
-            manifest: of `manifest`, which the members must match.
+            manifest: as `manifest` gives it; the members must match it.
 
         Raises:
-            UserError: more members than fit, or one that the manifest does not name.
+            UserError: there are more members than fit, or one is not in the manifest.
         """
         members = [Member(entry["step"], entry["state"]) for entry in state["members"]]
         if len(members) > self.size:
@@ -78,16 +83,16 @@ class Pool:
         if manifest is not None:
             if len(manifest) != len(members):
                 raise UserError(f"the pool has {len(members)} classifiers, its checkpoint names {len(manifest)}")
-            for slot, (member, wanted) in enumerate(zip(members, manifest, strict=True)):
-                if (member.step, member.digest) != (wanted["step"], wanted["digest"]):
+            for slot, (member, entry) in enumerate(zip(members, manifest, strict=True)):
+                if (member.step, member.digest) != (entry["step"], entry["digest"]):
                     raise UserError(
-                        f"the pool's classifier {slot} (step {wanted['step']}) is not the one that was saved"
+                        f"the pool's classifier {slot} (step {entry['step']}) is not the one that was saved"
                     )
         self.members = members
 
 
 class Confuser:
-    """A frozen copy of the classifier, on its device, that takes the weights of pool members."""
+    """A frozen copy of the classifier, on the same device, that takes the weights of pool members."""
 
     def __init__(self, classifier: nn.Module) -> None:
         self._model = copy.deepcopy(classifier).eval().requires_grad_(False)
@@ -96,19 +101,21 @@ class Confuser:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def fetch(self, member: Member) -> None:
-        """Begin to take a member's weights; on CUDA beside what is being computed. Free where it is held already."""
+        """Start to copy a member's weights, unless they are here already; on CUDA, in parallel to other work."""
         if member is self._held:
             return
         self._held = member
         if self._stream is None:
             self._take(member)
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))  # the last judgement has been read
+        self._stream.wait_stream(
+            torch.cuda.current_stream(self._stream.device)
+        )  # the last forward pass has used the old weights
         with torch.cuda.stream(self._stream):
             self._take(member)
 
-    def judge(self, x_BCHW: Tensor, member: Member) -> Tensor:
-        """logits_BK of a member in eval mode; a gradient reaches the images alone."""
+    def classify(self, x_BCHW: Tensor, member: Member) -> Tensor:
+        """Return logits_BK of a member in eval mode. Only the images receive a gradient."""
         self.fetch(member)
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
@@ -117,11 +124,11 @@ class Confuser:
     @torch.no_grad()
     def _take(self, member: Member) -> None:
         for key, value in self._model.state_dict().items():
-            # 16 bits travel as such: a copy that converts would do so on the CPU, and wait.
+            # Copied in 16 bits and converted on the device: copy_ would convert on the CPU, and block.
             value.copy_(member.state[key].to(value.device, non_blocking=True))
 
 
 def _cloned(value: Tensor, half: bool) -> Tensor:
     value = value.detach().half() if half and value.is_floating_point() else value.detach()
-    # A copy always, on the CPU too: the model goes on changing its own. Pinned memory goes back without waiting.
+    # Always a copy, as the model changes its weights in place. Pinned memory is copied back without blocking.
     return torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value)

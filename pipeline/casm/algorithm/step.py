@@ -1,4 +1,4 @@
-"""One iteration of CASM's training, as published (Zolna 2020, algorithm 1), in one process or as a rank of many.
+"""One iteration of CASM's training, as published (Zolna 2020, algorithm 1), in one process or as one of many ranks.
 
 Shape suffixes: B batch, C H W the network's input, K classes, h w the decoder's grid.
 """
@@ -32,16 +32,17 @@ class _Clean(NamedTuple):
 
 
 class Training:
-    """The classifier, the decoder, their optimisers, the pool and lambda, and how one batch moves them.
+    """The state of a training, which each step on a batch updates: networks, optimisers, pool and lambda.
 
-    All that is drawn, dropout too, follows from the seed and the step's number: `state_dict` needs no generator.
+    All random numbers, also those of dropout, follow from the seed and the step's number, so that `state_dict` needs
+    no generator.
 
     Args:
-        classifier: with logits for the classes in play, on its device. It is trained in place, save under thinning F.
-        rank: of this process; draws of its own come from it.
-        average: what ranks put in common: gradients before they are used, running statistics of BatchNorm, and what
-            is logged. All ranks must give batches of one size, and call it equally often: the plan of a step is the
-            same on each.
+        classifier: with logits for the classes in play, on its device. Trained in place, except under thinning F.
+        rank: of this process; seeds the draws in which ranks differ.
+        average: replaces tensors by their means over the ranks: gradients, running statistics of BatchNorm, and
+            measurements. All ranks must have batches of one size. They call it equally often, as the plan of a step
+            is the same on each.
 
     Raises:
         UserError: the classifier has no stages.
@@ -83,7 +84,7 @@ class Training:
         )
 
     def step(self, x_BCHW: Tensor, label_B: Tensor) -> Log:
-        """One iteration on normalised images and their classes, int64."""
+        """Do one iteration on normalised images and their classes, int64."""
         hyperparameters, todo = self.hyperparameters, self.plan(self.steps_done)
         sequential = hyperparameters.classifier_loss == "sequential"
         self._prepare()
@@ -92,21 +93,21 @@ class Training:
             if self._trained and sequential:
                 self._descend(clean.loss)
             if todo.slot is not None:
-                self._average(self._statistics)  # so that the ranks' pools are the same
+                self._average(self._statistics)  # so that all ranks have the same pool
                 self.pool.add(self.classifier, self.steps_done, todo.slot)
             mask_B1hw = self._mask(x_BCHW, clean.taps)
             mask_B1HW = enlarge(mask_B1hw, x_BCHW.shape[2:])
-            masked_logits_BK = self._judge(x_BCHW * (1 - mask_B1HW), todo.member)
+            masked_logits_BK = self._classify_masked(x_BCHW * (1 - mask_B1HW), todo.member)
             masked_loss = F.cross_entropy(masked_logits_BK, label_B)
             terms = mask_terms(masked_logits_BK, label_B, clean.right_B, mask_B1HW, hyperparameters.score)
             variation = total_variation(mask_B1hw)
             mask_loss = terms.loss(self._lambda.value.float()) + hyperparameters.tv * variation
-            # The mask's gradient first: the classifier's step changes the weights that it passes through.
-            judged_by_f = self._trained and todo.member < 0
-            self._gradient(mask_loss, self._mask_weights, keep_graph=judged_by_f)
+            # The mask's gradient comes first: it passes through weights that the classifier's step changes.
+            current = self._trained and todo.member < 0
+            self._gradient(mask_loss, self._mask_weights, keep_graph=current)
             if self._trained and not sequential:
-                self._descend((clean.loss + masked_loss if judged_by_f else clean.loss) / 2)
-            elif judged_by_f:
+                self._descend((clean.loss + masked_loss if current else clean.loss) / 2)
+            elif current:
                 self._descend(masked_loss)
             nn.utils.clip_grad_norm_(self._mask_weights, hyperparameters.clip)
             self._adam.step()
@@ -119,16 +120,16 @@ class Training:
         return log
 
     def plan(self, step: int) -> Plan:
-        """What a step does with the pool; for any step, at any time."""
+        """Return the pool operations of any step."""
         hyperparameters = self.hyperparameters
         own = self._rank if hyperparameters.pool_draw == "per-rank" else None
         return plan(hyperparameters.thinning, hyperparameters.pool_size, hyperparameters.seed, step, own)
 
     @torch.no_grad()
-    def judged(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """float32 logits_BK of the classifier, and mask_B1hw, of images; all in eval mode.
+    def predict(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Return float32 logits_BK of the classifier, and mask_B1hw; all networks in eval mode.
 
-        The training goes on as if it had not been called.
+        This changes nothing about the following steps.
         """
         for network in (self.classifier, self.decoder, self.encoder):
             if network is not None:
@@ -138,14 +139,14 @@ class Training:
         return logits_BK.float(), self._mask(x_BCHW, taps)
 
     def masks(self, x_BCHW: Tensor) -> Tensor:
-        """mask_B1hw alone, as `judged` gives it."""
-        return self.judged(x_BCHW)[1]
+        """Return mask_B1hw of `predict`."""
+        return self.predict(x_BCHW)[1]
 
     def state_dict(self, *, pool: bool = True) -> dict[str, Any]:
-        """All that the next step depends on; live tensors, as torch gives them.
+        """Return all that the next step depends on; live tensors, as in torch.
 
         Args:
-            pool: False: its manifest alone, where its members are kept as files of their own.
+            pool: False: only its manifest, as its members are kept in separate files.
         """
         return {
             "steps_done": self.steps_done,
@@ -155,10 +156,10 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`, whose `pool` may have been put together from files.
+        """Restore a `state_dict`.
 
         Raises:
-            UserError: pool members that are not those of the manifest.
+            UserError: the pool members are not those of the manifest.
         """
         self.pool.load_state_dict(state["pool"], state["pool_manifest"])
         for name, part in self._parts():
@@ -172,7 +173,7 @@ class Training:
             yield "encoder", self.encoder
 
     def _running(self) -> Iterator[Tensor]:
-        """The statistics that steps move, and each rank by its own images."""
+        """Yield the BatchNorm statistics, which each rank updates by its own images."""
         for network in (
             self.decoder,
             *([self.classifier] if self._trained else []),
@@ -207,13 +208,13 @@ class Training:
             mask_B1hw: Tensor = self.decoder(taps if self._own is None else self._own(x_BCHW)[1])
         return mask_B1hw
 
-    def _judge(self, masked_BCHW: Tensor, member: int) -> Tensor:
-        """float32 logits_BK of the masked images: by a pool member, or by the current classifier (-1)."""
+    def _classify_masked(self, masked_BCHW: Tensor, member: int) -> Tensor:
+        """Return float32 logits_BK of the masked images, of a pool member or the current classifier (-1)."""
         with self._autocast():
             if member < 0 or self._confuser is None:
                 logits_BK = logits_of(self.classifier(masked_BCHW))
             else:
-                logits_BK = self._confuser.judge(masked_BCHW, self.pool.members[member])
+                logits_BK = self._confuser.classify(masked_BCHW, self.pool.members[member])
         return logits_BK.float()
 
     def _gradient(self, loss: Tensor, weights: list[nn.Parameter], keep_graph: bool = False) -> None:
@@ -232,6 +233,6 @@ class Training:
             self._confuser.fetch(self.pool.members[following.member])
 
     def _autocast(self) -> torch.autocast:
-        # One for each forward pass, with no cache: in one that spans a step, weights from before it would be used.
+        # A new one for each forward pass, without cache: a cache would keep weights from before an optimiser step.
         enabled = self.hyperparameters.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)

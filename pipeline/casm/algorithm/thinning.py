@@ -1,7 +1,7 @@
-"""Which past classifiers a mask is trained against: the published hyperparameters, and every draw, known in advance.
+"""Thinning: which past classifiers a mask is trained against. The published kinds, and the draws of each iteration.
 
-All that is drawn follows from (seed, step) alone, so that ranks agree without talking, a resumed run goes on with the
-same draws, and the next pool member can be fetched before it is needed.
+All draws follow from (seed, step). So ranks agree without communication, a resumed training has the same draws, and
+the next pool member can be fetched before it is needed.
 """
 
 import contextlib
@@ -21,24 +21,24 @@ class Thinning:
     """How the expectation over classifiers is approximated (Zolna 2020, section 3.3)."""
 
     name: str
-    trained: bool  # the classifier learns beside the mask
-    hp: float  # probability of a past classifier in place of the current one
-    save_every: int | None  # iterations from snapshot to snapshot; None: the first alone
-    entropy: float  # lambda for the entropy score, picked by hand for ResNet-50 on ImageNet
-    classification: float  # lambda for the classification score, likewise
+    trained: bool  # the classifier learns together with the mask
+    hp: float  # probability of a past classifier instead of the current one
+    save_every: int | None  # iterations from snapshot to snapshot; None: only the first snapshot
+    entropy: float  # lambda for the entropy score, hand-picked for ResNet-50 on ImageNet
+    classification: float  # lambda for the classification score, also hand-picked
 
     def lambda_for(self, score: str) -> float:
-        """The published weight of the penalty on size."""
+        """Return the published weight of the size penalty."""
         return self.entropy if score == "entropy" else self.classification
 
     def snapshots(self, step: int) -> bool:
-        """Whether the classifier is kept at this step (from 0): once the pool is empty, then every `save_every`."""
+        """Return whether step 0, 1, .. adds a snapshot to the pool: the first, then every `save_every`-th."""
         if self.hp == 0:
             return False
         return step == 0 or (self.save_every is not None and (step + 1) % self.save_every == 0)
 
     def taken(self, step: int) -> int:
-        """Snapshots taken before this step."""
+        """Return the number of snapshots before this step."""
         if self.hp == 0 or step == 0:
             return 0
         every = self.save_every
@@ -58,41 +58,41 @@ THINNINGS = {
 
 
 def thinning_named(name: str) -> Thinning:
-    """One of the published hyperparameters. Raises UserError."""
+    """Return a published thinning by its name. Raises UserError if the name is unknown."""
     if name not in THINNINGS:
         raise UserError(f"unknown thinning {name!r}; {nearest(name, THINNINGS)}known: {', '.join(THINNINGS)}")
     return THINNINGS[name]
 
 
 class Draws(NamedTuple):
-    """What chance decides in one iteration; each uniform in [0, 1)."""
+    """The random numbers of one iteration, each uniform in [0, 1)."""
 
-    coin: float  # below hp: a past classifier
-    pick: float  # which of them
-    slot: float  # which one a snapshot replaces in a full pool
+    coin: float  # below hp: use a past classifier
+    pick: float  # which past classifier
+    slot: float  # which member a snapshot replaces in a full pool
 
 
 def draws(seed: int, step: int, rank: int | None = None) -> Draws:
-    """The draws of one iteration. With a rank, that rank picks a member of its own; coin and slot stay common."""
-    shared = random.Random(f"casm {seed} {step}")  # a text is hashed by sha512: the same on every machine
+    """Return the draws of one iteration. With a rank, the pick is that rank's; all ranks share coin and slot."""
+    shared = random.Random(f"casm {seed} {step}")  # strings are hashed by sha512: the same on every machine
     coin, slot, pick = shared.random(), shared.random(), shared.random()
     own = pick if rank is None else random.Random(f"casm {seed} {step} {rank}").random()
     return Draws(coin, own, slot)
 
 
 class Plan(NamedTuple):
-    """What one iteration does with the pool."""
+    """The pool operations of one iteration."""
 
-    slot: int | None  # where this step's snapshot goes; None: no snapshot
-    member: int  # the slot of the past classifier that judges the mask; -1: the current one does
+    slot: int | None  # for this step's snapshot; None: no snapshot
+    member: int  # slot of the past classifier that classifies the masked images; -1: the current one
 
 
 def plan(thinning: Thinning, pool_size: int, seed: int, step: int, rank: int | None = None) -> Plan:
-    """The plan of one iteration, from its number alone.
+    """Return the plan of one iteration.
 
     Args:
-        pool_size: at most so many past classifiers; a snapshot for a full pool overwrites a uniformly drawn one.
-        rank: None where all ranks share one member.
+        pool_size: largest number of past classifiers; a snapshot in a full pool replaces a uniformly drawn one.
+        rank: None if all ranks share one member.
     """
     coin, pick, replaced = draws(seed, step, rank)
     before, after = (min(thinning.taken(number), pool_size) for number in (step, step + 1))
@@ -104,7 +104,7 @@ def plan(thinning: Thinning, pool_size: int, seed: int, step: int, rank: int | N
 
 @contextlib.contextmanager
 def repeatable(device: torch.device, seed: int, step: int, rank: int) -> Iterator[None]:
-    """torch's own generators, which dropout draws from, start from the step's number; then they are put back."""
+    """Seed torch's generators, which dropout uses, by the step's number; restore them afterwards."""
     noise = random.Random(f"casm {seed} {step} noise {rank}").getrandbits(63)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(noise)

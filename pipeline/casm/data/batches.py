@@ -1,8 +1,8 @@
-"""Batches for the training of CASM, each known from its number: any step is read without those before it.
+"""Training batches: the number of a step determines its batch, so that any step is read without those before it.
 
-An index holds where each image lies in its tar. The samples go round in one endless row of passes, each in a seeded
-order of its own; step s takes the s-th batch of that row, and what is random about an image follows from its place in
-the row. So a resume replays nothing, and ranks share a batch whatever their number.
+An index says where each image is in its tar. All passes over the samples form one endless row; each pass has another
+seeded order. Step s takes the s-th batch of the row, and the random crop of an image follows from its place in the
+row. So a resumed training repeats nothing, and any number of ranks can share a batch.
 
 Shape suffixes: N samples, B batch, H W the network's input.
 """
@@ -29,18 +29,19 @@ from saltern.pipeline.storage.filesystem import filesystem
 from saltern.schemas.errors import ShardError
 
 AHEAD = 2  # batches decoded before they are needed
-LEAST = 0.08  # share of the image that a crop covers, at least, as torchvision's RandomResizedCrop has it
-RATIO = (3 / 4, 4 / 3)  # of its width to its height, likewise
-_TRIES = 10  # crops drawn before the centre is taken, likewise
+# As torchvision's RandomResizedCrop:
+MIN_CROP = 0.08  # least share of the image that a crop covers
+RATIO = (3 / 4, 4 / 3)  # of its width to its height
+_TRIES = 10  # crops drawn before the centre is taken
 _DAMAGED_IN_A_ROW = 20
 
 
 class Batch(NamedTuple):
-    """One rank's share of a batch, on the host."""
+    """The share of a batch that one rank has, on the host."""
 
-    pixels_BHWC: Tensor  # uint8, RGB, cropped and perhaps mirrored
-    label_B: Tensor  # int64, of the classes in play
-    damaged: int  # images that could not be decoded; in place of each stands the next in the index that can
+    pixels_BHWC: Tensor  # uint8, RGB, cropped; half of them mirrored
+    label_B: Tensor  # int64, positions among the classes in play
+    damaged: int  # images that could not be decoded; the next image in the index that can be decoded replaces each
 
 
 @dataclass(frozen=True)
@@ -50,21 +51,21 @@ class Batches:
     Args:
         batch_size: of all ranks together; a multiple of world.
         side: of the network's input, pixels.
-        least: share of the image that a crop covers, at least, in (0, 1].
+        min_crop: least share of the image that a random crop covers, in (0, 1].
     """
 
     index: Index
     batch_size: int
     side: int
     interpolation: str = "bilinear"
-    least: float = LEAST
+    min_crop: float = MIN_CROP
     seed: int = 0
     threads: int = 1
     rank: int = 0
     world: int = 1
 
     def run(self, start: int, stop: int) -> Generator[Batch, None, None]:
-        """The batches of steps start..stop - 1, decoded ahead in threads; close it to end them."""
+        """Yield the batches of steps start..stop - 1, decoded ahead in threads. Close it to end the threads."""
 
         def decoded() -> Iterator[Batch]:
             with ThreadPoolExecutor(self.threads, "saltern-decode") as pool:
@@ -75,17 +76,17 @@ class Batches:
             yield from batches
 
     def read(self, step: int) -> Batch:
-        """The batch of one step."""
+        """Return the batch of one step."""
         return self._collate([self._sample(place) for place in self._places(step)])
 
     def _places(self, step: int) -> range:
-        """Places in the row of all passes."""
+        """Return the places of this rank's images in the row of all passes."""
         share = self.batch_size // self.world
         first = step * self.batch_size + self.rank * share
         return range(first, first + share)
 
     def _sample(self, place: int) -> tuple[NDArray[np.uint8], int, int]:
-        """Pixels, class, and how many damaged images were passed over."""
+        """Return pixels, class, and the number of damaged images that were skipped."""
         each_pass, within = divmod(place, len(self.index))
         number = int(_order(len(self.index), self.seed, each_pass)[within])
         draw = random.Random(f"casm {self.seed} {place} crop")
@@ -93,7 +94,7 @@ class Batches:
             with contextlib.suppress(DecodeError):
                 image = decode_image(self._bytes(number))
                 return (
-                    crop(image, self.side, self.interpolation, draw, self.least),
+                    crop(image, self.side, self.interpolation, draw, self.min_crop),
                     int(self.index.label_N[number]),
                     damaged,
                 )
@@ -109,7 +110,7 @@ class Batches:
             raw.seek(int(self.index.offset_N[number]))
             data: bytes = raw.read(size)
         if len(data) < size:
-            raise ShardError(f"{shard.url}: it became shorter since the training began; restore it, then --resume")
+            raise ShardError(f"{shard.url}: it is shorter than when the training began; restore it, then use --resume")
         return data
 
     @staticmethod
@@ -125,27 +126,31 @@ def _order(count: int, seed: int, each_pass: int) -> NDArray[np.int64]:
     return np.random.default_rng(bits).permutation(count)
 
 
-def crop(image: Any, side: int, interpolation: str, draw: random.Random, least: float = LEAST) -> NDArray[np.uint8]:
-    """A random crop, (side, side, 3), mirrored in half of all cases: RandomResizedCrop, RandomHorizontalFlip.
+def crop(
+    image: Any, side: int, interpolation: str, draw: random.Random, min_crop: float = MIN_CROP
+) -> NDArray[np.uint8]:
+    """Return a random crop, (side, side, 3), mirrored in half of all cases.
+
+    The same distribution as torchvision's RandomResizedCrop and RandomHorizontalFlip.
 
     Args:
-        image: of Pillow, RGB.
+        image: a Pillow image, RGB.
         interpolation: bilinear | bicubic, antialiased.
     """
-    left, top, width, height = crop_box(image.width, image.height, draw, least)
+    left, top, width, height = crop_box(image.width, image.height, draw, min_crop)
     cut = image.crop((left, top, left + width, top + height))
     pixels_HWC = np.array(cut.resize((side, side), INTERPOLATIONS[interpolation]))
     return np.ascontiguousarray(pixels_HWC[:, ::-1]) if draw.random() < 0.5 else pixels_HWC
 
 
-def crop_box(width: int, height: int, draw: random.Random, least: float = LEAST) -> tuple[int, int, int, int]:
-    """Left, top, width and height of a crop of uniform area and log-uniform ratio, as torchvision draws it.
+def crop_box(width: int, height: int, draw: random.Random, min_crop: float = MIN_CROP) -> tuple[int, int, int, int]:
+    """Draw a crop of uniform area and log-uniform ratio, as torchvision does; return left, top, width and height.
 
     Args:
-        least: share of the area, at least.
+        min_crop: least share of the area.
     """
     for _ in range(_TRIES):
-        area = width * height * draw.uniform(least, 1.0)
+        area = width * height * draw.uniform(min_crop, 1.0)
         ratio = math.exp(draw.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
         wide, high = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < wide <= width and 0 < high <= height:

@@ -1,42 +1,27 @@
-"""Where each labelled image lies in its tar, checked against the classes that are wanted.
+"""An index of training images: where each labelled image is in its tar, checked against the wanted classes.
 
 Shape suffixes: N samples.
 """
 # ruff: noqa: N815  (fields carry a shape suffix)
 
-import re
-import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pyarrow import fs
 
-from saltern.pipeline.shards.samples import MAX_MEMBER, list_keys, split_name
-from saltern.pipeline.shards.tape import IMAGES
-from saltern.pipeline.storage.filesystem import filesystem
+from saltern.pipeline.shards.samples import Place, locate_images
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.run import Shard
 
 _THREADS = 8
-_META = re.compile(r"__[^/]*__($|/)")  # names that webdataset keeps to itself
-_SHOWN = 5
-
-
-class _Place(NamedTuple):
-    key: str
-    offset: int  # of the image's bytes in the tar
-    size: int
-    label: int | None  # None where `cls` is absent or no number
+_SHOWN = 5  # classes that an error names
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """The samples in the order of the shards; those of other classes, without image or with a key again left out."""
+    """The samples in the order of the shards, without those of other classes, without an image or with a used key."""
 
     shards: Sequence[Shard]
     shard_N: NDArray[np.int64]  # number of the shard
@@ -49,16 +34,16 @@ class Index:
 
 
 def make_index(shards: Sequence[Shard], count: int, classes: Sequence[int] | None = None) -> Index:
-    """Looks through all shards; on local ones it only seeks.
+    """Index all shards. In local shards it seeks from header to header.
 
     Args:
         count: of the model's classes.
         classes: in play, in the order of the logits; None: all.
 
     Raises:
-        UserError: a shard that is broken or compressed, a sample without a class or with one that the model has not,
-            a wanted class without sample, or no sample at all.
-        OSError: a shard that cannot be read.
+        UserError: a shard is broken or compressed, a sample has no class or one that the model does not have, a
+            wanted class has no sample, or there is no sample at all.
+        OSError: a shard cannot be read.
     """
     wanted = list(range(count)) if classes is None else list(classes)
     outside = [number for number in wanted if not 0 <= number < count]
@@ -67,9 +52,9 @@ def make_index(shards: Sequence[Shard], count: int, classes: Sequence[int] | Non
     logit = {number: position for position, number in enumerate(wanted)}
     rows: list[tuple[int, int, int, int]] = []
     with ThreadPoolExecutor(_THREADS, "saltern-index") as pool:
-        for number, places in enumerate(pool.map(_scan, shards)):
+        for number, places in enumerate(pool.map(_places, shards)):
             for place in places:
-                label = _checked(place, shards[number], count)
+                label = _label(place, shards[number], count)
                 if label in logit:
                     rows.append((number, place.offset, place.size, logit[label]))
     columns_4N = np.array(rows, np.int64).reshape(-1, 4).T.copy()
@@ -77,19 +62,20 @@ def make_index(shards: Sequence[Shard], count: int, classes: Sequence[int] | Non
     if not len(index):
         raise UserError("the shards hold no image of the classes to train on")
     if classes is not None:
-        _complete(index, wanted)
+        _check_complete(index, wanted)
     return index
 
 
-def _complete(index: Index, wanted: list[int]) -> None:
-    there = np.bincount(index.label_N, minlength=len(wanted))
-    missing = [number for number, found in zip(wanted, there.tolist(), strict=True) if not found]
-    if missing:
-        named = ", ".join(map(str, missing[:_SHOWN])) + (f" and {len(missing) - _SHOWN} more" * (len(missing) > _SHOWN))
-        raise UserError(f"--classes: no sample in the shards is of class {named}; leave it out, or give its shards")
+def _places(shard: Shard) -> list[Place]:
+    if shard.url.endswith((".gz", ".tgz")):
+        raise UserError(f"{shard.url}: training reads images in any order, and a compressed tar has one; gunzip it")
+    try:
+        return list(locate_images(shard))
+    except ShardError as error:
+        raise UserError(f"a shard is broken: {error}") from error
 
 
-def _checked(place: _Place, shard: Shard, count: int) -> int:
+def _label(place: Place, shard: Shard, count: int) -> int:
     if place.label is None:
         raise UserError(f"{shard.url}: the sample {place.key!r} has no class; training needs a number in .cls")
     if not 0 <= place.label < count:
@@ -100,72 +86,9 @@ def _checked(place: _Place, shard: Shard, count: int) -> int:
     return place.label
 
 
-def _scan(shard: Shard) -> list[_Place]:
-    if shard.url.endswith((".gz", ".tgz")):
-        raise UserError(f"{shard.url}: training reads images in any order, which no compressed tar allows; gunzip it")
-    try:
-        keys = list_keys(shard)  # proves the tar whole, which tarfile does not
-        samples = list(_samples(shard))
-    except (ShardError, tarfile.TarError) as error:
-        raise UserError(f"a shard is broken: {error}") from error
-    if [key for key, _ in samples] != keys[: shard.take]:
-        raise UserError(f"{shard.url}: its samples cannot be told apart; repack its images with `saltern pack`")
-    seen: set[str] = set()
-    found: list[_Place] = []
-    for key, place in samples:
-        if place is not None and key not in seen:
-            found.append(place)
-        seen.add(key)
-    return found
-
-
-def _samples(shard: Shard) -> Iterator[tuple[str, _Place | None]]:
-    """Key and place of each sample, grouped as `read_samples` does; None: no image that can be read."""
-    group: dict[str, tuple[int, int]] = {}
-    label, current, given = None, "", 0
-    with _members(shard) as tar:
-        for info in tar:
-            named = split_name(info.name) if info.isreg() and not _META.search(info.name) else None
-            if named is None:
-                continue
-            key, ext = named
-            if group and (key != current or ext in group):
-                yield current, _place(current, group, label)
-                group, label, given = {}, None, given + 1
-            if given == shard.take:
-                return
-            current = key
-            group[ext] = (info.offset_data, info.size)
-            if ext == "cls":
-                label = _number(tar, info)
-        if group:
-            yield current, _place(current, group, label)
-
-
-def _place(key: str, group: dict[str, tuple[int, int]], label: int | None) -> _Place | None:
-    offset, size = next((group[ext] for ext in IMAGES if ext in group), (0, MAX_MEMBER + 1))
-    return None if size > MAX_MEMBER else _Place(key, offset, size, label)
-
-
-def _number(tar: tarfile.TarFile, info: tarfile.TarInfo) -> int | None:
-    content = tar.extractfile(info)
-    try:
-        label = None if content is None else int(content.read(64))
-    except ValueError:
-        return None
-    return label if label is not None and abs(label) < 2**31 else None
-
-
-@contextmanager
-def _members(shard: Shard) -> Iterator[tarfile.TarFile]:
-    store, path = filesystem(shard.url)
-    if isinstance(store, fs.LocalFileSystem):
-        with tarfile.open(path, "r:") as tar:
-            yield tar
-        return
-    # One stream: each header by itself would be a request.
-    with (
-        store.open_input_stream(path, compression=None, buffer_size=2**23) as raw,
-        tarfile.open(fileobj=raw, mode="r|") as tar,
-    ):
-        yield tar
+def _check_complete(index: Index, wanted: list[int]) -> None:
+    counts = np.bincount(index.label_N, minlength=len(wanted)).tolist()
+    missing = [number for number, samples in zip(wanted, counts, strict=True) if not samples]
+    if missing:
+        named = ", ".join(map(str, missing[:_SHOWN])) + (f" and {len(missing) - _SHOWN} more" * (len(missing) > _SHOWN))
+        raise UserError(f"--classes: no sample in the shards is of class {named}; leave it out, or give its shards")

@@ -1,7 +1,7 @@
-"""What a training tells while it goes on: a line a step in DIR/log.jsonl, speed, progress, and a collapse in words.
+"""The log of a training: one line per step in DIR/log.jsonl, its speed, its progress, and a warning of a collapse.
 
-log.jsonl holds what follows from the seed alone, so that a resumed run's is the same to the bit; the time that it took
-stands in speed.jsonl.
+log.jsonl holds only what follows from the seed, so that the log of a resumed training is the same to the bit. Times
+are in speed.jsonl.
 """
 
 import json
@@ -22,14 +22,14 @@ from saltern.schemas.errors import UserError
 EVERY = 20  # steps between two readings of the device, each of which waits for it
 SAID_EVERY_S = 10.0
 WINDOW = 50  # steps over which the mean mask is watched
-LOW, HIGH = 0.02, 0.98
+LOW, HIGH = 0.02, 0.98  # mean masks beyond which they have collapsed
 
-_TOO_HIGH = "lambda may be too high: lower --lambda, or use --lambda auto; if it is: lower --tv or --lr-mask"
-_TOO_LOW = "lambda may be too low: raise --lambda, or use --lambda auto; if it is: lower --lr-mask"
+_TOO_HIGH = "lambda may be too high: lower --lambda, or use --lambda auto; with auto: lower --tv or --lr-mask"
+_TOO_LOW = "lambda may be too low: raise --lambda, or use --lambda auto; with auto: lower --lr-mask"
 
 
 class Journal:
-    """The log of one training from a step on; what was logged from there on is cut off.
+    """The log of one training from a step on; lines of later steps are removed.
 
     Args:
         total: steps of the whole training.
@@ -46,7 +46,7 @@ class Journal:
         self._log, self._speed = ((root / name).open("a") for name in ("log.jsonl", "speed.jsonl"))
         self._waiting: list[tuple[Log, Tensor]] = []
         self._areas: deque[float] = deque(maxlen=WINDOW)
-        self._collapsed = ""  # what the masks take out, where that was said
+        self._collapsed = ""  # what the masks take out, if that was said
         self._began = self._read = self._said = time.monotonic()
 
     def __enter__(self) -> "Journal":
@@ -57,13 +57,13 @@ class Journal:
         self._speed.close()
 
     def add(self, log: Log, damaged: Tensor) -> None:
-        """One step, and its images that could not be decoded; written with the next `flush`, or soon."""
+        """Add a step and the number of its damaged images; it is written with the next `flush`, or soon."""
         self._waiting.append((log, damaged))
         if len(self._waiting) >= EVERY:
             self.flush()
 
     def flush(self) -> None:
-        """Bring to the disk what was added.
+        """Write the added steps to disk.
 
         Raises:
             UserError: a loss was not finite.
@@ -76,8 +76,8 @@ class Journal:
             if not all(map(math.isfinite, line.values())):
                 self._log.flush()
                 raise UserError(
-                    f"step {log.step}: a loss is not finite; go on from the last checkpoint with lower "
-                    "rates (--lr-classifier, --lr-mask) in another folder"
+                    f"step {log.step}: a loss is not finite; train in another folder with lower rates "
+                    "(--lr-classifier, --lr-mask)"
                 )
             self._watch(line["mask_mean"], log.step)
         now, count, last = time.monotonic(), len(self._waiting), self._waiting[-1][0].step
@@ -101,6 +101,7 @@ class Journal:
         )
 
     def _watch(self, area: float, step: int) -> None:
+        """Warn once if the mean mask over the window is almost 0 or almost 1."""
         self._areas.append(area)
         mean = sum(self._areas) / len(self._areas)
         if len(self._areas) < WINDOW or LOW <= mean <= HIGH:
@@ -116,13 +117,13 @@ class Journal:
 
 
 def _cut(path: Path, start: int) -> int:
-    """Leave the lines of the steps before `start`, and return their number."""
+    """Keep only the lines of the steps before `start`, and return their number."""
     kept: list[str] = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             if json.loads(line)["step"] < start:
                 kept.append(line)
         except ValueError:
-            break  # the last line of a run that was killed
+            break  # a killed training left its last line incomplete
     write(path, "".join(f"{line}\n" for line in kept).encode())
     return len(kept)

@@ -1,4 +1,4 @@
-"""What each rank of a training does: check, go on from what stands, then step by step.
+"""The training loop of each rank: check, resume from the newest checkpoint, then step by step.
 
 Shape suffixes: B batch, C H W the network's input.
 """
@@ -26,41 +26,70 @@ from saltern.pipeline.models import classifiers
 from saltern.schemas.errors import ShardError, UserError
 
 _GB = 1e9
-_WRITER_WAIT_S = 60  # for the rank 0 of a driver that died, until its cluster has ended it
+_WRITER_WAIT_S = 60  # for the rank 0 of a dead driver, until its cluster has ended it
 
 
 def run(plan: TrainingPlan, ranks: Ranks, say: Callable[[str], None]) -> Path:
-    """Do a training's steps, or those that are left, as one of its ranks; returns the last checkpoint.
+    """Do the steps of a training that are left, as one of its ranks, and return the last checkpoint.
 
-    Rank 0 alone writes; the others must see the same folder, for what stands is read by all.
+    Only rank 0 writes. The others must see the same folder, as all ranks read the checkpoint.
 
     Raises:
-        UserError: a pool file that is not as it was, too little memory, ranks that disagree, a loss that is not finite.
-        KeyboardInterrupt: once it is said what stands.
+        UserError: a pool file was altered, there is too little memory, ranks disagree, or a loss is not finite.
+        KeyboardInterrupt: the user was told which checkpoint is complete.
     """
     say = say if ranks.rank == 0 else lambda text: None
     with contextlib.ExitStack() as held:
         held.enter_context(exact(plan.config["torch_threads"]))
         if ranks.rank == 0:
             held.enter_context(locked(plan.root, "writer", _WRITER_WAIT_S))
-        return _Loop(plan, ranks, say).go()
+        return _Loop(plan, ranks, say).run()
 
 
 class _Loop:
     def __init__(self, plan: TrainingPlan, ranks: Ranks, say: Callable[[str], None]) -> None:
         self._plan, self._ranks, self._say = plan, ranks, say
         self._training = _training(plan, ranks)
-        _state_memory(self._training, ranks.beside, say)
+        _check_memory(self._training, ranks.on_machine, say)
         self._checkpoints = Checkpoints(plan.root)
-        standing = self._checkpoints.newest(say)
-        if standing is not None:
-            self._training.load_state_dict(standing.state())
+        newest = self._checkpoints.newest(say)
+        if newest is not None:
+            self._training.load_state_dict(newest.state())
             self._checkpoints.known(self._training.pool.members)
-            say(f"goes on from step {standing.step:,} of {plan.config['steps']:,}")
+            say(f"resumes at step {newest.step:,} of {plan.config['steps']:,}")
         self._start = self._training.steps_done
-        ranks.agree("where to go on from", self._start, standing.digest if standing else None)
+        ranks.agree("the step to resume at", self._start, newest.digest if newest else None)
         self._last = plan.root / "checkpoints" / str(self._start)
         self._validation = self._validated() if plan.val else None
+
+    def run(self) -> Path:
+        """Do the steps, and return the last checkpoint."""
+        plan, training = self._plan, self._training
+        steps, batch_size = plan.config["steps"], plan.config["batch_size"]
+        batches = Batches(
+            plan.index, batch_size, plan.config["side"], plan.config["interpolation"], plan.config["min_crop"],
+            plan.hyperparameters.seed, plan.threads, self._ranks.rank, self._ranks.world,
+        )  # fmt: skip
+        mean, std = (torch.tensor(plan.config[key], device=training.device).view(3, 1, 1) for key in ("mean", "std"))
+        writes = self._ranks.rank == 0
+        try:
+            with (
+                contextlib.closing(batches.run(self._start, steps)) as stream,
+                Journal(plan.root, self._start, steps, batch_size, self._say) if writes else _Silent() as journal,
+            ):
+                for batch in stream:
+                    x_BCHW = _normalised(batch.pixels_BHWC, mean, std)
+                    log = training.step(x_BCHW, batch.label_B.to(training.device, non_blocking=True))
+                    journal.add(log, self._total(batch.damaged))
+                    self._validate_and_save(training.steps_done, journal)
+        except KeyboardInterrupt:
+            self._say(f"interrupted at step {training.steps_done:,}; {describe_checkpoint(self._last)}")
+            raise
+        except ShardError as error:
+            raise UserError(f"{error}; {describe_checkpoint(self._last)}") from error
+        if writes:
+            curves.draw(plan.root)
+        return self._last
 
     def _validated(self) -> Validation:
         config, ranks = self._plan.config, self._ranks
@@ -80,37 +109,9 @@ class _Loop:
             validation.cut(self._start)
         return validation
 
-    def go(self) -> Path:
-        plan, training = self._plan, self._training
-        steps, batch_size = plan.config["steps"], plan.config["batch_size"]
-        batches = Batches(
-            plan.index, batch_size, plan.config["side"], plan.config["interpolation"], plan.config["min_crop"],
-            plan.hyperparameters.seed, plan.threads, self._ranks.rank, self._ranks.world,
-        )  # fmt: skip
-        mean, std = (torch.tensor(plan.config[key], device=training.device).view(3, 1, 1) for key in ("mean", "std"))
-        writes = self._ranks.rank == 0
-        try:
-            with (
-                contextlib.closing(batches.run(self._start, steps)) as stream,
-                Journal(plan.root, self._start, steps, batch_size, self._say) if writes else _Silent() as journal,
-            ):
-                for batch in stream:
-                    x_BCHW = _normalised(batch.pixels_BHWC, mean, std)
-                    log = training.step(x_BCHW, batch.label_B.to(training.device, non_blocking=True))
-                    journal.add(log, self._total(batch.damaged))
-                    self._at(training.steps_done, journal)
-        except KeyboardInterrupt:
-            self._say(f"interrupted at step {training.steps_done:,}; {stands(self._last)}")
-            raise
-        except ShardError as error:
-            raise UserError(f"{error}; {stands(self._last)}") from error
-        if writes:
-            curves.draw(plan.root)
-        return self._last
-
-    def _at(self, step: int, journal: "Journal | _Silent") -> None:
-        """What is due after a step; what is measured first, so that a checkpoint never stands without it."""
-        validates = self._validation is not None and step % self._plan.each == 0
+    def _validate_and_save(self, step: int, journal: "Journal | _Silent") -> None:
+        """Do what is due after a step. The log and the validation of a step are written before its checkpoint."""
+        validates = self._validation is not None and step % self._plan.steps_per_epoch == 0
         saves = step % self._plan.config["checkpoint_every"] == 0 or step == self._plan.config["steps"]
         if validates or saves:
             journal.flush()
@@ -119,12 +120,6 @@ class _Loop:
         if saves:
             self._save()
 
-    def _total(self, count: int) -> Tensor:
-        """The sum over the ranks, on the device."""
-        total = torch.tensor(float(count), device=self._training.device)
-        self._ranks.average([total])
-        return total * self._ranks.world
-
     def _save(self) -> None:
         training = self._training
         self._ranks.agree("the pool", training.steps_done, training.pool.digest())
@@ -132,31 +127,15 @@ class _Loop:
             state = training.state_dict(pool=False)
             self._last = self._checkpoints.save(state, self._plan.config, training.pool.members)
 
-
-def _training(plan: TrainingPlan, ranks: Ranks) -> Training:
-    see_own_modules()
-    config, hyperparameters = plan.config, plan.hyperparameters
-    classifier = classifiers.load(config["model"], plan.weights, seed=hyperparameters.seed)
-    if classifier.digest != config["weights_digest"]:
-        raise UserError(f"the weights {plan.weights} of rank {ranks.rank} are other than those of the driver")
-    model = classifier.model
-    if config["classes"] is not None:
-        restrict(model, config["classes"])
-    # Statistics over the whole batch, as one device has them; torch has that on CUDA alone.
-    together = ranks.world > 1 and ranks.device.type == "cuda" and hyperparameters.batch_norm == "train"
-    if together:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-    # Convolutions are faster so: twice as fast on CPUs, for depthwise ones.
-    model = model.to(ranks.device).to(memory_format=torch.channels_last)
-    training = Training(model, hyperparameters, rank=ranks.rank, average=ranks.average)
-    if together:
-        # In place: its parts are replaced, their weights kept.
-        nn.SyncBatchNorm.convert_sync_batchnorm(training.decoder)  # type: ignore[no-untyped-call]
-    return training
+    def _total(self, count: int) -> Tensor:
+        """Return the sum over the ranks, on the device."""
+        total = torch.tensor(float(count), device=self._training.device)
+        self._ranks.average([total])
+        return total * self._ranks.world
 
 
 class _Silent:
-    """In place of a journal, on ranks that write none."""
+    """Takes the place of a journal on ranks that write none."""
 
     def __enter__(self) -> "_Silent":
         return self
@@ -168,16 +147,38 @@ class _Silent:
     def flush(self) -> None: ...
 
 
-def _state_memory(training: Training, beside: int, say: Callable[[str], None]) -> None:
-    """Say what the full pools of the ranks on this machine take of its memory. Raises UserError where it can't fit."""
+def _training(plan: TrainingPlan, ranks: Ranks) -> Training:
+    see_own_modules()
+    config, hyperparameters = plan.config, plan.hyperparameters
+    classifier = classifiers.load(config["model"], plan.weights, seed=hyperparameters.seed)
+    if classifier.digest != config["weights_digest"]:
+        raise UserError(f"the weights {plan.weights} of rank {ranks.rank} differ from those of the driver")
+    model = classifier.model
+    if config["classes"] is not None:
+        restrict(model, config["classes"])
+    # Statistics over the whole batch, as one device computes them. torch has SyncBatchNorm only for CUDA.
+    synchronised = ranks.world > 1 and ranks.device.type == "cuda" and hyperparameters.batch_norm == "train"
+    if synchronised:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    # Convolutions are faster in channels_last: depthwise ones take half the time on CPUs.
+    model = model.to(ranks.device).to(memory_format=torch.channels_last)
+    training = Training(model, hyperparameters, rank=ranks.rank, average=ranks.average)
+    if synchronised:
+        # In place: the modules are replaced, their weights are kept.
+        nn.SyncBatchNorm.convert_sync_batchnorm(training.decoder)  # type: ignore[no-untyped-call]
+    return training
+
+
+def _check_memory(training: Training, ranks_here: int, say: Callable[[str], None]) -> None:
+    """Say how much memory the full pools of this machine's ranks take. Raises UserError if it does not fit."""
     hyperparameters = training.hyperparameters
     members = min(hyperparameters.pool_size, hyperparameters.thinning.taken(hyperparameters.steps or 0))
     if not members:
         return
-    one = beside * training.pool.needs(training.classifier) // hyperparameters.pool_size
+    one = ranks_here * training.pool.needs(training.classifier) // hyperparameters.pool_size
     free = available_memory()
     stated = f"the pool takes up to {members * one / _GB:,.2f} GB of memory ({members} classifiers" + (
-        f", in each of {beside} workers here)" if beside > 1 else ")"
+        f", in each of {ranks_here} workers here)" if ranks_here > 1 else ")"
     )
     say(stated if free is None else f"{stated}; {free / _GB:,.1f} GB are free")
     if free is not None and members * one > free:
@@ -189,7 +190,11 @@ def _state_memory(training: Training, beside: int, say: Callable[[str], None]) -
 
 @contextlib.contextmanager
 def locked(root: Path, name: str, wait_s: float = 0) -> Iterator[None]:
-    """Two trainings in one folder would each remove what the other writes."""
+    """Lock a training's folder: two trainings in it would each remove the other's files.
+
+    Raises:
+        UserError: the folder takes no files, or another training holds the lock for `wait_s` seconds.
+    """
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock = (root / f"lock-{name}").open("w")
@@ -204,17 +209,17 @@ def locked(root: Path, name: str, wait_s: float = 0) -> Iterator[None]:
             except OSError as error:
                 if time.monotonic() >= end:
                     raise UserError(
-                        f"another training is at work in {root}; wait for it, or give another --out"
+                        f"another training is running in {root}; wait for it, or give another --out"
                     ) from error
             time.sleep(0.5)
         yield
 
 
-def stands(last: Path) -> str:
-    """In words, whether a checkpoint is there to go on from."""
+def describe_checkpoint(last: Path) -> str:
+    """Say whether there is a checkpoint to resume from."""
     if not last.is_dir():
-        return "no checkpoint stands yet"
-    return f"the checkpoint of step {int(last.name):,} stands: the same command with --resume goes on from there"
+        return "no checkpoint is complete yet"
+    return f"the checkpoint of step {int(last.name):,} is complete: the same command with --resume continues from it"
 
 
 def _normalised(pixels_BHWC: Tensor, mean: Tensor, std: Tensor) -> Tensor:

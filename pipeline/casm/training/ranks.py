@@ -1,6 +1,6 @@
-"""What the ranks of a data-parallel training have in common; a training in one process is rank 0 of 1.
+"""The ranks of a data-parallel training. A training in one process is rank 0 of 1.
 
-The process group is whoever starts the ranks' affair: torch.distributed is used as it stands.
+Whoever starts the ranks creates torch.distributed's process group.
 """
 
 import hashlib
@@ -16,17 +16,17 @@ from saltern.schemas.errors import UserError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others, in torch.distributed's default group where there is more than one."""
+    """This process and its place among the ranks; more than one use torch.distributed's default group."""
 
     device: torch.device
     rank: int = 0
     world: int = 1
-    beside: int = 1  # ranks on this machine, which share its memory
+    on_machine: int = 1  # ranks on this machine, which share its memory
 
     def average(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by its mean over the ranks, in place; all ranks call it with the same shapes.
+        """Replace each tensor by its mean over the ranks, in place, with one exchange per dtype.
 
-        One exchange for each dtype.
+        All ranks call it with the same shapes.
         """
         if self.world == 1:
             return
@@ -42,17 +42,19 @@ class Ranks:
                 tensor.detach().copy_(part.view(tensor.shape))
 
     def agree(self, what: str, *values: object) -> None:
-        """Make sure that all ranks hold the same values.
+        """Check that all ranks have the same values.
 
         Raises:
-            UserError: they do not; on every rank.
+            UserError: they differ; on every rank.
         """
         if self.world == 1:
             return
         digest = hashlib.sha256(repr(values).encode()).digest()
         own = torch.tensor(list(digest), dtype=torch.uint8, device=self.device)
-        found = [torch.empty_like(own) for _ in range(self.world)]
-        dist.all_gather(found, own)
-        others = [rank for rank, held in enumerate(found) if not torch.equal(held, found[0])]
+        digests = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(digests, own)
+        others = [rank for rank, digest in enumerate(digests) if not torch.equal(digest, digests[0])]
         if others:
-            raise UserError(f"ranks disagree on {what}: rank 0 and rank {', '.join(map(str, others))}; train anew")
+            raise UserError(
+                f"ranks disagree on {what}: rank 0 and rank {', '.join(map(str, others))}; start a new training"
+            )

@@ -175,7 +175,7 @@ class _Live(Method):
         self._training = training
 
     def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        logits_BK, mask_B1hw = self._training.judged(x_BCHW)
+        logits_BK, mask_B1hw = self._training.predict(x_BCHW)
         return mask_B1hw[:, 0], logits_BK, None
 
 

@@ -51,7 +51,7 @@ def test_the_confuser_judges_as_the_member_did(staged):
     for slot in (0, 2, 0, 1):
         past = staged()
         past.load_state_dict(dict(pool.members[slot].state))
-        logits_BK = confuser.judge(x_BCHW, pool.members[slot])
+        logits_BK = confuser.classify(x_BCHW, pool.members[slot])
         assert torch.equal(logits_BK, past.eval()(x_BCHW))
     (gradient,) = torch.autograd.grad(logits_BK.sum(), x_BCHW)
     assert gradient.abs().max() > 0
@@ -66,7 +66,7 @@ def test_sixteen_bits(staged):
     assert state["fc.weight"].dtype == torch.float16
     assert state["conv.1.running_var"].dtype == torch.float32
     torch.testing.assert_close(state["fc.weight"].float(), net.fc.weight.detach(), rtol=1e-3, atol=1e-5)
-    logits_BK = Confuser(net).judge(torch.randn(1, 3, 64, 64), pool.members[0])
+    logits_BK = Confuser(net).classify(torch.randn(1, 3, 64, 64), pool.members[0])
     assert logits_BK.dtype == torch.float32
 
 

@@ -1,5 +1,6 @@
 """Data-parallel training: worlds of 1 and 2 agree, ranks hold the same pool, and a death changes no bit of the end."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from casm_toys import OFTEN, files, request, small, write_shards
 from making import HELPERS, PYTHONPATH, picture, write_tar
 
+import saltern.jobs.main
 from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS
@@ -100,7 +102,9 @@ def disagreeing(ranks: Ranks) -> None:
 
 
 def test_ranks_that_disagree_are_named_on_every_rank(in_ranks):
-    assert in_ranks(disagreeing) == ["UserError: ranks disagree on the pool: rank 0 and rank 1; train anew"] * 2
+    assert (
+        in_ranks(disagreeing) == ["UserError: ranks disagree on the pool: rank 0 and rank 1; start a new training"] * 2
+    )
 
 
 # --- worlds
@@ -178,7 +182,7 @@ def test_unequal_shards_end_on_every_rank(tmp_path, in_ranks):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"batch_size": 5, "workers": 2}, "--batch-size 5 is of all workers, and 2 cannot share it"),
+        ({"batch_size": 5, "workers": 2}, "--batch-size 5 is of all workers, and 2 cannot share it equally"),
         ({"workers": 0}, "--workers 0: it must be 1 or more"),
     ],
 )
@@ -190,16 +194,26 @@ def test_bad_worlds_are_refused(changed, message, shards, tmp_path):
 # --- on Ray
 
 
-def start(shards: Path, out: Path, address: str, *more: str, model: str = "slow") -> subprocess.Popen[str]:
+def command(shards: Path, out: Path, address: str, *more: str) -> list[str]:
+    """Arguments of `saltern` for the training that `on_two` does without Ray."""
     settings = ("--pool-size", "3", "--lr-classifier", "0.01", "--seed", "5", "--thinning", "L100")
-    line = [
-        *(sys.executable, "-m", "saltern", "train-casm", str(shards), "--out", str(out), "--workers", "2"),
-        *("--model", f"casm_toys:{model}", "--epochs", "3", "--steps-per-epoch", "6", "--batch-size", "4"),
+    return [
+        *("train-casm", str(shards), "--out", str(out), "--workers", "2"),
+        *("--model", "casm_toys:slow", "--epochs", "3", "--steps-per-epoch", "6", "--batch-size", "4"),
         *("--side", "64", "--checkpoint-every", "4", "--address", address, "--device", "cpu", *settings, *more),
     ]
+
+
+def start(*given: object) -> subprocess.Popen[str]:
+    """Start the `command` of these arguments."""
     environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        line, env=environment, cwd=HELPERS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-m", "saltern", *command(*given)],
+        env=environment,
+        cwd=HELPERS,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -228,13 +242,13 @@ def workers_of_train() -> list[psutil.Process]:
 
 
 @pytest.fixture(scope="module")
-def on_two(shards, tmp_path_factory, ray_address) -> dict[str, str]:
-    """The files of a training by two workers that nothing disturbed."""
-    out = tmp_path_factory.mktemp("ray") / "run"
-    said = finish(start(shards, out, ray_address))
-    assert "in each of 2 workers here" in said
+def on_two(shards, tmp_path_factory, in_ranks) -> dict[str, str]:
+    """The files of an undisturbed training by two ranks, started without Ray: its workers are slow to start."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    chosen = Hyperparameters(thinning=THINNINGS["L100"], lam="auto", pool_size=3, lr_classifier=0.01, seed=5)
+    in_ranks(train_as, request(shards, out, model="casm_toys:slow", hyperparameters=chosen, workers=2))
     assert [line["step"] for line in lines(out)] == list(range(18))
-    return files(out)
+    return {**files(out), "lock-driver": hashlib.sha256(b"").hexdigest()}
 
 
 @pytest.mark.slow
@@ -247,7 +261,8 @@ def test_a_rank_that_is_killed_changes_no_bit(shards, on_two, tmp_path, ray_addr
     random.choice(victims).send_signal(signal.SIGKILL)
     said = finish(running)
     assert "a worker died (rank" in said
-    assert "all of them begin again at step" in said
+    assert "all of them start again at step" in said
+    assert "in each of 2 workers here" in said
     assert files(tmp_path / "run") == on_two
 
 
@@ -259,17 +274,17 @@ def test_a_driver_that_is_killed_changes_no_bit(shards, on_two, tmp_path, ray_ad
     running.kill()
     running.communicate()
     said = finish(start(shards, tmp_path / "run", ray_address, "--resume"))
-    assert "goes on from step" in said
+    assert "resumes at step" in said
     assert files(tmp_path / "run") == on_two
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_workers_and_says_what_stands(shards, on_two, tmp_path, ray_address):
+def test_ctrl_c_ends_the_workers_and_names_the_checkpoint(shards, on_two, tmp_path, ray_address):
     running = start(shards, tmp_path / "run", ray_address)
     at_checkpoint(tmp_path / "run", 4, running)
     running.send_signal(signal.SIGINT)
     said = finish(running, 130)
-    assert "the same command with --resume goes on from there" in said
+    assert "the same command with --resume continues from it" in said
     end = time.monotonic() + 30
     while workers_of_train() and time.monotonic() < end:
         time.sleep(0.2)
@@ -280,7 +295,11 @@ def test_ctrl_c_ends_the_workers_and_says_what_stands(shards, on_two, tmp_path, 
     assert f"the pool file {pool[0]} is missing" in said.splitlines()[-1]
 
 
-@pytest.mark.slow
-def test_more_workers_than_the_cluster_has_are_refused_in_one_line(shards, tmp_path, ray_address):
-    said = finish(start(shards, tmp_path / "run", ray_address, "--workers", "4"), 2)
-    assert "--workers 4 need 4 CPUs, and the cluster has 2" in said.splitlines()[-1]
+def test_more_workers_than_the_cluster_has_are_refused_in_one_line(shards, tmp_path, ray_address, monkeypatch, capsys):
+    arguments = command(shards, tmp_path / "run", ray_address, "--workers", "4")
+    monkeypatch.setattr(sys, "argv", ["saltern", *arguments])
+    monkeypatch.setattr(saltern.jobs.main, "keep_memory", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        saltern.jobs.main.main()
+    assert ended.value.code == 2
+    assert "--workers 4 need 4 CPUs, and the cluster has 2" in capsys.readouterr().err.splitlines()[-1]

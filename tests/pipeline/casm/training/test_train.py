@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from saltern.jobs.main import app
 from saltern.pipeline import methods
 from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
-from saltern.pipeline.casm.algorithm.log import _MEASURED, Log
+from saltern.pipeline.casm.algorithm.log import MEASURED, Log
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS
 from saltern.pipeline.casm.data.batches import Batches, crop, crop_box
@@ -176,7 +176,7 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(steps, shards, undis
     train(request(shards, tmp_path / "run", resume=True), said.append)
     assert files(tmp_path / "run") == files(undisturbed), f"interrupted at {steps}"
     if steps[-1] >= 4:
-        assert any(f"goes on from step {steps[-1] // 4 * 4}" in text for text in said)
+        assert any(f"resumes at step {steps[-1] // 4 * 4}" in text for text in said)
     train(request(shards, tmp_path / "run", resume=True), quiet)  # nothing is left to do
     assert files(tmp_path / "run") == files(undisturbed)
 
@@ -241,12 +241,12 @@ class Scheduler:
 
 
 @pytest.mark.parametrize("how", [KeyboardInterrupt, Scheduler], ids=["ctrl-c", "sigterm"])
-def test_an_interrupt_says_what_stands(how, shards, tmp_path, monkeypatch):
+def test_an_interrupt_names_the_checkpoint(how, shards, tmp_path, monkeypatch):
     interrupt(monkeypatch, 6, how)
     said: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         train(request(shards, tmp_path), said.append)
-    assert "the checkpoint of step 4 stands: the same command with --resume" in said[-1]
+    assert "the checkpoint of step 4 is complete: the same command with --resume" in said[-1]
 
 
 def test_a_checkpoint_costs_one_classifier(undisturbed):
@@ -320,11 +320,11 @@ def test_a_broken_shard_is_refused(tmp_path):
 
 def test_another_training_in_the_folder_is_refused(shards, undisturbed):
     before = files(undisturbed)
-    refused(request(shards, undisturbed), "--resume goes on, or give another --out")
-    refused(request(shards, undisturbed, resume=True, batch_size=5), "batch_size: 4 there, 5 asked for")
-    refused(request(shards, undisturbed, resume=True, epochs=4), "steps: 18 there, 24 asked for")
+    refused(request(shards, undisturbed), "--resume continues it, or give another --out")
+    refused(request(shards, undisturbed, resume=True, batch_size=5), "batch_size: 4 there, 5 requested")
+    refused(request(shards, undisturbed, resume=True, epochs=4), "steps: 18 there, 24 requested")
     changed = Hyperparameters(thinning=casm_toys.OFTEN, pool_size=3, seed=6)
-    refused(request(shards, undisturbed, resume=True, hyperparameters=changed), "seed: 5 there, 6 asked for")
+    refused(request(shards, undisturbed, resume=True, hyperparameters=changed), "seed: 5 there, 6 requested")
     refused(replace(request(shards, undisturbed, resume=True), model="casm_toys:other"), "model: .*other")
     assert files(undisturbed) == before
 
@@ -362,11 +362,11 @@ def test_a_loss_that_is_not_finite_ends_the_training(shards, tmp_path):
 
 def test_a_collapse_of_the_masks_is_said_once_in_words(tmp_path):
     said: list[str] = []
-    place = _MEASURED.index("mask_mean")
+    place = MEASURED.index("mask_mean")
     areas = [0.9, 0.99] * 30 + [0.995] * 60 + [0.5] * 10 + [0.01] * 60
     with journal.Journal(tmp_path, 0, 300, 4, said.append) as watched:
         for step, area in enumerate(areas):
-            measured = torch.zeros(len(_MEASURED), dtype=torch.float64)
+            measured = torch.zeros(len(MEASURED), dtype=torch.float64)
             measured[place] = area
             watched.add(Log(step, -1, measured, torch.tensor(2.0, dtype=torch.float64), 0.0), torch.tensor(0.0))
         watched.flush()
@@ -460,7 +460,7 @@ def test_the_command_trains_and_extract_takes_its_folder(shards, tmp_path):
         (["--resume", "--thinning", "L99"], "'L99' is not one of 'F', 'L'"),
         (["--resume", "--lambda", "much"], "--lambda 'much' is not a number or auto"),
         (["--resume", "--classes", "1,x"], "is not a list of numbers"),
-        (["--resume", "--seed", "4"], "seed: 0 there, 4 asked for"),
+        (["--resume", "--seed", "4"], "seed: 0 there, 4 requested"),
     ):
         ended = CliRunner().invoke(app, [*call, *wrong])
         assert match in f"{ended.exception} {ended.output}"

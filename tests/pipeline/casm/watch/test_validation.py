@@ -93,7 +93,7 @@ def step(training: Training, count: int) -> list[dict[str, float]]:
     logs = []
     for _ in range(count):
         x_BCHW = torch.randn(4, 3, SIDE, SIDE, generator=draw)
-        logs.append(training.step(x_BCHW, training.judged(x_BCHW)[0].argmax(1)).floats())
+        logs.append(training.step(x_BCHW, training.predict(x_BCHW)[0].argmax(1)).floats())
     return logs
 
 

@@ -1,0 +1,36 @@
+"""What a worker of Ray Train does. Its imports are late: Ray's controller imports this file too, and needs none."""
+
+import traceback
+from typing import Any, NamedTuple
+
+import ray
+import ray.train
+
+from saltern.schemas.errors import UserError
+
+
+class Note(NamedTuple):
+    """A message of a rank to the driver."""
+
+    kind: str  # said | user (a UserError) | code (another error that the machines did not cause)
+    text: str
+
+
+def train_rank(config: dict[str, Any]) -> None:
+    """Train as one rank. The errors that another attempt would not mend go to the driver as notes."""
+    from saltern.pipeline.casm.training.loop import run
+    from saltern.pipeline.casm.training.ranks import Ranks
+
+    context, queue = ray.train.get_context(), config["queue"]
+    try:
+        device = ray.train.torch.get_device()
+        ranks = Ranks(device, context.get_world_rank(), context.get_world_size(), context.get_local_world_size())
+        run(ray.get(config["plan"]), ranks, lambda text: queue.put(Note("said", text)))
+    except UserError as error:
+        queue.put(Note("user", str(error)))
+        raise
+    except (RuntimeError, OSError):  # lost ranks, devices and files: worth another attempt
+        raise
+    except Exception:
+        queue.put(Note("code", traceback.format_exc()))
+        raise
