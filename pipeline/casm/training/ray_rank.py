@@ -4,7 +4,7 @@ import traceback
 from typing import Any, NamedTuple
 
 import ray
-import ray.train
+import ray.train.torch
 
 from saltern.schemas.errors import UserError
 

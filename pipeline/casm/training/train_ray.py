@@ -48,7 +48,9 @@ def train_on_ray(
     with locked(plan.root, "driver"):
         storage = plan.root / "ray"
         try:
-            return _train_until_done(plan, _scaling(request.workers, gpus, resources), storage, say)
+            # Two ranks that share a GPU cannot join one NCCL group.
+            backend = TorchConfig(backend="nccl" if gpus >= 1 else "gloo", timeout_s=_STUCK_S)
+            return _train_until_done(plan, _scaling(request.workers, gpus, resources), backend, storage, say)
         finally:
             ray.shutdown()  # so that the next training of this process can join a cluster
             shutil.rmtree(storage, ignore_errors=True)  # Ray Train needs a folder, and leaves a marker in it
@@ -75,17 +77,17 @@ def _scaling(workers: int, gpus: float, resources: dict[str, float]) -> ScalingC
     return ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=each)
 
 
-def _train_until_done(plan: TrainingPlan, scaling: ScalingConfig, storage: Path, say: Callable[[str], None]) -> Path:
+def _train_until_done(
+    plan: TrainingPlan, scaling: ScalingConfig, backend: TorchConfig, storage: Path, say: Callable[[str], None]
+) -> Path:
     """Start all ranks again after each death; give up after ATTEMPTS deaths without a new checkpoint."""
-    gpus = (scaling.resources_per_worker or {}).get("GPU", 0)
     deaths, step_before = 0, -1
     while True:
         queue = Queue(actor_options={"num_cpus": 0})
         trainer = _Trainer(
             train_rank,
             train_loop_config={"plan": ray.put(plan), "queue": queue},
-            # Two ranks that share a GPU cannot join one NCCL group.
-            torch_config=TorchConfig(backend="nccl" if gpus >= 1 else "gloo", timeout_s=_STUCK_S),
+            torch_config=backend,
             scaling_config=scaling,
             run_config=RunConfig(  # type: ignore[call-arg]  # typed as that of Train's first version
                 storage_path=str(storage), name="casm", worker_runtime_env={"env_vars": _environment(plan)}

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from saltern.pipeline.casm.data.index import make_index
-from saltern.pipeline.casm.training.train import TrainRequest, say_aside, train
+from saltern.pipeline.casm.training.train import TrainRequest, print_to_stderr, train
 from saltern.pipeline.casm.unseen.split import SUBSETS, Split, check_val, make_split
 from saltern.pipeline.engine.conduct import RunOptions, conduct
 from saltern.pipeline.extract.extraction import extraction
@@ -97,7 +97,7 @@ class Unseen:
         return f"{samples:,} samples with boxes; * trained on; ± half the 95 % interval; seed {self.seed}"
 
 
-def unseen_classes(request: TrainRequest, val: Sequence[str], say: Say = say_aside) -> Unseen:
+def unseen_classes(request: TrainRequest, val: Sequence[str], say: Say = print_to_stderr) -> Unseen:
     """Do the experiment, or go on with it: a training that is finished, and shards that were extracted, stay.
 
     Leaves in `request.out`: split.json, train-F to train-BCDEF, run-F to run-BCDEF, unseen.json, unseen.md.
