@@ -215,9 +215,7 @@ class SaliencyRun:
 
         The first call reads the keys of the whole run. An unknown key has no rows.
         """
-        numbers = np.flatnonzero(
-            pc.equal(self._keys, key)
-        ).tolist()  # pc.indices_nonzero crashes without chunks before 24
+        numbers = np.flatnonzero(pc.equal(self._keys, key)).tolist()  # pc.indices_nonzero crashed on an empty run
         return [row for row in map(self.at, numbers) if shard in (None, row.shard)]
 
     def row(self, key: str, shard: str | None = None) -> Row:
