@@ -30,6 +30,7 @@ check: $(VENV)/.ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/pylint schemas pipeline jobs
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
 bench: $(VENV)/.ready-bench

@@ -107,7 +107,10 @@ def test_the_sdist_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Pa
     assert {"CHANGELOG.md", "CITATION.cff", "constraints.txt"} <= {path.name for path in unpacked.iterdir()}
 
 
-SCRIPT = "import saltern; from saltern.pipeline import naming; saltern.open_run, saltern.build; print(naming.__file__)"
+SCRIPT = (
+    "import saltern; from saltern.pipeline import naming; saltern.open_run, saltern.build, saltern.extract; "
+    "print(naming.__file__)"
+)
 
 
 def test_an_installed_wheel_beside_folders_of_the_old_names(python: Path, mine: Path) -> None:

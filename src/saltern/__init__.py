@@ -7,16 +7,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from saltern.pipeline.extract.extraction import extract as extract
     from saltern.pipeline.methods import build as build
     from saltern.pipeline.runs.dataset import SaliencyDataset as SaliencyDataset
     from saltern.pipeline.runs.reader import open_run as open_run
 
-__all__ = ["SaliencyDataset", "__version__", "build", "open_run"]
+__all__ = ["SaliencyDataset", "__version__", "build", "extract", "open_run"]
 __version__ = "0.1.0"  # pyproject.toml reads it from here
 
 _HOMES = {
     "SaliencyDataset": "saltern.pipeline.runs.dataset",
     "build": "saltern.pipeline.methods",
+    "extract": "saltern.pipeline.extract.extraction",
     "open_run": "saltern.pipeline.runs.reader",
 }
 

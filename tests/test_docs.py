@@ -1,0 +1,131 @@
+"""README, docs/ and examples/ against the code: what they name exists, and what exists is named."""
+
+import re
+import shlex
+import tomllib
+from enum import Enum
+from pathlib import Path
+
+import pytest
+import typer
+
+from saltern.jobs.main import EXIT_CODES, app
+from saltern.pipeline.methods import available
+from saltern.schemas.saliency import STATUSES, table_schema
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("*/README.md"))]
+
+
+def text(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+def commands() -> dict[str, dict[str, object]]:
+    """The options of each command with their types; a sub-command is `bench extract`."""
+    found: dict[str, dict[str, object]] = {}
+
+    def walk(group: object, prefix: str) -> None:
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                walk(command, f"{prefix}{name} ")
+            found[prefix + name] = {
+                word: getattr(param, "bare_type", lambda: None)() for param in command.params for word in param.opts
+            }
+
+    walk(typer.main.get_command(app), "")
+    return found
+
+
+COMMANDS = commands()
+
+
+def calls() -> list[tuple[str, str]]:
+    """(page, call) of every `saltern ...` line in a code block, and of those in the examples' table."""
+    found = []
+    for page in PAGES:
+        content = page.read_text()
+        lines = [
+            line for block in re.findall(r"^```\w*\n(.*?)^```", content, re.M | re.S) for line in block.splitlines()
+        ]
+        lines += re.findall(r"`[^`\n]*?(saltern \w[^`\n]*? -[^`\n]*)`", content)
+        for line in lines:
+            for call in line.removeprefix("$ ").split("  #")[0].split(" # ")[0].split(" && "):
+                if call.startswith("saltern ") and "COMMAND" not in call:
+                    found.append((page.name, call))
+    return found
+
+
+def check(words: list[str]) -> None:
+    name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
+    assert name in COMMANDS
+    options = COMMANDS[name]
+    for word, value in zip(words, [*words[1:], ""], strict=True):
+        if word == "--":
+            return check(words[words.index("--") + 1 :])
+        if word.startswith("-"):
+            assert word.partition("=")[0] in options, f"{name} has no {word}"
+            kind = options[word.partition("=")[0]]
+            if isinstance(kind, type) and issubclass(kind, Enum):
+                assert value in [choice.value for choice in kind]
+
+
+@pytest.mark.parametrize(("page", "call"), calls())
+def test_each_call_is_possible(page: str, call: str) -> None:
+    words = shlex.split(call.removeprefix("saltern "))
+    if words != ["..."] and not words[0].startswith("--"):
+        check([word for word in words if word != "..."])
+
+
+def test_there_are_calls_to_check() -> None:
+    assert len(calls()) >= 25
+    assert {page for page, _ in calls()} >= {
+        "README.md",
+        "casm.md",
+        "cluster.md",
+        "dataset.md",
+        "methods.md",
+        "speed.md",
+    }
+
+
+def test_the_columns_are_complete_and_in_order() -> None:
+    table = re.search(r"^\| column \|.*?\n\n", text("docs/dataset.md"), re.M | re.S)[0]
+    named = [name for row in table.splitlines()[2:] if row.startswith("|") for name in row.split("|")[1].split(",")]
+    assert [name.strip() for name in named] == table_schema(None).names
+    assert set(re.findall(r"`(\w+)`", table)) - {"cls"} == set(STATUSES)
+
+
+def test_the_statuses_and_exit_codes_are_complete() -> None:
+    rows = re.findall(r"^\| `?(\w+)`? \| (.*?) \|", text("docs/errors.md"), re.M)
+    assert set(STATUSES) <= {name for name, _ in rows}
+    codes = {name for name, _ in rows if name.isdecimal()}
+    assert codes == {"0", "1", "2", "3", "130"}
+    assert codes <= set(re.findall(r"\d+", EXIT_CODES))
+
+
+def test_the_methods_are_complete() -> None:
+    table = re.search(r"^\| family \|.*?\n\n", text("docs/methods.md"), re.M | re.S)[0]
+    named = set(re.findall(r"`([\w+-]+)`", table)) - {"--method"}
+    assert named == set(available())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_links_lead_to_files(page: Path) -> None:
+    for path in re.findall(r"\]\(([\w./-]+)\)", page.read_text()):
+        assert (page.parent / path).exists(), path
+
+
+def test_the_extras_exist() -> None:
+    extras = tomllib.loads(text("pyproject.toml"))["project"]["optional-dependencies"]
+    for page in PAGES:
+        for names in re.findall(r"'\.\[([\w,]+)\]'", page.read_text()):
+            assert set(names.split(",")) <= set(extras), page
+
+
+def test_the_readme_is_short_and_names_every_page() -> None:
+    readme = text("README.md")
+    assert len(readme.splitlines()) <= 150
+    for page in ROOT.glob("docs/*.md"):
+        assert f"docs/{page.name}" in readme
+    assert len(re.findall(r"^\d\. \[", readme, re.M)) == 6
