@@ -3,7 +3,7 @@
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from enum import Enum
 from typing import Annotated, Any, get_args, get_origin
 
@@ -94,6 +94,8 @@ def test_every_option_is_a_field_with_the_same_default() -> None:
     """A renamed field would otherwise lose its option without a word."""
     for name, (kinds, own) in requests().items():
         known = {field.name: field.default for kind in kinds for field in fields(kind)}
+        for default in filter(is_dataclass, tuple(known.values())):
+            known |= asdict(default)
         options = signature(COMMANDS[name])
         assert set(options) - set(known) == own - set(known), name
         for option, parameter in options.items():
