@@ -1,1 +1,1 @@
-"""What stands on disk: the Parquet schema, the receipt, the run config. Needs pyarrow and the standard library only."""
+"""The formats of a run on disk: Parquet schemas, receipts, config. Needs only pyarrow and the standard library."""

@@ -6,20 +6,20 @@ perturbation p in the unit of pixels in [0, 1], over all pixels and channels; `o
 
 import pyarrow as pa
 
-# Every column after `plain_` is there for `guided_` too.
+# One set of these columns for each side: `plain_score`, `guided_score`, ...
 _EACH = (
     ("score", pa.float32()),  # softmax probability of `target` on the perturbed image
     ("predicted", pa.int32()),  # top-1 of the perturbed image
-    ("fooled", pa.bool_()),  # that is `target`
+    ("fooled", pa.bool_()),  # whether that is `target`
     ("norm", pa.float32()),  # ||p||_2
     ("outside", pa.float32()),  # ||p * (1 - map)||_2
-    ("image", pa.binary()),  # PNG of the perturbed image; null where images are not stored
+    ("image", pa.binary()),  # PNG of the perturbed image; null if images are not stored
 )
 SIDES = ("plain", "guided")
 
 
 def attack_schema() -> pa.Schema:
-    """The columns, in order."""
+    """Return the columns, in order."""
     return pa.schema(
         [
             pa.field("key", pa.string(), nullable=False),  # the sample's own key
@@ -28,7 +28,7 @@ def attack_schema() -> pa.Schema:
             pa.field("label", pa.int32()),  # the given class (`cls`)
             pa.field("predicted", pa.int32()),  # top-1 of the clean image: the class that the map explains
             pa.field("score", pa.float32()),  # its softmax probability
-            pa.field("target", pa.int32()),  # the least likely class of the clean image: what is to be seen
+            pa.field("target", pa.int32()),  # the class to be seen: the least likely one of the clean image
             *[pa.field(f"{side}_{name}", kind) for side in SIDES for name, kind in _EACH],
             pa.field("norm_reduction", pa.float32()),  # 1 - guided_norm / plain_norm
             pa.field("image", pa.binary()),  # PNG of the clean image, as the network sees it; null as above
@@ -37,6 +37,6 @@ def attack_schema() -> pa.Schema:
             pa.field("image_width", pa.int32()),
             pa.field("geometry", pa.list_(pa.float32(), 4)),  # as in saltern.schemas.saliency
             pa.field("status", pa.string(), nullable=False),  # one of saltern.schemas.saliency.STATUSES
-            pa.field("error", pa.string()),  # the reason in words, where status is not ok
+            pa.field("error", pa.string()),  # the reason, if status is not ok
         ]
     )

@@ -23,12 +23,12 @@ _STORED: dict[str, Any] = {
     "squash": False, "interpolation": "", "mean": [], "std": [], "precision": "fp32", "seed": 0, "limit": None,
     "batch_size": 0, "torch_threads": 0, "job": EXTRACT, "job_options": {},
 }  # fmt: skip
-_OPTIONAL = ("job", "job_options")  # runs made before the second job lack them
+_OPTIONAL = ("job", "job_options")  # absent from runs made when `extract` was the only job
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """From an upright RGB image to the network's input: resize, centre crop, scale to [0, 1], (x - mean) / std."""
+    """Steps from an upright RGB image to the input: resize, centre crop, scale to [0, 1], (x - mean) / std."""
 
     resize: int = 256  # shorter side before the crop, pixels
     crop: int = 224  # side of the network's input, pixels
@@ -47,7 +47,7 @@ class PGD:
     epsilon: float  # largest change of a pixel (l_inf), in [0, 1]
     beta: float  # weight of the perturbation outside of the map; 0 is plain PGD
     norm: str = "rms"  # rms | l2, of that perturbation: root of the mean, or of the sum, of squares
-    recompute: int = 0  # steps after which the map is made again, on the perturbed image; 0 = never
+    recompute: int = 0  # recompute the map of the perturbed image every so many steps; 0 = never
     rule: str = "normalised"  # normalised | sign: a step is the gradient at a fixed length, or its sign
 
 
@@ -63,7 +63,7 @@ class Ascent:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """The settings that every job has. A config decides what a run's files hold."""
+    """Settings of every job. A config determines the content of a run's files."""
 
     job: ClassVar[str]
     model: str
@@ -79,9 +79,9 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the config as run.json stores it: flat, JSON values only, the same keys for every job."""
         own = {item.name: getattr(self, item.name) for item in fields(self)}
-        given = asdict(self.preprocess)
-        given |= {"mean": list(self.preprocess.mean), "std": list(self.preprocess.std)}
-        values = {**_STORED, **own, **given, "job": self.job, **self._to_stored()}
+        preprocess = asdict(self.preprocess)
+        preprocess |= {"mean": list(self.preprocess.mean), "std": list(self.preprocess.std)}
+        values = {**_STORED, **own, **preprocess, "job": self.job, **self._to_stored()}
         return {key: values[key] for key in _STORED}
 
     def _to_stored(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class RunConfig:
 
     @classmethod
     def _from_stored(cls, stored: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the fields that are not stored as they are, by name."""
+        """Return the fields whose stored values have another form, by name."""
         return {}
 
     def fingerprint(self) -> str:
@@ -99,7 +99,7 @@ class RunConfig:
         return hashlib.sha256(raw.encode()).hexdigest()[:16]
 
     def marked(self) -> dict[str, Any]:
-        """Return what the fingerprint covers. Extractions leave the job out, so that older runs keep theirs."""
+        """Return the keys that the fingerprint covers. Extractions omit the job, so that older runs keep theirs."""
         left_out = (*UNMARKED, *(_OPTIONAL if self.job == EXTRACT else ()))
         return {key: value for key, value in self.to_dict().items() if key not in left_out}
 
@@ -107,7 +107,7 @@ class RunConfig:
         """Return one line for each key that differs; the source of the weights is not compared."""
         mine, theirs = _with_job_options(self), _with_job_options(other)
         return [
-            f"{key}: {mine.get(key)!r} there, {theirs.get(key)!r} asked for"
+            f"{key}: {mine.get(key)!r} there, {theirs.get(key)!r} requested"
             for key in {**mine, **theirs}
             if key != "weights" and mine.get(key) != theirs.get(key)
         ]
@@ -145,7 +145,7 @@ class ExtractConfig(MethodConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class AttackConfig(MethodConfig):
-    """The config of `attack`. Nothing is stored as `map_dtype`; the fingerprints of older runs include it."""
+    """The config of `attack`. run.json holds an empty `map_dtype`, because fingerprints of older runs include it."""
 
     job = ATTACK
     pgd: PGD

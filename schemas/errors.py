@@ -1,17 +1,17 @@
-"""The errors that have a meaning of their own: each decides what the engine does next."""
+"""The errors that decide what the engine does next."""
 
 
 class UserError(Exception):
-    """A wrong call. Its one line names what is wrong and the fix; the command prints that line and exits with 2."""
+    """A wrong call. The message is one line with the cause and the fix; the command prints it and exits with 2."""
 
 
 class ShardError(Exception):
-    """A shard's data is broken as a whole (cut, or no tar). Retrying cannot help: the shard fails with this reason."""
+    """A shard that cannot be read at all (cut, or not a tar). The shard fails with this reason and is not retried."""
 
 
 class DeviceLostError(Exception):
-    """The device does not answer in this process any more: its worker is made anew and the shard goes to another."""
+    """A device that this process can no longer use. Its worker is replaced, and another worker gets the shard."""
 
 
 class OutputError(Exception):
-    """The run's folder takes no more (full, read-only, gone). The run stops; what stands is kept."""
+    """A run's folder that accepts no more data (full, read-only, removed). The run stops and keeps finished shards."""

@@ -1,4 +1,4 @@
-"""What one finished shard reports. Its receipt is written last: where it stands, the shard's data file is whole."""
+"""Receipts of finished shards, and failures. A receipt is written last: if it exists, the data file is complete."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -8,7 +8,7 @@ PHASES = ("read", "decode", "compute", "write")
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """One finished shard."""
+    """The record of one finished shard."""
 
     shard: str  # the shard's name
     size: int  # bytes of the input tar
@@ -20,11 +20,11 @@ class Receipt:
     data_bytes: int  # size of the data file
     seconds: dict[str, float]  # thread seconds by phase (PHASES), and `total`, wall
     worker: str = ""  # host:pid
-    batch_size: int = 0  # as used at the end; smaller than the run's where memory ran out
+    batch_size: int = 0  # as used at the end; smaller than the run's if memory ran out
 
     @property
     def failed(self) -> int:
-        """Rows whose status is not `ok`."""
+        """Return the number of rows whose status is not `ok`."""
         return self.rows - self.statuses.get("ok", 0)
 
     def to_json(self) -> bytes:
@@ -32,17 +32,17 @@ class Receipt:
 
     @classmethod
     def from_json(cls, raw: bytes | str) -> "Receipt":
-        """Raises ValueError or TypeError where the bytes are no receipt."""
+        """Parse a receipt. Raises ValueError or TypeError if the bytes are not one."""
         return cls(**json.loads(raw))
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The last failure of a shard that has no receipt. Removed when the shard succeeds."""
+    """The last failure of a shard that has no receipt. It is removed when the shard succeeds."""
 
     shard: str
     kind: str  # data | world | poison | timeout
-    reason: str  # in words, one line
+    reason: str  # one line
     attempts: int
 
     def to_json(self) -> bytes:

@@ -1,4 +1,4 @@
-"""Settings that a run stores as text, parsed: which class is explained, and which rule makes the masks."""
+"""Parsers of the settings that a run stores as text: the class to explain, and the rule that makes the masks."""
 
 import math
 from dataclasses import dataclass

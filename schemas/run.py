@@ -1,4 +1,4 @@
-"""What run.json holds: the config of a run, the shards it wants, and the versions it was made with."""
+"""The content of run.json: a run's config, its shards, and the versions of packages that made it."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ Config = TypeVar("Config", bound=RunConfig)
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One wanted input tar; for visualize-class a batch of classes, `classes://243,281`, whose size is their number."""
+    """An input tar; for visualize-class a batch of classes, `classes://243,281`, whose size is their number."""
 
     name: str  # path relative to the common root, without .tar; names the output files
     url: str  # path or object-store URL

@@ -1,7 +1,7 @@
 """The Parquet schema of a saliency dataset: one row for each (sample, target), in shard order.
 
-One file for each input shard. What is common to all rows of a file (dtype and shape of the maps, bit order of the
-masks, provenance) stands in the file's metadata under the `saltern` key, as JSON.
+Each input shard has one file. The file's metadata holds, as JSON under the `saltern` key, the properties that all its
+rows share: dtype and shape of the maps, bit order of the masks, provenance.
 """
 
 import json
@@ -13,24 +13,24 @@ from saltern.schemas.config import SCHEMA_VERSION
 
 METADATA_KEY = b"saltern"
 
-# Statuses: what happened to a row. Only `ok` rows are complete.
+# Statuses of a row. Only `ok` rows are complete.
 OK = "ok"
-DECODE_FAILED = "decode_failed"  # the image's bytes are no image, or a damaged one
-TOO_LARGE = "too_large"  # more pixels than are decoded safely
+DECODE_FAILED = "decode_failed"  # the bytes are not an image, or the image is damaged
+TOO_LARGE = "too_large"  # the image has more pixels than can be decoded safely
 MISSING_IMAGE = "missing_image"  # the sample has no image member
 MISSING_LABEL = "missing_label"  # the target is the label, and `cls` is absent, not a number or out of range
-DUPLICATE_KEY = "duplicate_key"  # the shard holds this key before: the key would no longer name one row
+DUPLICATE_KEY = "duplicate_key"  # an earlier sample of the shard has this key, which must name one sample
 NONFINITE = "nonfinite"  # the method gave NaN or infinity, or the map does not fit its stored dtype
 ZERO_MAP = "zero_map"  # the method gave zeros everywhere: a true result, with an empty mask
 STATUSES = (OK, DECODE_FAILED, TOO_LARGE, MISSING_IMAGE, MISSING_LABEL, DUPLICATE_KEY, NONFINITE, ZERO_MAP)
 
 
 def table_schema(map_bytes: int | None) -> pa.Schema:
-    """The columns, in order.
+    """Return the columns, in order.
 
     Args:
-        map_bytes: bytes of one stored map (height * width * itemsize); None where maps are not stored, the column
-            then being null throughout.
+        map_bytes: bytes of one stored map (height * width * itemsize); None if maps are not stored, which makes
+            the column null in every row.
     """
     return pa.schema(
         [
@@ -54,7 +54,7 @@ def table_schema(map_bytes: int | None) -> pa.Schema:
             pa.field("image_width", pa.int32()),
             pa.field("geometry", pa.list_(pa.float32(), 4)),  # scale x, scale y, offset x, offset y: see below
             pa.field("status", pa.string(), nullable=False),  # one of STATUSES
-            pa.field("error", pa.string()),  # the reason in words, where status is not ok
+            pa.field("error", pa.string()),  # the reason, if status is not ok
         ]
     )
 
@@ -67,12 +67,12 @@ def _hf_feature(kind: pa.DataType) -> dict[str, Any]:
     if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
         length = kind.list_size if pa.types.is_fixed_size_list(kind) else -1
         return {"feature": _hf_feature(kind.value_type), "length": length, "_type": "List"}
-    # Arrow prints float32 as `float`; all else goes by the name that Arrow prints.
+    # Arrow prints float32 as `float`; its other names are those of Hugging Face.
     return {"dtype": "float32" if pa.types.is_float32(kind) else str(kind), "_type": "Value"}
 
 
 def with_metadata(schema: pa.Schema, provenance: dict[str, Any]) -> pa.Schema:
-    """The schema with the provenance (any JSON) and a features entry for Hugging Face `datasets` in its metadata."""
+    """Return the schema with metadata: provenance (any JSON), and the features that Hugging Face `datasets` reads."""
     features = {field.name: _hf_feature(field.type) for field in schema}
     return schema.with_metadata(
         {
@@ -83,10 +83,10 @@ def with_metadata(schema: pa.Schema, provenance: dict[str, Any]) -> pa.Schema:
 
 
 def read_metadata(schema: pa.Schema) -> dict[str, Any]:
-    """The provenance that `with_metadata` wrote; an empty dict where the file is not one of ours."""
+    """Return the provenance that `with_metadata` wrote; an empty dict if Saltern did not write the file."""
     raw = (schema.metadata or {}).get(METADATA_KEY)
-    found: dict[str, Any] = json.loads(raw) if raw else {}
-    return found
+    provenance: dict[str, Any] = json.loads(raw) if raw else {}
+    return provenance
 
 
 Box = tuple[int, int, int, int]

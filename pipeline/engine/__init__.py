@@ -1,1 +1,1 @@
-"""Drives all shards of a run through workers, local or on Ray, whatever fails. Knows no job."""
+"""The engine: drives all shards of a run through local or Ray workers, and handles failures. Knows no job."""

@@ -1,4 +1,4 @@
-"""Workers as Ray actors, one for each GPU. Ray never restarts a dead one: the driver starts another."""
+"""Workers as Ray actors, one for each GPU. Ray does not restart a dead actor; the driver starts another."""
 
 import contextlib
 import itertools
@@ -49,7 +49,7 @@ def _alive() -> dict[str, dict[str, float]]:
 
 
 class _Worker:
-    """The actor. A call builds its processor, so that an error there comes back unchanged."""
+    """The actor. Its processor is built by a call, not by the constructor, so that errors come back unchanged."""
 
     def build(self, factory: Factory) -> str:
         self._processor: ShardProcessor = factory()
@@ -74,7 +74,7 @@ class RayPool:
 
     def __init__(self, factory: Factory, *, gpus: float, cpus: float, torch_threads: int, import_paths: list[str]):
         self._factory = factory
-        # An actor that asks for more cores than any node has would wait for ever.
+        # An actor that requests more cores than any node has would wait for ever.
         available = [node.get("CPU", 0.0) for node in _alive().values() if node.get("GPU", 0.0) >= gpus]
         cpus = min(cpus, max(available, default=0.0) or cpus)
         environment = {
@@ -87,7 +87,7 @@ class RayPool:
             num_cpus=cpus,
             max_restarts=0,
             max_task_retries=0,
-            max_concurrency=4,  # two shards, a count of images, and a spare
+            max_concurrency=4,  # two shards, a count of images, and one to spare
             runtime_env={"env_vars": environment},
         )
         self._numbers = itertools.count()
@@ -141,7 +141,7 @@ class RayPool:
         """Return the event of a dead worker. Its shards are blamed only if its machine is still alive."""
         text = " ".join(str(error).split())
         if "worker process has died" not in text or self._nodes.get(worker) not in {None, *_alive()}:
-            return Died(worker, "its machine is gone or cannot be reached", blame=False)
+            return Died(worker, "its machine was lost or cannot be reached", blame=False)
         return Died(worker, text.split("Worker exit detail: ")[-1].split(". ")[0][:200], blame=True)
 
     def kill(self, worker: int) -> None:

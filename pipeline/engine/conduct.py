@@ -37,7 +37,7 @@ from saltern.schemas.run import Run, Shard
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options of how a run is executed; they do not change its files."""
+    """Options of a run's execution. They do not change its files."""
 
     out: str  # the run's folder or URL
     engine: str = "auto"  # auto | local | ray
@@ -54,10 +54,10 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """The parts in which one job differs from another.
+    """The parts that differ between jobs.
 
     Args:
-        plan: returns the run that is asked for and hints for the user, from the existing run, the device and the
+        plan: returns the requested run and hints for the user, from the existing run, the device and the
             number of workers.
         processor: builds the processor of a worker.
         close: runs after the last shard, if the run was not stopped early. Writes the run's pictures and summary from
@@ -71,22 +71,22 @@ class Job:
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended."""
+    """The result of a run."""
 
     path: str  # the run's folder or URL
     code: int  # exit code of the command: 0 all shards done; 1 shards failed or the run stopped; 130 interrupted
-    shards: int  # wanted
+    shards: int  # number of the run's shards
     done: int  # shards, including those of earlier calls
     rows: dict[str, int] = field(default_factory=dict)  # by status, of all shards that are done
     failures: dict[str, str] = field(default_factory=dict)  # kind and reason, by shard
-    stuck: bool = False  # a thread is left that may never end: leave the process with os._exit
+    stuck: bool = False  # a thread may never end: leave the process with os._exit
 
 
 def conduct(job: Job, options: RunOptions) -> RunResult:
-    """Do the job, or resume it.
+    """Run the job, or resume it.
 
     Raises:
-        UserError: the options are invalid or not possible here; nothing was started.
+        UserError: the options are invalid or not possible on this machine; nothing was started.
     """
     root = options.out if "://" in options.out else os.path.abspath(options.out)
     store = Store(root)

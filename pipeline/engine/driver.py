@@ -1,4 +1,4 @@
-"""The driver: owns the queue of shards, gives each worker two at a time, and handles every kind of failure.
+"""The driver. It owns the queue of shards, gives each worker two at a time, and handles every kind of failure.
 
 - Broken data: the shard fails at once.
 - Broken environment (network, memory): the shard is retried later, by any worker.
@@ -17,7 +17,7 @@ from saltern.schemas.errors import DeviceLostError, OutputError, ShardError
 from saltern.schemas.receipt import Failure, Receipt
 from saltern.schemas.run import Shard
 
-IN_FLIGHT = 2  # shards of a worker: it reads one while it finishes the other
+IN_FLIGHT = 2  # shards of a worker at a time: it reads one while it finishes the other
 ATTEMPTS = 3  # of a shard whose environment is broken, whose time runs out or whose worker dies
 STILLBORN = 5  # consecutive workers that may die before they are ready
 BACKOFF_S = (1.0, 5.0)  # before the second and the third attempt
@@ -47,7 +47,7 @@ class Outcome:
 
 @dataclass
 class State:
-    """The state of a drive, for the progress line."""
+    """The state of a drive, as the progress line shows it."""
 
     outcome: Outcome
     total: int  # shards
@@ -64,7 +64,7 @@ class _Flight:
 
 
 class Driver:
-    """Drives shards through a pool.
+    """A driver of shards through a pool of workers.
 
     Args:
         pool: the driver starts its workers and closes it.
@@ -105,7 +105,7 @@ class Driver:
         """Drive all shards to a receipt or a failure.
 
         Raises:
-            Any error of the code, unchanged.
+            Any error in a processor's code, unchanged.
         """
         self._queue.extend(shards)
         self.state = State(Outcome(), len(self._queue), wanted=self._workers)
@@ -203,7 +203,7 @@ class Driver:
             )
 
     def _replace(self, worker: int, reason: str, blame: bool) -> None:
-        """Start another worker in place of one that is gone, and queue the shards of that one again."""
+        """Replace a lost worker, and queue its shards again."""
         self._image_base = self.state.images
         self._stillborn += worker not in self._flights
         if self._stillborn > STILLBORN:
@@ -213,7 +213,7 @@ class Driver:
         self._pool.kill(worker)
         self._living.add(self._pool.start())
         names = ", ".join(flights) or "nothing"
-        self._say(f"a worker is gone ({reason}), {names} in flight; another was started")
+        self._say(f"a worker was replaced ({reason}); in flight: {names}")
         for flight in flights.values():
             name = flight.shard.name
             if not blame:
@@ -227,7 +227,7 @@ class Driver:
                 self._suspects.append(flight.shard)
 
     def _expire(self) -> None:
-        """Retry the shards that are past their time limit. Only the end of its worker stops a shard for certain."""
+        """Retry the shards that exceeded their time limit. Only the end of its worker stops a shard for certain."""
         if self._timeout_s is None:
             return
         now = time.monotonic()

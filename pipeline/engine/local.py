@@ -17,7 +17,7 @@ class _Local:
 
 
 class LocalPool:
-    """Workers that are threads of this process. A thread can be abandoned but not killed."""
+    """Worker threads of this process. A thread can be abandoned but not killed."""
 
     def __init__(self, factory: Factory):
         self._factory = factory

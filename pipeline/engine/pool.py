@@ -9,7 +9,7 @@ from saltern.schemas.run import Shard
 
 
 class ShardProcessor(Protocol):
-    """The processor of a worker: built once, then called with shards, two at a time."""
+    """The processor of a worker. It is built once, then called with shards, two at a time."""
 
     images: int  # finished
 
@@ -21,14 +21,14 @@ Factory = Callable[[], ShardProcessor]
 
 @dataclass(frozen=True)
 class Ready:
-    """A worker has built its processor."""
+    """The event of a worker that has built its processor."""
 
     worker: int
 
 
 @dataclass(frozen=True)
 class Done:
-    """A worker has finished a shard."""
+    """The event of a worker that has finished a shard."""
 
     worker: int
     shard: Shard
@@ -37,7 +37,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Raised:
-    """`process` raised an error; or, if shard is None, the building of the processor did."""
+    """The event of an error in `process` or, if shard is None, in building the processor."""
 
     worker: int
     shard: Shard | None
@@ -46,18 +46,18 @@ class Raised:
 
 @dataclass(frozen=True)
 class Died:
-    """A worker's process is gone, with its shards in flight."""
+    """The event of a worker whose process ended, with shards in flight."""
 
     worker: int
     reason: str  # one line
-    blame: bool  # the shards in flight may be the cause; False if the whole machine is gone
+    blame: bool  # the shards in flight may be the cause; False if the whole machine was lost
 
 
 Event = Ready | Done | Raised | Died
 
 
 class Pool(Protocol):
-    """Workers by number. A number is never used again."""
+    """Workers by number. A number is never reused."""
 
     def start(self) -> int:
         """Start a worker and return its number; `Ready` follows."""
@@ -65,7 +65,7 @@ class Pool(Protocol):
     def submit(self, worker: int, shard: Shard, redo: bool) -> None: ...
 
     def wait(self, timeout_s: float) -> list[Event]:
-        """Wait for the first event, at most so long, and return all events; none is of a killed worker."""
+        """Wait for the first event, at most `timeout_s`, and return all events, except of killed workers."""
 
     def kill(self, worker: int) -> None: ...
 

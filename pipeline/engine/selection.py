@@ -31,10 +31,10 @@ class Engine:
 def select_engine(
     engine: str, device: str, address: str | None, workers: int | None, gpus_per_worker: float | None
 ) -> Engine:
-    """Select the local engine for one device and no cluster, else Ray; join its cluster or start one.
+    """Select the local engine for one device without a cluster, else Ray. For Ray, join or start a cluster.
 
     Raises:
-        UserError: the options contradict each other, or are not possible here.
+        UserError: the options contradict each other, or are not possible on this machine.
     """
     choices.check_choice("--engine", engine, choices.Engine)
     if engine == "local" and (address or (workers or 1) > 1):

@@ -278,7 +278,7 @@ def test_a_resume_reuses_what_moves_last_bits(tmp_path: Path) -> None:
     write_shards(tmp_path / "in", 1, 5)
     assert extract(tmp_path / "in", tmp_path / "run", batch_size=3) == 0
     assert extract(tmp_path / "in", tmp_path / "run", batch_size=None, torch_threads=None) == 0
-    with pytest.raises(UserError, match="batch_size: 3 there, 4 asked for"):
+    with pytest.raises(UserError, match="batch_size: 3 there, 4 requested"):
         extract(tmp_path / "in", tmp_path / "run", batch_size=4)
 
 

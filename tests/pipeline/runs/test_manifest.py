@@ -102,7 +102,7 @@ def test_run_json_comes_back(store: Store) -> None:
 def test_another_config_is_refused_by_name(store: Store, key: str, value: object) -> None:
     with session(store) as scratch:
         begin(store, make_run(), scratch)
-        with pytest.raises(UserError, match=rf"{key}: .*there.*asked for.*--overwrite") as caught:
+        with pytest.raises(UserError, match=rf"{key}: .*there.*requested.*--overwrite") as caught:
             begin(store, make_run(**{key: value}), scratch)
     assert "\n" not in str(caught.value)
 

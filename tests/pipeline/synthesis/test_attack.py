@@ -222,7 +222,7 @@ def test_a_resume_does_the_rest_alone_and_writes_the_same(tmp_path: Path) -> Non
     assert attack(tmp_path / "in", tmp_path / "cut") == 0
     assert (tmp_path / "cut/receipts/part-000000.json").read_bytes() == kept
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
-    with pytest.raises(UserError, match=r"beta: 50.0 there, 5.0 asked for"):
+    with pytest.raises(UserError, match=r"beta: 50.0 there, 5.0 requested"):
         attack(tmp_path / "in", tmp_path / "cut", beta=5.0)
 
 
@@ -232,7 +232,7 @@ def test_an_extraction_is_another_job(tmp_path: Path) -> None:
 
     write_shards(tmp_path / "in", 1, 2)
     assert attack(tmp_path / "in", tmp_path / "run") == 0
-    with pytest.raises(UserError, match="job: 'attack' there, 'extract' asked for"):
+    with pytest.raises(UserError, match="job: 'attack' there, 'extract' requested"):
         conduct(
             extraction(replace(REQUEST, shards=[str(tmp_path / "in")])), RunOptions(str(tmp_path / "run"), device="cpu")
         )

@@ -139,7 +139,7 @@ def test_a_resume_does_the_rest_alone_and_writes_the_same(tmp_path: Path) -> Non
     assert visualize(tmp_path / "cut", batch_size=None, torch_threads=None) == 0  # batch size and threads are the run's
     assert (tmp_path / "cut/receipts/classes-000000.json").read_bytes() == kept
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
-    with pytest.raises(UserError, match="steps: 10 there, 11 asked for"):
+    with pytest.raises(UserError, match="steps: 10 there, 11 requested"):
         visualize(tmp_path / "cut", steps=11)
     with pytest.raises(UserError, match="shards: "):
         visualize(tmp_path / "cut", classes="0-3")
@@ -178,7 +178,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert "visualize-class of making:tiny" in status.stdout
     ended = CliRunner().invoke(app, [*words, "--steps", "5", "--crop", "32"])
     assert isinstance(ended.exception, UserError)
-    assert "weight: 0.01 there, 0.001 asked for" in str(ended.exception)
+    assert "weight: 0.01 there, 0.001 requested" in str(ended.exception)
 
 
 def test_wrong_wishes_are_refused(tmp_path: Path) -> None:
