@@ -1,1 +1,1 @@
-"""The command line: one thin command in a file, which imports what is heavy inside the command."""
+"""The command line: one thin command in each file. Heavy modules are imported inside the commands."""

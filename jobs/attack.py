@@ -1,4 +1,4 @@
-"""saltern attack: adversarial images, plain and guided by a saliency map."""
+"""saltern attack: make adversarial images, plain and guided by a saliency map."""
 
 from typing import Annotated
 

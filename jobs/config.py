@@ -1,4 +1,4 @@
-"""From options to the config of a job: the text of each value, the keys of a --config file, the fields of a request."""
+"""Build the config of a job from the command's options and from a --config file."""
 
 import json
 import os
@@ -24,12 +24,12 @@ T = TypeVar("T")
 
 
 def collect(kind: type[T], ctx: typer.Context, **more: Any) -> T:
-    """Build a config dataclass from the command's parameters that have the names of its fields.
+    """Build a config dataclass from the command's parameters of the same names.
 
     Args:
         kind: the dataclass.
         ctx: the command's context.
-        more: fields that no parameter holds as it is; they win over parameters.
+        more: fields that differ from the parameters; they take precedence.
     """
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     given = {name: _plain(value) for name, value in ctx.params.items() if name in names}
@@ -44,14 +44,14 @@ def _plain(value: Any) -> Any:
 
 
 def drive(ctx: typer.Context, job: "Job") -> None:
-    """Do the job with the command's run options, and exit with its code."""
+    """Run the job with the command's run options, and exit with its code."""
     from saltern.pipeline.engine.conduct import RunOptions, conduct
 
     ended = conduct(job, collect(RunOptions, ctx))
     sys.stdout.flush()
     sys.stderr.flush()
     if ended.stuck:
-        os._exit(ended.code)  # an ordinary exit would wait for the thread that is stuck in a shard
+        os._exit(ended.code)  # sys.exit would wait for the thread that is stuck in a shard
     raise typer.Exit(ended.code)
 
 
@@ -80,7 +80,7 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
 
 
 def _key(parameter: Any) -> str:
-    """Return the option as on the command line, without dashes; `options` for the method's, which are a table."""
+    """Return an option's key in the file: its long name without dashes; `options` for the table of method options."""
     long = [name for name in parameter.opts if name.startswith("--")]
     return long[0][2:] if long and parameter.name != "options" else str(parameter.name)
 
@@ -96,7 +96,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-# --- callbacks: the text of an option becomes its value
+# --- callbacks that convert the text of an option
 
 
 def parse_options(words: list[str] | None) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _json_or_text(text: str) -> Any:
 
 
 def convert(read: Callable[[str], Any], what: str) -> Callable[[typer.CallbackParam, str | None], Any]:
-    """Make the callback that reads an option's text, or raises a UserError that says what the text should be."""
+    """Return a callback that converts an option's text, or raises a UserError that names the expected form."""
 
     def callback(parameter: typer.CallbackParam, text: str | None) -> Any:
         try:
@@ -146,7 +146,7 @@ def to_lambda(text: str) -> float | Literal["auto"]:
 
 
 def to_classes(text: str) -> list[int]:
-    """Return the numbers in `A,B,...` or in a file, separated by commas, spaces or line ends."""
+    """Return the numbers in `A,B,...` or in a file. Commas, spaces and line ends separate them."""
     listed = re.fullmatch(r"[\d\s,]+", text) is not None
     words = text if listed else Path(text).read_text()
     return [int(word) for word in re.split(r"[\s,]+", words.strip())]

@@ -1,4 +1,4 @@
-"""saltern demo: the commands as a user runs them, on photographs from installable packages."""
+"""saltern demo: run the commands on photographs from installable packages."""
 
 import shlex
 import shutil
@@ -55,7 +55,7 @@ def _gather(folder: Path) -> None:
 
 
 def _saltern(*words: str | Path) -> None:
-    """Print a command and run it as a user does; a failure ends the demo."""
+    """Print a command and run it in a process. A failure ends the demo."""
     line = [str(word) for word in words]
     typer.echo(f"\n$ saltern {shlex.join(line)}")
     ended = subprocess.run([sys.executable, "-m", "saltern", *line], check=False)

@@ -1,4 +1,4 @@
-"""saltern extract: shards in, a saliency dataset out."""
+"""saltern extract: make a saliency dataset from shards."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""saltern methods, saltern models: the names to choose from."""
+"""saltern methods, saltern models: list the names to choose from."""
 
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ OTHER_MODELS = "timm:NAME loads a model of timm (extra `timm`), package.module:f
 
 
 def methods(as_json: AsJson = False) -> None:
-    """List the saliency methods: what each does, what it costs, and its options with defaults and choices."""
+    """List the saliency methods: their purpose, cost, and options with defaults and choices."""
     import json
 
     from saltern.pipeline.methods import available
@@ -40,7 +40,7 @@ def methods(as_json: AsJson = False) -> None:
 
 
 def models() -> None:
-    """List the models that have a name."""
+    """List the names of the built-in models."""
     from saltern.pipeline.models.classifiers import available_models
 
     for name in available_models():

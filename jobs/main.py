@@ -1,4 +1,4 @@
-"""The command `saltern`: each command is in a file of this folder, which imports what is heavy inside the command."""
+"""The command `saltern`. Each sub-command has its own file, and imports heavy modules only when it runs."""
 
 import sys
 from collections.abc import Callable
@@ -79,7 +79,7 @@ def main() -> None:
     except UserError as error:
         _fail(2, str(error))
     except _UsageError as error:
-        _fail(2, error.format_message().replace("Value error, ", ""))  # pydantic's words
+        _fail(2, error.format_message().replace("Value error, ", ""))  # pydantic's message
     except (KeyboardInterrupt, typer.Abort):
         _fail(130, "interrupted")
     except Exception:

@@ -1,4 +1,4 @@
-"""The options that several commands share, each declared once, by the panel of the help that shows it."""
+"""The options that several commands share, grouped by the panel of the help that shows them."""
 
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ _RGB = convert(to_rgb, "three numbers, as 0.485,0.456,0.406")
 
 
 def _option(panel: str, text: str, *names: str, **rules: Any) -> Any:
-    """Declare an option by the panel that it is in, its help text, and its names if they are not the parameter's."""
+    """Declare an option: its panel, its help text, and its names if they differ from the parameter's."""
     return typer.Option(*names, help=text, rich_help_panel=panel, **rules)
 
 
@@ -101,7 +101,7 @@ TrainingWorkers = Annotated[
 GpusPerWorker = Annotated[
     float | None, execution("GPUs of a worker, fractions allowed; default: 1, on a CPU 0.", min=0)
 ]
-Device = Annotated[choices.Device, execution("Device that computes; auto takes a GPU if it sees one.")]
+Device = Annotated[choices.Device, execution("Device that computes; auto takes a GPU if one is visible.")]
 BatchSize = Annotated[int | None, execution("Images in a batch; default: 16 on a CPU, 128 on a GPU.", min=1)]
 DecodeThreads = Annotated[
     int | None, execution("Threads of each worker that decode images; default: one for each core, at most 16.", min=1)

@@ -1,4 +1,4 @@
-"""saltern pack: an image folder becomes shards."""
+"""saltern pack: make shards from an image folder."""
 
 from pathlib import Path
 from typing import Annotated

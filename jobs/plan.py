@@ -1,4 +1,4 @@
-"""saltern plan: what a run would take. Starts nothing."""
+"""saltern plan: estimate the time and the output of a run."""
 
 from typing import Annotated
 

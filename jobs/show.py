@@ -1,4 +1,4 @@
-"""saltern show: a page with the images, maps, masks and boxes of a run."""
+"""saltern show: make a page with the images, maps, masks and boxes of a run."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""saltern status: how far a run is."""
+"""saltern status: show the progress of a run."""
 
 import typer
 
@@ -19,18 +19,19 @@ def status(run: RunFolder, as_json: AsJson = False) -> None:
     from saltern.schemas.config import ATTACK, EXTRACT
 
     store, manifest = load_run_folder(run)
-    found = run_status(store, manifest)
-    attacked = means(store, manifest) if found.job == ATTACK else {}
+    progress = run_status(store, manifest)
+    attacked = means(store, manifest) if progress.job == ATTACK else {}
     if as_json:
-        summary = {"run": run, **asdict(found)} | ({"means": attacked} if attacked else {})
+        summary = {"run": run, **asdict(progress)} | ({"means": attacked} if attacked else {})
         typer.echo(json.dumps(summary, indent=1))
     else:
-        jobs = {EXTRACT: found.method, ATTACK: f"attack guided by {found.method}"}
-        rows = ", ".join(f"{count:,} {name}" for name, count in found.rows.items()) or "none"
-        typer.echo(f"{run}: {jobs.get(found.job, found.job)} of {found.model}, fingerprint {found.fingerprint}")
-        typer.echo(f"{found.done} of {found.shards} shards done, {found.samples:,} samples; rows: {rows}")
+        jobs = {EXTRACT: progress.method, ATTACK: f"attack guided by {progress.method}"}
+        rows = ", ".join(f"{count:,} {name}" for name, count in progress.rows.items()) or "none"
+        job = jobs.get(progress.job, progress.job)
+        typer.echo(f"{run}: {job} of {progress.model}, fingerprint {progress.fingerprint}")
+        typer.echo(f"{progress.done} of {progress.shards} shards done, {progress.samples:,} samples; rows: {rows}")
         if attacked:
             typer.echo(in_words(attacked))
-        for shard, reason in found.failures.items():
+        for shard, reason in progress.failures.items():
             typer.echo(f"{shard}: {reason}")
-    raise typer.Exit(1 if found.failures else 0)
+    raise typer.Exit(1 if progress.failures else 0)

@@ -1,4 +1,4 @@
-"""saltern unseen-classes: masks for objects of classes that were left out of the training."""
+"""saltern unseen-classes: measure masks on classes that were left out of the training."""
 
 import typer
 

@@ -1,4 +1,4 @@
-"""saltern verify: proof that a run is complete."""
+"""saltern verify: check that a run is complete and intact."""
 
 import typer
 
@@ -6,9 +6,9 @@ from saltern.jobs.options import AsJson, RunFolder
 
 
 def verify(run: RunFolder, as_json: AsJson = False) -> None:
-    """Check a run's digests, fingerprints and keys, so that every sample has exactly its rows.
+    """Check a run's digests, fingerprints and keys: every sample must have exactly its rows.
 
-    Lists what is wrong; the exit code is then 1.
+    Lists the problems. If it finds any, the exit code is 1.
     """
     import json
     from dataclasses import asdict

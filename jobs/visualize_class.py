@@ -1,4 +1,4 @@
-"""saltern visualize-class: what a classifier sees in its classes."""
+"""saltern visualize-class: make the image that maximises each class's logit."""
 
 from typing import Annotated
 
