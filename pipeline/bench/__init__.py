@@ -1,1 +1,1 @@
-"""What `saltern bench` measures. Every figure is a ratio of two sides that ran by turns in one process, or a size."""
+"""The measurements of `saltern bench`: sizes, and ratios of two sides that ran by turns in one process."""

@@ -1,4 +1,4 @@
-"""CASM's training step against the forward and backward passes that it cannot avoid, in fp32 and bf16.
+"""Compare CASM's training step to the forward and backward passes that it cannot avoid, in fp32 and bf16.
 
 Shape suffixes: B batch, C H W the network's input, K classes, h w the decoder's grid.
 """
@@ -29,7 +29,7 @@ _POOL = 4  # past classifiers to draw from; a step costs as much as with the usu
 
 @dataclass(frozen=True)
 class CasmBench:
-    """What to measure on."""
+    """Options of the measurement."""
 
     model: str = "resnet50"
     device: str = "cpu"
@@ -112,7 +112,7 @@ def _measure(kind: Kind, precision: str, bench: CasmBench) -> dict[str, Any]:
 
 
 def _expected(name: str, precision: str, parts: dict[Kind, tuple[float, dict[str, Any]]]) -> dict[str, Any]:
-    """Return the expected entry of a step whose kind is drawn: medians weighted by share, the larger peak."""
+    """Return the expected entry of a thinning that draws the kind of each step: weighted medians, the larger peak."""
     sides = ("step", "limit", "optimisers")
     ms = {side: sum(share * entry["ms"][side] for share, entry in parts.values()) for side in sides}
     return {

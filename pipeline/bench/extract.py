@@ -1,4 +1,4 @@
-"""`saltern bench extract`: all its figures, and end-to-end rates against their limits."""
+"""All figures of `saltern bench extract`, and the comparison of end-to-end rates to their limits."""
 
 import os
 import sys
@@ -29,8 +29,8 @@ from saltern.pipeline.shards.samples import read_samples
 from saltern.schemas.config import ExtractConfig
 
 GPU_GOAL = 5000.0  # images/s end to end
-_AHEAD = 64  # images that are being decoded, at most
-_SHARDS = 4  # that are made
+_AHEAD = 64  # largest number of images that are being decoded
+_SHARDS = 4  # that the bench makes
 
 
 def measure(bench: ExtractBench, connect: Callable[[], object]) -> list[Figure]:
@@ -71,17 +71,17 @@ def _with_shards(bench: ExtractBench) -> Iterator[ExtractBench]:
 
 @dataclass(frozen=True)
 class Limit:
-    """Work that a run cannot be faster than, and the goal for the run's rate ÷ the limit's."""
+    """A part of a run's work, whose rate the run cannot exceed, and the goal for the run's rate ÷ this rate."""
 
     name: str
     goal: float
     seconds: float  # of each side in each round, about
-    alone: Callable[[float], int]  # does about so many images, returns how many
-    rest: str  # what a run does besides
+    alone: Callable[[float], int]  # processes about so many images, returns how many
+    rest: str  # the run's other work
 
 
 def model_bound(bench: ExtractBench, supply: Supply) -> list[Figure]:
-    """Compare a run of one worker to its method alone on a preloaded batch."""
+    """Compare a run of one worker to only its method, on a preloaded batch."""
     every = cores()
     layouts = [(f"torch on {count} of {every} cores", count, 1 if count < every else every) for count in _core_counts()]
     if bench.device == "cuda":
@@ -96,7 +96,7 @@ def model_bound(bench: ExtractBench, supply: Supply) -> list[Figure]:
 
 
 def decode_bound(bench: ExtractBench, supply: Supply) -> list[Figure]:
-    """Compare a run with a no-op method to reading and decoding alone in as many threads."""
+    """Compare a run with a no-op method to only reading and decoding, in as many threads."""
     figures = []
     for threads in _core_counts():
         with spec_for(bench.noop(), bench.device, 1, threads) as spec:
@@ -108,7 +108,7 @@ def decode_bound(bench: ExtractBench, supply: Supply) -> list[Figure]:
 
 
 def _core_counts() -> list[int]:
-    """Return all cores but one, which is left to the rest of the pipeline, and all cores."""
+    """Return two numbers of torch threads: all cores but one (for the rest of the pipeline), and all cores."""
     return [cores() - 1, cores()] if cores() > 1 else [1]
 
 
@@ -144,7 +144,7 @@ def _gpu_rate(bench: ExtractBench, model: Figure) -> Figure:
 
 
 class MethodAlone:
-    """The method on one preloaded batch, in a thread of its own as in a worker."""
+    """The method on one preloaded batch, in its own thread as in a worker."""
 
     def __init__(self, spec: Spec):
         self._config, self._device = spec.run.config_of(ExtractConfig), torch.device(spec.device)
@@ -172,7 +172,7 @@ class MethodAlone:
 
 
 class DecodeAlone:
-    """Reading in this thread, decoding in the run's number of threads, and nothing else."""
+    """Only reading, in this thread, and decoding, in the run's number of threads."""
 
     def __init__(self, spec: Spec, supply: Supply):
         self._config, self._supply = spec.run.config, supply

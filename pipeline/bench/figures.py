@@ -29,13 +29,13 @@ class Figure:
     value: float | None  # None: not measured
     goal: float
     unit: str  # of value and goal: x, s, MB, ...
-    at_least: bool  # whether larger is better
-    note: str  # what was divided by what, in absolute values; or why it was not measured
+    at_least: bool  # True: larger is better
+    note: str  # the two absolute values of the ratio; or the reason why it was not measured
     miss: str = ""  # why the goal is missed
     rounds: dict[str, list[float]] = field(default_factory=dict)  # each side's measurements
 
     def verdict(self) -> str:
-        """Return whether the goal is met, and by how much of it."""
+        """Return whether the goal is met, and the margin as a share of the goal."""
         if self.value is None:
             return "skipped"
         gap = (self.value / self.goal - 1) * (1 if self.at_least else -1)
@@ -83,7 +83,7 @@ def _cpu_model() -> str:
 
 
 def machine_line(machine: dict[str, Any]) -> str:
-    """Return what `describe_machine` found in one line."""
+    """Return the result of `describe_machine` as one line."""
     load = ", ".join(f"{value:.1f}" for value in machine["load_average"])
     packages = ", ".join(f"{name} {machine['versions'][name] or 'absent'}" for name in ("torch", "ray"))
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['gpu'] or 'no GPU'}"

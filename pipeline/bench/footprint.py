@@ -1,4 +1,4 @@
-"""What a run costs apart from time for images: bytes stored, memory, resume, the driver's loop, the command's start."""
+"""Measurements of a run's other costs: bytes stored, memory, resume, the driver's loop, the command's start."""
 
 import json
 import shutil
@@ -118,7 +118,7 @@ def resume(bench: ExtractBench) -> list[Figure]:
 
 
 def _make_done(bench: ExtractBench, shards: Path, out: Path, count: int) -> None:
-    """Write tars, which are only listed, and their receipts."""
+    """Write tars that a resume only lists, and their receipts."""
     for number in range(count):
         path = shards / f"{number // 1000:03}" / f"{number:06}.tar"
         if number % 1000 == 0:

@@ -1,4 +1,4 @@
-"""Every method against the passes that it cannot avoid and against other libraries, in fp32 and in bf16.
+"""Compare every method to the passes that it cannot avoid and to other libraries, in fp32 and in bf16.
 
 Shape suffixes: B batch, C H W the network's input, K classes.
 """
@@ -69,7 +69,7 @@ CASES = [
 
 @dataclass(frozen=True)
 class MethodsBench:
-    """What to measure on."""
+    """Options of the measurement."""
 
     model: str = "resnet50"
     device: str = "cpu"
@@ -141,7 +141,7 @@ def _calls(case: Case, problem: Problem, dtype: torch.dtype | None = None) -> di
 
 
 def run_passes(problem: Problem, passes: Passes) -> None:
-    """Run the passes for each image of the batch, as many images at once as the method's option `chunk` says."""
+    """Run the passes for each image of the batch, in chunks as large as the method's option `chunk`."""
     x_BCHW, batch = problem.x_BCHW, len(problem.x_BCHW)
     if passes.size is not None:
         x_BCHW = F.interpolate(x_BCHW, (passes.size, passes.size), mode="bicubic")

@@ -1,4 +1,4 @@
-"""What workers cost and gain: Ray against the local engine, two actors against one, a second worker of train-casm."""
+"""Compare Ray to the local engine, two actors to one, and a training by two workers to one by one worker."""
 
 import json
 import os
@@ -123,7 +123,7 @@ def _pin(pid: int, cores: Iterable[int]) -> None:
 
 
 class WarmPool:
-    """A pool whose workers outlive a drive, so that no drive times their start."""
+    """A pool that keeps its workers between drives, so that no drive includes their start."""
 
     def __init__(self, pool: Pool, workers: int):
         self._pool, self._ready = pool, list[Event]()
@@ -156,7 +156,7 @@ class WarmPool:
 
 @dataclass(frozen=True)
 class TrainingBench:
-    """A training of CASM by several workers and by one, at the same global batch."""
+    """Trainings of CASM by several workers and by one, at the same global batch."""
 
     command: Sequence[str]  # that runs `saltern`
     workers: int = 2
@@ -190,7 +190,7 @@ def training_gain(bench: TrainingBench) -> dict[str, Any]:
 
 
 def _train(bench: TrainingBench, shards: Path, workers: int) -> list[float]:
-    """Return images/s of a training under way. On a CPU, each worker has one core and one thread."""
+    """Return images/s of a training, without its start. On a CPU, each worker has one core and one thread."""
     options = {
         "model": bench.model,
         "weights": "none",

@@ -1,4 +1,4 @@
-"""What `saltern bench extract` measures on: its options, shards, a model and a method that do nearly nothing, drives.
+"""The workload of `saltern bench extract`: options, shards, a model and a method that cost almost nothing, drives.
 
 Shape suffixes: B batch, C H W an image's channels and pixels, K classes, h w the grid of a map.
 """
@@ -36,7 +36,7 @@ CLASSES = 1000
 
 @dataclass(frozen=True)
 class ExtractBench:
-    """What to measure. The defaults take about nine minutes on two cores."""
+    """Options of the measurement. The defaults take about nine minutes on two cores."""
 
     command: Sequence[str]  # that runs `saltern`
     shards: Sequence[str] = ()  # as `extract` takes them; none: shards of made pictures
@@ -66,14 +66,14 @@ class ExtractBench:
         )
 
     def noop(self) -> ExtractRequest:
-        """Return the same run with a model and a method that do nearly nothing."""
+        """Return the same run with a model and a method that cost almost nothing."""
         return ExtractRequest(
             shards=self.shards, model=f"{__name__}:Net", method=f"{__name__}:Noop", target="top1", batch_size=self.batch
         )
 
 
 class Net(nn.Module):
-    """Logits from the mean colour."""
+    """Model whose logits depend only on the mean colour."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Net(nn.Module):
 
 
 class Noop(Method):
-    """The same smooth 7 x 7 map for every image, without a forward pass."""
+    """Method that returns the same smooth 7 x 7 map for every image, without a forward pass."""
 
     def prepare(self) -> None:
         row_7 = torch.linspace(-1, 1, 7)
