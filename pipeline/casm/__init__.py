@@ -1,1 +1,1 @@
-"""CASM: training a mask generator that answers to no single classifier (Zolna, Geras, Cho 2020)."""
+"""CASM: training of a mask generator that does not depend on a single classifier (Zolna, Geras, Cho 2020)."""

@@ -26,7 +26,7 @@ class CASM(Method):
 
     Values are in [0, 1], on the grid of the stem: a quarter of the input's side. The weights of classifier and decoder
     come from the checkpoint. The given model contributes only its structure and must be of the same architecture.
-    Logits are those of the trained classifier, and -10,000 for classes that it was not trained on.
+    Logits are those of the trained classifier, and -10,000 for classes outside of its training.
     """
 
     name = "casm"
@@ -44,10 +44,8 @@ class CASM(Method):
             )
         checkpoint = open_checkpoint(Path(self.checkpoint))
         if self.digest not in ("", checkpoint.digest):
-            raise UserError(
-                f"{checkpoint.folder} is another checkpoint than the one asked for (digest {self.digest[:12]}...)"
-            )
-        # Name the one checkpoint, so that all workers of a run use it even if the training continues.
+            raise UserError(f"{checkpoint.folder} is not the requested checkpoint (digest {self.digest[:12]}...)")
+        # Store the path of this checkpoint, so that all workers of a run use it even if the training continues.
         self.checkpoint, self.digest = str(checkpoint.folder), checkpoint.digest
         self.options.update(checkpoint=self.checkpoint, digest=self.digest)
         self._classes = checkpoint.config["classes"]

@@ -66,5 +66,5 @@ _CHOICES = {
 
 
 def usual_lambda(model: str) -> Literal["auto"] | None:
-    """Return the default lambda of a classifier: the published value was found on ResNet-50 and suits no other."""
+    """Return the default lambda of a classifier. The published value was tuned on ResNet-50 and fits no other."""
     return None if model == "resnet50" else "auto"

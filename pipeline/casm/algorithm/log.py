@@ -47,7 +47,7 @@ class Log:
         return self.measured[MEASURED.index("mask_mean")]
 
     def floats(self) -> dict[str, float]:
-        """Return a line of the log; waits for the device.
+        """Return the iteration as one line of the log. Waits for the device.
 
         clean_loss: cross-entropy of f(x), before its step. masked_loss: that of f'(x * (1 - m)).
         score_term, size_term (-lambda * mean relu(q - mean(m))) and tv_term add up to mask_loss.

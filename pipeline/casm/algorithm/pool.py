@@ -1,4 +1,4 @@
-"""The thinned pool of past classifiers, and the network that takes the weights of one of them."""
+"""The thinned pool of past classifiers, and a network that loads the weights of one of them."""
 
 import copy
 import hashlib
@@ -92,7 +92,7 @@ class Pool:
 
 
 class Confuser:
-    """A frozen copy of the classifier, on the same device, that takes the weights of pool members."""
+    """A frozen copy of the classifier, on the same device, that loads the weights of pool members."""
 
     def __init__(self, classifier: nn.Module) -> None:
         self._model = copy.deepcopy(classifier).eval().requires_grad_(False)
@@ -101,7 +101,7 @@ class Confuser:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def fetch(self, member: Member) -> None:
-        """Start to copy a member's weights, unless they are here already; on CUDA, in parallel to other work."""
+        """Start to copy a member's weights, unless they are loaded already; on CUDA, in parallel to other work."""
         if member is self._held:
             return
         self._held = member

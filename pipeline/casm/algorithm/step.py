@@ -120,7 +120,7 @@ class Training:
         return log
 
     def plan(self, step: int) -> Plan:
-        """Return the pool operations of any step."""
+        """Return the pool operations of a step."""
         hyperparameters = self.hyperparameters
         own = self._rank if hyperparameters.pool_draw == "per-rank" else None
         return plan(hyperparameters.thinning, hyperparameters.pool_size, hyperparameters.seed, step, own)
@@ -143,7 +143,7 @@ class Training:
         return self.predict(x_BCHW)[1]
 
     def state_dict(self, *, pool: bool = True) -> dict[str, Any]:
-        """Return all that the next step depends on; live tensors, as in torch.
+        """Return the state that the next step depends on; live tensors, as in torch.
 
         Args:
             pool: False: only its manifest, as its members are kept in separate files.

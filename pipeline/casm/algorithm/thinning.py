@@ -1,4 +1,4 @@
-"""Thinning: which past classifiers a mask is trained against. The published kinds, and the draws of each iteration.
+"""Thinning: the choice of the classifier that each mask is trained against. The published kinds, and the random draws.
 
 All draws follow from (seed, step). So ranks agree without communication, a resumed training has the same draws, and
 the next pool member can be fetched before it is needed.
@@ -18,7 +18,7 @@ from saltern.schemas.errors import UserError
 
 @dataclass(frozen=True)
 class Thinning:
-    """How the expectation over classifiers is approximated (Zolna 2020, section 3.3)."""
+    """An approximation of the expectation over classifiers (Zolna 2020, section 3.3)."""
 
     name: str
     trained: bool  # the classifier learns together with the mask

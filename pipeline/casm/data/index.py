@@ -21,7 +21,7 @@ _SHOWN = 5  # classes that an error names
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """The samples in the order of the shards, without those of other classes, without an image or with a used key."""
+    """The samples in the order of the shards, except those of other classes, without an image or with a used key."""
 
     shards: Sequence[Shard]
     shard_N: NDArray[np.int64]  # number of the shard
@@ -42,7 +42,7 @@ def make_index(shards: Sequence[Shard], count: int, classes: Sequence[int] | Non
 
     Raises:
         UserError: a shard is broken or compressed, a sample has no class or one that the model does not have, a
-            wanted class has no sample, or there is no sample at all.
+            requested class has no sample, or the shards have no samples.
         OSError: a shard cannot be read.
     """
     wanted = list(range(count)) if classes is None else list(classes)

@@ -46,7 +46,7 @@ class Journal:
         self._log, self._speed = ((root / name).open("a") for name in ("log.jsonl", "speed.jsonl"))
         self._waiting: list[tuple[Log, Tensor]] = []
         self._areas: deque[float] = deque(maxlen=WINDOW)
-        self._collapsed = ""  # what the masks take out, if that was said
+        self._collapsed = ""  # "nothing" or "everything" once the warning was printed
         self._began = self._read = self._said = time.monotonic()
 
     def __enter__(self) -> "Journal":

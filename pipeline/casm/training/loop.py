@@ -30,13 +30,13 @@ _WRITER_WAIT_S = 60  # for the rank 0 of a dead driver, until its cluster has en
 
 
 def run(plan: TrainingPlan, ranks: Ranks, say: Callable[[str], None]) -> Path:
-    """Do the steps of a training that are left, as one of its ranks, and return the last checkpoint.
+    """Do the remaining steps of a training, as one of its ranks, and return the last checkpoint.
 
     Only rank 0 writes. The others must see the same folder, as all ranks read the checkpoint.
 
     Raises:
         UserError: a pool file was altered, there is too little memory, ranks disagree, or a loss is not finite.
-        KeyboardInterrupt: the user was told which checkpoint is complete.
+        KeyboardInterrupt: the message names the complete checkpoint.
     """
     say = say if ranks.rank == 0 else lambda text: None
     with contextlib.ExitStack() as held:
@@ -110,7 +110,7 @@ class _Loop:
         return validation
 
     def _validate_and_save(self, step: int, journal: "Journal | _Silent") -> None:
-        """Do what is due after a step. The log and the validation of a step are written before its checkpoint."""
+        """Validate and save, if due after a step. Log and validation are written before the step's checkpoint."""
         validates = self._validation is not None and step % self._plan.steps_per_epoch == 0
         saves = step % self._plan.config["checkpoint_every"] == 0 or step == self._plan.config["steps"]
         if validates or saves:
@@ -135,7 +135,7 @@ class _Loop:
 
 
 class _Silent:
-    """Takes the place of a journal on ranks that write none."""
+    """A journal that writes nothing, for all ranks but 0."""
 
     def __enter__(self) -> "_Silent":
         return self

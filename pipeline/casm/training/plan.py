@@ -119,7 +119,7 @@ def _check(request: TrainRequest) -> None:
 def _config(
     request: TrainRequest, classifier: classifiers.Classifier, hyperparameters: Hyperparameters
 ) -> dict[str, Any]:
-    """Return what a resumed training must repeat and what users of the masks need to know, as JSON."""
+    """Return the config, as JSON: a resumed training must repeat it, and users of the masks can read it."""
     usual = classifier.preprocess
     return {
         "model": request.model,

@@ -1,4 +1,4 @@
-"""What a worker of Ray Train does. Its imports are late: Ray's controller imports this file too, and needs none."""
+"""The function of each worker of Ray Train. Its imports are inside, as Ray's controller imports this file too."""
 
 import traceback
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ class Note(NamedTuple):
 
 
 def train_rank(config: dict[str, Any]) -> None:
-    """Train as one rank. The errors that another attempt would not mend go to the driver as notes."""
+    """Train as one rank. Errors that another attempt cannot fix go to the driver as notes."""
     from saltern.pipeline.casm.training.loop import run
     from saltern.pipeline.casm.training.ranks import Ranks
 

@@ -31,7 +31,7 @@ def train(request: TrainRequest, say: Callable[[str], None] = print_to_stderr) -
 
     Raises:
         UserError: the request cannot be met, found before any work; or a loss is not finite.
-        KeyboardInterrupt: the user was told which checkpoint is complete.
+        KeyboardInterrupt: the message names the complete checkpoint.
     """
     with sigterm_as_interrupt():
         address = request.address or os.environ.get("RAY_ADDRESS")

@@ -1,4 +1,4 @@
-"""Train with the ranks as workers of Ray Train. Work that a dead rank loses is repeated, to the same bits.
+"""Train with the ranks as workers of Ray Train. If a rank dies, its lost steps are repeated with the same result.
 
 The training writes its own checkpoints, in its own folder. Ray's checkpoints are asynchronous: after a kill, it may
 resume from the one before the last.
@@ -171,7 +171,7 @@ def _receive(queue: Queue, errors: dict[str, str], say: Callable[[str], None]) -
 
 
 def _reason(error: BaseException) -> str:
-    """Return the reason of the death, without the errors that it caused in the other ranks."""
+    """Return the reason why a rank died, without the errors that this caused in the other ranks."""
     by_rank = getattr(error, "worker_failures", None) or {0: error}
     first = {rank: str(why).strip().splitlines()[0] if str(why).strip() else repr(why) for rank, why in by_rank.items()}
     dead = {rank: text for rank, text in first.items() if "health check" in text} or first

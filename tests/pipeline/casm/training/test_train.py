@@ -410,7 +410,7 @@ def test_wrong_checkpoints_are_refused(undisturbed, tmp_path):
             methods.build("casm", small(), checkpoint=str(path))
     with pytest.raises(UserError, match=r"trained on casm_toys:small\) does not fit Small; of another shape"):
         methods.build("casm", casm_toys.other(), checkpoint=str(undisturbed))
-    with pytest.raises(UserError, match="another checkpoint than the one asked for"):
+    with pytest.raises(UserError, match="is not the requested checkpoint"):
         methods.build("casm", small(), checkpoint=str(undisturbed), digest="0" * 64)
 
 
