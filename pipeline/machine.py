@@ -1,4 +1,4 @@
-"""Use this process and machine: cores, device, signals, memory, repeatable arithmetic.
+"""This process and its machine: cores, device, signals, memory, repeatable arithmetic.
 
 Linux has calls that macOS lacks (CPU affinity, /proc, control groups, glibc's mallopt); without them each function
 falls back or does nothing.
@@ -38,7 +38,7 @@ def torch_threads(device: str, workers: int) -> int:
 
 
 def see_own_modules() -> None:
-    """Let `package.module:factory` be imported from the current folder."""
+    """Make modules in the current folder importable, for `package.module:factory`."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
 
@@ -55,7 +55,7 @@ def pick_device(device: str) -> str:
 
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM, as schedulers end jobs with it. Only the main thread can."""
+    """Raise KeyboardInterrupt on SIGTERM, which schedulers send to end jobs. Works only in the main thread."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -71,7 +71,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 
 def available_memory() -> int | None:
-    """Return the bytes that this process may still take; None if neither the machine nor a control group tells."""
+    """Return the bytes that this process may still allocate; None if no limit can be read."""
     limits = []
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -92,7 +92,7 @@ def keep_memory() -> None:
 
 @contextlib.contextmanager
 def exact(threads: int | None = None) -> Iterator[None]:
-    """Choose the arithmetic that repeats to the bit, and restore torch's settings afterwards.
+    """Use arithmetic that repeats to the bit, and restore torch's settings afterwards.
 
     Args:
         threads: torch's threads, which decide the order of sums on a CPU; None keeps their number.

@@ -1,1 +1,1 @@
-"""The job `extract`: one shard in, saliency rows out."""
+"""The job `extract`: makes saliency rows from shards."""

@@ -1,4 +1,4 @@
-"""Estimate the time and the output of a run: extract a few dozen images into a temporary folder and project."""
+"""Estimate the time and the output of a run, by extracting a few dozen images into a temporary folder."""
 
 import tempfile
 import time
@@ -78,7 +78,7 @@ def count(shards: Sequence[Shard]) -> tuple[int, bool]:
 
 
 def _try(request: ExtractRequest, device: str) -> tuple[float, float, int]:
-    """Return images/s, stored bytes per image, and the bytes of a file that are not rows."""
+    """Return images/s, stored bytes per image, and the other bytes of a file."""
     run, _ = resolve(request, None, device, 1)
     with tempfile.TemporaryDirectory(prefix="saltern-plan-") as root, session(Store(root)) as scratch:
         processor = Processor(Spec(run, root, str(scratch), device, cores()), Extraction)

@@ -1,4 +1,4 @@
-"""Explain one batch on the device: pixels in; maps, masks and scores out, as they are stored.
+"""Explain one batch on the device: from pixels to maps, masks and scores as they are stored.
 
 Shape suffixes: B batch, H W the network's input, h w the stored map's grid, K classes, R rows (a sample has one row for
 each of its targets), N bytes.
@@ -92,7 +92,7 @@ class Explainer:
     def _maps(
         self, x_BCHW: Tensor, label_B: Tensor, seed_B: Tensor | None
     ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], list[Tensor | None], Tensor]:
-        """Return for each target (map_Bhw, zero_B, nonfinite_B) and target_B; then the logits."""
+        """Return the maps of each target, as (map_Bhw, zero_B, nonfinite_B) and target_B, and the logits."""
         number = self._target.number
         fixed = {"label": label_B, "class": torch.full_like(label_B, number)}
         target_B: Tensor | None = fixed.get(self._target.kind)

@@ -1,4 +1,4 @@
-"""The job `extract`: images in; maps, masks and boxes of a saliency method out."""
+"""The job `extract`: makes maps, masks and boxes from images by a saliency method."""
 
 import os
 import socket
@@ -51,8 +51,8 @@ def extract(
         How the run ended. Shards that failed are in its `failures`.
 
     Raises:
-        UserError: an option is unknown or invalid, or the folder has another run; nothing was started.
-        KeyboardInterrupt: interrupted; finished shards are kept and the same call resumes.
+        UserError: an option is unknown or invalid, or the folder has another run. Nothing was started.
+        KeyboardInterrupt: interrupted. Finished shards are kept, and the same call resumes the run.
     """
     shards = [os.fspath(shards)] if isinstance(shards, str | os.PathLike) else list(shards)
     given = {"shards": shards, "out": os.fspath(out), "model": model, "method": method, **more}
@@ -71,7 +71,7 @@ def extraction(request: ExtractRequest) -> Job:
 
 
 class Extraction:
-    """The task of `extract`: explain each image and make its rows."""
+    """The task of `extract`: explains each image and makes its rows."""
 
     def __init__(self, spec: Spec, device: torch.device):
         config = self._config = spec.run.config_of(ExtractConfig)
@@ -124,7 +124,7 @@ class Extraction:
 
 @dataclass(frozen=True)
 class Storage:
-    """How a run stores its maps and masks."""
+    """The form in which a run stores its maps and masks."""
 
     map_shape: tuple[int, int] | None  # cells; None if maps are not stored
     scaled: bool  # uint8: lo and hi belong to the map

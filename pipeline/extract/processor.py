@@ -1,4 +1,4 @@
-"""The shard processor: built once for a device, then called with any number of shards, two at a time.
+"""The shard processor. It is built once for a device, then called with any number of shards, two at a time.
 
 read -> decode -> task -> write, each in its own threads: a reader for each shard in flight, a pool that decodes, one
 thread that owns the device (so that a batch's bits do not depend on what else runs), and the caller, who writes.
@@ -35,11 +35,11 @@ Running = Future[list[Pending]]
 
 
 class Processor:
-    """Takes shards through a task. `process` may run in two threads at once.
+    """A processor that runs a task on shards. `process` may run in two threads at once.
 
     Args:
         spec: of the run.
-        task: what to do with the samples; built in the device's thread.
+        task: processes the samples; built in the device's thread.
 
     Raises:
         UserError: the model, its weights or the method are not available here, or the weights are not the run's.

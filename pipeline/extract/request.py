@@ -1,4 +1,4 @@
-"""Turn what the user asked for into a run: name and size the shards, load model and method, fill in every default."""
+"""Turn a request into a run: list the shards, load model and method, fill in every default."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -57,10 +57,10 @@ class ExtractRequest(MethodRequest):
 
 
 def resolve(request: ExtractRequest, existing: Run | None, device: str, workers: int) -> tuple[Run, list[str]]:
-    """Return the run that is asked for, and hints for the user.
+    """Return the requested run, and hints for the user.
 
     Args:
-        existing: the run in the folder; its batch size and threads are used again if the request gives none.
+        existing: the run in the folder; its batch size and threads are the defaults.
         device: cpu | cuda, which decides their defaults.
         workers: on this machine; they share its cores.
 
@@ -94,7 +94,7 @@ def wanted_shards(request: MethodRequest) -> tuple[list[Shard], list[str]]:
 
 
 def limited(shards: list[Shard], limit: int | None) -> list[Shard]:
-    """Return the shards that hold the first `limit` samples; the last is cut to its share of them."""
+    """Return the shards that hold the first `limit` samples. Of the last shard, only the first samples are taken."""
     if limit is None:
         return shards
     if limit < 1:
@@ -163,7 +163,7 @@ def pin(
     workers: int,
     usual: Mapping[str, int] = BATCH_SIZE,
 ) -> dict[str, Any]:
-    """Return batch size and torch threads: as asked for, else the existing run's, else the device's defaults."""
+    """Return batch size and torch threads: the requested, else the existing run's, else the device's defaults."""
     config = existing.config if existing else None
     return {
         "batch_size": batch_size or (config.batch_size if config else usual[device]),
@@ -172,7 +172,7 @@ def pin(
 
 
 def new_run(config: RunConfig, shards: list[Shard], class_names: list[str] | None) -> Run:
-    """Return a run with its fingerprint and the versions of the packages here."""
+    """Return a run with its fingerprint and the versions of the installed packages."""
     installed = {name: version(name) for name in ("torch", "torchvision", "pyarrow", "pillow", "numpy")}
     versions = {"saltern": __version__, **installed}
     return Run(config, shards, versions, config.fingerprint(), class_names)

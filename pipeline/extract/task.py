@@ -1,4 +1,4 @@
-"""The work of one job on samples, as the processor calls it, and the data that they exchange."""
+"""The interface between the processor and a job's task, and the data that they exchange."""
 
 import contextlib
 import time
@@ -26,18 +26,18 @@ Decoding = Future[tuple[Decoded, float]]  # with its thread seconds
 
 
 class Task(Protocol):
-    """What a job does with samples.
+    """A job's work on samples.
 
     The thread that owns the device builds and calls a task; the thread that writes calls `records`.
     """
 
-    schema: pa.Schema  # of the data files; includes key, shard, index, status and error
+    schema: pa.Schema  # of the data files; has the columns key, shard, index, status and error
 
     def __call__(self, pixels_BHWC: Tensor, label_B: Tensor, seed_B: Tensor) -> "Pending":
         """Start one batch: pixels uint8, labels and seeds int64, all on the host."""
 
     def problem(self, sample: Sample) -> tuple[str, str] | None:
-        """Return status and reason if the task cannot use a sample that has an image."""
+        """Return status and reason if the task cannot use a sample with an image, else None."""
 
     def records(self, shard: Shard, batch: "list[Item]", explained: "Explained | None") -> list[Record]:
         """Return the records of a decoded batch, in its order; `explained` is None if no item was decoded."""
@@ -45,7 +45,7 @@ class Task(Protocol):
 
 @dataclass
 class Item:
-    """A sample that is being decoded, that failed before the method, or whose records an earlier run has."""
+    """A sample of a batch: in decoding, failed before the method, or with records of an earlier run."""
 
     sample: Sample
     decoding: Decoding | None = None
@@ -99,7 +99,7 @@ def assemble(
         shard: of the items.
         items: decoded, failed or kept.
         explained: results of the decoded items, `each` rows for one; None if no item was decoded.
-        describe: gives the columns that the job adds to a row.
+        describe: returns the columns that the job adds to a row.
         reasons: the column `error` by status.
         each: rows of a decoded sample.
     """
@@ -125,7 +125,7 @@ def assemble(
 
 
 class Pending:
-    """Results that are being copied to the host. `wait` blocks the caller, not the device's thread."""
+    """Results during their copy to the host. `wait` blocks the caller, not the device's thread."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"

@@ -28,7 +28,7 @@ def discretize(map_BHW: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     unit_BHW = (map_BHW - lo_B[:, None, None]) / span_B.where(span_B > 0, torch.ones_like(span_B))[:, None, None]
     unit_B = _RULES[rule.name](unit_BHW, rule.number)
     chosen_BHW = torch.where(unit_BHW >= unit_B[:, None, None], map_BHW, torch.inf)
-    # Converting back rounds. The threshold must not exceed a value that the rule chose, or the mask would lose it.
+    # The conversion rounds. The threshold must not exceed the value that the rule chose, or the mask would lose it.
     threshold_B = (lo_B + unit_B * span_B).minimum(chosen_BHW.amin((1, 2)))
     return map_BHW >= threshold_B[:, None, None], threshold_B
 

@@ -1,8 +1,8 @@
 """Checkpoints of a mask network: DIR/checkpoints/<step>/, and members of its pool: DIR/pool/<step>.safetensors.
 
 A checkpoint holds a state of tensors and JSON values, without pickles. The state has an entry `pool_manifest` with the
-step and digest of each member; the members have files of their own. A checkpoint appears as a whole under its name,
-after the pool files that it names.
+step and digest of each member; the members have files of their own. A checkpoint gets its name only when it is
+complete, after the pool files that it names.
 """
 
 import hashlib
@@ -77,7 +77,7 @@ class Checkpoints:
         self._written: dict[int, str] = {}  # digests of the pool files known to be complete, by step
 
     def newest(self, say: Callable[[str], None] = lambda text: None) -> Checkpoint | None:
-        """Return the newest complete checkpoint, or None if there is none at all.
+        """Return the newest complete checkpoint, or None if the folder has no checkpoints.
 
         Raises:
             UserError: none of the existing checkpoints is complete.
@@ -122,13 +122,13 @@ class Checkpoints:
         return folder
 
     def known(self, members: Sequence[Member]) -> None:
-        """Note that these members were read from their files, which need not be written again."""
+        """Record that these members have complete files, which are not written again."""
         self._written.update({member.step: member.digest for member in members})
 
     def _clear(self) -> None:
         folders = _folders(self.root / "checkpoints")
         for folder in folders[:-KEPT]:
-            folder.rename(folder.with_name(f"{_UNFINISHED}{folder.name}"))  # a kill leaves no half under its name
+            folder.rename(folder.with_name(f"{_UNFINISHED}{folder.name}"))  # a kill must not leave half of one
         for unfinished in (self.root / "checkpoints").glob(f"{_UNFINISHED}*"):
             shutil.rmtree(unfinished, ignore_errors=True)
         named = {member_file(step) for folder in folders[-KEPT:] for step in _pool_steps(folder)}

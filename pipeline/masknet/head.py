@@ -14,7 +14,7 @@ def restrict(model: nn.Module, classes: Sequence[int]) -> None:
     """Restrict a model to the logits of some classes, in the given order; in place.
 
     Raises:
-        UserError: no class, a repeated class, one out of range, or a model whose last layer is not linear.
+        UserError: no classes, a repeated class, a class out of range, or a model whose last layer is not linear.
     """
     name, head = _head(model)
     if not classes or len(set(classes)) < len(classes):

@@ -42,7 +42,7 @@ def member_file(step: int) -> str:
 
 
 def write_member(path: Path, member: Member) -> None:
-    """Write a member's file: the whole file appears at once."""
+    """Write a member's file, which is visible only when it is complete."""
     path.parent.mkdir(exist_ok=True, parents=True)
     unfinished = path.with_name(f".unfinished-{path.name}")
     # A single metadata entry: safetensors would write several in random order.

@@ -25,7 +25,7 @@ class Stages:
 
 @dataclass(frozen=True)
 class _Ran:
-    """A module that ran."""
+    """The record of a module that ran."""
 
     name: str
     channels: int

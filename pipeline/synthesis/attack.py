@@ -1,4 +1,4 @@
-"""The job `attack`: perturb images until the model sees their least likely class, plainly and guided by a saliency map.
+"""The job `attack`: perturbs images until the model sees their least likely class, by plain and by map-guided PGD.
 
 Shape suffixes: B batch, C H W the network's input, K classes.
 """
@@ -59,7 +59,7 @@ def attacking(request: AttackRequest) -> Job:
 
 
 def plan(request: AttackRequest, existing: Run | None, device: str, workers: int) -> tuple[Run, list[str]]:
-    """Return the run that is asked for, as extract.request.resolve does. Raises UserError if an option is invalid."""
+    """Return the requested run, as extract.request.resolve does. Raises UserError if an option is invalid."""
     if not find(request.method).needs_target:
         raise UserError(f"--guide {request.method} explains no class; give one that does, as cameras or grad-cam")
     _check(request.pgd)
@@ -92,7 +92,7 @@ class Hit(NamedTuple):
 
 
 class Attack:
-    """The task of `attack`: make the map of the clean image, then both perturbations."""
+    """The task of `attack`: makes the map of the clean image, then both perturbations."""
 
     def __init__(self, spec: Spec, device: torch.device):
         config = spec.run.config_of(AttackConfig)

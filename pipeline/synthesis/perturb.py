@@ -1,4 +1,4 @@
-"""Targeted PGD in pixel space: plain, or confined to where a map is high.
+"""Targeted PGD in pixel space: plain, or confined to the pixels where a map is high.
 
 Shape suffixes: B batch, C H W the network's input, K classes. Images are in [0, 1], perturbations in the same unit.
 """

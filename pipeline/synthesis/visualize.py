@@ -1,4 +1,4 @@
-"""The job `visualize-class`: make the image with the largest logit of each class. A shard is a batch of classes.
+"""The job `visualize-class`: makes the image with the largest logit of each class. A shard is a batch of classes.
 
 Shape suffixes: B batch, C H W the network's input, K classes, T steps.
 """
@@ -60,7 +60,7 @@ def visualizing(request: VisualizeRequest) -> Job:
 
 
 def plan(request: VisualizeRequest, existing: Run | None, device: str, workers: int) -> tuple[Run, list[str]]:
-    """Return the run that is asked for, as extract.request.resolve does. Raises UserError if an option is invalid."""
+    """Return the requested run, as extract.request.resolve does. Raises UserError if an option is invalid."""
     how = request.ascent
     check_choice("--init", how.init, FirstImage)
     if how.steps < 1 or how.step_size <= 0 or how.weight < 0:
@@ -111,7 +111,7 @@ def targets_of(shard: Shard) -> list[int]:
 
 
 class Visualizer:
-    """Visualizes batches of classes with one loaded classifier. `process` may run in two threads at once.
+    """A processor of batches of classes with one loaded classifier. `process` may run in two threads at once.
 
     Raises:
         UserError: the model or its weights are not available here, or the weights are not the run's.
