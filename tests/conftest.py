@@ -19,9 +19,9 @@ for _name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Under `-n`: the tests of a file share a process, and so do all files that use the one cluster.
+    """Distribute tests under `-n`: those of a file share a process, and so do all files that use the cluster.
 
-    Not by xdist's own groups: it marks them in `Item._nodeid`, which pytest 9.2 no longer reads.
+    xdist's own groups do not work: it marks them in `Item._nodeid`, which pytest 9.2 no longer reads.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -42,7 +42,7 @@ DEVIATIONS: dict[tuple[str, str], float] = {}
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """How far maps were from their references; under `-n` the tests' processes send it to the one that reports."""
+    """Collect the deviations of maps from references. Under `-n`, test processes send them to the reporting one."""
     seen: dict[tuple[str, str], float] = getattr(sys.modules.get("references"), "SEEN", {})
     DEVIATIONS.update(seen)
     output = getattr(session.config, "workeroutput", {})
@@ -56,7 +56,7 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Every method's largest deviation from each reference, as a share of the map's largest value."""
+    """Print every method's largest deviation from each reference, as a share of the map's largest value."""
     if DEVIATIONS:
         terminalreporter.section("largest deviations from references")
         for (reference, model), deviation in sorted(DEVIATIONS.items()):
@@ -65,19 +65,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real photographs beside the checkout; tests that need it skip where it is not."""
+    """Return the folder of real photographs next to the checkout, or skip the test."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
-        pytest.skip("needs the development photographs in ../shared/data, which are not beside this checkout")
+        pytest.skip("needs the development photographs in ../shared/data, which are not next to this checkout")
     return folder
 
 
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
-    """One cluster for the whole run: two CPUs, a token of its own, nothing written in the user's home."""
+    """Start one cluster for all tests: two CPUs, its own token, nothing written in the user's home."""
     import ray
 
-    # Unix sockets lie below it, whose paths may have 107 characters.
+    # Ray's Unix sockets are in this folder, and their paths may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         context = ray.init(
             num_cpus=2,

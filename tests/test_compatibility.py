@@ -34,7 +34,7 @@ TRAIN = (
 
 @pytest.fixture
 def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The archive's content, in which no path names another folder than this one."""
+    """Unpack the archive, and replace the paths in its files by this folder."""
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(tmp_path, filter="data")
     for run in tmp_path.glob("*/run.json"):
@@ -45,7 +45,7 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def call(line: str, **places: Path) -> str:
-    """What the command prints; it must end with exit code 0."""
+    """Return the output of the command, which must exit with code 0."""
     ended = CliRunner().invoke(app, line.format(**places).split())
     assert ended.exit_code == 0, ended.output
     return ended.output
@@ -75,7 +75,7 @@ def test_a_run_is_read(old: Path) -> None:
 
 @pytest.mark.parametrize(("job", "line"), [("extract", EXTRACT), ("attack", ATTACK), ("classes", CLASSES)])
 def test_a_run_is_resumed(old: Path, job: str, line: str) -> None:
-    """The shard without a receipt is done again by the same command, and holds what it held."""
+    """The same command processes the shard without a receipt again, with the same result."""
     run = old / job
     assert "nothing to do" in call(line, old=old)
     before, config = rows(run), json.loads((run / "run.json").read_text())
@@ -94,7 +94,7 @@ def test_a_run_is_resumed(old: Path, job: str, line: str) -> None:
         assert one["target"] == other["target"]
         if job == "extract":
             maps = [np.frombuffer(row["map"], np.float32) for row in (one, other)]
-            np.testing.assert_allclose(*maps, rtol=1e-4, atol=1e-6)  # another processor may move last bits
+            np.testing.assert_allclose(*maps, rtol=1e-4, atol=1e-6)  # another processor may change last bits
             assert np.abs(np.subtract(one["boxes"], other["boxes"])).max() <= 1
 
 

@@ -1,4 +1,4 @@
-"""README, docs/ and examples/ against the code: what they name exists, and what exists is named."""
+"""README, docs/ and examples/ name only what exists in the code, and name all commands and options."""
 
 import re
 import shlex
@@ -22,7 +22,7 @@ def text(name: str) -> str:
 
 
 def commands() -> dict[str, dict[str, object]]:
-    """The options of each command with their types; a sub-command is `bench extract`."""
+    """Return the options of each command with their types. Sub-commands have names like `bench extract`."""
     found: dict[str, dict[str, object]] = {}
 
     def walk(group: object, prefix: str) -> None:
@@ -41,7 +41,7 @@ COMMANDS = commands()
 
 
 def calls() -> list[tuple[str, str]]:
-    """(page, call) of every `saltern ...` line in a code block, and of those in the examples' table."""
+    """Return (page, call) of every `saltern ...` line in a code block or in the table of examples."""
     found = []
     for page in PAGES:
         content = page.read_text()

@@ -48,14 +48,14 @@ def sources(package: str) -> list[Path]:
 
 
 def imported(path: Path, *, inside: bool) -> Iterator[str]:
-    """Modules that a file imports: those at its top, and with `inside` those in its functions too."""
+    """Return the modules that a file imports at its top and, with `inside`, in its functions."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree) if inside else tree.body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
-            # `from saltern.pipeline import machine` names its room in what it imports.
+            # `from saltern.pipeline import machine` has its room among the imported names.
             bare = node.module in ("saltern", "saltern.pipeline")
             yield from (f"{node.module}.{alias.name}" for alias in node.names) if bare else (node.module or "",)
 
@@ -72,7 +72,7 @@ def test_no_import_goes_up(package: str) -> None:
 
 
 def room(module: str) -> str:
-    """`saltern.pipeline.runs.reader` -> runs."""
+    """Return the room of a module: `saltern.pipeline.runs.reader` -> runs."""
     return module.split(".")[2]
 
 

@@ -38,7 +38,7 @@ def build(kind: str, source: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clean copy of the checkout: an old build/ would end up in the wheel."""
+    """Copy the checkout without an old build/, which would end up in the wheel."""
     folder = tmp_path_factory.mktemp("source")
     for name in BUILT:
         shutil.copy(ROOT / name, folder)
@@ -78,7 +78,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def mine(tmp_path: Path) -> Path:
-    """A user's folder with packages of Saltern's old names, a model and a shard."""
+    """Make a user's folder with packages of Saltern's old names, a model and a shard."""
     for name in ("pipeline", "jobs", "schemas"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('the package of the user was imported')\n")

@@ -1,4 +1,4 @@
-"""The files in deploy/ are parsed, and the words in them are tried on our own command line."""
+"""The files in deploy/ are valid, and our command line accepts the commands in them."""
 
 import io
 import json
@@ -39,7 +39,7 @@ INSTRUCTIONS = {
 
 
 def accept(words: list[str]) -> dict[str, Any]:
-    """The parameters as our command line reads them; it raises on what it does not know."""
+    """Return the parameters as our command line parses them. It raises on unknown ones."""
     from saltern.jobs.main import app
 
     command = typer.main.get_group(app).commands[words[0]]
@@ -137,14 +137,14 @@ def test_the_slurm_script_runs_an_extract() -> None:
 
 STUBS = {
     "scontrol": "echo 127.0.0.1",
-    # Its options all begin with --; what follows is the command.
+    # Skips srun's options, which all begin with --, and runs the command.
     "srun": 'stat -c %a "$RAY_AUTH_TOKEN_PATH" > mode; while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
 }
 
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The environment of a job on one node."""
+    """Return the environment of a job on one node."""
     (tmp_path / "bin").mkdir()
     for name, body in STUBS.items():
         stub = tmp_path / "bin" / name
@@ -160,7 +160,7 @@ def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 def _job_number() -> int:
-    """One whose port, as the script makes it, is free."""
+    """Return a job number for which the script's port is free."""
     for port in range(20000 + os.getpid() % 5000, 30000):
         with socket.socket() as sock:
             if sock.connect_ex(("127.0.0.1", port)) != 0:
@@ -170,7 +170,7 @@ def _job_number() -> int:
 
 @pytest.mark.slow
 def test_the_slurm_script_on_one_node(slurm: dict[str, str], tmp_path: Path) -> None:
-    """srun and scontrol are stand-ins; the head, its token and the run on it are real."""
+    """Only srun and scontrol are replaced; the head, its token and the run are real."""
     shard = tmp_path / "a.tar"
     with tarfile.open(shard, "w") as tar:
         buffer = io.BytesIO()
@@ -195,7 +195,7 @@ def test_the_slurm_script_on_one_node(slurm: dict[str, str], tmp_path: Path) -> 
 
 
 def test_the_recipe_is_one_that_train_casm_takes(tmp_path: Path) -> None:
-    """All but the shards is right: they are what is missing."""
+    """The command fails only because its shards are missing."""
     from typer.testing import CliRunner
 
     from saltern.jobs.main import app

@@ -1,4 +1,4 @@
-"""References of Ablation-CAM, and a look at how a method computes it."""
+"""References of Ablation-CAM, and checks of how a method computes it."""
 
 import torch
 
@@ -6,7 +6,7 @@ from saltern.pipeline.methods import build
 
 
 def fast(method):
-    """Whether nothing before the layer ran again, and channels were taken away several at a time."""
+    """Return whether no module before the layer ran again, and several channels were removed in one pass."""
     return method._tail.batched and not method._tail.whole
 
 
@@ -17,7 +17,7 @@ def forced_whole(model, layer):
 
 
 def naive_ablation(model, layer, grid, channel_dim, x, target):
-    """From the formula, an image and a channel at a time, by a hook on whole passes."""
+    """Return the maps by the formula, with a whole pass for each image and channel."""
     maps = []
     for image, c in zip(x, target, strict=True):
         A, whole = grid(image[None])[0], model(image[None].clone())[0, c]

@@ -1,4 +1,4 @@
-"""A small training: shards whose labels the classifier mostly knows, and a request; as a script, one to be killed."""
+"""A small training: shards whose labels the classifier mostly knows, and a request. As a script, it trains."""
 
 import hashlib
 import sys
@@ -55,26 +55,26 @@ def small() -> nn.Module:
 
 
 def slow() -> nn.Module:
-    """`small` that takes its time, so that a fault meets it at work."""
+    """Return `small` with a delay, so that a fault can happen during a step."""
     net = small()
     net.register_forward_pre_hook(lambda *_: time.sleep(0.05))
     return net
 
 
 def calm() -> nn.Module:
-    """`small` without dropout, whose draws depend on how a batch is shared."""
+    """Return `small` without dropout, whose random numbers depend on how ranks share a batch."""
     net = small()
     net.dropout = nn.Identity()
     return net
 
 
 def other() -> nn.Module:
-    """The same kind, of another width."""
+    """Return a network of the same kind with another width."""
     return _made(8)
 
 
 def write_shards(folder: Path, count: int = 3, each: int = 8) -> Path:
-    """Every third label is drawn, so that each class is there; the others are what `small` takes the images for."""
+    """Write shards. Every third label cycles through the classes; the others are the predictions of `small`."""
     net = small()
     with torch.no_grad():
         for shard in range(count):
@@ -90,7 +90,7 @@ def write_shards(folder: Path, count: int = 3, each: int = 8) -> Path:
 
 
 def files(root: Path) -> dict[str, str]:
-    """All that a training leaves but for the time that it took, each as a digest."""
+    """Return the digests of a training's files by name, except for that of its speed."""
     found = {str(path.relative_to(root)): path for path in sorted(root.rglob("*")) if path.is_file()}
     return {
         name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in found.items() if name != "speed.jsonl"

@@ -1,4 +1,4 @@
-"""The command line: called in this process, which is cheap, or started as a user does."""
+"""Call the command line in this process, which is cheap, or in a process of its own, as a user does."""
 
 import io
 import os

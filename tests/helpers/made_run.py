@@ -1,4 +1,4 @@
-"""Runs made by hand, with known maps and masks; the tars, the schema and the writer are real."""
+"""Runs with known maps and masks, written by the real writer with the real schema."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ SIZE = (44, 60)  # height and width of the photographs
 
 
 def config(**changes: Any) -> ExtractConfig:
-    """A config with changes by the keys of run.json."""
+    """Return a config with changes, by the keys of run.json."""
     made: dict[str, Any] = {
         "model": "resnet18", "weights": "none", "weights_digest": "0" * 64, "classes": 10, "method": "grad-cam",
         "layer": ["layer4"], "options": {}, "target": "label", "discretize": "mean:1", "map_size": "native",
@@ -42,7 +42,7 @@ def config(**changes: Any) -> ExtractConfig:
 
 @dataclass
 class Made:
-    """A run, and what was put in: by shard name, key and place among the sample's targets."""
+    """A run and its expected content, by shard name, key and position among the sample's targets."""
 
     path: Path
     run: Run
@@ -64,11 +64,11 @@ def make_run(
     json: bytes | None = None,
     **changes: Any,
 ) -> Made:
-    """A run in `folder`/run over tars in `folder`/shards; keys are unique in the run.
+    """Make a run in `folder`/run over tars in `folder`/shards. Keys are unique in the run.
 
     Args:
-        shards, samples: how many, and of each.
-        broken: (shard, sample) whose image is no image.
+        shards, samples: number of shards, and of samples in each.
+        broken: (shard, sample) whose image member is not an image.
         json: the samples' json member.
         changes: to the config.
     """
@@ -127,7 +127,7 @@ def _row(made: Made, shard: str, key: str, index: int, target: int, grid: tuple[
 
 
 def write_shard(made: Made, number: int, samples: int, rows: list[Record], grid: tuple[int, int]) -> None:
-    """Data file and receipt."""
+    """Write a data file and its receipt."""
     shard, cfg = made.run.shards[number], made.run.config_of(ExtractConfig)
     size = grid[0] * grid[1] * np.dtype(cfg.map_dtype).itemsize if cfg.save_map else None
     provenance = {

@@ -1,4 +1,4 @@
-"""Inputs that several tests need: photographs without photographs, shards, runs, a small network."""
+"""Inputs that several tests need: synthetic photographs, shards, runs, a small network."""
 
 import io
 import os
@@ -16,7 +16,7 @@ PYTHONPATH = os.pathsep.join([str(HELPERS), str(HELPERS.parents[1] / "src")])  #
 
 
 def picture(seed: int, height: int = 60, width: int = 80, kind: str = "JPEG") -> bytes:
-    """A smooth colour picture, encoded."""
+    """Return a smooth colour picture as an encoded file."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     stream = io.BytesIO()
     Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(stream, kind)
@@ -24,7 +24,7 @@ def picture(seed: int, height: int = 60, width: int = 80, kind: str = "JPEG") ->
 
 
 def write_tar(path: Path, samples: Iterable[tuple[str, Members]]) -> Path:
-    """A tar of (key, members), in this order."""
+    """Write a tar of (key, members), in this order."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for key, members in samples:
@@ -37,7 +37,7 @@ def write_tar(path: Path, samples: Iterable[tuple[str, Members]]) -> Path:
 
 
 def write_shard(path: Path, count: int, start: int = 0) -> Path:
-    """A shard of `count` good samples with labels 0..4."""
+    """Write a shard of `count` good samples with labels 0..4."""
     made = range(start, start + count)
     return write_tar(path, ((f"k{i:05}", {"jpg": picture(i), "cls": str(i % 5)}) for i in made))
 
@@ -49,7 +49,7 @@ def write_shards(folder: Path, shards: int, each: int) -> Path:
 
 
 class Tiny(nn.Module):
-    """Five classes, two convolutions, a grid an eighth of the input; quick, and its maps differ by class."""
+    """A fast network: five classes, two convolutions, a grid an eighth of the input. Its maps differ by class."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Tiny(nn.Module):
 
 
 def tiny() -> nn.Module:
-    """A factory for `--model making:tiny`; loaded with a seed, its weights are the same everywhere."""
+    """Return the network of `--model making:tiny`. Its weights depend only on the seed."""
     return Tiny().eval()
 
 
@@ -72,5 +72,5 @@ TINY = ("--model", "making:tiny", "--layer", "body", "--resize", "40", "--crop",
 
 
 def files(root: Path) -> dict[str, bytes]:
-    """The data files of a run, by name."""
+    """Return the data files of a run, by name."""
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.glob("data/**/*.parquet"))}

@@ -1,7 +1,7 @@
-"""CASM once more, slow and plain, written from the algorithm's description; shares no code with the tool.
+"""A slow, plain implementation of CASM from the algorithm's description. It shares no code with Saltern.
 
-Everything by hand but convolution, batch normalisation and interpolation: losses image by image, optimisers weight by
-weight, and each member of the pool is a whole copied network.
+torch computes only convolution, batch normalisation and interpolation. Losses are computed image by image, optimisers
+work weight by weight, and each member of the pool is a copied network.
 """
 
 import copy
@@ -24,8 +24,8 @@ class NaiveCasm:
 
     Args:
         decoder: conv1..conv4, gamma1.., beta1.., last, bias: leaf tensors.
-        save_every: None: the first snapshot alone.
-        fault: one thing done wrong: "late", "or", "alias".
+        save_every: None: only the first snapshot.
+        fault: one deliberate error: "late", "or", "alias".
     """
 
     def __init__(self, net, decoder, name, score, save_every, pool_size, lr_f, lr_m, fault=""):

@@ -1,7 +1,7 @@
-"""Relevance by the formulas: one image, float64, operation by operation over a tape of the forward pass; slow.
+"""A slow implementation of relevance by the formulas: one image, float64, one operation of a recorded tape at a time.
 
-Nothing of `pipeline.methods` is used. The tape notes each call of a torch function with copies of what it was given;
-the backward loop goes through it in reverse and adds up the relevance of every tensor, known by (id, version).
+It shares no code with `pipeline.methods`. The tape records each call of a torch function with copies of its arguments.
+The backward loop reads it in reverse and sums the relevance of every tensor, identified by (id, version).
 """
 
 import functools
@@ -95,7 +95,7 @@ def stabilised(a, b):
 
 
 def shares(z_parts, leaves, S):
-    """sum of leaf * (its part of the transpose of S)."""
+    """Return the sum of leaf * (its part of the transpose of S)."""
     grads = torch.autograd.grad(sum(z_parts), leaves, S)
     return [leaf.detach() * grad for leaf, grad in zip(leaves, grads, strict=True)]
 
@@ -134,11 +134,11 @@ def folded(layer, norm):
 
 
 class Naive:
-    """A float64 model's tape for one image, and relevance over it.
+    """The tape of a float64 model for one image, and the relevance of its tensors.
 
     Args:
         convolution, linear, first: published, alpha1beta0, epsilon or box.
-        published: pools, sums and concatenations as Relevance-CAM has them, else as zennit has them.
+        published: pools, sums and concatenations follow Relevance-CAM, else zennit.
     """
 
     def __init__(self, model, x, *, convolution, linear, first=None, published=True, merge=False, layers=()):
@@ -158,7 +158,7 @@ class Naive:
         return keep
 
     def run(self, start_K):
-        """Relevance of every tensor, by key."""
+        """Return the relevance of every tensor, by key."""
         self.R = {key(self.logits): start_K.double()[None]}
         for call in reversed(self.tape.calls):
             if call.out in self.R:

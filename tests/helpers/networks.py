@@ -1,11 +1,11 @@
-"""Networks of random weights that show errors which fresh ones would hide."""
+"""Networks with random weights that show errors which freshly initialised ones would hide."""
 
 import torch
 from torch import nn
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Fresh BatchNorm would be the identity in eval mode, and a zero head would give zero gradients: neither tests."""
+    """Randomise BatchNorm, else the identity in eval mode, and zero heads, which would give zero gradients."""
     draw = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

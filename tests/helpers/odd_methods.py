@@ -1,4 +1,4 @@
-"""Methods of a user's own, given as `odd_methods:Class`: each misbehaves in its own way."""
+"""User-defined methods, given as `odd_methods:Class`. Each misbehaves in a different way."""
 
 import os
 import time
@@ -12,7 +12,7 @@ Found = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Mean(Method):
-    """The mean over channels: no gradient, no layer, a map that can be checked by hand."""
+    """Method whose map is the mean over channels: no gradient, no layer, easy to check."""
 
     def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> Found:
         logits_BK = self.model(x_BCHW)
@@ -23,7 +23,7 @@ class Mean(Method):
 
 
 class Hungry(Mean):
-    """Runs out of memory with more than three images."""
+    """Method that runs out of memory with more than three images."""
 
     def spoil(self, map_BHW: Tensor) -> Tensor:
         if len(map_BHW) > 3:
@@ -32,7 +32,7 @@ class Hungry(Mean):
 
 
 class Odd(Mean):
-    """The first map of a batch is NaN, the second zero, the third too large for float16."""
+    """Method whose first map of a batch is NaN, the second zero, the third too large for float16."""
 
     def spoil(self, map_BHW: Tensor) -> Tensor:
         map_BHW = map_BHW.clone()
@@ -42,7 +42,7 @@ class Odd(Mean):
 
 
 class Fickle(Mean):
-    """NaN for the first image of each batch while the variable FICKLE is set."""
+    """Method that returns NaN for the first image of each batch while the variable FICKLE is set."""
 
     def spoil(self, map_BHW: Tensor) -> Tensor:
         map_BHW = map_BHW.clone()
@@ -52,7 +52,7 @@ class Fickle(Mean):
 
 
 class Agnostic(Mean):
-    """Explains no class."""
+    """Method that explains no class."""
 
     needs_target = False
 
@@ -61,7 +61,7 @@ class Agnostic(Mean):
 
 
 class Slow(Mean):
-    """Takes its time, so that a test can strike meanwhile; SLOW is in seconds a batch."""
+    """Method with a delay, during which a test can cause a fault; SLOW is in seconds a batch."""
 
     def spoil(self, map_BHW: Tensor) -> Tensor:
         time.sleep(float(os.environ.get("SLOW", "0.1")))
@@ -69,7 +69,7 @@ class Slow(Mean):
 
 
 class Deadly(Mean):
-    """Kills its process where an image is black."""
+    """Method that kills its process if an image is black."""
 
     def spoil(self, map_BHW: Tensor) -> Tensor:
         if bool((map_BHW.amax((1, 2)) < -1).any()):
@@ -78,7 +78,7 @@ class Deadly(Mean):
 
 
 class Stuck(Mean):
-    """Never comes back where an image is black."""
+    """Method that never returns if an image is black."""
 
     def spoil(self, map_BHW: Tensor) -> Tensor:
         if bool((map_BHW.amax((1, 2)) < -1).any()):

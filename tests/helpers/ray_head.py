@@ -101,7 +101,7 @@ def _start(folder: Path, dashboard_port: str) -> list[str]:
         *(ray, "start", "--head", "--block", "--port", "0", "--node-ip-address", "127.0.0.1"),
         *("--include-dashboard", "true", "--dashboard-host", "127.0.0.1", "--dashboard-port", dashboard_port),
         *("--dashboard-agent-listen-port", "0", "--ray-client-server-port", str(_free_port())),
-        # An actor asks for as many CPUs as its torch has threads: those of this machine.
+        # An actor requests as many CPUs as its torch has threads, which is the number of cores here.
         *("--num-cpus", str(cores()), "--num-gpus", "0", "--object-store-memory", "80000000"),
         *("--temp-dir", str(folder / "r"), "--disable-usage-stats"),
     ]

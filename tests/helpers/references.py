@@ -1,4 +1,4 @@
-"""How a map is held to an independent reference, and the largest deviation seen from each."""
+"""Comparison of maps to independent references, and the largest deviation from each."""
 
 from collections import defaultdict
 
@@ -9,9 +9,9 @@ SEEN: dict[tuple[str, str], float] = defaultdict(float)
 
 
 def agree(found: Tensor, expected: Tensor, reference: str, model: str = "", rtol: float = 1e-4) -> None:
-    """Every map of a batch (first dimension) lies within rtol of the expected map's largest magnitude, everywhere.
+    """Check that every map of a batch (first dimension) deviates by at most rtol of the expected largest magnitude.
 
-    A map that is constant or zero would agree with too much: it fails.
+    Fails for a constant or zero map, which would prove little.
     """
     assert found.shape == expected.shape
     found, expected = found.detach().double().flatten(1), expected.detach().double().flatten(1)

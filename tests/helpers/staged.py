@@ -1,4 +1,4 @@
-"""A small staged classifier, and batches on which some images are known and some are not."""
+"""A small staged classifier, and batches of which it classifies some images correctly."""
 
 from collections.abc import Callable
 
@@ -48,13 +48,13 @@ def randomised(dropout: float = 0) -> Staged:
 
 @pytest.fixture
 def staged() -> Callable[..., Staged]:
-    """staged(dropout=0): the same weights at every call, BatchNorm randomised too."""
+    """Return a function staged(dropout=0) that makes a classifier with fixed weights and BatchNorm statistics."""
     return randomised
 
 
 @pytest.fixture
 def batches() -> Callable[..., list[tuple[Tensor, Tensor]]]:
-    """batches(count, size): images of 64 pixels, each with a tint, and classes."""
+    """Return a function batches(count, size) that makes tinted images of 64 pixels and their classes."""
 
     def make(count: int, size: int = 4) -> list[tuple[Tensor, Tensor]]:
         draw = torch.Generator().manual_seed(count)

@@ -1,4 +1,4 @@
-"""Small processors for the engine's tests: what each does is told by the shard's URL."""
+"""Small processors for the engine's tests. The shard's URL decides what a processor does."""
 
 import os
 import time
@@ -25,14 +25,15 @@ def receipt(shard: Shard) -> Receipt:
 
 
 class Toy:
-    """Does what the URL says: ok, broken, network, network-once, code, hang-once, hang, die, die-once, lost, full."""
+    """Processor that does what the URL says: ok, broken, network, network-once, code, hang-once, hang, die, die-once,
+    lost, full."""
 
     def __init__(self, notes: str):
         self.images = 0
         self._notes = Path(notes)
 
     def _first(self, shard: Shard) -> bool:
-        """Whether this is the first call with the shard, in whatever process."""
+        """Return whether this is the first call with the shard, in any process."""
         try:
             (self._notes / shard.name).touch(exist_ok=False)
         except FileExistsError:
@@ -68,14 +69,14 @@ class Toy:
 
 
 class Unbuildable:
-    """Its processor cannot be built."""
+    """Processor that cannot be built."""
 
     def __init__(self) -> None:
         raise ValueError("no such model")
 
 
 class Stillborn:
-    """Its process dies while the processor is built."""
+    """Processor whose process dies while it is built."""
 
     def __init__(self) -> None:
         os.kill(os.getpid(), 9)

@@ -39,7 +39,7 @@ def test_without_a_command_help_is_printed() -> None:
 
 @pytest.mark.slow
 def test_a_whole_way(tmp_path: Path) -> None:
-    """pack, plan, extract, status, verify, show; then the same extract again, which has nothing to do."""
+    """Pack, plan, extract, status, verify, show; then extract again, which has nothing to do."""
     for label in ("cat", "dog"):
         (tmp_path / "images" / label).mkdir(parents=True)
         for i in range(3):

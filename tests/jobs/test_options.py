@@ -1,4 +1,4 @@
-"""Options: declared once, shown in help and completion, and each of them reaches a config."""
+"""Options are declared once, are shown in help and completion, and reach a config."""
 
 import inspect
 from collections import defaultdict
@@ -19,7 +19,7 @@ COMMANDS: dict[str, Any] = {
     **{name: command for name, command in GROUP.commands.items() if name != "bench"},
     **{f"bench {name}": command for name, command in GROUP.commands["bench"].commands.items()},
 }
-# Options of one name that mean different things in different commands.
+# Options whose meaning depends on the command.
 DIFFERENT = {
     "--out": "a run's folder or URL; a local folder; the page of show",
     "--limit": "samples to read; rows to show",
@@ -91,7 +91,7 @@ def requests() -> dict[str, tuple[tuple[type, ...], set[str]]]:
 
 
 def test_every_option_is_a_field_with_the_same_default() -> None:
-    """A renamed field would otherwise lose its option without a word."""
+    """Otherwise a renamed field would silently lose its option."""
     for name, (kinds, own) in requests().items():
         known = {field.name: field.default for kind in kinds for field in fields(kind)}
         for default in filter(is_dataclass, tuple(known.values())):

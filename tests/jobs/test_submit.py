@@ -42,7 +42,7 @@ def test_a_failing_job_reads_its_config_and_passes_its_exit_code_on(head: Head, 
 
 
 def test_the_same_job_again(head: Head, tmp_path: Path) -> None:
-    """While it is held: it is named and followed, not started. After it was stopped: it is started under a new id."""
+    """A running job is named and followed, not started again. A stopped one is started under a new id."""
     words = ("plan", "/no-such-twice/*.tar")
     head.hold.touch()
     try:

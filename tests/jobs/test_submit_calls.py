@@ -74,7 +74,7 @@ def test_another_server_is_not_a_dashboard(tmp_path: Path) -> None:
 
 
 def test_a_missing_job_client_is_named(tmp_path: Path) -> None:
-    """Ray without its extra `default` imports, and then refuses to make a client."""
+    """Without its extra `default`, Ray can be imported but refuses to make a client."""
     script = (
         "import sys; sys.modules['aiohttp'] = None\n"
         "from saltern.pipeline.submit import submission\n"

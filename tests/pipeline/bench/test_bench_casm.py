@@ -72,7 +72,7 @@ def made(kind: Kind, precision: str = "fp32") -> Sides:
 
 
 class Counted:
-    """Counts forward and backward passes by the convolutions of the first stage."""
+    """Counter of forward and backward passes, by the convolutions of the first stage."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.forwards, self.backwards = 0, list[int]()
@@ -102,7 +102,7 @@ def test_the_limit_makes_the_passes_of_the_step(kind: Kind, monkeypatch: pytest.
     counted = Counted(monkeypatch)
     sides.step()
     assert counted.forwards == 2
-    # The step's backward to the mask goes on through the decoder; the limit's end at the image, and begin there.
+    # The step's backward pass to the mask continues through the decoder; the limit has two separate passes.
     assert len(counted.backwards) == 1 + kind.trained + (kind.trained and not kind.past)
     step = sorted(counted.backwards)
     counted.forwards, counted.backwards = 0, []

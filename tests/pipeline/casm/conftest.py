@@ -1,4 +1,4 @@
-"""Trainings of this process and of those that tests start have one thread: their bits depend on it."""
+"""Settings of the trainings: one torch thread here and in started processes, as the results depend on it."""
 
 from collections.abc import Iterator
 

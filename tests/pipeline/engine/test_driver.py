@@ -1,4 +1,4 @@
-"""The driver with both kinds of workers: what it does about each thing that goes wrong."""
+"""The driver handles each kind of failure, with both kinds of workers."""
 
 import os
 import time
@@ -18,7 +18,7 @@ from saltern.schemas.run import Shard
 
 
 class Notebook:
-    """A book in memory."""
+    """A record of results in memory."""
 
     def __init__(self) -> None:
         self.receipts: list[str] = []

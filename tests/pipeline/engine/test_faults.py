@@ -1,4 +1,4 @@
-"""Each fault is caused; afterwards the run equals an undisturbed one, byte for byte, and nothing stale is left."""
+"""After each kind of fault, a run equals an undisturbed one, byte for byte, and no stale file is left."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def run(line: list[str], slow: float = 0.0, **more: object) -> tuple[int, str]:
 
 
 def resume(shards: Path, out: Path, **more: Any) -> RunResult:
-    """Repeat the command of `command` in this process, which saves the imports of another."""
+    """Repeat the command of `command` in this process, which saves the imports of a new process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLOW", "0")
         patch.chdir(HELPERS)
@@ -106,7 +106,7 @@ def workers_of(out: Path) -> int:
 
 
 def actors() -> list[psutil.Process]:
-    """Live actors that hold a processor, of the cluster that has one job at a time."""
+    """Return the live actors with a processor. The cluster has one job at a time."""
     return [process for process in psutil.process_iter() if _is_actor(process)]
 
 
@@ -181,7 +181,7 @@ def test_a_lost_node_without_replacement(
 ) -> None:
     from ray.cluster_utils import Cluster
 
-    # An orphaned actor lives on for a moment, in which it must not finish. Actors have their node's environment.
+    # An orphaned actor survives for a moment, in which it must not finish. Actors have their node's environment.
     monkeypatch.setenv("SLOW", "1.0")
     out = tmp_path / "run"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0, "include_dashboard": False})
@@ -209,7 +209,7 @@ def black() -> bytes:
 
 @pytest.fixture
 def spoiled(tmp_path: Path) -> Path:
-    """Four shards; the third holds a black image, which kills or stops some methods."""
+    """Write four shards. The third holds a black image, which kills or stops some methods."""
     folder = write_shards(tmp_path / "in", 4, 4)
     write_tar(folder / "part-000002.tar", [("a", {"jpg": picture(1)}), ("b", {"png": black()})])
     return folder

@@ -1,4 +1,4 @@
-"""The Python entry `extract`: the same run as the command's, and a result to look at."""
+"""The function `extract` makes the same run as the command, and returns its result."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The processor and the run around it: every sample has its row, whatever it is, and the rows are right."""
+"""The processor and its run: every sample has its row, also a bad one, and the rows are correct."""
 
 import io
 import json
@@ -51,7 +51,7 @@ def png(array: np.ndarray, mode: str | None = None) -> bytes:
 
 
 def test_rows_are_what_the_method_gives_alone(tmp_path: Path) -> None:
-    """Each stored map, mask, box and score against one image at a time through method, scipy and numpy."""
+    """Each stored map, mask, box and score equals that of one image at a time by the method, scipy and numpy."""
     write_shards(tmp_path / "in", 2, 7)
     assert extract(tmp_path / "in", tmp_path / "run") == 0
     classifier = load("making:tiny")
@@ -172,7 +172,7 @@ def test_a_sample_has_a_row_for_each_of_its_targets(tmp_path: Path) -> None:
         assert scores == sorted(scores, reverse=True)
         assert len({row["target"] for row in (first, *others)}) == 3
     assert holds(tmp_path / "top")
-    # The second target's map is the one that asking for its class gives.
+    # The second target's map equals the map of a run with this class as its target.
     second = found[1]
     assert extract(tmp_path / "in", tmp_path / "class", target=f"class:{second['target']}") == 0
     again = rows(tmp_path / "class")[0]
@@ -304,7 +304,7 @@ def test_half_precision_runs(tmp_path: Path, precision: str) -> None:
 
 
 def test_other_weights_on_a_worker_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A factory that makes other weights at each call would give each worker a model of its own."""
+    """A factory that makes other weights at each call would give each worker another model."""
     import making
 
     made = iter(range(100))

@@ -1,4 +1,4 @@
-"""Taps, decoder, and a classifier cut to some classes."""
+"""Taps, decoder, and a classifier restricted to some classes."""
 
 import copy
 
@@ -99,7 +99,7 @@ def test_the_last_weights_begin_smaller_on_demand():
     for one, other in zip(scaled.stages.parameters(), published.stages.parameters(), strict=True):
         assert torch.equal(one, other)
     taps = [8 * torch.randn(4, 8, 8, 8), torch.randn(4, 6, 4, 4), torch.randn(4, 6, 2, 2)]
-    # Of ReLUs with such a scale, the published weights make masks that are 0 or 1 nearly everywhere.
+    # For taps of this scale, the published initial weights make masks that are 0 or 1 nearly everywhere.
     flat = [((mask < 0.02) | (mask > 0.98)).float().mean() for mask in (published(taps), scaled(taps))]
     assert flat[0] > 0.8
     assert flat[1] < 0.1

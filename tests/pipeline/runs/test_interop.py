@@ -1,4 +1,4 @@
-"""A run opened as it is with the tools that its users have: values, lists, nulls and bytes all come back."""
+"""Other tools read a run unchanged: values, lists, nulls and bytes all come back."""
 
 import json
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ Record = dict[str, Any]
 
 @pytest.fixture(scope="module", params=["native float16", "input uint8", "no map"])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """Shards in folders, two targets, failed rows, an empty shard."""
+    """Make a run with shards in folders, two targets, failed rows and an empty shard."""
     changes: dict[str, dict[str, Any]] = {
         "native float16": {"map_dtype": "float16", "grid": (4, 3)},
         "input uint8": {"map_dtype": "uint8", "grid": (CROP, CROP)},
@@ -46,7 +46,7 @@ def pattern(made: Made) -> str:
 
 
 def check(found: list[Record], expected: list[Record]) -> None:
-    """Row for row; NaN stands for null where the tool has no null of its own."""
+    """Compare row by row. NaN counts as null if the tool has no null."""
     order = {row["shard"]: number for number, row in enumerate(expected)}
     found = sorted(found, key=lambda row: order[row["shard"]])  # folders come in any order, rows within a file do not
     assert len(found) == len(expected) == 18
@@ -69,7 +69,7 @@ def plain(value: Any) -> Any:
 
 
 def test_the_bytes_are_maps(made: Made, expected: list[Record]) -> None:
-    """What every tool below is compared with: bytes that numpy turns back with the file's metadata."""
+    """numpy decodes the bytes with the file's metadata. The tools below are compared to this."""
     provenance = read_metadata(pq.read_schema(made.data(0)))
     right = [row for row in expected if row["status"] == "ok"]
     assert len(right) == 16
@@ -122,7 +122,7 @@ def test_pandas(made: Made, expected: list[Record]) -> None:
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Hugging Face datasets, offline and with a home of its own: it reads the environment when it is imported."""
+    """Import Hugging Face datasets, offline and with its own home; it reads the environment at import."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf")))
         for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):

@@ -176,7 +176,7 @@ def test_failures_of_done_shards_are_history(store: Store) -> None:
 
 @pytest.mark.slow
 def test_a_hundred_thousand_done_shards_resume(store: Store) -> None:
-    """Planning a resume reads every receipt once, in seconds (`saltern bench` says how many) and little memory."""
+    """Planning a resume reads every receipt once, in seconds (`saltern bench` measures them) and with little memory."""
     run = make_run(100_000)
     folder = Path(store.full("receipts"))
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""A run from shards in an object store into another folder of it: resume, verify, nothing left over."""
+"""A run from shards in an object store into another folder of the store: resume, verify, no leftovers."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def test_a_run_in_a_bucket_equals_one_on_a_disk(s3: S3, tmp_path: Path, monkeypa
     stored = {name.removeprefix("run/"): raw for name, raw in s3.objects.items() if name.startswith("run/data/")}
     assert stored == files(tmp_path / "run")
     assert not [name for name in s3.objects if "_tmp-" in name]
-    # A lost receipt: that shard alone is read and written again.
+    # After the loss of a receipt, only its shard is read and written again.
     del s3.objects["run/receipts/part-000001.json"]
     s3.requests.clear()
     assert conduct(extraction(request), settings).code == 0

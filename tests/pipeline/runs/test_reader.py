@@ -1,4 +1,4 @@
-"""A run read back: rows, keys, maps over their originals."""
+"""Read a run back: rows, keys, maps over their originals."""
 
 import pickle
 from pathlib import Path
@@ -160,7 +160,7 @@ def test_data_files_that_are_gone_cut_or_strange_are_named(tmp_path: Path) -> No
 
 
 def test_a_run_in_another_file_system(tmp_path: Path) -> None:
-    """As in an object store: all goes through pyarrow.fs, with paths that begin with a bucket."""
+    """As in an object store, pyarrow.fs reads all files, at paths that begin with a bucket."""
     made = make_run(tmp_path)
     store = Store(str(made.path))
     store.fs, store.path, store.local = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()), "run", False
@@ -192,7 +192,7 @@ def test_a_tar_of_other_samples_is_named(tmp_path: Path, keys: list[str]) -> Non
     failed = {"shard": shard.name, "status": DECODE_FAILED, "error": ""}
     rows = [{**failed, "key": key, "index": index} for index, key in enumerate("abc")]
     write_shard(made, 0, 3, rows, (4, 4))
-    # Small members, so that each of these tars has one record's 10,240 bytes: the size does not tell.
+    # The members are small, so that all these tars have the same size, 10,240 bytes.
     write_tar(Path(shard.url), [(key, {"jpg": b"x"}) for key in keys])
     resized = made.path / "run.json"
     resized.write_text(resized.read_text().replace(f'"size": {shard.size}', '"size": 10240'))
@@ -224,7 +224,7 @@ def test_what_the_extractor_writes_is_read_back(tmp_path: Path) -> None:
 
 
 def test_a_map_of_places_lands_on_the_places(tmp_path: Path) -> None:
-    """A map that holds each input pixel's own x in the original must, put back, hold each original pixel's x."""
+    """A map of each input pixel's x in the original, laid over the original, must give each pixel its own x."""
     for width, height, squash in [(60, 44, False), (44, 61, False), (300, 200, False), (40, 40, False), (90, 33, True)]:
         decoded = decode(picture(0, height, width), Preprocess(40, 32, squash))
         scale_x, scale_y, offset_x, offset_y = decoded.geometry
@@ -235,7 +235,7 @@ def test_a_map_of_places_lands_on_the_places(tmp_path: Path) -> None:
         ]:
             centres = np.broadcast_to(np.arange(found.shape[1]) + 0.5, found.shape)
             seen = np.isfinite(found)
-            # Beyond the centres of the outer cells the map goes on level.
+            # Beyond the centres of the outer cells, the map is constant.
             assert np.abs(found - centres)[seen].max() <= scale / 2 + 1e-4, places
             inner = seen & (centres > np.nanmin(found) + 1e-3) & (centres < np.nanmax(found) - 1e-3)
             assert np.abs(found - centres)[inner].max() < 1e-3

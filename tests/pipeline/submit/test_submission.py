@@ -1,4 +1,4 @@
-"""Follow jobs on a cluster whose dashboard is a stand-in."""
+"""Follow jobs on a cluster with a fake dashboard."""
 
 import asyncio
 from typing import Any

@@ -1,4 +1,4 @@
-"""The attack: it fools, stays within its budget and, guided, within its map; and it is a run as any other."""
+"""The attack fools the model, stays within its budget and, if guided, within its map. It resumes as any run."""
 
 import hashlib
 import io
@@ -80,7 +80,7 @@ def images(count: int) -> Tensor:
 
 
 def halves(count: int) -> Tensor:
-    """A map that allows the left half alone."""
+    """Return a map that allows only the left half."""
     map_BHW = torch.zeros(count, 16, 16, dtype=torch.float64)
     map_BHW[:, :, :8] = 1
     return map_BHW
@@ -116,7 +116,7 @@ def test_a_guided_perturbation_stays_in_its_map(rule: Any, beta: float) -> None:
 
 
 def test_the_best_of_all_iterates_counts() -> None:
-    """More steps never end at a larger objective."""
+    """More steps never give a larger objective."""
     model, image_BCHW = Sharp().double(), images(4)
     target_B = model(image_BCHW).argmin(1)
     losses = []
@@ -130,7 +130,7 @@ def test_the_best_of_all_iterates_counts() -> None:
 
 @pytest.mark.parametrize(("norm", "rule"), [("rms", "normalised"), ("l2", "sign")])
 def test_a_batch_is_what_its_samples_are_alone(norm: Any, rule: Any) -> None:
-    """In float64: the sign of a slope is as fine as its last bit."""
+    """In float64, because the sign of a slope can depend on its last bit."""
     model, image_BCHW = Sharp().double(), images(5)
     target_B = model(image_BCHW).argmin(1)
     map_BHW = torch.rand(5, 16, 16, generator=torch.Generator().manual_seed(2)).double()
@@ -162,7 +162,7 @@ def test_maps_are_brought_to_one() -> None:
 
 
 def test_rows_say_what_their_images_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each number of a row, from its stored images by numpy and the model alone."""
+    """Each number of a row equals that from its stored images, by numpy and the model only."""
     from saltern.pipeline.models.classifiers import load
 
     write_shards(tmp_path / "in", 2, 5)
@@ -239,7 +239,7 @@ def test_an_extraction_is_another_job(tmp_path: Path) -> None:
 
 
 def test_a_run_that_names_no_job_is_an_extraction(tmp_path: Path) -> None:
-    """Runs made before there were other jobs go on, their receipts standing."""
+    """Runs from before other jobs existed are resumed, and keep their receipts."""
     from saltern.pipeline.engine.conduct import conduct
     from saltern.pipeline.extract.extraction import extraction
 

@@ -1,4 +1,4 @@
-"""Class visualization: the objective rises, a class does not see its neighbours, and it is a run as any other."""
+"""Class visualization: the objective rises, a class is independent of its batch, and a run resumes."""
 
 import io
 from dataclasses import replace
@@ -51,7 +51,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def resnet() -> nn.Module:
-    """Random BatchNorm too: with none, a zero image would go through as zeros, and have no slope."""
+    """Return a network with random BatchNorm; without it, a zero image would give zeros and no gradient."""
     model = load("resnet18", "none", seed=0).model
     draw = torch.Generator().manual_seed(0)
     for module in model.modules():
@@ -81,7 +81,7 @@ def test_the_objective_rises(name: str, side: int, step_size: float, init: str, 
 
 
 def test_it_ends_where_a_linear_models_best_image_is() -> None:
-    """Of z = w . I the objective is largest at I = w / (2 lambda)."""
+    """For z = w . I, the objective is largest at I = w / (2 lambda)."""
     weight_KN = torch.randn(3, 48, generator=torch.Generator().manual_seed(0))
     target_B = torch.tensor([2, 0])
     how = Ascent(steps=200, step_size=1.0, weight=0.1, init="zero")

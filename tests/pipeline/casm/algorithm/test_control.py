@@ -1,4 +1,4 @@
-"""Lambda under control, on toy responses of the masks' area."""
+"""The controller of lambda, on toy models of the masks' area."""
 
 import math
 import random
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 def lagging(slope, steps, delay=0):
-    """The mask follows lambda after some steps, as if trained to an equilibrium at each."""
+    """Simulate a mask that follows lambda with a delay, as if trained to an equilibrium at each step."""
     z, queue = 0.0, [0.0] * delay
 
     def respond(off):
@@ -25,7 +25,7 @@ def lagging(slope, steps, delay=0):
 
 
 def drifting(speed):
-    """The mask moves on for as long as lambda is off, at a bounded speed and with momentum, as under Adam."""
+    """Simulate a mask that moves as long as lambda is wrong, at a bounded speed and with momentum, as under Adam."""
     z, v = 1.0, 0.0
 
     def respond(off):

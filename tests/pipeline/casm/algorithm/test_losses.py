@@ -1,4 +1,4 @@
-"""The mask's loss by hand."""
+"""The loss of the masks equals results by hand."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The pool, its plan, and the classifier that takes a member's weights."""
+"""The pool, its plan, and the classifier that loads a member's weights."""
 
 from collections import Counter
 from dataclasses import replace
@@ -140,7 +140,7 @@ def test_plan_of_a_filling_pool():
 
 
 def test_draws_are_fixed_for_good():
-    # A checkpoint goes on with these on any machine and under any version.
+    # A resumed training must draw these on any machine and under any version.
     assert draws(0, 0) == pytest.approx((0.1879416502131085, 0.16260538741510755, 0.33425398087507685))
     assert draws(0, 0) != draws(0, 1) != draws(1, 1)
 

@@ -1,4 +1,4 @@
-"""The training step against a naive one; what it logs; resume; ranks."""
+"""The training step equals a naive one; its log; resume; ranks."""
 
 import copy
 import threading
@@ -104,7 +104,7 @@ def test_fixed_classifier_is_left_alone(staged, batches):
 
 @pytest.mark.parametrize("share", [True, False])
 def test_resume_is_exact(staged, batches, share, tmp_path):
-    # Dropout and replacement included; the global generator is elsewhere after the resume.
+    # With dropout and replaced members. The global generator has another state after the resume.
     chosen = hyperparameters(share_encoder=share, lam="auto", steps=9)
     whole = Training(staged(0.3), chosen)
     data = batches(9)
@@ -135,7 +135,7 @@ def test_masks_between_steps_change_nothing(staged, batches):
 
 
 def two_ranks(staged, chosen, data):
-    """Both ranks as threads, each with half of every batch; what they put in common meets at a barrier."""
+    """Run both ranks as threads, each with half of every batch. A barrier joins what they share."""
     barrier, shared, failed = threading.Barrier(2), [None, None], []
     ranks, logs = [None, None], [[], []]
 
@@ -212,7 +212,7 @@ def test_own_trunk_learns_from_the_mask_alone(staged, batches):
 
 
 def test_bf16_uses_the_weights_of_the_moment(staged, batches):
-    # An autocast of the caller's keeps bf16 copies of weights; the step must not see those from before its SGD.
+    # The caller's autocast caches bf16 copies of weights; the step must not use copies from before its SGD.
     exact = Training(staged(), hyperparameters("L"))
     rounded = Training(staged(), hyperparameters("L", precision="bf16"))
     wrapped = Training(staged(), hyperparameters("L", precision="bf16"))

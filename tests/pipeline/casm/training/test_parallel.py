@@ -1,4 +1,4 @@
-"""Data-parallel training: worlds of 1 and 2 agree, ranks hold the same pool, and a death changes no bit of the end."""
+"""Data-parallel training: worlds of 1 and 2 agree, ranks have one pool, and a killed rank changes no result."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ def shards(tmp_path_factory) -> Path:
 
 
 def guarded(job, rank: int, meeting: Path, words: tuple[object, ...]) -> object:
-    """What a job returns in a rank of two; a UserError counts as its text."""
+    """Return the result of a job in one of two ranks; for a UserError, its text."""
     sys.path[:0] = PYTHONPATH.split(os.pathsep)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
@@ -53,7 +53,7 @@ def guarded(job, rank: int, meeting: Path, words: tuple[object, ...]) -> object:
 
 @pytest.fixture(scope="module")
 def in_ranks(tmp_path_factory):
-    """in_ranks(job, *words): what `job(ranks, *words)` returns in each of two processes."""
+    """Return a function in_ranks(job, *words) that gives the results of `job(ranks, *words)` in two processes."""
     with multiprocessing.get_context("spawn").Pool(2) as pool:
 
         def each(job, *words: object) -> list[object]:
@@ -112,7 +112,7 @@ def test_ranks_that_disagree_are_named_on_every_rank(in_ranks):
 
 @pytest.mark.parametrize("thinning", [THINNINGS["F"], OFTEN], ids=["F", "pool"])
 def test_worlds_of_1_and_2_have_the_same_losses(thinning, shards, tmp_path, in_ranks):
-    """BatchNorm in eval and no dropout: then nothing depends on how a batch is shared."""
+    """With BatchNorm in eval mode and without dropout, the result does not depend on how ranks share a batch."""
     hyperparameters = Hyperparameters(
         thinning=thinning, lam="auto", pool_size=3, lr_classifier=0.01, seed=5, batch_norm="eval"
     )
@@ -132,7 +132,7 @@ def test_worlds_of_1_and_2_have_the_same_losses(thinning, shards, tmp_path, in_r
 
 @pytest.mark.parametrize("draw", ["shared", "per-rank"])
 def test_ranks_hold_the_same_pool_where_batches_move_their_statistics(draw, shards, tmp_path, in_ranks):
-    """BatchNorm in train: each rank's differ until they are averaged; `agree` fails at a checkpoint otherwise."""
+    """In train mode, BatchNorm statistics of ranks are averaged; without that, `agree` fails at a checkpoint."""
     hyperparameters = Hyperparameters(
         thinning=OFTEN, lam="auto", pool_size=3, lr_classifier=0.01, seed=5, pool_draw=draw
     )
@@ -195,7 +195,7 @@ def test_bad_worlds_are_refused(changed, message, shards, tmp_path):
 
 
 def command(shards: Path, out: Path, address: str, *more: str) -> list[str]:
-    """Arguments of `saltern` for the training that `on_two` does without Ray."""
+    """Return the arguments of `saltern` for the training that `on_two` runs without Ray."""
     settings = ("--pool-size", "3", "--lr-classifier", "0.01", "--seed", "5", "--thinning", "L100")
     return [
         *("train-casm", str(shards), "--out", str(out), "--workers", "2"),
@@ -233,7 +233,7 @@ def at_checkpoint(out: Path, step: int, running: subprocess.Popen[str]) -> None:
 
 
 def workers_of_train() -> list[psutil.Process]:
-    """The ranks' processes, by what Ray calls them."""
+    """Return the ranks' processes, which Ray names RayTrainWorker."""
     return [
         process
         for process in psutil.process_iter(["cmdline"])
@@ -243,7 +243,7 @@ def workers_of_train() -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def on_two(shards, tmp_path_factory, in_ranks) -> dict[str, str]:
-    """The files of an undisturbed training by two ranks, started without Ray: its workers are slow to start."""
+    """Return the files of an undisturbed training by two ranks, without Ray, whose workers start slowly."""
     out = tmp_path_factory.mktemp("two") / "run"
     chosen = Hyperparameters(thinning=THINNINGS["L100"], lam="auto", pool_size=3, lr_classifier=0.01, seed=5)
     in_ranks(train_as, request(shards, out, model="casm_toys:slow", hyperparameters=chosen, workers=2))

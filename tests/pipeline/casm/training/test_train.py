@@ -1,4 +1,4 @@
-"""A whole training: its data, a resume that is exact, bad input, and its masks in an extraction."""
+"""A whole training: its data, its exact resume, bad input, and its masks in an extraction."""
 
 import json
 import os
@@ -49,14 +49,14 @@ def shards(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(shards, tmp_path_factory) -> Path:
-    """DIR of a training from start to end; not to be altered."""
+    """Return the folder of a training without interruption. Tests must not change it."""
     out = tmp_path_factory.mktemp("casm") / "undisturbed"
     train(request(shards, out), quiet)
     return out
 
 
 def quiet(text: str) -> None:
-    """For what is not asserted on."""
+    """Ignore a line for the user."""
 
 
 def lines(root: Path) -> list[dict[str, float]]:
@@ -104,7 +104,7 @@ def test_a_batch_follows_from_its_number_in_any_order_and_over_any_ranks(shards)
 
 
 def test_a_crop_is_torchvisions():
-    """Pixels of one box exactly; areas, ratios and places of many boxes as its are spread."""
+    """The pixels of one box are equal; areas, ratios and places of many boxes have the same distribution."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 110, 3), dtype=np.uint8))
     flips = 0
     for seed in range(20):
@@ -232,7 +232,7 @@ def test_a_killed_process_is_gone_on_from(shards, tmp_path):
 
 
 class Scheduler:
-    """What ends a job by SIGTERM, where an exception is raised."""
+    """A scheduler that ends the job by SIGTERM, in place of an exception."""
 
     def __new__(cls):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -250,7 +250,7 @@ def test_an_interrupt_names_the_checkpoint(how, shards, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_costs_one_classifier(undisturbed):
-    """And its momentum, of the same size; the pool has 3 more."""
+    """A checkpoint holds the classifier and its momentum, of the same size. The pool has 3 more classifiers."""
     weights = sum(value.numel() * value.element_size() for value in Small().state_dict().values())
     found = checkpoint.open_checkpoint(undisturbed)
     taken = sum(t.numel() * t.element_size() for part in ("classifier", "sgd") for t in tensors_in(found.part(part)))
@@ -260,7 +260,7 @@ def test_a_checkpoint_costs_one_classifier(undisturbed):
     ]
     assert [len(manifest) for manifest in named] == [3, 3]
     steps = {f"{entry['step']}.safetensors" for manifest in named for entry in manifest}
-    assert steps == {path.name for path in (undisturbed / "pool").iterdir()}  # what no checkpoint names is gone
+    assert steps == {path.name for path in (undisturbed / "pool").iterdir()}  # no unnamed files are left
 
 
 def tensors_in(value):
@@ -271,7 +271,7 @@ def tensors_in(value):
             yield from tensors_in(item)
 
 
-# --- what is refused, before any work
+# --- requests that are refused before any work
 
 
 def refused(wanted, match: str) -> None:
