@@ -1,1 +1,1 @@
-"""The work: shards, decode, method, discretize, encode, write; and the engine that drives it."""
+"""The pipeline (shards, decode, method, discretize, encode, write) and the engine that drives it."""

@@ -1,4 +1,4 @@
-"""Import objects by name, and word the errors about names and missing packages."""
+"""Import objects by name, and write the errors about names and missing packages."""
 
 import difflib
 import importlib

@@ -107,7 +107,7 @@ def _trunk(ran: list[_Ran]) -> list[_Ran]:
     """Return the modules that ran, in order, without those inside a block and those that ran several times."""
     names = [module.name for module in ran]
     once = [module for module in ran if names.count(module.name) == 1]
-    # A module that shrinks the grid by more than 2 is a container of stages, whose children count instead.
+    # A module that shrinks the grid by more than 2 contains several stages; its children count instead.
     closed = {module.name for module in once if module.shrinks <= 2}
     return [module for module in once if module.shrinks <= 2 and not closed.intersection(_parents(module.name))]
 

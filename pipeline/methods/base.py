@@ -23,7 +23,7 @@ Maps = Tensor | tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Last:
-    """What the last call computed besides its maps; all on the device."""
+    """Further results of the last call, on the device."""
 
     logits_BK: Tensor  # of the same forward pass, in the dtype that it ran in
     target_B: Tensor | None  # int64, the class explained; None for a class-agnostic method
@@ -36,7 +36,7 @@ class Method:
 
     A subclass declares its options as public class attributes with a type and a default,
     `steps: Annotated[int, "Points on the path."] = 32`, overrides the traits below that differ, and implements
-    `compute`. `prepare` makes what every call needs. Outside of a call the model stays as it was: hooks, the
+    `compute`. `prepare` makes the data that every call needs. Outside of a call the model stays as it was: hooks, the
     parameters' requires_grad and training flags change only inside a call and are restored, also after an error.
 
     Args:
@@ -101,7 +101,7 @@ class Method:
         return options.complete(given, options.declared(cls, Method), cls.defaults(), cls.title())
 
     def prepare(self) -> None:
-        """Make what every call needs. The model is in eval mode here, as in `compute`."""
+        """Prepare the data that every call needs. The model is in eval mode here, as in `compute`."""
 
     def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
         """Return the maps of a batch (B, h, w), one for each layer; logits_BK; target_B, None if class-agnostic.

@@ -1,4 +1,4 @@
-"""Options of a method: what its class declares, and values checked against that."""
+"""Options of a method: their declaration in its class, and the check of given values."""
 
 import json
 import types

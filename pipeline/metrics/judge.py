@@ -33,13 +33,13 @@ SCHEMA = pa.schema(
 class Judged:
     """The judged samples of one shard."""
 
-    maps: str = SCALED  # how F1 treats the maps: one of MAPS
+    maps: str = SCALED  # how F1 treats the maps, one of MAPS
     rows: list[dict[str, Any]] = field(default_factory=list)  # of SCHEMA
     without_boxes: int = 0
     bad: dict[str, str] = field(default_factory=dict)  # shard and key -> why its annotation cannot be read
     failed: dict[str, str] = field(default_factory=dict)  # shard and key -> status and reason of the run's row
     other_size: int = 0  # samples annotated at another size than the image has
-    several: bool = False  # whether a sample has several targets
+    several: bool = False  # True: a sample has several targets
 
     def add(self, sample: Sample, rows: list[Row]) -> None:
         """Judge a sample by the first of its rows."""

@@ -17,7 +17,7 @@ Swap = Callable[..., Any]
 
 
 class Interception(TorchFunctionMode):
-    """Context in which a call of a function in `swaps` goes to its swap, with the same arguments.
+    """Context in which a function in `swaps` is replaced by its swap, with the same arguments.
 
     Args:
         swaps: replacements by function (`F.relu`, `torch.Tensor.add_`).

@@ -1,4 +1,4 @@
-"""The score that a map explains, from a model's output, and its gradient.
+"""The score that a map explains, and its gradient.
 
 Shape suffixes: B batch, K classes.
 """

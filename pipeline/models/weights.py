@@ -1,4 +1,4 @@
-"""State dicts: reading them from files, loading them into a model, and their digest."""
+"""Read state dicts from files, load them into a model, and compute their digest."""
 
 import hashlib
 import pickle

@@ -1,4 +1,4 @@
-"""Which shards a run wants and which are done: run.json, receipts and failures of one run folder."""
+"""The state of a run's folder: run.json, receipts and failures."""
 
 import uuid
 from collections.abc import Iterable, Sequence
@@ -80,7 +80,7 @@ def begin(store: Store, run: Run, scratch: Path) -> Run:
 
 
 def publish_receipt(store: Store, receipt: Receipt, scratch: Path) -> None:
-    """Publish a shard's receipt. It is the last write of a shard and marks it as done."""
+    """Publish a shard's receipt. This is the shard's last write and marks it as done."""
     store.publish(_scratch_file(scratch, receipt.to_json()), receipt_name(receipt.shard))
 
 

@@ -59,13 +59,13 @@ class Tally:
 
 
 class Outlet:
-    """The way of a worker into the run's folder."""
+    """The access of a worker to the run's folder."""
 
     def __init__(self, spec: Spec):
         self.store, self._scratch = Store(spec.root), Path(spec.scratch)
         self._fingerprint = spec.run.fingerprint
         if not self.store.local:
-            self._scratch.mkdir(parents=True, exist_ok=True)  # the driver made its own on its own machine
+            self._scratch.mkdir(parents=True, exist_ok=True)  # the driver created it only on its own machine
 
     @contextlib.contextmanager
     def writing(self, tally: Tally) -> Iterator[None]:
@@ -118,5 +118,5 @@ class Outlet:
 
 
 def origin(run: Run) -> dict[str, Any]:
-    """Return what the metadata of every data file says about its run."""
+    """Return the metadata of every data file about its run."""
     return {"fingerprint": run.fingerprint, "config": run.config.marked(), "versions": run.versions}

@@ -1,4 +1,4 @@
-"""How far a run is: shards that are done, rows by status, failures."""
+"""The progress of a run: shards that are done, rows by status, failures."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class RunStatus:
 
 
 def run_status(store: Store, run: Run) -> RunStatus:
-    """Count what a run's receipts and failures say."""
+    """Count the shards, samples, rows and failures of a run."""
     receipts = read_receipts(store, run)
     statuses = sum((Counter(receipt.statuses) for receipt in receipts.values()), Counter[str]())
     return RunStatus(

@@ -19,7 +19,7 @@ from saltern.schemas.saliency import read_metadata
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong."""
+    """One problem of a run."""
 
     shard: str  # or the file's name, if it belongs to no shard
     reason: str
@@ -27,7 +27,7 @@ class Finding:
 
 @dataclass
 class Verdict:
-    """The result of `verify`. The run is whole if `findings` is empty."""
+    """The result of `verify`. The run is complete and intact if `findings` is empty."""
 
     shards: int
     done: int
@@ -38,7 +38,7 @@ class Verdict:
 
 
 def verify(store: Store, run: Run) -> Verdict:
-    """Check every shard, and that the folder has no files that are not the run's."""
+    """Check every shard, and that the folder holds only files of the run."""
     receipts = read_receipts(store, run)
     verdict = Verdict(len(run.shards), len(receipts), 0, 0, 0, [])
     failures = read_failures(store, receipts)

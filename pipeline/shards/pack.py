@@ -25,7 +25,7 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 @dataclass(slots=True)
 class Packed:
-    """Counts of what `pack` wrote."""
+    """Counts of the files that `pack` wrote and skipped."""
 
     shards: int = 0
     samples: int = 0

@@ -53,7 +53,7 @@ def read_samples(shard: Shard) -> Iterator[Sample]:
 
     Raises:
         ShardError: the data is broken: cut, damaged, not a tar, followed by other data, or not of the planned size.
-        OSError: the environment is broken: network, permissions, file gone.
+        OSError: the environment is broken: network, permissions, missing file.
     """
     with _opened(shard, seekable=False) as tape:
         yield from islice(_samples(_members(tape, data_of=_WANTED)), shard.take)
@@ -70,7 +70,7 @@ def list_keys(shard: Shard) -> list[str]:
 
 
 class Place(NamedTuple):
-    """Where the image of a sample is in its tar."""
+    """The place of a sample's image in its tar."""
 
     key: str
     offset: int  # of the image's bytes

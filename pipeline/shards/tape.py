@@ -40,7 +40,7 @@ class Tape:
         self._member = ""  # name in the last header
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
-        """Yield name and size, in bytes, of each regular file; `read` gives its data until the next one is asked for.
+        """Yield name and size, in bytes, of each regular file; `read` returns its data until the next one is requested.
 
         Raises:
             ShardError: the tar is not complete; the message gives the place and the fix.

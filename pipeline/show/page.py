@@ -43,7 +43,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class View:
-    """The pictures and facts that one run has of an image."""
+    """The pictures and facts of one image in one run."""
 
     pictures: Sequence[Picture]
     facts: Sequence[tuple[str, str]]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file so that its name never shows a part of the content. Its folder is created if missing."""
+    """Write a file that is visible only when it is complete. Its folder is created if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".unfinished-{path.name}")
     unfinished.write_bytes(content)

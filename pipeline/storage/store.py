@@ -95,7 +95,7 @@ class Store:
         return True
 
     def remove(self, name: str) -> None:
-        """Remove a file, or a folder with everything below it. A missing one is no error."""
+        """Remove a file, or a folder with everything below it. A missing one is not an error."""
         target = self.full(name)
         kind = self.fs.get_file_info(target).type
         if kind == fs.FileType.Directory:

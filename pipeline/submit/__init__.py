@@ -1,1 +1,1 @@
-"""Sends a command to a Ray cluster."""
+"""Submission of a command to a Ray cluster."""

@@ -67,7 +67,7 @@ def stage(command: str, words: Sequence[Word], folder: Path, cwd: Path) -> Submi
 
 
 class _Staging:
-    """Copies the files that arguments name, and translates the arguments for the job's folder."""
+    """A copier of the files that arguments name, and translator of the arguments for the job's folder."""
 
     def __init__(self, folder: Path, cwd: Path):
         self.folder, self.cwd = folder, cwd

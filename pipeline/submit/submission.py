@@ -170,7 +170,7 @@ async def _next_chunk(chunks: AsyncIterator[str]) -> str | None:
 
 
 async def _ask(call: Callable[[str], Any], name: str) -> Any:
-    """Ask the head about a job, again and again for PATIENCE_S. Raises UserError."""
+    """Ask the head about a job, repeatedly for PATIENCE_S. Raises UserError if it stays unreachable."""
     retry = retry_if_exception_type((OSError, RuntimeError))
     patience = AsyncRetrying(stop=stop_after_delay(PATIENCE_S), wait=wait_fixed(2), retry=retry, reraise=True)
     try:

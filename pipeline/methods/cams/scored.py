@@ -1,4 +1,4 @@
-"""CAMs without gradients: a forward pass for each channel, which is shown to the network or taken from it.
+"""CAMs without gradients: one forward pass for each channel, which masks the image or is set to zero.
 
 Shape suffixes: B batch, C H W the network's input, K channels, h w the layer's grid, N images of one pass.
 """

@@ -27,7 +27,7 @@ _COMPUTE = object()  # a record that makes the module compute
 
 
 class Tail:
-    """What a model computes from one layer on.
+    """The part of a model from one layer on.
 
     Args:
         model: in eval mode, without gradients, also when called.

@@ -24,7 +24,7 @@ _BLOCK = 2**25  # values gathered at once
 
 @dataclass(frozen=True)
 class Plan:
-    """Which cells each tile of the output needs, and with what weight; for given grids, output size and channels."""
+    """The cells of each tile of the output and their weights, for given grids, output size and channels."""
 
     size: Grid  # of the output
     tile: int  # side
@@ -33,7 +33,7 @@ class Plan:
 
 
 def plan(grids: Sequence[Grid], size: Grid, channels: int, device: torch.device) -> Plan:
-    """The tiling that takes the fewest multiplications.
+    """Return the tiling that takes the fewest multiplications.
 
     Args:
         grids: (h, w) of each map that is upsampled.
@@ -80,7 +80,7 @@ def _axis(cells: int, pixels: int, tile: int) -> _Axis:
 
 
 def product(A_BNK: Tensor, G_BNK: Tensor, how: Plan) -> Tensor:
-    """sum_k up(A_k) * up(G_k), map_BHW float32.
+    """Return sum_k up(A_k) * up(G_k), map_BHW float32.
 
     Args:
         A_BNK, G_BNK: float32, all cells of all grids, row by row, in the order of the plan.

@@ -1,4 +1,4 @@
-"""Noise that depends on a sample's seed alone: not on its batch, nor on what was drawn before.
+"""Noise that depends only on a sample's seed, not on its batch or on earlier draws.
 
 Shape suffixes: B batch, S draws, N elements of an image.
 """
@@ -15,7 +15,7 @@ _LOW = 2**32 - 1
 
 
 def gaussian(seed_B: Tensor, draws: range, elements: int) -> Tensor:
-    """Standard normal noise_SBN, float32, on the seeds' device.
+    """Return standard normal noise_SBN, float32, on the seeds' device.
 
     A value is a function of its seed, draw and element: SplitMix64 (Steele 2014) as a counter, then Box-Muller. It is
     the same on every device up to float rounding.
@@ -30,7 +30,7 @@ def gaussian(seed_B: Tensor, draws: range, elements: int) -> Tensor:
     stream_SB1 = mixed(mixed(seed_B * _GOLDEN)[None] + draw_S1 * _GOLDEN)[..., None]
     bits_SBN = mixed(stream_SB1 + torch.arange(1, half + 1, device=device) * _GOLDEN)
     angle_SBN = (bits_SBN & _LOW).float().mul_(2 * math.pi / 2**32)
-    # Half a step above zero, whose logarithm is infinite.
+    # Half a step above zero, because the logarithm of zero is infinite.
     radius_SBN = ((bits_SBN >> 32) & _LOW).float().add_(0.5).mul_(2**-32).log_().mul_(-2).sqrt_()
     del bits_SBN  # eight bytes each
     noise_SBN = radius_SBN.new_empty(*radius_SBN.shape[:2], elements)
@@ -41,12 +41,12 @@ def gaussian(seed_B: Tensor, draws: range, elements: int) -> Tensor:
 
 
 def mixed(bits: Tensor) -> Tensor:
-    """SplitMix64's finaliser of int64 values."""
+    """Return int64 values after SplitMix64's finaliser."""
     bits = (bits ^ _shifted(bits, 30)).mul_(_FIRST)
     bits = bits.bitwise_xor_(_shifted(bits, 27)).mul_(_SECOND)
     return bits.bitwise_xor_(_shifted(bits, 31))
 
 
 def _shifted(bits: Tensor, by: int) -> Tensor:
-    # Without the copies of the sign that a shift of signed integers moves in.
+    # Clear the copies of the sign that a shift of signed integers inserts.
     return (bits >> by).bitwise_and_((1 << (64 - by)) - 1)

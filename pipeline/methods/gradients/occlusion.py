@@ -1,4 +1,4 @@
-"""Occlusion: how much of the logit is lost when a window of the image is filled.
+"""Occlusion: the drop of the logit when a window of the image is filled.
 
 Shape suffixes: B batch, S windows, C H W the network's input, K classes, h w the windows' grid.
 """

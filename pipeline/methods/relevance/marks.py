@@ -59,7 +59,7 @@ def set_mark(out: Out, **known: Any) -> Out:
 
 
 def shared_marks(tensors: Sequence[Any]) -> dict[str, bool]:
-    """Return the facts that a tensor made of these parts inherits."""
+    """Return the facts that the result of an operation on these tensors inherits."""
     marks = [mark_of(tensor) for tensor in tensors]
     return {
         "nonnegative": all(mark is not None and mark.nonnegative for mark in marks),

@@ -59,7 +59,7 @@ class Step(torch.autograd.Function):
 
 
 def _step(operation: Callable[..., Tensor], rule: Callable[[], Callable[[Tensor], Any]], *inputs: Tensor) -> Tensor:
-    """Run an operation, as a `Step` if relevance passes it. Only then is the rule made, which may hold values."""
+    """Run an operation, as a `Step` if relevance passes it. Only then is its rule built, which may hold values."""
     if not any(tensor.requires_grad for tensor in inputs):
         return operation(*inputs)
     return Step.apply(operation, rule(), *inputs)  # type: ignore[no-any-return]
@@ -73,7 +73,7 @@ class Propagation:
     """Forward passes of a model that are ready for relevance by given rules.
 
     Args:
-        advice: what to do instead, for the message about an operation without a rule.
+        advice: the alternative, for the message about an operation without a rule.
 
     Raises:
         UserError: parts of the model are compiled.

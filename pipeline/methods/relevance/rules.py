@@ -22,7 +22,7 @@ _GAMMA = 0.25
 
 @dataclass(frozen=True)
 class Linear:
-    """y = x W^T + b over the last dimension."""
+    """A linear layer, y = x W^T + b over the last dimension."""
 
     weight: Tensor
     bias: Tensor | None
@@ -52,7 +52,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Convolution(Linear):
-    """y = x * W + b over two dimensions."""
+    """A convolution, y = x * W + b over two dimensions."""
 
     stride: list[int]
     padding: list[int]
