@@ -1,15 +1,17 @@
 """saltern bench: rates, memory and sizes against their goals."""
 
-import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from saltern.jobs import options as opt
 from saltern.jobs.config import collect
 from saltern.schemas import choices
+
+if TYPE_CHECKING:
+    from saltern.pipeline.bench.report import Report
 
 app = typer.Typer(help="Measure rates, memory and sizes against their goals.", no_args_is_help=True)
 _COMMAND = [sys.executable, "-m", "saltern"]
@@ -34,21 +36,15 @@ def extract(
     batch_size: opt.BatchSize = None,
     rounds: Rounds = 5,
 ) -> None:
-    """Measure the whole run, the engines, memory, resume and bytes. About ten minutes on two cores."""
-    from dataclasses import asdict
-
+    """Measure the whole run, the engines, memory, resume and bytes. About fifteen minutes on two cores."""
     from saltern.pipeline.bench.extract import measure
-    from saltern.pipeline.bench.figures import as_json, as_markdown, describe_machine
+    from saltern.pipeline.bench.figures import figures_table
     from saltern.pipeline.bench.workload import ExtractBench
-    from saltern.pipeline.engine.selection import select_engine
     from saltern.pipeline.machine import pick_device
 
     bench = collect(ExtractBench, ctx, command=_COMMAND, shards=shards or [], device=pick_device(device))
-    machine = describe_machine()
-    figures = measure(bench, lambda: select_engine("ray", "cpu", None, 2, 0.0))
-    table = as_markdown(figures, machine)
-    _write(out / "extract", as_json(figures, asdict(bench), machine), table)
-    _report(out / "extract", table)
+    report = _report(out / "extract", bench, f"{method} of {model}")
+    _print(report, report.follow("figures", measure(bench), figures_table))
 
 
 @app.command()
@@ -62,21 +58,15 @@ def methods(
     rounds: Rounds = 5,
 ) -> None:
     """Compare every method to its passes and to other libraries, with random weights. About twenty minutes."""
-    from saltern.pipeline.bench.figures import describe_machine, machine_line
     from saltern.pipeline.bench.methods import MethodsBench, as_table, measure
     from saltern.pipeline.machine import pick_device
     from saltern.pipeline.methods import find
 
     for name in only or ():
         find(name)
-    machine = describe_machine()
     bench = collect(MethodsBench, ctx, device=pick_device(device), only=only or ())
-    entries, table = [], ""
-    for entry in measure(bench, lambda line: typer.echo(line, err=True)):
-        entries.append(entry)
-        table = f"{machine_line(machine)}; {model}, batch {batch_size}, float32, 224 x 224\n\n{as_table(entries)}"
-        _write(out / "methods", json.dumps({"machine": machine, "cases": entries}, indent=1), table)
-    _report(out / "methods", table)
+    report = _report(out / "methods", bench, f"{model}, batch {batch_size}, float32, 224 x 224")
+    _print(report, report.follow("cases", measure(bench, _say), as_table))
 
 
 @app.command()
@@ -96,38 +86,36 @@ def casm(
 ) -> None:
     """Compare CASM's training step to its passes, with random weights, and two workers to one. Half an hour."""
     from saltern.pipeline.bench.casm import CasmBench, as_table, measure
-    from saltern.pipeline.bench.figures import describe_machine, machine_line
     from saltern.pipeline.machine import pick_device, see_own_modules
 
     see_own_modules()
-    machine = describe_machine()
     names = {"thinnings": [str(name) for name in thinning]} if thinning else {}
     bench = collect(CasmBench, ctx, device=pick_device(device), **names)
-    report: dict[str, Any] = {"machine": machine, "model": model, "batch_size": batch_size}
-    report |= {"steps": [], "scaling": None}
-    table = ""
-    for entry in measure(bench, lambda line: typer.echo(line, err=True)):
-        report["steps"].append(entry)
-        table = f"{machine_line(machine)}; {model}, batch {batch_size}\n\n{as_table(report['steps'])}"
-        _write(out / "casm", json.dumps(report, indent=1), table)
+    report = _report(out / "casm", bench, f"{model}, batch {batch_size}")
+    report.parts["scaling"] = None
+    table = report.follow("steps", measure(bench, _say), as_table)
     if workers > 1:
-        from saltern.pipeline.bench.workers import TrainingBench, training_gain, training_line
+        from saltern.pipeline.bench.commands import TrainingBench, training_gain, training_line
 
-        typer.echo(f"1 and {workers} workers", err=True)
+        _say(f"1 and {workers} workers")
         training = TrainingBench(_COMMAND, workers, model, bench.device, batch_size)
-        report["scaling"] = training_gain(training)
-        table += training_line(report["scaling"], training) + "\n"
-        _write(out / "casm", json.dumps(report, indent=1), table)
-    _report(out / "casm", table)
+        report.parts["scaling"] = training_gain(training)
+        table += training_line(report.parts["scaling"], training) + "\n"
+    _print(report, table)
 
 
-def _write(path: Path, report: str, table: str) -> None:
-    """Write the report so far, so that an interrupted bench keeps what it has."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(report)
-    path.with_suffix(".md").write_text(table)
+def _report(path: Path, bench: Any, title: str) -> "Report":
+    from dataclasses import asdict
+
+    from saltern.pipeline.bench.report import Report
+
+    return Report(path, asdict(bench), title)
 
 
-def _report(path: Path, table: str) -> None:
-    typer.echo(table)
-    typer.echo(f"wrote {path}.json and {path}.md", err=True)
+def _print(report: "Report", table: str) -> None:
+    typer.echo(report.write(table))
+    _say(f"wrote {report.path}.json and {report.path}.md")
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from saltern.pipeline.bench.figures import compare, peak_bytes
+from saltern.pipeline.bench.figures import against_goal, compare, peak_bytes
 from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS, Thinning, thinning_named
@@ -82,9 +82,8 @@ def measure(bench: CasmBench, say: Callable[[str], None]) -> Iterator[dict[str, 
             gc.collect()
     for name, shares in mixes.items():
         for precision in PRECISIONS if len(shares) > 1 else ():
-            yield _expected(
-                name, precision, {kind: (share, entries[kind, precision]) for kind, share in shares.items()}
-            )
+            parts = [(share, entries[kind, precision]) for kind, share in shares.items()]
+            yield _expected(name, precision, parts)
 
 
 def _measure(kind: Kind, precision: str, bench: CasmBench) -> dict[str, Any]:
@@ -104,28 +103,27 @@ def _measure(kind: Kind, precision: str, bench: CasmBench) -> dict[str, Any]:
         "kind": str(kind),
         "limit": kind.limit(),
         "precision": precision,
-        **_against_goal(times.ms),
-        "core_over_limit": times.core_ms["step"] / times.core_ms["limit"] if bench.device == "cpu" else None,
+        **_ratio({name: side.ms for name, side in times.items()}),
+        "core_over_limit": times["step"].core_ms / times["limit"].core_ms if bench.device == "cpu" else None,
         "peak_mb": peak,
-        "rounds": times.rounds,
+        "rounds": {name: side.rounds for name, side in times.items()},
     }
 
 
-def _expected(name: str, precision: str, parts: dict[Kind, tuple[float, dict[str, Any]]]) -> dict[str, Any]:
+def _expected(name: str, precision: str, parts: Sequence[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
     """Return the expected entry of a thinning that draws the kind of each step: weighted medians, the larger peak."""
-    sides = ("step", "limit", "optimisers")
-    ms = {side: sum(share * entry["ms"][side] for share, entry in parts.values()) for side in sides}
+    ms = {side: sum(share * entry["ms"][side] for share, entry in parts) for side in ("step", "limit", "optimisers")}
     return {
         "thinnings": [name],
-        "kind": "expected: " + ", ".join(f"{share:g} x {kind}" for kind, (share, _) in parts.items()),
+        "kind": "expected: " + ", ".join(f"{share:g} x {entry['kind']}" for share, entry in parts),
         "limit": "the kinds' limits by the same shares",
         "precision": precision,
-        **_against_goal(ms),
-        "peak_mb": {side: max(entry["peak_mb"][side] for _, entry in parts.values()) for side in ("step", "limit")},
+        **_ratio(ms),
+        "peak_mb": {side: max(entry["peak_mb"][side] for _, entry in parts) for side in ("step", "limit")},
     }
 
 
-def _against_goal(ms: dict[str, float]) -> dict[str, Any]:
+def _ratio(ms: dict[str, float]) -> dict[str, Any]:
     return {"ms": ms, "over_limit": ms["step"] / ms["limit"], "goal": GOAL}
 
 
@@ -224,8 +222,8 @@ def _cells(entry: dict[str, Any]) -> list[str]:
 
 
 def _verdict(entry: dict[str, Any]) -> str:
-    value, goal, ms = entry["over_limit"], entry["goal"], entry["ms"]
-    if value <= goal:
-        return f"{value:.3f} (<= {goal})"
+    text, ms = against_goal(entry["over_limit"], entry["goal"], digits=3), entry["ms"]
+    if entry["over_limit"] <= entry["goal"]:
+        return text
     rest = ms["step"] - ms["limit"] - ms["optimisers"]
-    return f"**{value:.3f}** (<= {goal}): {ms['optimisers']:.2g} ms go to the optimisers, {rest:.2g} to the rest"
+    return f"{text}: {ms['optimisers']:.2g} ms go to the optimisers, {rest:.2g} to the rest"

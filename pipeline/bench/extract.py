@@ -1,13 +1,13 @@
-"""All figures of `saltern bench extract`, and the comparison of end-to-end rates to their limits."""
+"""All figures of `saltern bench extract`: end-to-end rates and their limits, the cost of Ray, the gain of workers."""
 
 import os
 import sys
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from itertools import islice
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -15,96 +15,44 @@ from tempfile import TemporaryDirectory
 import torch
 
 from saltern.pipeline.bench import footprint
-from saltern.pipeline.bench.figures import Figure, Side, by_turns, ratio
-from saltern.pipeline.bench.workers import engines
-from saltern.pipeline.bench.workload import ExtractBench, Supply, drive, images, make_shards, spec_for
-from saltern.pipeline.engine.local import LocalPool
+from saltern.pipeline.bench.commands import RunRate, measure_run
+from saltern.pipeline.bench.figures import Figure, by_turns, ratio
+from saltern.pipeline.bench.workload import ExtractBench, make_images, read_images, write_shards
 from saltern.pipeline.extract.explain import AUTOCAST
-from saltern.pipeline.extract.extraction import Extraction, load_method
-from saltern.pipeline.extract.processor import Processor
 from saltern.pipeline.machine import cores
-from saltern.pipeline.runs.outlet import Spec
+from saltern.pipeline.methods import build
+from saltern.pipeline.models import classifiers
 from saltern.pipeline.shards.decode import DecodeError, decode
+from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.samples import read_samples
-from saltern.schemas.config import ExtractConfig
+from saltern.schemas.config import Preprocess
+from saltern.schemas.errors import UserError
 
 GPU_GOAL = 5000.0  # images/s end to end
-_AHEAD = 64  # largest number of images that are being decoded
-_SHARDS = 4  # that the bench makes
+_COST = partial(Figure, "core time an image, Ray engine ÷ local engine", goal=1.03, unit="x", at_least=False)
+_SCALING = partial(Figure, "2 actors on 2 cores ÷ 1 actor on 1 core", goal=1.85, unit="x", at_least=True)
 
 
-def measure(bench: ExtractBench, connect: Callable[[], object]) -> list[Figure]:
-    """Measure every figure; takes minutes.
-
-    Args:
-        connect: joins or starts a Ray cluster with 2 CPUs; raises ImportError or UserError if it cannot.
-    """
-    figures: list[Figure] = []
-    with _with_shards(bench) as bench:
-        supply = Supply.of(bench.shards)
-        parts: dict[str, Callable[[], list[Figure]]] = {
-            "end to end, model-bound": lambda: model_bound(bench, supply),
-            "end to end, decode-bound": lambda: decode_bound(bench, supply),
-            "bytes stored": lambda: [footprint.stored(bench, supply)],
-            "memory": lambda: [footprint.memory(bench)],
-            "resume": lambda: footprint.resume(bench),
+def measure(bench: ExtractBench) -> Iterator[Figure]:
+    """Yield every figure; takes minutes."""
+    with TemporaryDirectory(prefix="saltern-bench-") as name:
+        folder = Path(name)
+        images = read_images(bench.shards, bench.images) if bench.shards else make_images(bench.images)
+        large = write_shards(folder / "large", images, bench.large_shards, 8 * bench.batch)
+        small = large if bench.device == "cuda" else write_shards(folder / "small", images, bench.batches, bench.batch)
+        parts: dict[str, Callable[[], Sequence[Figure]]] = {
+            "end to end, model-bound": lambda: model_bound(bench, small),
+            "end to end, decode-bound": lambda: [decode_bound(bench, large, threads) for threads in _core_counts()],
+            "bytes stored": lambda: [footprint.stored(bench, write_shards(folder / "one", images, 1, len(images)))],
+            "memory": lambda: [footprint.memory(bench, folder, images)],
+            "resume": lambda: footprint.resume(bench, folder),
             "driver loop": lambda: [footprint.driver_loop(bench)],
             "start": lambda: [footprint.start(bench)],
-            "engines": lambda: engines(bench, supply, connect),  # last, because Ray's daemons stay
+            "engines": lambda: engines(replace(bench, device="cpu", precision="fp32"), small, large),
         }
         for number, (name, part) in enumerate(parts.items(), 1):
             print(f"{number}/{len(parts)} {name}", file=sys.stderr, flush=True)
-            figures += part()
-    return figures
-
-
-@contextmanager
-def _with_shards(bench: ExtractBench) -> Iterator[ExtractBench]:
-    if bench.shards:
-        yield bench
-        return
-    with TemporaryDirectory(prefix="saltern-bench-") as folder:
-        path = Path(folder, "shards")
-        make_shards(path, _SHARDS, max(bench.stored_images // _SHARDS, 8 * bench.batch))
-        yield replace(bench, shards=[str(path)], made=True)
-
-
-@dataclass(frozen=True)
-class Limit:
-    """A part of a run's work, whose rate the run cannot exceed, and the goal for the run's rate ÷ this rate."""
-
-    name: str
-    goal: float
-    seconds: float  # of each side in each round, about
-    alone: Callable[[float], int]  # processes about so many images, returns how many
-    rest: str  # the run's other work
-
-
-def model_bound(bench: ExtractBench, supply: Supply) -> list[Figure]:
-    """Compare a run of one worker to only its method, on a preloaded batch."""
-    every = cores()
-    layouts = [(f"torch on {count} of {every} cores", count, 1 if count < every else every) for count in _core_counts()]
-    if bench.device == "cuda":
-        layouts = [("GPU", 1, min(16, every))]
-    figures = []
-    for name, torch_threads, decode_threads in layouts:
-        with spec_for(bench.request(), bench.device, torch_threads, decode_threads) as spec:
-            rest = "reading, decoding, mask, box and row"
-            name = f"end to end ÷ method alone, {name}"
-            figures.append(_compared(Limit(name, 0.95, bench.seconds, MethodAlone(spec), rest), bench, supply, spec))
-    return figures + ([_gpu_rate(bench, figures[0])] if bench.device == "cuda" else [])
-
-
-def decode_bound(bench: ExtractBench, supply: Supply) -> list[Figure]:
-    """Compare a run with a no-op method to only reading and decoding, in as many threads."""
-    figures = []
-    for threads in _core_counts():
-        with spec_for(bench.noop(), bench.device, 1, threads) as spec:
-            name = "end to end with a no-op method ÷ reading + decoding alone"
-            name, alone = f"{name}, decode threads: {threads} on {cores()} cores", DecodeAlone(spec, supply)
-            limit = Limit(name, 0.90, bench.seconds / 2, alone, "normalising, mask, box and row")
-            figures.append(_compared(limit, bench, supply, spec))
-    return figures
+            yield from part()
 
 
 def _core_counts() -> list[int]:
@@ -112,87 +60,114 @@ def _core_counts() -> list[int]:
     return [cores() - 1, cores()] if cores() > 1 else [1]
 
 
-def _compared(limit: Limit, bench: ExtractBench, supply: Supply, spec: Spec) -> Figure:
-    """Compare a run of one worker, built before the clock starts, to its limit."""
-    batch, processor = spec.run.config.batch_size, Processor(spec, Extraction)
-
-    def run(count: float) -> int:
-        return images(drive(LocalPool(lambda: processor), supply.images(count)))
-
-    run(2 * batch)
-    limit.alone(2 * batch)
-    rate = Side(lambda: limit.alone(4 * batch))()
-    count = batch * max(1, round(rate * limit.seconds / batch))  # whole batches, for both sides
-    whole, part = Side(lambda: run(count)), Side(lambda: limit.alone(count))
-    rates = by_turns(bench.rounds, whole, part)
-    end, alone = map(median, rates)
-    note = f"{end:.1f} ÷ {alone:.1f} images/s; {whole.cost:.2f} and {part.cost:.2f} core-ms an image"
-    miss = (
-        f"{limit.rest} take {whole.cost - part.cost:.2f} core-ms an image more; the run had "
-        f"{end * whole.cost / 1000:.2f} of {cores()} cores at a load of {os.getloadavg()[0]:.1f}"
-    )
-    sides = {"end to end": rates[0], "alone": rates[1]}
-    return Figure(limit.name, ratio(*rates), limit.goal, "x", True, note, miss, sides)
+def model_bound(bench: ExtractBench, shards: Path) -> list[Figure]:
+    """Compare a run of one worker to only its method, on a preloaded batch."""
+    every, on_gpu = cores(), bench.device == "cuda"
+    layouts = [(f"torch on {count} of {every} cores", count, 1 if count < every else every) for count in _core_counts()]
+    figures = []
+    for name, threads, decoders in [("GPU", 1, min(16, every))] if on_gpu else layouts:
+        run = partial(measure_run, bench.extract(shards, decode_threads=decoders), torch_threads=threads)
+        alone = partial(method_alone, bench, threads)
+        figures.append(_compared(f"end to end ÷ method alone, {name}", 0.95, bench.rounds, run, alone))
+    if on_gpu:
+        rates = figures[0].rounds["end to end"]
+        note = f"{torch.cuda.get_device_name()}, {bench.precision}; ImageNet in "
+        note += f"{footprint.IMAGENET / median(rates) / 60:.1f} min"
+        figures.append(
+            Figure("end to end on this GPU", median(rates), GPU_GOAL, "images/s", True, note, figures[0].miss)
+        )
+    return figures
 
 
-def _gpu_rate(bench: ExtractBench, model: Figure) -> Figure:
-    rates = model.rounds["end to end"]
-    minutes = footprint.IMAGENET / median(rates) / 60
-    note = f"{torch.cuda.get_device_name()}, {bench.precision}; ImageNet in {minutes:.1f} min"
-    miss = f"the method alone gives {median(model.rounds['alone']):.0f} images/s; see the rate of decoding"
-    return Figure("end to end on this GPU", median(rates), GPU_GOAL, "images/s", True, note, miss)
+def decode_bound(bench: ExtractBench, shards: Path, threads: int) -> Figure:
+    """Compare a run with a no-op method to only reading and decoding, in as many threads."""
+    run = partial(measure_run, bench.extract(shards, noop=True, decode_threads=threads))
+    name = "end to end with a no-op method ÷ reading + decoding alone"
+    name += f", decode threads: {threads} on {cores()} cores"
+    return _compared(name, 0.90, bench.rounds, run, lambda: decode_alone(shards, threads))
 
 
-class MethodAlone:
-    """The method on one preloaded batch, in its own thread as in a worker."""
+def _compared(name: str, goal: float, rounds: int, run: Callable[[], RunRate], alone: Callable[[], float]) -> Figure:
+    runs: list[RunRate] = []
 
-    def __init__(self, spec: Spec):
-        self._config, self._device = spec.run.config_of(ExtractConfig), torch.device(spec.device)
-        # torch keeps its thread count for each calling thread.
-        self._thread = ThreadPoolExecutor(1, initializer=lambda: torch.set_num_threads(self._config.torch_threads))
-        self._method = self._thread.submit(lambda: load_method(self._config, self._device)[1]).result()
-        layout = torch.contiguous_format if self._config.precision == "fp32" else torch.channels_last
-        side = self._config.preprocess.crop
-        x_BCHW = torch.randn(self._config.batch_size, 3, side, side)
-        self._x_BCHW = x_BCHW.to(self._device).contiguous(memory_format=layout)
+    def end_to_end() -> float:
+        runs.append(run())
+        return runs[-1].images_s
 
-    def __call__(self, count: float) -> int:
-        """Explain batches that hold about `count` images. Returns how many images they hold."""
-        batches = max(1, round(count / self._config.batch_size))
-        self._thread.submit(self._run, batches).result()
-        return batches * self._config.batch_size
+    rates = by_turns(rounds, end_to_end, alone)
+    phases = ", ".join(f"{phase} {value:.2f}" for phase, value in runs[-1].thread_ms.items())
+    note = f"{median(rates[0]):.1f} ÷ {median(rates[1]):.1f} images/s"
+    miss = f"thread-ms an image: {phases}; the load was {os.getloadavg()[0]:.1f}"
+    return Figure(name, ratio(*rates), goal, "x", True, note, miss, {"end to end": rates[0], "alone": rates[1]})
 
-    def _run(self, batches: int) -> None:
-        dtype = AUTOCAST.get(self._config.precision)
-        with torch.autocast(self._device.type, dtype, dtype is not None):
+
+def method_alone(bench: ExtractBench, torch_threads: int) -> float:
+    """Return images/s of the method on one preloaded batch."""
+    classifier = classifiers.load(bench.model, bench.weights)
+    side, dtype = classifier.preprocess.crop, AUTOCAST.get(bench.precision)
+    layout = torch.contiguous_format if dtype is None else torch.channels_last
+    method = build(bench.method, classifier.model.to(bench.device).to(memory_format=layout))
+    x_BCHW = torch.randn(bench.batch, 3, side, side).to(bench.device).contiguous(memory_format=layout)
+
+    def explain(batches: int) -> float:
+        since = time.perf_counter()
+        with torch.autocast(bench.device, dtype, dtype is not None):
             for _ in range(batches):
-                self._method(self._x_BCHW)
-        if self._device.type == "cuda":
+                method(x_BCHW)
+        if bench.device == "cuda":
             torch.cuda.synchronize()
+        return batches * bench.batch / (time.perf_counter() - since)
+
+    # torch keeps its thread count for each calling thread.
+    with ThreadPoolExecutor(1, initializer=lambda: torch.set_num_threads(torch_threads)) as thread:
+        thread.submit(explain, 2).result()  # warm up
+        return thread.submit(explain, 8 * bench.large_shards if bench.device == "cuda" else bench.batches).result()
 
 
-class DecodeAlone:
-    """Only reading, in this thread, and decoding, in the run's number of threads."""
+def decode_alone(shards: Path, threads: int) -> float:
+    """Return images/s of only reading, in this thread, and decoding, in others."""
 
-    def __init__(self, spec: Spec, supply: Supply):
-        self._config, self._supply = spec.run.config, supply
-        self._pool = ThreadPoolExecutor(spec.decode_threads)
-
-    def __call__(self, count: float) -> int:
-        """Read and decode about `count` images. Returns how many."""
-        decoding: deque[Future[None]] = deque()
-        done = 0
-        for shard in self._supply.images(count):
-            for sample in islice(read_samples(shard), shard.take):
-                done += 1
-                if sample.image is not None:
-                    decoding.append(self._pool.submit(self._decode, sample.image))
-                if len(decoding) > _AHEAD:
-                    decoding.popleft().result()
-        for future in decoding:
-            future.result()
-        return done
-
-    def _decode(self, data: bytes) -> None:
+    def decoded(image: bytes) -> None:
         with suppress(DecodeError):
-            decode(data, self._config.preprocess)
+            decode(image, Preprocess())
+
+    since = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        samples = (sample.image for shard in expand([str(shards)])[0] for sample in read_samples(shard))
+        done = [pool.submit(decoded, image) for image in samples if image is not None]
+    return len(done) / (time.perf_counter() - since)
+
+
+def engines(bench: ExtractBench, small: Path, large: Path) -> list[Figure]:
+    """Measure both figures of the Ray engine on the CPU, or skip them with the reason."""
+    try:
+        return [_cost(bench, large), _scaling(bench, small)]
+    except UserError as error:
+        return [figure(value=None, note=str(error)) for figure in (_COST, _SCALING)]
+
+
+def _engine_rate(bench: ExtractBench, shards: Path, noop: bool, engine: str, workers: int) -> float:
+    """Return images/s of workers that have a core, a torch thread and a decoding thread each."""
+    options = {"engine": engine, "decode_threads": 1} | ({"workers": workers} if engine == "ray" else {})
+    return measure_run(bench.extract(shards, noop, **options), on_cores=workers).images_s
+
+
+def _cost(bench: ExtractBench, shards: Path) -> Figure:
+    """Compare runs with a no-op method on one core, so that time is core time and the engine's share is large."""
+    sides = [partial(_engine_rate, bench, shards, True, engine, 1) for engine in ("ray", "local")]
+    ray, local = ([1000 / rate for rate in rates] for rates in by_turns(bench.rounds, *sides))
+    note = f"{median(ray):.3f} ÷ {median(local):.3f} core-ms, no-op method, everything on one core, Ray's daemons too"
+    miss = f"{median(ray) - median(local):.3f} core-ms an image go to Ray"
+    return _COST(value=ratio(ray, local), note=note, miss=miss, rounds={"ray": ray, "local": local})
+
+
+def _scaling(bench: ExtractBench, shards: Path) -> Figure:
+    if cores() < 2:
+        return _SCALING(value=None, note="this machine has one core")
+    two, one = by_turns(
+        bench.rounds, *(partial(_engine_rate, bench, shards, False, "ray", workers) for workers in (2, 1))
+    )
+    note = f"{median(two):.2f} ÷ {median(one):.2f} images/s, {bench.method} of {bench.model}, runs under way"
+    load = os.getloadavg()[0]
+    miss = f"the driver, Ray's daemons and other processes (load {load:.1f}) take their share of the cores"
+    return _SCALING(value=ratio(two, one), note=note, miss=miss, rounds={"2 actors": two, "1 actor": one})

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,40 +35,33 @@ class Problem:
 def peers_of(method: str) -> dict[str, Callable[[Problem], object]]:
     """Return the calls of the installed libraries that have a method, by library."""
     return {
-        library: partial(_LIBRARIES[library].call, name)
+        library: partial(_CALLS[library], name)
         for library, name in _NAMES.get(method, {}).items()
-        if find_spec(_LIBRARIES[library].module)
+        if find_spec(library.replace("-", "_"))
     }
 
 
 def _captum(name: str, problem: Problem) -> object:
     from captum import attr
 
-    if name == "NoiseTunnel":
-        attribution = attr.NoiseTunnel(attr.Saliency(problem.model))
-    else:
-        attribution = getattr(attr, name)(problem.model, *problem.layers())
-    options = _captum_options(name, problem.method.options, len(problem.x_BCHW))
+    of, layers, options = problem.model, problem.layers(), _captum_options(name, problem)
+    attribution = attr.NoiseTunnel(attr.Saliency(of)) if name == "NoiseTunnel" else getattr(attr, name)(of, *layers)
     with warnings.catch_warnings(), torch.set_grad_enabled(name != "Occlusion"):
         warnings.simplefilter("ignore")  # captum announces the hooks that it sets
         return attribution.attribute(problem.x_BCHW.detach().requires_grad_(), target=problem.target_B, **options)
 
 
-def _captum_options(name: str, ours: dict[str, Any], batch: int) -> dict[str, Any]:
+def _captum_options(name: str, problem: Problem) -> dict[str, Any]:
     """Return captum's names for our options."""
-    match name:
-        case "IntegratedGradients":
-            return {"n_steps": ours["steps"], "internal_batch_size": ours["chunk"]}
-        case "NoiseTunnel":
-            number = {"nt_samples": ours["samples"], "nt_samples_batch_size": max(1, ours["chunk"] // batch)}
-            return {"nt_type": "smoothgrad", "stdevs": 0.5, "abs": False, **number}
-        case "Occlusion":
-            shape, strides = (3, ours["window"], ours["window"]), (3, ours["stride"], ours["stride"])
-            return {
-                "sliding_window_shapes": shape,
-                "strides": strides,
-                "perturbations_per_eval": ours["chunk"] // 2,
-            }
+    ours = problem.method.options
+    if name == "IntegratedGradients":
+        return {"n_steps": ours["steps"], "internal_batch_size": ours["chunk"]}
+    if name == "NoiseTunnel":
+        number = {"nt_samples": ours["samples"], "nt_samples_batch_size": max(1, ours["chunk"] // len(problem.x_BCHW))}
+        return {"nt_type": "smoothgrad", "stdevs": 0.5, "abs": False, **number}
+    if name == "Occlusion":
+        window, strides = (3, ours["window"], ours["window"]), (3, ours["stride"], ours["stride"])
+        return {"sliding_window_shapes": window, "strides": strides, "perturbations_per_eval": ours["chunk"] // 2}
     return {}
 
 
@@ -103,27 +96,13 @@ def _alpha1_beta0() -> object:
     from zennit import composites, rules
     from zennit.torchvision import ResNetCanonizer
 
-    maps = [
-        (composites.Activation, rules.Pass()),
-        (composites.Sum, rules.Norm()),
-        (composites.AvgPool, rules.Norm()),
-        (composites.Convolution, rules.AlphaBeta(alpha=1, beta=0)),
-        (nn.Linear, rules.AlphaBeta(alpha=1, beta=0)),
-    ]
+    norm, alpha_beta = rules.Norm(), rules.AlphaBeta(alpha=1, beta=0)
+    maps = [(composites.Activation, rules.Pass()), (composites.Sum, norm), (composites.AvgPool, norm)]
+    maps += [(composites.Convolution, alpha_beta), (nn.Linear, alpha_beta)]
     return composites.LayerMapComposite(maps, canonizers=[ResNetCanonizer()])
 
 
-class _Library(NamedTuple):
-    module: str
-    call: Callable[[str, Problem], object]  # of the library's name for a method
-
-
-_LIBRARIES = {
-    "captum": _Library("captum", _captum),
-    "pytorch-grad-cam": _Library("pytorch_grad_cam", _pytorch_grad_cam),
-    "torchcam": _Library("torchcam", _torchcam),
-    "zennit": _Library("zennit", _zennit),
-}
+_CALLS = {"captum": _captum, "pytorch-grad-cam": _pytorch_grad_cam, "torchcam": _torchcam, "zennit": _zennit}
 _NAMES: dict[str, dict[str, str]] = {
     "cam": {"torchcam": "CAM"},
     "gradient": {"captum": "Saliency"},

@@ -1,46 +1,38 @@
-"""The workload of `saltern bench extract`: options, shards, a model and a method that cost almost nothing, drives.
+"""The options of `bench extract`, the images that it works on, and a model and a method that cost almost nothing.
 
 Shape suffixes: B batch, C H W an image's channels and pixels, K classes, h w the grid of a map.
 """
 
 import io
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import cycle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from webdataset.writer import TarWriter
 
-from saltern.pipeline.engine.driver import Driver
-from saltern.pipeline.engine.pool import Pool
-from saltern.pipeline.extract.request import BATCH_SIZE, ExtractRequest, resolve
+from saltern.pipeline.extract.request import BATCH_SIZE
 from saltern.pipeline.methods import Method
 from saltern.pipeline.methods.base import Maps
-from saltern.pipeline.runs.outlet import Spec
 from saltern.pipeline.shards.expand import expand
-from saltern.pipeline.shards.samples import list_keys
-from saltern.pipeline.storage.store import Store, session
+from saltern.pipeline.shards.samples import read_samples
 from saltern.schemas.errors import UserError
-from saltern.schemas.receipt import Failure, Receipt
-from saltern.schemas.run import Shard
 
 CLASSES = 1000
+NOOP: dict[str, Any] = {"model": f"{__name__}:Net", "method": f"{__name__}:Noop"}
 
 
 @dataclass(frozen=True)
 class ExtractBench:
-    """Options of the measurement. The defaults take about nine minutes on two cores."""
+    """Options of the measurement."""
 
     command: Sequence[str]  # that runs `saltern`
-    shards: Sequence[str] = ()  # as `extract` takes them; none: shards of made pictures
-    made: bool = False  # the shards hold made pictures
+    shards: Sequence[str] = ()  # as `extract` takes them; none: made pictures
     model: str = "resnet50"
     weights: str = "none"
     method: str = "grad-cam"
@@ -48,8 +40,9 @@ class ExtractBench:
     batch_size: int | None = None
     device: str = "cpu"  # cpu | cuda
     rounds: int = 5
-    seconds: float = 6.0  # of each side in each round; half of it with the no-op method
-    stored_images: int = 512  # whose bytes are counted
+    images: int = 512  # different ones; their bytes are counted
+    batches: int = 14  # of a run on a CPU, each a shard
+    large_shards: int = 24  # of a run with the no-op method or on a GPU, of 8 batches each
     few_shards: int = 10  # of the memory figure
     many_shards: int = 200
     done_shards: int = 100_000  # of the resume figure
@@ -59,17 +52,12 @@ class ExtractBench:
     def batch(self) -> int:
         return self.batch_size or BATCH_SIZE[self.device]
 
-    def request(self) -> ExtractRequest:
-        """Return the run that is measured."""
-        return replace(
-            self.noop(), model=self.model, method=self.method, weights=self.weights, precision=self.precision
-        )
-
-    def noop(self) -> ExtractRequest:
-        """Return the same run with a model and a method that cost almost nothing."""
-        return ExtractRequest(
-            shards=self.shards, model=f"{__name__}:Net", method=f"{__name__}:Noop", target="top1", batch_size=self.batch
-        )
+    def extract(self, shards: Path, noop: bool = False, **options: object) -> list[str]:
+        """Return the command of a run, except --out; with `noop`, its model and method cost almost nothing."""
+        fixed = {"target": "top1", "device": self.device, "batch_size": self.batch, "engine": "local"}
+        names = ("model", "method", "weights", "precision")
+        kind: Mapping[str, object] = NOOP if noop else {name: getattr(self, name) for name in names}
+        return [*self.command, "extract", str(shards), *option_words({**fixed, **kind, **options})]
 
 
 class Net(nn.Module):
@@ -97,87 +85,45 @@ class Noop(Method):
         return self._map_hw.expand(len(x_BCHW), 7, 7), logits_BK, logits_BK.argmax(1) if target_B is None else target_B
 
 
-def make_shards(folder: Path, shards: int, each: int, height: int = 375, width: int = 500) -> None:
-    """Write shards of JPEGs that cost as much as ImageNet's, about 110 kB: crops of noise with a 1/f spectrum."""
+def option_words(options: Mapping[str, object]) -> list[str]:
+    """Return `--name value` words."""
+    return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def read_images(patterns: Sequence[str], count: int) -> list[bytes]:
+    """Return the first encoded images of the shards that match. Raises UserError if they hold no samples."""
+    samples = (sample for shard in expand(patterns)[0] for sample in read_samples(shard))
+    images = list(islice((sample.image for sample in samples if sample.image is not None), count))
+    if not images:
+        raise UserError("the shards to measure on hold no samples")
+    return images
+
+
+def make_images(count: int, height: int = 375, width: int = 500) -> list[bytes]:
+    """Return JPEGs that cost as much as ImageNet's, about 110 kB: crops of noise with a 1/f spectrum."""
     rng = np.random.default_rng(0)
-    scene_HWC = _scene(rng, 2 * height, 2 * width)
+    frequency_HW = np.hypot(np.fft.fftfreq(2 * height)[:, None], np.fft.fftfreq(2 * width)[None])
+    frequency_HW[0, 0] = np.inf
+    noise_4HW = rng.standard_normal((4, 2 * height, 2 * width))
+    shared_HW, *planes = np.fft.ifft2(np.fft.fft2(noise_4HW) / frequency_HW).real
+    # Channels of a photograph are much alike: a shared plane, and a third as much of a plane for each channel.
+    mixed_HWC = np.stack([shared_HW + plane_HW / 3 for plane_HW in planes], 2)
+    scene_HWC = (128 + 50 * mixed_HWC / mixed_HWC.std()).clip(0, 255).astype(np.uint8)
+    images = []
+    for _ in range(count):
+        y, x = rng.integers(height), rng.integers(width)
+        stream = io.BytesIO()
+        Image.fromarray(scene_HWC[y : y + height, x : x + width]).save(stream, "JPEG", quality=92)
+        images.append(stream.getvalue())
+    return images
+
+
+def write_shards(folder: Path, images: Sequence[bytes], shards: int, each: int) -> Path:
+    """Write shards of `each` images, which are repeated as often as needed. Returns the folder."""
     folder.mkdir(parents=True)
+    samples = enumerate(cycle(images))
     for shard in range(shards):
         with TarWriter(str(folder / f"shard-{shard:06}.tar"), encoder=False, mtime=0) as tar:
-            for number in range(shard * each, (shard + 1) * each):
-                y, x = rng.integers(height), rng.integers(width)
-                stream = io.BytesIO()
-                Image.fromarray(scene_HWC[y : y + height, x : x + width]).save(stream, "JPEG", quality=92)
-                tar.write({"__key__": f"{number:08}", "jpg": stream.getvalue(), "cls": str(number % CLASSES).encode()})
-
-
-def _scene(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
-    frequency_HW = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
-    frequency_HW[0, 0] = np.inf
-    # Channels of a photograph are much alike: a shared plane, and a third as much of a plane for each channel.
-    shared_HW, *planes = [
-        np.fft.ifft2(np.fft.fft2(rng.standard_normal((height, width))) / frequency_HW).real for _ in range(4)
-    ]
-    mixed_HWC = np.stack([shared_HW + plane_HW / 3 for plane_HW in planes], 2)
-    bytes_HWC: NDArray[np.uint8] = (128 + 50 * mixed_HWC / mixed_HWC.std()).clip(0, 255).astype(np.uint8)
-    return bytes_HWC
-
-
-@dataclass(frozen=True)
-class Supply:
-    """Any number of images, from shards that are read again and again."""
-
-    shards: list[Shard]
-    samples: list[int]  # of each shard
-
-    @classmethod
-    def of(cls, patterns: Sequence[str]) -> "Supply":
-        """Return the supply of the shards that match. Raises UserError if they hold no samples."""
-        shards, _ = expand(patterns)
-        samples = [len(list_keys(shard)) for shard in shards]
-        if not any(samples):
-            raise UserError("the shards to measure on hold no samples")
-        return cls(shards, samples)
-
-    def images(self, count: float, each: int | None = None) -> list[Shard]:
-        """Return shards that hold `count` images, at most `each` a shard, all with different names."""
-        left, taken = max(1, round(count)), list[Shard]()
-        for shard, samples in cycle(zip(self.shards, self.samples, strict=True)):
-            take = min(left, samples, each or samples)
-            taken.append(replace(shard, name=f"{len(taken):06}", take=take))
-            left -= take
-            if not left:
-                break
-        return taken
-
-
-@contextmanager
-def spec_for(request: ExtractRequest, device: str, torch_threads: int, decode_threads: int) -> Iterator[Spec]:
-    """Yield a processor's spec for a run in a temporary folder."""
-    run, _ = resolve(replace(request, torch_threads=torch_threads), None, device, 1)
-    with TemporaryDirectory(prefix="saltern-bench-") as root, session(Store(root)) as scratch:
-        yield Spec(run, root, str(scratch), device, decode_threads)
-
-
-class NullBook:
-    """A book that knows no results and records none."""
-
-    def receipt_of(self, shard: Shard) -> Receipt | None:
-        return None
-
-    def succeeded(self, receipt: Receipt) -> None: ...
-
-    def failed(self, failure: Failure) -> None: ...
-
-
-def drive(pool: Pool, shards: Sequence[Shard], workers: int = 1) -> list[Receipt]:
-    """Drive shards through a pool. Raises UserError if one fails."""
-    outcome = Driver(pool, NullBook(), workers=workers).run(shards)
-    for failure in outcome.failures.values():
-        raise UserError(f"cannot measure on {failure.shard}: {failure.reason}")
-    return list(outcome.receipts.values())
-
-
-def images(receipts: Sequence[Receipt]) -> int:
-    """Return the images of the receipts' shards."""
-    return sum(receipt.samples for receipt in receipts)
+            for number, image in islice(samples, each):
+                tar.write({"__key__": f"{number:08}", "jpg": image, "cls": str(number % CLASSES).encode()})
+    return folder

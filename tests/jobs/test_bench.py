@@ -3,16 +3,35 @@
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from making import write_shards
+from commands import call
+from making import write_shard, write_shards
 
-from saltern.pipeline.bench.extract import measure
-from saltern.pipeline.bench.figures import Figure, as_json, as_markdown, by_turns, describe_machine
-from saltern.pipeline.bench.workers import engines
-from saltern.pipeline.bench.workload import ExtractBench, Supply, make_shards
+from saltern.pipeline.bench import commands
+from saltern.pipeline.bench.commands import Used, measure_run
+from saltern.pipeline.bench.extract import engines, measure
+from saltern.pipeline.bench.figures import Figure, by_turns, figures_table
+from saltern.pipeline.bench.report import Report
+from saltern.pipeline.bench.workload import NOOP, ExtractBench, make_images, read_images
+from saltern.pipeline.bench.workload import write_shards as write_bench_shards
+from saltern.pipeline.shards.expand import expand
+from saltern.pipeline.shards.samples import read_samples
 from saltern.schemas.errors import UserError
+from saltern.schemas.receipt import PHASES, Receipt
+
+# Replaces `saltern extract`: writes receipts of two workers that ended at the times given, or fails.
+RUN = """
+import json, os, sys
+out = sys.argv[sys.argv.index("--out") + 1]
+os.mkdir(out + "/receipts")
+for number, (worker, second) in enumerate(json.loads(sys.argv[1])):
+    path = f"{out}/receipts/{number}.json"
+    open(path, "w").write(RECEIPT.replace("WORKER", worker))
+    os.utime(path, (second, second))
+"""
 
 
 def figure(value: float | None, goal: float, at_least: bool) -> Figure:
@@ -33,41 +52,70 @@ def test_sides_take_turns_in_alternating_order() -> None:
     assert "".join(calls) == "abbaab"
 
 
-def test_work_goes_round_the_shards(tmp_path: Path) -> None:
-    supply = Supply.of([str(write_shards(tmp_path, 2, 6))])
-    assert [(shard.name, shard.take) for shard in supply.images(15)] == [("000000", 6), ("000001", 6), ("000002", 3)]
-    assert [shard.take for shard in supply.images(9, 4)] == [4, 4, 1]
+def test_images_of_the_shards_are_repeated(tmp_path: Path) -> None:
+    images = read_images([str(write_shards(tmp_path / "given", 2, 6))], 100)
+    assert len(images) == 12
+    shards, _ = expand([str(write_bench_shards(tmp_path / "work", images, 3, 5))])
+    samples = [list(read_samples(shard)) for shard in shards]
+    assert [len(each) for each in samples] == [5, 5, 5]
+    assert [sample.image for each in samples for sample in each] == [*images, *images[:3]]
     write_shards(tmp_path / "empty", 1, 0)
     with pytest.raises(UserError, match="no samples"):
-        Supply.of([str(tmp_path / "empty")])
+        read_images([str(tmp_path / "empty")], 1)
 
 
-def test_made_pictures_weigh_as_much_as_photographs(tmp_path: Path) -> None:
-    make_shards(tmp_path / "made", 2, 3)
-    supply = Supply.of([str(tmp_path / "made")])
-    assert supply.samples == [3, 3]
-    assert all(40_000 < shard.size / 3 < 250_000 for shard in supply.shards)
+def test_made_pictures_weigh_as_much_as_photographs() -> None:
+    images = make_images(6)
+    assert len(set(images)) == 6
+    assert all(40_000 < len(image) < 250_000 for image in images)
+
+
+def run_of(tmp_path: Path, ends: list[tuple[str, float]]) -> list[str]:
+    """Return a command that leaves a receipt of 10 samples for each (worker, second)."""
+    seconds = {**dict.fromkeys(PHASES, 0.5), "total": 1.0}
+    receipt = Receipt("s", 1, "f", 10, 10, {"ok": 10}, "0", 1, seconds, "WORKER", 1).to_json().decode()
+    (tmp_path / "run.py").write_text(f"RECEIPT = {receipt!r}\n{RUN}")
+    return [sys.executable, str(tmp_path / "run.py"), json.dumps(ends)]
+
+
+def test_the_rate_of_a_run_leaves_out_starts_and_ends(tmp_path: Path) -> None:
+    first = [("a", second) for second in (100, 101, 103, 105, 107, 107.1, 107.2)]
+    rate = measure_run(run_of(tmp_path, first))
+    assert rate.images_s == pytest.approx(3 * 10 / 6)  # the shards that ended at 103, 105 and 107
+    assert rate.thread_ms == dict.fromkeys(PHASES, pytest.approx(50))
+    late = [("b", second) for second in (104, 105, 106, 107, 107.1, 107.2)]
+    assert measure_run(run_of(tmp_path, first + late)).images_s == pytest.approx(5 + 10)
+    with pytest.raises(UserError, match="cannot measure on 4 shards"):
+        measure_run(run_of(tmp_path, first[:4]))
+
+
+def run_here(words: Sequence[str], on_cores: int = 0, torch_threads: int | None = None) -> Used:
+    """Replace the process of a run whose images/s are measured, which would start in seconds."""
+    ended = call(*words[3:])  # after `python -m saltern`
+    assert ended.returncode == 0, ended.stderr
+    return Used(0.0, 0.0)
 
 
 @pytest.mark.slow
-def test_every_figure_is_measured(tmp_path: Path, ray_address: str) -> None:
+def test_every_figure_is_measured(tmp_path: Path, ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", ray_address)
+    monkeypatch.setattr(commands, "run_command", run_here)
     bench = ExtractBench(
         command=[sys.executable, "-m", "saltern"],
-        shards=[str(write_shards(tmp_path, 2, 16))],
-        model="saltern.pipeline.bench.workload:Net",
-        method="saltern.pipeline.bench.workload:Noop",
-        batch_size=4,
+        shards=[str(write_shard(tmp_path / "in" / "a-0.tar", 8))],
+        **NOOP,
+        batch_size=2,
         rounds=1,
-        seconds=0.05,
-        stored_images=8,
+        batches=14,
+        large_shards=7,
         few_shards=1,
         many_shards=2,
         done_shards=20,
         loop_shards=20,
     )
-    figures = measure(bench, lambda: ray_address)  # connected already
-    machine = describe_machine()
-    made = json.loads(as_json(figures, {"rounds": 1}, machine))
+    report = Report(tmp_path / "out" / "extract", {"rounds": 1}, "toys")
+    table = report.write(report.follow("figures", measure(bench), figures_table))
+    made = json.loads((tmp_path / "out" / "extract.json").read_text())
     assert set(made) == {"machine", "settings", "figures"}
     assert {"cpu", "cores", "gpu", "load_average", "versions", "date"} <= set(made["machine"])
     for row in made["figures"]:
@@ -77,15 +125,15 @@ def test_every_figure_is_measured(tmp_path: Path, ray_address: str) -> None:
     names = " ".join(row["name"] for row in made["figures"])
     for part in ("method alone", "decoding alone", "stored", "memory", "resume", "driver loop", "--help", "2 actors"):
         assert part in names
-    assert as_markdown(figures, machine).count("\n| ") == 2 + len(figures)  # heads and the line below them
+    assert (tmp_path / "out" / "extract.md").read_text() == table
+    assert table.count("\n| ") == 2 + len(made["figures"])  # heads and the line below them
 
 
 def test_without_ray_its_figures_are_skipped(tmp_path: Path) -> None:
-    def absent() -> None:
-        raise ImportError("No module named 'ray'")
-
-    supply = Supply.of([str(write_shards(tmp_path, 1, 1))])
-    found = engines(ExtractBench(command=[]), supply, absent)
+    command = [sys.executable, "-c", "import sys; sys.exit(\"No module named 'ray'\")"]
+    found = engines(ExtractBench(command), tmp_path, tmp_path)
     assert [figure.verdict() for figure in found] == ["skipped", "skipped"]
-    assert json.loads(as_json(found, {}, {}))["figures"][0]["value"] is None
+    report = Report(tmp_path / "extract", {}, "", parts={"figures": found})
+    report.write(figures_table(found))
+    assert json.loads((tmp_path / "extract.json").read_text())["figures"][0]["value"] is None
     assert "No module named 'ray'" in found[0].note

@@ -11,9 +11,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 from saltern.jobs.main import app
-from saltern.pipeline.bench import figures, workers
+from saltern.pipeline.bench import commands, figures
 from saltern.pipeline.bench.casm import CasmBench, Kind, Sides, as_table, measure, mix
-from saltern.pipeline.bench.workers import TrainingBench, training_gain, training_line
+from saltern.pipeline.bench.commands import TrainingBench, training_gain, training_line
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS
 from saltern.schemas.errors import UserError
 
@@ -166,7 +166,7 @@ def trainer(tmp_path: Path) -> list[str]:
 
 
 def test_scaling_leaves_out_the_first_reading(trainer: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "cores", lambda: 2)
+    monkeypatch.setattr(commands, "cores", lambda: 2)
     bench = TrainingBench(trainer, rounds=2, images=4)
     entry = training_gain(bench)
     assert [len(found) for found in entry["rounds"].values()] == [4, 4]
@@ -183,6 +183,6 @@ def test_scaling_says_why_it_is_left_out(trainer: list[str], monkeypatch: pytest
     assert "skipped, 10000 workers" in training_line(entry, many)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert training_gain(TrainingBench(trainer, device="cuda"))["skipped"] == "2 workers, and 1 GPU"
-    monkeypatch.setattr(workers, "cores", lambda: 2)
+    monkeypatch.setattr(commands, "cores", lambda: 2)
     broken = TrainingBench(trainer, model="broken", images=4)
     assert "it cannot be trained" in training_gain(broken)["skipped"]
