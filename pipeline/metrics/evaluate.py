@@ -39,13 +39,21 @@ class Mean:
         if value is not None:
             self.count, self.total, self.squares = self.count + 1, self.total + value, self.squares + value * value
 
+    @property
+    def value(self) -> float:
+        """The mean; NaN without values."""
+        return self.total / self.count if self.count else math.nan
+
+    @property
+    def variance(self) -> float:
+        """The mean squared deviation from the mean; NaN without values."""
+        return max(self.squares / self.count - self.value * self.value, 0.0) if self.count else math.nan
+
     def percent(self) -> dict[str, float] | None:
         """Return the mean and half its 95 % interval (normal approximation), percent; None without values."""
         if not self.count:
             return None
-        mean = self.total / self.count
-        spread = max(self.squares / self.count - mean * mean, 0.0)
-        return {"value": 100 * mean, "plus_minus": 100 * _Z * math.sqrt(spread / self.count)}
+        return {"value": 100 * self.value, "plus_minus": 100 * _Z * math.sqrt(self.variance / self.count)}
 
 
 @dataclass

@@ -23,6 +23,7 @@ from saltern.pipeline.machine import available_memory, exact, see_own_modules
 from saltern.pipeline.masknet.checkpoint import Checkpoints
 from saltern.pipeline.masknet.head import restrict
 from saltern.pipeline.models import classifiers
+from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import ShardError, UserError
 
 _GB = 1e9
@@ -93,20 +94,14 @@ class _Loop:
 
     def _validated(self) -> Validation:
         config, ranks = self._plan.config, self._ranks
+        mean, std = tuple(config["mean"]), tuple(config["std"])
+        preprocess = Preprocess(config["resize"], config["side"], False, config["interpolation"], mean, std)
         validation = Validation(
-            self._plan.val,
-            self._plan.root,
-            **{key: config[key] for key in ("side", "resize", "interpolation", "mean", "std")},
-            class_numbers=config["classes"],
-            batch_size=max(1, config["batch_size"] // ranks.world),
-            threads=self._plan.threads,
-            rank=ranks.rank,
-            world=ranks.world,
-            average=ranks.average,
-            say=self._say,
-        )
-        if ranks.rank == 0:
-            validation.cut(self._start)
+            self._plan.val, self._plan.root, preprocess, config["classes"] or range(config["model_classes"]),
+            max(1, config["batch_size"] // ranks.world), self._plan.threads,
+            ranks.rank, ranks.world, ranks.average, self._say,
+        )  # fmt: skip
+        validation.cut(self._start)
         return validation
 
     def _validate_and_save(self, step: int, journal: "Journal | _Silent") -> None:

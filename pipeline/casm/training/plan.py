@@ -1,6 +1,6 @@
 """Turn a request into a plan: fill in the defaults, and find every error before the training starts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from saltern.schemas.errors import UserError
 from saltern.schemas.run import Shard
 
 SHARE = 5  # an epoch is a fifth of the data, as published
+_WIDE = 150  # characters of a value in an error
 _FREE = ("workers", "torch_threads")  # may differ in a resumed training; only the last bits of its results then do
 
 
@@ -147,18 +148,21 @@ def _resumed_config(
         UserError: the two differ in more than `_FREE`.
     """
     old, new = ({**held, **held["settings"], "settings": None} for held in (existing.config, config))
-    differing = [
-        f"{key}: {old.get(key)!r} there, {new.get(key)!r} requested"
-        for key in {**old, **new}
-        if old.get(key) != new.get(key) and key not in _FREE
-    ]
-    if differing:
-        shown = [text if len(text) <= 300 else f"{text[:300]}..." for text in differing]
+    if differing := differences(old, new):
         raise UserError(
-            f"{root} holds a training under another config: {'; '.join(shown)}. Resume with the old options, or give "
-            "another --out"
+            f"{root} holds a training under another config: {differing}. Resume with the old options, or give another "
+            "--out"
         )
     if old["workers"] != new["workers"]:
         say(f"{old['workers']} workers before, {new['workers']} now: results differ in the last bits from here on")
         return config
     return {**config, "torch_threads": old["torch_threads"]}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Name the keys, except `_FREE`, whose values differ between two configs; "" if none does."""
+    return "; ".join(
+        f"{key}: {repr(old.get(key))[:_WIDE]} there, {repr(new.get(key))[:_WIDE]} requested"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key) and key not in _FREE
+    )

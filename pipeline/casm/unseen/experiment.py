@@ -1,7 +1,7 @@
-"""How well masks find objects of classes that no classifier was trained on here (Zolna 2020, section 5.4).
+"""Measure how well masks find objects of classes that no classifier was trained on (Zolna 2020, section 5.4).
 
 The classes are split into A to F. CASM is trained on F, E+F, D-F, C-F and B-F, and each training's masks are judged
-on every subset by LE, the localization error. A is never seen.
+on every subset by LE, the localization error. No training includes A.
 """
 
 import contextlib
@@ -14,31 +14,23 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from saltern.pipeline.casm.data.index import make_index
+from saltern.pipeline.casm.training.plan import differences, make_plan
 from saltern.pipeline.casm.training.train import TrainRequest, print_to_stderr, train
 from saltern.pipeline.casm.unseen.split import SUBSETS, Split, check_val, make_split
-from saltern.pipeline.engine.conduct import RunOptions, conduct
-from saltern.pipeline.extract.extraction import extraction
-from saltern.pipeline.extract.request import ExtractRequest
-from saltern.pipeline.machine import pick_device, see_own_modules
+from saltern.pipeline.extract.extraction import extract
+from saltern.pipeline.machine import pick_device
 from saltern.pipeline.masknet.checkpoint import Checkpoints
-from saltern.pipeline.masknet.head import restrict
-from saltern.pipeline.metrics.evaluate import Evaluation, Mean, evaluate
-from saltern.pipeline.metrics.judge import CENTRE, FOUND, WHOLE
-from saltern.pipeline.models import classifiers
+from saltern.pipeline.metrics.evaluate import Mean, evaluate
+from saltern.pipeline.metrics.judge import CENTRE, FOUND, SUBJECTS, WHOLE
 from saltern.pipeline.naming import brief
-from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.storage.files import write
+from saltern.pipeline.tables import markdown_table
 from saltern.schemas.errors import UserError
 
 TRAININGS = {"F": "F", "EF": "E+F", "DEF": "D-F", "CDEF": "C-F", "BCDEF": "B-F"}  # subsets -> name in print
 SEEN, UNSEEN = "seen", "unseen"
 _BASELINES = {CENTRE: "centre box of half the area", WHOLE: "whole image"}
-# Of a request: what stands in split.json by another name, and what changes no result.
-_ELSEWHERE = {"shards", "out", "hyperparameters", "weights", "classes", "val", "device"} | {
-    *("checkpoint_every", "decode_threads", "workers", "gpus_per_worker", "address", "resume")
-}
-_WIDE = 100  # characters of a value in an error
+_KEPT = ("epochs", "steps_per_epoch", "batch_size", "side", "min_crop")  # of a request, in split.json
 
 Say = Callable[[str], None]
 Means = dict[str, Mean]  # of LE, by subset, and over seen and unseen classes
@@ -46,16 +38,16 @@ Means = dict[str, Mean]  # of LE, by subset, and over seen and unseen classes
 
 @dataclass
 class Unseen:
-    """What the experiment found."""
+    """The results of the experiment."""
 
     split: Split
     seed: int
     trained: dict[str, Means] = field(default_factory=dict)  # by the subsets trained on: keys of TRAININGS
     steps: dict[str, int] = field(default_factory=dict)  # of each training
-    baselines: dict[str, Means] = field(default_factory=dict)  # of judge.CENTRE and judge.WHOLE; nothing is seen
+    baselines: dict[str, Means] = field(default_factory=dict)  # of judge.CENTRE and judge.WHOLE
 
     def summary(self) -> dict[str, Any]:
-        """All of it as JSON; LE in percent."""
+        """Return everything as JSON; LE in percent."""
         return {
             "metric": "LE %: no IoU of more than 0.5 with a true box; plus_minus is half the 95 % interval",
             "seed": self.seed,
@@ -65,7 +57,10 @@ class Unseen:
                     "subsets": list(subsets),
                     "classes": sum(len(self.split[name]) for name in subsets),
                     "steps": self.steps[subsets],
-                    "le": {name: _numbers(mean) | _seen(name, subsets) for name, mean in means.items()},
+                    "le": {
+                        name: _numbers(mean) | ({"seen": name in subsets} if name in SUBSETS else {})
+                        for name, mean in means.items()
+                    },
                 }
                 for subsets, means in self.trained.items()
             ],
@@ -76,199 +71,141 @@ class Unseen:
         }
 
     def table(self) -> str:
-        """Markdown: what was trained on, downwards; subsets across, those that were seen marked with a star."""
-        columns = [*SUBSETS, SEEN, UNSEEN]
-        lines = [["LE %, trained on", *columns]]
-        for subsets, means in self.trained.items():
-            lines.append([TRAININGS[subsets], *(_cell(means[name], name in subsets) for name in columns)])
+        """Return a Markdown table: a row for each training, a column for each subset; a star marks subsets seen."""
+        names = [*SUBSETS, SEEN, UNSEEN]
+        rows = [
+            [TRAININGS[subsets], *(_cell(means[name], name in subsets) for name in names)]
+            for subsets, means in self.trained.items()
+        ]
         for subject, means in self.baselines.items():
-            lines.append([_BASELINES[subject], *(_cell(means[name]) if name in means else "" for name in columns)])
-        samples = next(iter(self.baselines.values()))
-        lines.append(["classes", *(f"{len(self.split[name]):,}" for name in SUBSETS), "", ""])
-        lines.append(["samples", *(f"{samples[name].count:,}" for name in SUBSETS), "", ""])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        rows = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
-        rows.insert(1, ["-" * width for width in widths])
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+            rows.append([_BASELINES[subject], *(_cell(means[name]) for name in SUBSETS), "", ""])
+        counts = {
+            "classes": [len(self.split[name]) for name in SUBSETS],
+            "samples": [self.baselines[WHOLE][name].count for name in SUBSETS],
+        }
+        rows += [[name, *(f"{number:,}" for number in numbers), "", ""] for name, numbers in counts.items()]
+        return markdown_table(["LE %, trained on", *names], rows)
 
     def remarks(self) -> str:
-        """What the table is over, in one line."""
-        samples = sum(mean.count for mean in next(iter(self.baselines.values())).values())
+        """Return one line about the samples of the table."""
+        samples = sum(mean.count for mean in self.baselines[WHOLE].values())
         return f"{samples:,} samples with boxes; * trained on; ± half the 95 % interval; seed {self.seed}"
 
 
 def unseen_classes(request: TrainRequest, val: Sequence[str], say: Say = print_to_stderr) -> Unseen:
-    """Do the experiment, or go on with it: a training that is finished, and shards that were extracted, stay.
+    """Do the experiment, or resume it; finished trainings and extracted shards are kept.
 
-    Leaves in `request.out`: split.json, train-F to train-BCDEF, run-F to run-BCDEF, unseen.json, unseen.md.
+    Writes in `request.out`: split.json, train-F to train-BCDEF, run-F to run-BCDEF, unseen.json, unseen.md.
 
     Args:
-        request: of each of the trainings; its `classes` are those that are split (None: all in its shards), its `out`
-            is the folder of the experiment, and what it says of resuming does not count.
+        request: of each training. Its `classes` are split (None: all in its shards), its `out` is the folder of the
+            experiment, and its `resume` is ignored.
         val: shards with boxes, as patterns.
 
     Raises:
-        UserError: anything that was asked for cannot be had, or the folder holds another experiment: before any work.
-        KeyboardInterrupt: what stands is kept.
+        UserError: the request cannot be met, or the folder holds another experiment, both found before any work; or a
+            part of the experiment failed.
+        KeyboardInterrupt: finished parts are kept.
     """
     root = Path(request.out).absolute()
-    split = _planned(request, val, root, say)
-    found = Unseen(split, request.hyperparameters.seed)
+    split = _split(request, val, root, say)
+    result = Unseen(split, request.hyperparameters.seed)
     for number, (subsets, name) in enumerate(TRAININGS.items(), 1):
         classes = sorted(label for subset in subsets for label in split[subset])
         say(f"{number} of {len(TRAININGS)}: trained on {name}, {len(classes)} classes")
-        folder, run = root / f"train-{subsets}", root / f"run-{subsets}"
-        found.steps[subsets] = _trained(replace(request, out=str(folder), classes=classes), say)
-        _extracted(request, val, folder, run)
-        means = _judged(run, val, split)
-        found.trained[subsets] = means[FOUND] | _sums(means[FOUND], subsets)
-        found.baselines = {subject: means[subject] for subject in _BASELINES}
-    _write(root / "unseen.json", json.dumps(found.summary(), indent=1) + "\n")
-    _write(root / "unseen.md", f"{found.table()}\n\n{found.remarks()}\n")
-    return found
+        training, run = root / f"train-{subsets}", root / f"run-{subsets}"
+        result.steps[subsets] = _train(replace(request, out=str(training), classes=classes), say)
+        _extract(request, val, training, run)
+        means = _judge(run, val, split, subsets)
+        result.trained[subsets] = means.pop(FOUND)
+        result.baselines = means
+    _write(root / "unseen.json", json.dumps(result.summary(), indent=1) + "\n")
+    _write(root / "unseen.md", f"{result.table()}\n\n{result.remarks()}\n")
+    return result
 
 
-# --- before any work
-
-
-def _planned(request: TrainRequest, val: Sequence[str], root: Path, say: Say) -> Split:
-    """The split, kept in the folder; all that can be wrong is found here, or by the first training's own checks."""
+def _split(request: TrainRequest, val: Sequence[str], root: Path, say: Say) -> Split:
+    """Check everything that the experiment needs, and return its split, which split.json keeps."""
     device = pick_device(request.device)
-    see_own_modules()
-    shards, hints = expand(request.shards)
-    judged, more_hints = expand(val)
-    for hint in (*hints, *more_hints):
-        say(hint)
-    classifier = classifiers.load(request.model, request.weights, seed=request.hyperparameters.seed)
-    if request.classes is not None:
-        restrict(classifier.model, request.classes)
-    index = make_index(shards, classifier.classes, request.classes)
-    classes = request.classes or sorted({int(label) for label in index.label_N})
-    split = make_split(classes, request.hyperparameters.seed)
-    plan = {
+    plan = make_plan(replace(request, val=val), device, None, say)
+    split = make_split(request.classes or sorted(set(plan.index.label_N.tolist())), request.hyperparameters.seed)
+    config = {
         "model": request.model,
-        "weights_digest": classifier.digest,
-        "shards": [[shard.name, shard.size] for shard in shards],
-        "val": [[shard.name, shard.size] for shard in judged],
-        **{name: value for name, value in vars(request).items() if name not in _ELSEWHERE},
+        **{key: plan.config[key] for key in ("weights_digest", "shards")},
+        "val": [[shard.name, shard.size] for shard in plan.val],
+        **{key: getattr(request, key) for key in _KEPT},
         "device": device,
         **asdict(request.hyperparameters),
         "thinning": request.hyperparameters.thinning.name,
         "subsets": split,
     }
-    if not _stands(root, plan):  # or they were found good before
-        check_val(judged, split, classifier.classes, say)
-        _write(root / "split.json", json.dumps(plan, indent=1) + "\n")
+    if any(root.glob("train-*")):
+        _check_same(root, config)
+    else:
+        check_val(plan.val, split, plan.config["model_classes"], say)
+        _write(root / "split.json", json.dumps(config, indent=1) + "\n")
     return split
 
 
-def _stands(root: Path, plan: Mapping[str, Any]) -> bool:
-    """Whether the folder holds this experiment. Raises UserError where it holds another."""
-    if not any(root.glob("train-*")):
-        return False  # nothing was trained yet: a split binds no one
+def _check_same(root: Path, config: Mapping[str, Any]) -> None:
+    """Raise UserError if the folder holds another experiment."""
     path = root / "split.json"
     try:
-        there = json.loads(path.read_text())
+        existing = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({brief(error)}); restore it, or give another --out") from error
-    for key in {**plan, **there}:
-        if there.get(key) != plan.get(key):
-            old, new = (str(held.get(key))[:_WIDE] for held in (there, plan))
-            raise UserError(
-                f"{root} holds another experiment: {key}: {old} there, {new} asked for; ask for the same, or give "
-                "another --out"
-            )
-    return True
-
-
-# --- the parts of one row
-
-
-def _trained(request: TrainRequest, say: Say) -> int:
-    """Train, or go on, unless it is finished; returns the steps."""
-    standing = Checkpoints(Path(request.out)).newest(say)
-    if standing is None or standing.step < standing.config["steps"]:
-        train(replace(request, resume=standing is not None), say)
-        standing = Checkpoints(Path(request.out)).newest(say)
-        assert standing is not None, "a training leaves a checkpoint"  # noqa: S101
-    return standing.step
-
-
-def _extracted(request: TrainRequest, val: Sequence[str], folder: Path, run: Path) -> None:
-    """The masks for all of `val`, as `saltern extract --method casm` makes them."""
-    wanted = ExtractRequest(
-        shards=val,
-        model=request.model,
-        method="casm",
-        weights=request.weights,
-        options={"checkpoint": str(folder)},
-        # With a side of its own, the network sees all of a square image: no box is cropped away.
-        resize=request.side,
-        crop=request.side,
-        precision=request.hyperparameters.precision,
-        seed=request.hyperparameters.seed,
-    )
-    with contextlib.redirect_stdout(sys.stderr):  # what it reports is no result of this job
-        ended = conduct(
-            extraction(wanted),
-            RunOptions(
-                out=str(run),
-                address=request.address,
-                workers=request.workers if request.workers > 1 else None,
-                gpus_per_worker=request.gpus_per_worker,
-                device=request.device,
-            ),
+    if differing := differences(existing, config):
+        raise UserError(
+            f"{root} holds another experiment: {differing}; repeat the options of that one, or give another --out"
         )
-    if ended.code == 130:
-        raise KeyboardInterrupt
-    if ended.code:
-        raise UserError(f"{run} is not whole, as said above; mend what failed, and the same command goes on from here")
 
 
-def _judged(run: Path, val: Sequence[str], split: Split) -> dict[str, Means]:
-    """LE by subject of judge.SUBJECTS and subset. Samples of other classes are left out."""
-    found = evaluate(str(run), val, ["le"])
-    for name, reason in found.unread.items():
+def _train(request: TrainRequest, say: Say) -> int:
+    """Train, or resume, unless the training is finished, and return its steps."""
+    newest = Checkpoints(Path(request.out)).newest(say)
+    if newest is not None and newest.step == newest.config["steps"]:
+        return newest.step
+    return int(train(replace(request, resume=newest is not None), say).name)
+
+
+def _extract(request: TrainRequest, val: Sequence[str], training: Path, run: Path) -> None:
+    """Extract the masks for all of `val`, as `saltern extract --method casm` does."""
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the results of the experiment
+        result = extract(
+            val, run, model=request.model, weights=request.weights, method="casm",
+            options={"checkpoint": str(training)},
+            resize=request.side, crop=request.side,  # all of a square image, so that no box is cropped away
+            precision=request.hyperparameters.precision, seed=request.hyperparameters.seed,
+            address=request.address, workers=request.workers if request.workers > 1 else None,
+            gpus_per_worker=request.gpus_per_worker, device=request.device,
+        )  # fmt: skip
+    if result.code:
+        raise UserError(f"{run} is incomplete, for the reasons above; repair them, and repeat the command to resume")
+
+
+def _judge(run: Path, val: Sequence[str], split: Split, subsets: str) -> dict[str, Means]:
+    """Return LE by subject of judge.SUBJECTS and subset, of the samples whose class is in the split."""
+    evaluation = evaluate(str(run), val, ["le"])
+    for name, reason in evaluation.unread.items():
         raise UserError(f"{run}: the shard {name} cannot be judged: {reason}")
     subset_of = {label: name for name, classes in split.items() for label in classes}
-    labels = _labels(found)
-    means = {subject: {name: Mean() for name in SUBSETS} for subject in (FOUND, *_BASELINES)}
-    for shard in found.run.shards:
-        path = found.run.store.full(f"metrics/localization/{shard.name}.parquet")
+    rows = evaluation.run.columns("shard", "index", "label").to_pylist()
+    subset_at = {(row["shard"], row["index"]): subset_of.get(row["label"]) for row in rows}
+    means = {subject: {name: Mean() for name in SUBSETS} for subject in SUBJECTS}
+    means[FOUND] |= {SEEN: Mean(), UNSEEN: Mean()}
+    for shard in evaluation.run.shards:
+        path = evaluation.run.store.full(f"metrics/localization/{shard.name}.parquet")
         for row in pq.read_table(path).to_pylist():
-            subset = subset_of.get(labels[row["shard"], row["index"]])
-            for subject, by_subset in means.items():
-                if subset is not None:
-                    by_subset[subset].add(row[f"{subject}_le"])
+            subset = subset_at[row["shard"], row["index"]]
+            if subset is not None:
+                for subject in SUBJECTS:
+                    means[subject][subset].add(row[f"{subject}_le"])
+                means[FOUND][SEEN if subset in subsets else UNSEEN].add(row[f"{FOUND}_le"])
     return means
-
-
-def _labels(found: Evaluation) -> dict[tuple[str, int], int]:
-    """Class by shard and place of the sample."""
-    columns = found.run.columns("shard", "index", "label").to_pydict()
-    return dict(zip(zip(columns["shard"], columns["index"], strict=True), columns["label"], strict=True))
-
-
-def _sums(means: Means, subsets: str) -> Means:
-    """Over all samples of classes that were seen, and of those that were not."""
-    sums = {SEEN: Mean(), UNSEEN: Mean()}
-    for name, mean in means.items():
-        into = sums[SEEN if name in subsets else UNSEEN]
-        into.count += mean.count
-        into.total += mean.total
-        into.squares += mean.squares
-    return sums
-
-
-# --- as text
 
 
 def _numbers(mean: Mean) -> dict[str, Any]:
     return {**(mean.percent() or {}), "samples": mean.count}
-
-
-def _seen(name: str, subsets: str) -> dict[str, bool]:
-    return {"seen": name in subsets} if name in SUBSETS else {}
 
 
 def _cell(mean: Mean, seen: bool = False) -> str:

@@ -1,8 +1,7 @@
-"""How good the masks are while a training goes on: LE, F1 and top-1 on validation shards, and a page of sample masks.
+"""Measure a training while it runs: LE, F1 and top-1 on validation shards, and a page of sample masks.
 
-Rows are made as `extract` makes them and judged as `evaluate` judges them, so that both say the same of a checkpoint.
-
-Shape suffixes: B batch, C H W the network's input, K classes, h w the decoder's grid.
+Rows are made as `extract` makes them and judged as `evaluate` judges them, so all three give a checkpoint the same
+numbers.
 """
 
 import contextlib
@@ -10,272 +9,175 @@ import json
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from saltern.pipeline.casm.algorithm.step import Average, Training
 from saltern.pipeline.casm.watch import curves
+from saltern.pipeline.casm.watch.live import LiveRows
 from saltern.pipeline.casm.watch.mask_page import Chosen, mask_page
-from saltern.pipeline.extract.explain import Explainer
-from saltern.pipeline.extract.extraction import REASONS, Storage
-from saltern.pipeline.extract.task import Item, assemble
-from saltern.pipeline.methods import Method
+from saltern.pipeline.extract.task import Item
+from saltern.pipeline.metrics.evaluate import Mean
 from saltern.pipeline.metrics.judge import AS_IS, Judged
-from saltern.pipeline.runs.reader import Layout, Row
+from saltern.pipeline.runs.reader import Row
 from saltern.pipeline.shards.annotations import read_annotation
-from saltern.pipeline.shards.decode import Decoded, decode
+from saltern.pipeline.shards.decode import decode
 from saltern.pipeline.shards.prefetch import prefetch
 from saltern.pipeline.shards.samples import Sample, list_keys, read_samples
 from saltern.pipeline.storage.files import write
 from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import ShardError, UserError
-from saltern.schemas.rules import Rule, Target
 from saltern.schemas.run import Shard
 
 LINES = "validation.jsonl"
 AHEAD = 2  # batches decoded before they are needed
+_MEASURED = ("le", "f1", "top1", "mask", "damaged")  # a mean of each, in [0, 1]
 
 
+@dataclass(frozen=True, eq=False)
 class Validation:
-    """What `validation(training)` measures, at any step.
-
-    Args:
-        shards: tars with `jpg`, `cls` and `json` with boxes; every rank reads them all, and decodes its share.
-        root: of the training; takes validation.jsonl, masks/<step>.html and curves.png, of rank 0.
-        side: of the network's input, pixels.
-        resize: shorter side before the centre crop, pixels; None: `side`, so that nothing is cut of its length.
-        interpolation, mean, std: as in training.
-        class_numbers: the model's numbers of the classes in play, in the order of the logits; None: all.
-        batch_size: images of this rank at a time.
-        threads: that decode.
-        rank, world: sample i is of rank i % world.
-        average: replaces tensors by their means over the ranks, in place.
-        say: takes a line for the user; of rank 0.
+    """Measures a training on validation shards, at any step.
 
     Raises:
-        UserError: a shard that is broken or gone, or no sample with a box in any of them.
+        UserError: a shard is broken or gone, or none of the samples has boxes.
     """
 
-    def __init__(
-        self,
-        shards: Sequence[Shard],
-        root: Path,
-        *,
-        side: int,
-        interpolation: str,
-        mean: Sequence[float],
-        std: Sequence[float],
-        class_numbers: Sequence[int] | None,
-        batch_size: int,
-        threads: int,
-        resize: int | None = None,
-        rank: int = 0,
-        world: int = 1,
-        average: Average = lambda tensors: None,
-        say: Callable[[str], None] = lambda text: None,
-    ) -> None:
-        self._shards, self._root, self._class_numbers = shards, root, class_numbers
-        self._threads, self._rank, self._world, self._average, self._say = threads, rank, world, average, say
-        self._layout = Layout("uint8", (side, side))  # as extract stores the maps of a mask network
-        self._batch_size = batch_size
-        self._preprocess = Preprocess(resize or side, side, False, interpolation, tuple(mean), tuple(std))
-        _check(shards)
+    shards: Sequence[Shard]  # tars with `jpg`, `cls`, and `json` with boxes; every rank reads all of them
+    root: Path  # of the training; rank 0 writes validation.jsonl, masks/<step>.html and curves.png there
+    preprocess: Preprocess  # interpolation, mean and std as in training
+    class_numbers: Sequence[int]  # the model's numbers of the classes in play, in the order of the logits
+    batch_size: int  # images of this rank
+    threads: int  # that decode
+    rank: int = 0  # decodes and measures sample i if i % world == rank
+    world: int = 1
+    average: Average = lambda tensors: None  # replaces tensors by their means over the ranks, in place
+    say: Callable[[str], None] = lambda text: None  # takes a line for the user; rank 0 calls it
+
+    def __post_init__(self) -> None:
+        _check(self.shards)
 
     def __call__(self, training: Training) -> dict[str, float]:
-        """Measure the training as it stands; all ranks at once. It goes on as if it had not been called.
+        """Measure the training at its present step, on all ranks at once. Its next steps do not depend on this.
 
-        A sample that cannot be decoded is a miss for LE, F1 and top-1. One without boxes (or with bad ones) counts for
-        top-1 and the masks' areas alone, and one whose class is not in play for all but top-1.
+        A sample that cannot be decoded is a miss for LE, F1 and top-1. A sample without boxes, or with bad ones, counts
+        only for top-1 and the masks' areas. A sample of a class that is not in play does not count for top-1.
 
         Returns:
             The same on every rank: step; le, f1, top1 in percent; mask_mean, mask_std of the masks' areas, in [0, 1];
-            samples, with_boxes, in_play, damaged, which are numbers of samples. NaN for a mean of none.
+            samples, with_boxes, in_play, damaged, which are numbers of samples. NaN for a mean of no samples.
 
         Raises:
-            ShardError: a shard that broke since the training began.
-            OSError: one that cannot be read now, or a root that takes no files.
+            ShardError: a shard broke after the training began.
+            OSError: a shard cannot be read now, or the root accepts no files.
         """
-        network = _Network(self._preprocess, self._layout, training, self._class_numbers)
-        sums, chosen = _Sums(), Chosen()
+        live, chosen = LiveRows(training, self.preprocess, self.class_numbers), Chosen()
+        means, in_play = {name: Mean() for name in _MEASURED}, frozenset(self.class_numbers)
         with (
-            ThreadPoolExecutor(self._threads, "saltern-decode") as pool,
+            self._decoders() as pool,
             contextlib.closing(prefetch(lambda: self._batches(pool, chosen), AHEAD)) as batches,
         ):
             for shard, items in batches:
-                sums.add(items, network.rows(shard, items), network.in_play)
-        line = sums.line(training.steps_done, self._average, self._world, training.device)
-        if self._rank == 0:
-            self._write(line, network, chosen)
+                _add(means, items, live(shard, items), in_play)
+        # All ranks exchange their sums here.
+        sums = torch.tensor([astuple(mean) for mean in means.values()], dtype=torch.float64, device=training.device)
+        self.average([sums])
+        means = {name: Mean(*row) for name, row in zip(means, sums.tolist(), strict=True)}
+        line = _line(training.steps_done, means, self.world)
+        if self.rank == 0:
+            self._write(line, live, chosen)
         return line
 
     def cut(self, start: int) -> None:
-        """Remove what was written of steps later than `start`, from which the training goes on."""
-        if self._rank:
+        """Remove the lines and pages of steps after `start`, at which the training resumes; only on rank 0."""
+        if self.rank:
             return
-        lines = [line for line in curves.read(self._root / LINES) if line["step"] <= start]
-        if (self._root / LINES).exists():
-            write(self._root / LINES, "".join(map(_json, lines)).encode())
-        for page in (self._root / "masks").glob("*.html"):
+        if (self.root / LINES).exists():
+            self._write_lines([line for line in curves.read(self.root / LINES) if line["step"] <= start])
+        for page in (self.root / "masks").glob("*.html"):
             if page.stem.isdecimal() and int(page.stem) > start:
                 page.unlink()
 
+    def _decoders(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.threads, "saltern-decode")
+
     def _batches(self, pool: ThreadPoolExecutor, chosen: Chosen) -> Iterator[tuple[Shard, list[Item]]]:
-        """This rank's samples, none of two shards together; their decoding is under way."""
+        """Yield batches of this rank's samples, each of one shard, while their images are decoded."""
         numbers = count()
-        for shard in self._shards:
+        for shard in self.shards:
             own = self._own(shard, numbers, chosen)
-            while batch := list(islice(own, self._batch_size)):
+            while batch := list(islice(own, self.batch_size)):
                 yield shard, [self._item(pool, sample) for sample in batch]
 
     def _own(self, shard: Shard, numbers: Iterator[int], chosen: Chosen) -> Generator[Sample, None, None]:
         for sample in read_samples(shard):
-            if self._rank == 0:
+            if self.rank == 0:
                 chosen.offer(shard, sample)
-            if next(numbers) % self._world == self._rank:
+            if next(numbers) % self.world == self.rank:
                 yield sample
 
     def _item(self, pool: ThreadPoolExecutor, sample: Sample) -> Item:
         if sample.problem is not None or sample.image is None:
             return Item(sample, problem=sample.problem)
-        return Item(sample, pool.submit(self._decode, sample.image))
+        return Item(sample, pool.submit(lambda data: (decode(data, self.preprocess), 0.0), sample.image))
 
-    def _decode(self, data: bytes) -> tuple[Decoded, float]:
-        return decode(data, self._preprocess), 0.0
-
-    def _write(self, line: dict[str, float], network: "_Network", chosen: Chosen) -> None:
+    def _write(self, line: dict[str, float], live: LiveRows, chosen: Chosen) -> None:
         step = int(line["step"])
-        before = [old for old in curves.read(self._root / LINES) if old["step"] < step]
-        write(self._root / LINES, "".join(map(_json, [*before, line])).encode())
-        with ThreadPoolExecutor(self._threads, "saltern-decode") as pool:
+        self._write_lines([*(old for old in curves.read(self.root / LINES) if old["step"] < step), line])
+        with self._decoders() as pool:
             items = [(shard, self._item(pool, sample)) for shard, sample in chosen.samples()]
-            shown = [(item.sample, network.rows(shard, [item])[0]) for shard, item in items]
-        page = mask_page(line, shown, chosen.names, self._preprocess.mean)
-        write(self._root / "masks" / f"{step}.html", page.encode())
-        curves.draw(self._root)
-        self._say(
+            shown = [(item.sample, live(shard, [item])[0]) for shard, item in items]
+        page = mask_page(line, shown, chosen.names, self.preprocess.mean)
+        write(self.root / "masks" / f"{step}.html", page.encode())
+        curves.draw(self.root)
+        damaged = f", {line['damaged']:,.0f} of them damaged" if line["damaged"] else ""
+        self.say(
             f"validation at step {step:,}: LE {line['le']:.2f} %, F1 {line['f1']:.2f} %, top-1 {line['top1']:.2f} %, "
-            f"mean mask {line['mask_mean']:.2f} over {line['samples']:,.0f} samples"
-            + f", {line['damaged']:,.0f} of them damaged"
-            * (line["damaged"] > 0)
+            f"mean mask {line['mask_mean']:.2f} over {line['samples']:,.0f} samples{damaged}"
         )
 
-
-class _Live(Method):
-    """The masks of a training that goes on, as any method gives its maps."""
-
-    needs_target = False
-
-    def __init__(self, training: Training) -> None:
-        super().__init__(training.classifier)
-        self._training = training
-
-    def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        logits_BK, mask_B1hw = self._training.predict(x_BCHW)
-        return mask_B1hw[:, 0], logits_BK, None
+    def _write_lines(self, lines: Sequence[dict[str, float]]) -> None:
+        # JSON has no NaN.
+        plain = [{key: None if math.isnan(value) else value for key, value in line.items()} for line in lines]
+        write(self.root / LINES, "".join(json.dumps(line) + "\n" for line in plain).encode())
 
 
-class _Network:
-    """The training's networks as they stand: samples in, rows out."""
-
-    def __init__(
-        self, preprocess: Preprocess, layout: Layout, training: Training, class_numbers: Sequence[int] | None
-    ) -> None:
-        method = _Live(training)
-        target, rule = Target.parse("label", 1), Rule.parse("mean:1")  # the defaults of extract
-        self._explain = Explainer(
-            method, training.device, preprocess, target=target, rule=rule, map_dtype=layout.map_dtype
-        )
-        self._layout = layout
-        grey_BHWC = torch.full((1, *layout.input_shape, 3), 127, dtype=torch.uint8)
-        found = self._explain(grey_BHWC, torch.zeros(1, dtype=torch.long)).wait()[0]
-        self._grid: tuple[int, int] = found.columns["map"].shape[1:]
-        self._numbers = np.array(range(method.last.logits_BK.shape[1]) if class_numbers is None else class_numbers)
-        self.in_play = frozenset(self._numbers.tolist())
-
-    def rows(self, shard: Shard, items: Sequence[Item]) -> list[Row]:
-        """A row for each sample, as `extract` would store it; its decoding is waited for."""
-        for item in items:
-            item.wait()
-        pixels = [item.decoded.pixels_HWC for item in items if item.decoded is not None]
-        found = None
-        if pixels:
-            found = self._explain(
-                torch.from_numpy(np.stack(pixels)), torch.zeros(len(pixels), dtype=torch.long)
-            ).wait()[0]
-            found.columns["predicted"] = self._numbers[found.columns["predicted"]]
-        storage = Storage(self._grid, True, self._layout.input_shape)
-        records = assemble(shard, items, found, storage.describe, REASONS)
-        return [self._read_back(Row.from_record(self._layout, record)) for record in records]
-
-    @staticmethod
-    def _read_back(row: Row) -> Row:
-        """Parquet keeps the geometry as float32."""
-        if row.geometry is None:
-            return row
-        return replace(row, geometry=np.asarray(row.geometry, np.float32).tolist())
+def _add(means: dict[str, Mean], items: Sequence[Item], rows: Sequence[Row], in_play: frozenset[int]) -> None:
+    """Judge the rows of a batch, and add the results to the means."""
+    judged = Judged(AS_IS)
+    for item, row in zip(items, rows, strict=True):
+        judged.add(item.sample, [row])
+        means["damaged"].add(item.decoded is None)
+        if row.label in in_play:
+            means["top1"].add(row.predicted == row.label)
+        if row.map_bytes is not None:
+            means["mask"].add(float(row.map().mean(dtype=np.float64)))
+    for scores in judged.rows:
+        means["le"].add(scores["found_le"])
+        means["f1"].add(scores["found_f1"])
 
 
-@dataclass
-class _Sums:
-    """Of one rank, or the means of these over all ranks: the ratio of two is the same."""
-
-    samples: float = 0
-    damaged: float = 0
-    with_boxes: float = 0
-    missed: float = 0
-    f1: float = 0
-    in_play: float = 0
-    right: float = 0
-    masks: float = 0
-    area: float = 0
-    square: float = 0
-
-    def add(self, items: Sequence[Item], rows: Sequence[Row], in_play: frozenset[int]) -> None:
-        judged = Judged(AS_IS)
-        for item, row in zip(items, rows, strict=True):
-            judged.add(item.sample, [row])
-            self.samples += 1
-            self.damaged += item.decoded is None
-            if row.label in in_play:
-                self.in_play += 1
-                self.right += row.predicted == row.label
-            if row.map_bytes is not None:
-                area = float(row.map().mean(dtype=np.float64))
-                self.masks, self.area, self.square = self.masks + 1, self.area + area, self.square + area * area
-        self.with_boxes += len(judged.rows)
-        self.missed += sum(row["found_le"] for row in judged.rows)
-        self.f1 += sum(row["found_f1"] for row in judged.rows)
-
-    def line(self, step: int, average: Average, world: int, device: torch.device) -> dict[str, float]:
-        """Over all ranks; they exchange once."""
-        sums = torch.tensor(astuple(self), dtype=torch.float64, device=device)
-        average([sums])
-        of = _Sums(*sums.tolist())
-        mean = _ratio(of.area, of.masks)
-        return {
-            "step": step,
-            "le": 100 * _ratio(of.missed, of.with_boxes),
-            "f1": 100 * _ratio(of.f1, of.with_boxes),
-            "top1": 100 * _ratio(of.right, of.in_play),
-            "mask_mean": mean,
-            "mask_std": math.sqrt(max(_ratio(of.square, of.masks) - mean * mean, 0.0)),
-            **{name: round(world * getattr(of, name)) for name in ("samples", "with_boxes", "in_play", "damaged")},
-        }
-
-
-def _ratio(total: float, number: float) -> float:
-    return total / number if number else math.nan
+def _line(step: int, means: dict[str, Mean], world: int) -> dict[str, float]:
+    """Return a line of validation.jsonl from the sums of all ranks, divided by their number."""
+    return {
+        "step": step,
+        **{name: 100 * means[name].value for name in ("le", "f1", "top1")},
+        "mask_mean": means["mask"].value,
+        "mask_std": math.sqrt(means["mask"].variance),
+        "samples": round(world * means["damaged"].count),
+        "with_boxes": round(world * means["le"].count),
+        "in_play": round(world * means["top1"].count),
+        "damaged": round(world * means["damaged"].total),
+    }
 
 
 def _check(shards: Sequence[Shard]) -> None:
     try:
         for shard in shards:
-            list_keys(shard)  # proves the tar whole
+            list_keys(shard)  # reads the tar to its end
         if not any(_has_boxes(sample) for shard in shards for sample in read_samples(shard)):
             raise UserError(
                 "--val: none of the samples has boxes to judge by; `saltern pack --boxes` packs ILSVRC annotations as "
@@ -292,8 +194,3 @@ def _has_boxes(sample: Sample) -> bool:
         return read_annotation(sample) is not None
     except ValueError:
         return False
-
-
-def _json(line: dict[str, float]) -> str:
-    """A line of validation.jsonl; JSON has no NaN."""
-    return json.dumps({key: None if math.isnan(value) else value for key, value in line.items()}) + "\n"

@@ -322,14 +322,14 @@ def test_another_experiment_in_the_folder_is_refused(data, undisturbed, tmp_path
     before = trees(undisturbed)
     wanted = request(data, undisturbed)
     for changed, match in (
-        ({"batch_size": 8}, "batch_size: 4 there, 8 asked for; ask for the same, or give another --out"),
-        ({"hyperparameters": dataclasses.replace(wanted.hyperparameters, seed=6)}, "seed: 5 there, 6 asked for"),
+        ({"batch_size": 8}, "batch_size: 4 there, 8 requested; repeat the options of that one, or give another --out"),
+        ({"hyperparameters": dataclasses.replace(wanted.hyperparameters, seed=6)}, "seed: 5 there, 6 requested"),
         (
             {"hyperparameters": dataclasses.replace(wanted.hyperparameters, thinning=THINNINGS["F"])},
-            "thinning: L there, F asked for",
+            "thinning: 'L' there, 'F' requested",
         ),
         ({"classes": range(9)}, "subsets: "),
-        ({"side": 32}, "side: 64 there, 32 asked for"),
+        ({"side": 32}, "side: 64 there, 32 requested"),
     ):
         refused(match, dataclasses.replace(wanted, **changed), data / "val")
     write_val(tmp_path / "val", drop=11)
@@ -372,9 +372,14 @@ def test_classes_are_checked(classes, match, data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_training_refuses_binds_no_folder(data, tmp_path):
-    """The split is written by then; the call that was meant is taken all the same."""
+def test_a_split_without_a_training_binds_no_folder(data, tmp_path):
+    """A refused request writes nothing, and a split that an interrupted command left is replaced."""
     refused("--epochs 0: it must be 1 or more", request(data, tmp_path / "out", epochs=0), data / "val")
+    assert not (tmp_path / "out").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "train", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(data, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["split.json"]
     run(data, tmp_path / "out", epochs=1, steps_per_epoch=1, classes=[7, 2, 4, 3, 1, 9])
     split = json.loads((tmp_path / "out/split.json").read_text())["subsets"]
@@ -386,7 +391,7 @@ def test_a_shard_that_cannot_be_extracted_ends_it_in_words(data, tmp_path, monke
         raise ShardError("broken since")
 
     monkeypatch.setattr(Processor, "process", broken)
-    with pytest.raises(UserError, match=r"run-F is not whole.*the same command goes on"):
+    with pytest.raises(UserError, match=r"run-F is incomplete.*repeat the command to resume"):
         run(data, tmp_path, epochs=1, steps_per_epoch=1)
     assert not (tmp_path / "train-EF").exists()
 
@@ -409,7 +414,7 @@ def test_the_command(data, tmp_path):
         (["--thinning", "L99"], "'L99' is not one of 'F', 'L'"),
         (["--lambda", "much"], "--lambda 'much' is not a number or auto"),
         (["--classes", "1,x"], "is not a list of numbers"),
-        (["--seed", "4"], "seed: 5 there, 4 asked for"),
+        (["--seed", "4"], "seed: 5 there, 4 requested"),
     ):
         ended = CliRunner().invoke(app, [*call, *wrong])
         assert match in f"{ended.exception} {ended.output}"

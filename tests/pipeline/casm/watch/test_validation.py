@@ -30,11 +30,11 @@ from saltern.pipeline.masknet.head import restrict
 from saltern.pipeline.metrics.evaluate import evaluate
 from saltern.pipeline.runs.reader import open_run
 from saltern.pipeline.shards.expand import expand
+from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
 
 SIDE = casm_toys.SIDE
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-HOW = {"side": SIDE, "interpolation": "bilinear", "mean": MEAN, "std": STD, "batch_size": 4, "threads": 2}
+HOW = {"class_numbers": range(6), "batch_size": 4, "threads": 2}
 SIZES = ((72, 100), (90, 64), (64, 64))
 
 
@@ -97,8 +97,8 @@ def step(training: Training, count: int) -> list[dict[str, float]]:
     return logs
 
 
-def validation(val: Path, root: Path, classes=None, **changed) -> Validation:
-    return Validation(expand([str(val)])[0], root, class_numbers=classes, **{**HOW, **changed})
+def validation(val: Path, root: Path, resize: int = SIDE, **changed) -> Validation:
+    return Validation(expand([str(val)])[0], root, Preprocess(resize, SIDE), **{**HOW, **changed})
 
 
 def lines(root: Path) -> list[dict[str, float]]:
@@ -131,7 +131,7 @@ def extracted(training: Training, classes, val: Path, folder: Path, resize: int)
 )
 def test_numbers_are_those_of_extract_and_evaluate(classes, resize, changed, tmp_path):
     training, val = made(classes, **changed), write_val(tmp_path / "val", **ODD)
-    found = validation(val, tmp_path / "casm", classes, resize=resize)(training)
+    found = validation(val, tmp_path / "casm", resize, class_numbers=classes or range(6))(training)
     run = extracted(training, classes, val, tmp_path / "kept", resize)
     summary = evaluate(run).summary()
     for name in ("le", "f1"):
@@ -311,7 +311,7 @@ def test_shards_that_cannot_serve_are_refused_at_once(tmp_path):
     with closing(Path(shards[1].url).open("r+b")) as tar:
         tar.truncate(2000)
     with pytest.raises(UserError, match=r"--val: a shard is broken: .*val-1"):
-        Validation(shards, tmp_path, class_numbers=None, **HOW)
+        Validation(shards, tmp_path, Preprocess(SIDE, SIDE), **HOW)
     Path(shards[1].url).unlink()
     with pytest.raises(UserError, match=r"--val: a shard cannot be read: .*val-1"):
-        Validation(shards, tmp_path, class_numbers=None, **HOW)
+        Validation(shards, tmp_path, Preprocess(SIDE, SIDE), **HOW)
