@@ -1,19 +1,26 @@
 """A small training: shards whose labels the classifier mostly knows, and a request. As a script, it trains."""
 
 import hashlib
+import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from making import picture, write_tar
 from torch import Tensor, nn
 
 from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
+from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.algorithm.thinning import Thinning
 from saltern.pipeline.casm.training.train import TrainRequest
 from saltern.pipeline.shards.decode import decode
 from saltern.schemas.config import Preprocess
+
+if TYPE_CHECKING:
+    import pytest
 
 OFTEN = Thinning("T", True, 0.6, 2, 3.0, 9)  # snapshots every other step: a small pool is soon full
 SIDE = 64
@@ -111,6 +118,30 @@ def request(shards: Path, out: Path, **changed: object) -> TrainRequest:
     }
     given = {**usual, "device": "cpu", "decode_threads": 2, **changed}
     return TrainRequest([str(shards)], str(out), hyperparameters=hyperparameters, **given)
+
+
+def quiet(text: str) -> None:
+    """Ignore a line for the user."""
+
+
+def log_lines(root: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (root / "log.jsonl").read_text().splitlines()]
+
+
+class CutError(Exception):
+    """The error that `interrupt` raises."""
+
+
+def interrupt(monkeypatch: "pytest.MonkeyPatch", step: int, error: Callable[[], BaseException] = CutError) -> None:
+    """Raise the error when a training reaches this step."""
+    real = Training.step
+
+    def cut(self: Training, x_BCHW: Tensor, label_B: Tensor) -> object:
+        if self.steps_done == step:
+            raise error()
+        return real(self, x_BCHW, label_B)
+
+    monkeypatch.setattr(Training, "step", cut)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Classes split into the subsets A to F of the unseen-class experiment, and whether shards can judge each of them."""
+"""Split classes into the subsets A to F of the unseen-class experiment, and check that shards can judge each class."""
 
 import random
 from collections import Counter
@@ -10,14 +10,14 @@ from saltern.pipeline.shards.samples import Sample, read_samples
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.run import Shard
 
-SUBSETS = {"A": 50, "B": 50, "C": 100, "D": 300, "E": 300, "F": 200}  # classes of each, of 1,000
+SUBSETS = {"A": 50, "B": 50, "C": 100, "D": 300, "E": 300, "F": 200}  # number of classes, of 1,000
 _SHOWN = 5  # classes that an error names
 
 Split = dict[str, list[int]]  # subset -> its classes, ascending
 
 
 def sizes(count: int) -> dict[str, int]:
-    """Classes of each subset: the published proportions by largest remainder, at least one each.
+    """Return the number of classes of each subset: the published proportions by largest remainder, at least one each.
 
     Raises:
         UserError: fewer classes than subsets.
@@ -27,19 +27,19 @@ def sizes(count: int) -> dict[str, int]:
             f"{count} classes cannot be split into {len(SUBSETS)} subsets; at least {len(SUBSETS)} are needed"
         )
     whole = sum(SUBSETS.values())
-    made = {name: count * share // whole for name, share in SUBSETS.items()}
+    numbers = {name: count * share // whole for name, share in SUBSETS.items()}
     by_remainder = sorted(SUBSETS, key=lambda name: -(count * SUBSETS[name] % whole))  # stable: the first of equals
-    for name in by_remainder[: count - sum(made.values())]:
-        made[name] += 1
+    for name in by_remainder[: count - sum(numbers.values())]:
+        numbers[name] += 1
     for name in SUBSETS:
-        if not made[name]:
-            made[max(made, key=lambda other: made[other])] -= 1
-            made[name] = 1
-    return made
+        if not numbers[name]:
+            numbers[max(numbers, key=lambda other: numbers[other])] -= 1
+            numbers[name] = 1
+    return numbers
 
 
 def make_split(classes: Iterable[int], seed: int) -> Split:
-    """Drawn from the set of classes and the seed alone. Raises UserError as `sizes` does."""
+    """Draw the split, which depends only on the set of classes and the seed. Raises UserError as `sizes` does."""
     ordered = sorted(classes)
     random.Random(f"unseen classes {seed}").shuffle(ordered)
     split, start = {}, 0
@@ -50,17 +50,17 @@ def make_split(classes: Iterable[int], seed: int) -> Split:
 
 
 def check_val(shards: Sequence[Shard], split: Split, count: int, say: Callable[[str], None]) -> None:
-    """Look through the shards to judge by, once.
+    """Check that the validation shards have samples with boxes of every class; read them once.
 
     Args:
         count: of the model's classes.
 
     Raises:
-        UserError: a class without a sample, or without one that has boxes; a label that the model has not; a shard
-            that cannot be read.
+        UserError: a class has no sample, or no sample with boxes; the model does not have a label; a shard cannot be
+            read.
     """
     subset_of = {label: name for name, classes in split.items() for label in classes}
-    there: Counter[int] = Counter()
+    samples: Counter[int] = Counter()
     boxed: Counter[int] = Counter()
     bad, others = "", 0
     for shard, sample in _samples(shards):
@@ -71,13 +71,13 @@ def check_val(shards: Sequence[Shard], split: Split, count: int, say: Callable[[
         if label not in subset_of:
             others += 1
             continue
-        there[label] += 1
+        samples[label] += 1
         try:
             boxed[label] += read_annotation(sample) is not None
         except ValueError as error:
             bad = bad or f"; {shard.url}: {sample.key!r}: {error}"
-    _complete(subset_of, there, "no sample", "give their shards")
-    _complete(subset_of, boxed, "no sample with boxes", f"`saltern pack --boxes` packs them{bad}")
+    _check_complete(subset_of, samples, "no sample", "give their shards")
+    _check_complete(subset_of, boxed, "no sample with boxes", f"`saltern pack --boxes` packs them{bad}")
     if others:
         say(f"{others:,} samples in the --val shards have another class, or none; they are not judged")
 
@@ -91,8 +91,8 @@ def _samples(shards: Sequence[Shard]) -> Iterator[tuple[Shard, Sample]]:
             raise UserError(f"--val: {brief(error)}") from error
 
 
-def _complete(subset_of: Mapping[int, str], there: Mapping[int, int], what: str, fix: str) -> None:
-    lacking = [label for label in sorted(subset_of) if not there[label]]
+def _check_complete(subset_of: Mapping[int, str], counts: Mapping[int, int], what: str, fix: str) -> None:
+    lacking = [label for label in sorted(subset_of) if not counts[label]]
     if lacking:
         shown = ", ".join(f"{label} (in {subset_of[label]})" for label in lacking[:_SHOWN])
         more = f" and {len(lacking) - _SHOWN} more" * (len(lacking) > _SHOWN)

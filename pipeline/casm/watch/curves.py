@@ -1,4 +1,4 @@
-"""A picture of a training: ROOT/curves.png, drawn from log.jsonl and validation.jsonl.
+"""Draw the picture of a training, ROOT/curves.png, from log.jsonl and validation.jsonl.
 
 Shape suffixes: N steps that are drawn.
 """

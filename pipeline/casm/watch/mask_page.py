@@ -1,4 +1,4 @@
-"""Sample masks of a training as one self-contained HTML page.
+"""Show sample masks of a training on one self-contained HTML page.
 
 Shape suffixes: Y X a thumbnail of the whole upright original.
 """
@@ -24,17 +24,17 @@ from saltern.schemas.saliency import Box
 
 Pixels = NDArray[np.uint8]
 SHOWN = 24  # samples on a page
-_DIM = 0.3  # of what the network did not see
+_DIM = 0.3  # brightness of what the network did not see
 
 _NOTE = (
-    "Each image as it is, its mask (white is taken out), and what the mask leaves: x * (1 - m), where what is taken "
-    "out turns to the mean colour. Dark: outside of the network's crop."
+    "Each image, its mask (white is removed), and the image that the mask leaves: x * (1 - m), with the mean colour "
+    "in place of the removed part. Dark: outside of the network's crop."
 )
 
 
 @dataclass
 class Chosen:
-    """The samples that a page shows: those whose names have the least hashes, whatever the world; and class names."""
+    """The samples of a page, which are those with the smallest hashes of their names, and the names of classes."""
 
     kept: list[tuple[bytes, Shard, Sample]] = field(default_factory=list)
     names: dict[int, str] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Chosen:
                 self.names[sample.label] = name
 
     def samples(self) -> list[tuple[Shard, Sample]]:
-        """In the order of their names."""
+        """Return the samples in the order of their names."""
         return sorted(
             ((shard, sample) for _, shard, sample in self.kept), key=lambda pair: (pair[0].name, pair[1].index)
         )
@@ -61,13 +61,13 @@ def mask_page(
     names: Mapping[int, str],
     mean: Sequence[float],
 ) -> str:
-    """The page of one validation.
+    """Return the page of one validation.
 
     Args:
         line: of validation.jsonl.
         shown: samples and their rows.
-        names: of classes, by number; those that are known.
-        mean: of RGB in [0, 1], which 0 is on the network's input.
+        names: of classes, by number; it may lack some.
+        mean: of RGB in [0, 1], which is 0 in the network's input.
     """
     step = int(line["step"])
     facts = {
@@ -102,7 +102,7 @@ def _card(sample: Sample, row: Row, names: Mapping[int, str], colour: NDArray[np
 
 
 def _judged(sample: Sample, row: Row) -> tuple[float | None, float | None]:
-    """IoU of the found box, and continuous F1; None where there is nothing to judge by."""
+    """Return the IoU of the found box, and the continuous F1; None if the sample has no boxes."""
     judged = Judged(AS_IS)
     judged.add(sample, [row])
     if not judged.rows:
@@ -117,7 +117,7 @@ def _named(number: int | None, names: Mapping[int, str]) -> str:
 
 
 def _pictures(sample: Sample, row: Row, facts: Mapping[str, str], colour: NDArray[np.float64]) -> list[Picture]:
-    """The photograph with true and found boxes, the mask, and the photograph that it leaves."""
+    """Return the photograph with true and found boxes, the mask, and the photograph that the mask leaves."""
     photo_YX3 = photograph(row, sample)
     if photo_YX3 is None:
         return []
@@ -133,8 +133,8 @@ def _pictures(sample: Sample, row: Row, facts: Mapping[str, str], colour: NDArra
     dim_YX3 = _DIM * photo_YX3
     left_YX3 = np.where(seen_YX1, photo_YX3 * (1 - mask_YX1) + colour * mask_YX1, dim_YX3)
     white_YX3 = np.where(seen_YX1, 255 * mask_YX1, dim_YX3)
-    made.append(encode(_levels(white_YX3), f"mask of {row.key}, {facts['mean mask']} of it taken out", found))
-    made.append(encode(_levels(left_YX3), f"{row.key} with the mask taken out", [*given, *found]))
+    made.append(encode(_levels(white_YX3), f"mask of {row.key}, {facts['mean mask']} of it removed", found))
+    made.append(encode(_levels(left_YX3), f"{row.key} with the mask removed", [*given, *found]))
     return made
 
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from casm_toys import OFTEN, files, request, small, write_shards
+from casm_toys import OFTEN, files, request, small
 from making import HELPERS, PYTHONPATH, picture, write_tar
 
 import saltern.jobs.main
@@ -31,11 +31,6 @@ from saltern.schemas.errors import UserError
 
 CPU = torch.device("cpu")
 SAME = 2e-6  # of losses of worlds 1 and 2, in float32, after 18 steps; measured: 2e-7
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    return write_shards(tmp_path_factory.mktemp("shards"))
 
 
 def guarded(job, rank: int, meeting: Path, words: tuple[object, ...]) -> object:

@@ -1,9 +1,8 @@
-"""The unseen-class experiment: its split, its numbers against a recount, going on after an interruption, bad input."""
+"""Test the unseen-class experiment: its numbers against a recount, its resume after an interruption, bad input."""
 
 import dataclasses
 import json
 import math
-import random
 import shutil
 import tarfile
 from collections import Counter
@@ -11,83 +10,20 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import torch
-from casm_toys import SIDE, Small
-from making import picture, write_tar
-from torch import nn
+from casm_toys import quiet
 from typer.testing import CliRunner
+from unseen_toys import SPLIT, STEPS, request, run, write_train, write_val
 
 from saltern.jobs.main import app
-from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS
 from saltern.pipeline.casm.training.train import TrainRequest
 from saltern.pipeline.casm.unseen import experiment
 from saltern.pipeline.casm.unseen.experiment import TRAININGS, unseen_classes
-from saltern.pipeline.casm.unseen.split import SUBSETS, make_split, sizes
+from saltern.pipeline.casm.unseen.split import make_split
 from saltern.pipeline.engine.conduct import Book
 from saltern.pipeline.extract.processor import Processor
 from saltern.schemas.errors import ShardError, UserError
-
-CLASSES = 12  # of the model; the last two are in no training shard
-SPLIT = 10
-STEPS = 4
-
-
-class Wide(Small):
-    """With more classes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(6, CLASSES)
-
-
-def wide() -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(4)
-        net = Wide()
-        nn.init.normal_(net.fc.weight, 0, 3)
-    return net.eval()
-
-
-def quiet(text: str) -> None:
-    """For what is not asserted on."""
-
-
-def write_train(folder: Path) -> Path:
-    for shard in range(2):
-        numbers = range(shard * SPLIT, (shard + 1) * SPLIT)
-        write_tar(
-            folder / f"{shard}.tar", [(f"t{i}", {"jpg": picture(i, 72, 72), "cls": str(i % SPLIT)}) for i in numbers]
-        )
-    return folder
-
-
-def box(draw: random.Random) -> list[int]:
-    x0, y0 = draw.randrange(40), draw.randrange(40)
-    return [x0, y0, draw.randrange(x0 + 15, 76), draw.randrange(y0 + 15, 72)]
-
-
-def write_val(folder: Path, drop: int | None = None, boxless: int | None = None, **odd: str) -> Path:
-    """Three shards, six images of each class; in each shard one is without boxes, and one is damaged.
-
-    Args:
-        drop: a class that is left out.
-        boxless: a class without boxes.
-        odd: members of one more sample.
-    """
-    draw = random.Random(1)
-    for shard in range(3):
-        samples = []
-        for number in range(2 * CLASSES):
-            boxes = [box(draw) for _ in range(0 if number == 3 else 1 + 6 * (number % 3))]
-            label = number % CLASSES
-            if label != drop:
-                image = b"damaged" if number == 5 else picture(100 * shard + number, 72, 76)
-                found = json.dumps({"boxes": [] if label == boxless else boxes})
-                samples.append((f"v{number}", {"jpg": image, "cls": str(label), "json": found}))
-        write_tar(folder / f"val-{shard}.tar", [*samples, *([("odd", odd)] if odd else [])])
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -98,83 +34,26 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def request(data: Path, out: Path, **changed: object) -> TrainRequest:
-    hyperparameters = Hyperparameters(thinning=THINNINGS["L"], lam="auto", lr_classifier=0.01, lr_mask=0.02, seed=5)
-    usual = {"epochs": 2, "steps_per_epoch": 2, "batch_size": 4, "side": SIDE, "device": "cpu"}
-    return TrainRequest(
-        [str(data / "train")],
-        str(out),
-        "test_unseen:wide",
-        changed.pop("hyperparameters", hyperparameters),
-        **usual | changed,
-    )
-
-
-def run(data: Path, out: Path, **changed: object) -> experiment.Unseen:
-    return unseen_classes(request(data, out, **changed), [str(data / "val")], quiet)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(data, tmp_path_factory) -> Path:
-    """DIR of an experiment from start to end; not to be altered."""
+    """Return the folder of an experiment without interruption. Tests must not change it."""
     out = tmp_path_factory.mktemp("unseen") / "undisturbed"
     run(data, out)
     return out
-
-
-# --- the split
-
-
-@pytest.mark.parametrize(
-    ("count", "expected"),
-    [
-        (1000, [50, 50, 100, 300, 300, 200]),
-        (200, [10, 10, 20, 60, 60, 40]),
-        (6, [1] * 6),
-        (7, [1, 1, 1, 1, 1, 2]),
-        (10, [1, 1, 1, 2, 3, 2]),
-        (33, [2, 2, 3, 10, 10, 6]),
-    ],
-)
-def test_sizes_are_the_published_ones_in_proportion(count, expected):
-    assert list(sizes(count).values()) == expected
-
-
-def test_any_count_is_split_whole_near_its_quotas():
-    for count in range(6, 1200):
-        made = sizes(count)
-        assert sum(made.values()) == count
-        for name, share in SUBSETS.items():
-            quota = count * share / 1000
-            assert made[name] >= 1
-            if count >= 20:  # from there on no quota is below 1
-                assert math.floor(quota) <= made[name] <= math.ceil(quota)
-    with pytest.raises(UserError, match="5 classes cannot be split into 6 subsets"):
-        sizes(5)
-
-
-def test_a_split_is_seeded_and_disjoint():
-    classes = [3 * number for number in range(200)]
-    split = make_split(classes, 1)
-    assert sorted(label for subset in split.values() for label in subset) == classes
-    assert {name: len(subset) for name, subset in split.items()} == sizes(200)
-    assert make_split(reversed(classes), 1) == split
-    assert make_split(classes, 2) != split
-    assert split["D"] != classes[40:100]
 
 
 # --- the numbers
 
 
 def iou(found: list[int], true: list[int]) -> float:
-    """Of a half-open box and an inclusive one, pixel by pixel."""
+    """Return the IoU of a half-open box and an inclusive one, counted pixel by pixel."""
     one = {(x, y) for x in range(found[0], found[2]) for y in range(found[1], found[3])}
     other = {(x, y) for x in range(true[0], true[2] + 1) for y in range(true[1], true[3] + 1)}
     return len(one & other) / len(one | other)
 
 
 def recount(data: Path, run: Path, split: dict[str, list[int]]) -> dict[str, tuple[int, int]]:
-    """Misses and samples with boxes, by subset."""
+    """Count misses and samples with boxes, by subset."""
     misses, samples = Counter(), Counter()
     for path in sorted((run / "data").glob("*.parquet")):
         rows = {row["key"]: row for row in pq.read_table(path).to_pylist()}
@@ -213,8 +92,8 @@ def test_le_on_every_subset_is_that_of_a_recount(data, undisturbed):
         for part, names in (("seen", subsets), ("unseen", set(split) - set(subsets))):
             misses, samples = (sum(counted[name][at] for name in names) for at in (0, 1))
             check(made["le"][part], misses, samples)
-    assert len(rates) > 5  # the subsets' numbers tell one from another
-    # In each shard, one of class 3 has no boxes; that of class 5 is damaged, and counts.
+    assert len(rates) > 5  # the subsets have different numbers
+    # In each shard, a sample of class 3 has no boxes. The damaged one of class 5 counts.
     assert sum(made["le"][name]["samples"] for name in split) == 3 * (2 * SPLIT - 1)
     assert found["baselines"]["centre"]["A"]["samples"] == made["le"]["A"]["samples"]
 
@@ -245,17 +124,17 @@ def test_the_table_marks_what_was_seen(undisturbed):
     assert "57 samples with boxes" in lines[-1]
 
 
-# --- going on
+# --- resume
 
 
 def trees(root: Path) -> dict[str, bytes]:
-    """What is to be the same, wherever the folder lies."""
+    """Return the files that do not depend on the folder's path."""
     kept = ("unseen.json", "unseen.md", "split.json", "train-*/log.jsonl", "train-*/checkpoints/*/tensors.safetensors")
     return {str(path.relative_to(root)): path.read_bytes() for glob in kept for path in sorted(root.glob(glob))}
 
 
 def test_an_interrupted_experiment_ends_as_an_undisturbed_one(data, undisturbed, tmp_path, monkeypatch):
-    """Interrupted in the midst of the second training, then after its extraction, before the third."""
+    """Interrupt within the second training, then between its extraction and the third training."""
     begun = []
     real_step, real_train = Training.step, experiment.train
 
@@ -283,8 +162,8 @@ def test_an_interrupted_experiment_ends_as_an_undisturbed_one(data, undisturbed,
     assert len(trees(undisturbed)) == 3 + 5 + 10
 
 
-def test_an_interrupted_extraction_is_gone_on_with(data, undisturbed, tmp_path, monkeypatch):
-    """The first shard stands and is not done again; nor are the trainings."""
+def test_an_interrupted_extraction_is_resumed(data, undisturbed, tmp_path, monkeypatch):
+    """Shards and trainings that are done are not repeated."""
     shutil.copytree(undisturbed, tmp_path / "cut", ignore=shutil.ignore_patterns("run-*", "unseen.*"))
     real, interrupts, done = Book.succeeded, [KeyboardInterrupt], []
 
@@ -299,7 +178,7 @@ def test_an_interrupted_extraction_is_gone_on_with(data, undisturbed, tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         run(data, tmp_path / "cut")
     run(data, tmp_path / "cut")
-    # Once each; one that was under way at the interrupt may have ended unheard.
+    # Once each. The shard in progress at the interrupt may have ended unnoticed.
     wanted = {(f"run-{subsets}", f"val-{shard}") for subsets in TRAININGS for shard in range(3)}
     assert len(done) == len(set(done))
     assert set(done) <= wanted
@@ -307,7 +186,7 @@ def test_an_interrupted_extraction_is_gone_on_with(data, undisturbed, tmp_path, 
     assert trees(tmp_path / "cut") == trees(undisturbed)
 
 
-# --- what is refused, before any training
+# --- requests that are refused before any training
 
 
 def refused(match: str, wanted: TrainRequest, val: Path) -> None:
@@ -386,7 +265,7 @@ def test_a_split_without_a_training_binds_no_folder(data, tmp_path):
     assert split == make_split([1, 2, 3, 4, 7, 9], 5)
 
 
-def test_a_shard_that_cannot_be_extracted_ends_it_in_words(data, tmp_path, monkeypatch):
+def test_a_shard_that_cannot_be_extracted_ends_the_experiment(data, tmp_path, monkeypatch):
     def broken(*args):
         raise ShardError("broken since")
 
@@ -401,7 +280,7 @@ def test_a_shard_that_cannot_be_extracted_ends_it_in_words(data, tmp_path, monke
 
 def test_the_command(data, tmp_path):
     line = f"unseen-classes {data}/train --val {data}/val/val-0.tar --val {data}/val/val-1.tar --out {tmp_path}/out "
-    line += "--model test_unseen:wide --device cpu --side 64 --epochs 1 --batch-size 4 --steps-per-epoch 1 --seed 5"
+    line += "--model unseen_toys:wide --device cpu --side 64 --epochs 1 --batch-size 4 --steps-per-epoch 1 --seed 5"
     call = line.split()
     ended = CliRunner().invoke(app, call)
     assert ended.exit_code == 0, ended.output

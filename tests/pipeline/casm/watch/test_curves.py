@@ -1,4 +1,4 @@
-"""The curve picture: drawn from whatever stands, with bounded work."""
+"""Test the picture of curves: drawn from incomplete logs too, in bounded time."""
 
 import json
 import math

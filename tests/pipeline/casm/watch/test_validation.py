@@ -1,4 +1,4 @@
-"""Validation during training: its numbers against `extract` and `evaluate`, over ranks, on bad data; its page."""
+"""Test validation during training: its numbers against `extract` and `evaluate`, over ranks, on bad data; its page."""
 
 import json
 import re
@@ -38,13 +38,9 @@ HOW = {"class_numbers": range(6), "batch_size": 4, "threads": 2}
 SIZES = ((72, 100), (90, 64), (64, 64))
 
 
-class CutError(Exception):
-    pass
-
-
 @pytest.fixture
 def undrawn(monkeypatch) -> None:
-    """The curves take a second a time."""
+    """Draw no curves, which takes a second each time."""
     monkeypatch.setattr(curves, "draw", lambda root: None)
 
 
@@ -55,7 +51,7 @@ def boxes(number: int, height: int, width: int) -> str:
 
 
 def write_val(folder: Path, count: int = 10, **changed: dict[str, bytes | str]) -> Path:
-    """Two shards of `count` samples; `changed` by key: k3={"json": "{}"}."""
+    """Write two shards of `count` samples; `changed` replaces members by key: k3={"json": "{}"}."""
     for shard in range(2):
         samples = []
         for number, (height, width) in zip(range(shard * count, (shard + 1) * count), cycle(SIZES), strict=False):
@@ -106,7 +102,7 @@ def lines(root: Path) -> list[dict[str, float]]:
 
 
 def extracted(training: Training, classes, val: Path, folder: Path, resize: int) -> str:
-    """RUN of `saltern extract --method casm` on a checkpoint of the training."""
+    """Run `saltern extract --method casm` on a checkpoint of the training, and return its folder."""
     config = {"model": "casm_toys:small", "classes": classes, "model_classes": 6}
     Checkpoints(folder).save(training.state_dict(pool=False), config, training.pool.members)
     options = {"checkpoint": str(folder)}
@@ -151,7 +147,7 @@ def test_numbers_are_those_of_extract_and_evaluate(classes, resize, changed, tmp
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_damaged_image_is_a_miss(tmp_path):
-    """The other sample counts as it does alone."""
+    """The other sample counts as in a shard where only it is judged."""
     training = made()
     whole = validation(write_val(tmp_path / "whole", 1), tmp_path / "a")(training)
     hurt = validation(write_val(tmp_path / "hurt", 1, k1={"jpg": b"\xff\xd8\xff"}), tmp_path / "b")(training)
@@ -193,7 +189,7 @@ def test_ranks_give_the_numbers_of_one(tmp_path):
     assert (len(said[0]), len(said[1])) == (1, 0)
     assert "LE" in said[0][0]
     assert "1 of them damaged" in said[0][0]
-    # One page, of the same samples.
+    # Both pages show the same samples.
     pages = [(folder / "masks/3.html").read_text() for folder in (root, tmp_path / "alone")]
     assert re.findall("<h2>.*?</h2>", pages[0]) == re.findall("<h2>.*?</h2>", pages[1])
 
@@ -225,35 +221,28 @@ def test_a_resume_drops_what_is_later(tmp_path):
     assert [line["step"] for line in lines(tmp_path)] == [3, 5, 7]
     with (tmp_path / "validation.jsonl").open("a") as log:
         log.write('{"step": 9, "le"')  # of a run that was killed
-    validation(val, tmp_path, rank=1, world=2).cut(0)  # not of rank 0: does nothing
+    validation(val, tmp_path, rank=1, world=2).cut(0)  # only rank 0 cuts
     validation(val, tmp_path).cut(7)
     assert {path: path.read_bytes() for path in files} == files
     validation(val, tmp_path).cut(5)
     assert [line["step"] for line in lines(tmp_path)] == [3, 5]
     assert {path.name for path in tmp_path.glob("masks/*")} == {"3.html", "5.html"}
-    validation(val, tmp_path / "new").cut(0)  # nothing there
+    validation(val, tmp_path / "new").cut(0)  # without files
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("step", [5, 9, 12])
 def test_a_resumed_training_is_measured_as_an_undisturbed_one(step, tmp_path, monkeypatch):
-    """Before, at and after a checkpoint; epochs end at 6, 12, 18 and checkpoints stand at 4, 8, 12, 16, 18."""
+    """Stop before, at and after a checkpoint. Epochs end at 6, 12, 18; checkpoints are at 4, 8, 12, 16, 18."""
     (tmp_path / "train").mkdir()
     (tmp_path / "val").mkdir()
     shards = casm_toys.write_shards(tmp_path / "train")
     val = [str(write_val(tmp_path / "val", 4))]
     train(casm_toys.request(shards, tmp_path / "whole", val=val), print)
     with monkeypatch.context() as patch:
-        real = Training.step
-
-        def cut(self, x, label):
-            if self.steps_done == step:
-                raise CutError
-            return real(self, x, label)
-
-        patch.setattr(Training, "step", cut)
-        with pytest.raises(CutError):
+        casm_toys.interrupt(patch, step)
+        with pytest.raises(casm_toys.CutError):
             train(casm_toys.request(shards, tmp_path / "cut", val=val), print)
     train(casm_toys.request(shards, tmp_path / "cut", val=val, resume=True), print)
     kept = [
