@@ -131,7 +131,8 @@ def test_smoothgrad_of_a_linear_model_is_its_weight(images):
 
 @pytest.mark.parametrize("name", ["smoothgrad", "integrated-gradients"])
 def test_the_target_is_the_clean_images(name, tiny, images):
-    x = images(4, 16)
+    tiny.double()  # in float32 the rounding of another layout may flip a ReLU
+    x = images(4, 16).double()
     with build(name, tiny) as method:
         found = method(x)
         torch.testing.assert_close(method.last.logits_BK, tiny(x).detach())
