@@ -1,7 +1,6 @@
 """Deconvnet, guided backpropagation and guided Grad-CAM against captum, and against a graph walked node by node.
 
-captum changes `nn.ReLU` modules alone: where a network has functional ReLUs (DenseNet, GoogLeNet) or ReLU6 (MobileNet,
-EfficientNet-Lite), the reference is `Walk`, one image in float64.
+captum changes only `nn.ReLU` modules. For functional ReLUs and ReLU6 the reference is `Walk`, one image in float64.
 """
 
 import copy
@@ -26,6 +25,7 @@ CAPTUM = {"deconvnet": "Deconvolution", "guided-backprop": "GuidedBackprop"}
 SIGNED = {"value": "signed", "reduce": "sum"}
 DRAWN = torch.tensor([7, 500])
 WITH_CAM = torch.tensor([7, 16])  # classes whose Grad-CAM is not zero
+FAR = torch.tensor([3, 5])  # classes whose Grad-CAM is far from zero, so that rounding is not magnified
 
 
 class Walk(fx.Interpreter):
@@ -133,8 +133,7 @@ def test_rectifiers_with_an_upper_end_reach_it(name, network, images):
 
 @pytest.mark.parametrize(("name", "layer"), [("resnet18", "layer3"), ("vgg16_bn", "features.32"), ("resnet18", None)])
 def test_guided_grad_cam_against_captum(name, layer, network, images):
-    model, x = network(name), images(2, 64)
-    target = torch.tensor([3, 5])  # Grad-CAMs far from zero, where rounding is not magnified
+    model, x, target = network(name), images(2, 64), FAR
     where = model.get_submodule(resolve(model, layer)[0])
     expected = theirs("GuidedGradCam", model, x, target, where, interpolate_mode="bilinear")
     with build("guided-grad-cam", model, layer=layer, **SIGNED) as method:
