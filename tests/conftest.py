@@ -4,12 +4,14 @@ import os
 import secrets
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mutate import Fuzz
 
 # Ray reads these when it is imported, by whichever test is the first.
 os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_USAGE_STATS_ENABLED="0")
@@ -36,6 +38,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @cache
 def uses_cluster(file: Path) -> bool:
     return "ray_address" in file.read_text()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-seconds", type=float, default=10.0, help="seconds of mutated inputs in each fuzz test")
+    parser.addoption("--kills", type=int, default=40, help="runs that the kill campaign kills")
+
+
+@pytest.fixture
+def fuzz(request: pytest.FixtureRequest) -> Fuzz:
+    """Return a stream of mutations, seeded by the test's name and limited by --fuzz-seconds."""
+    return Fuzz(request.config.getoption("--fuzz-seconds"), zlib.crc32(request.node.name.encode()))
 
 
 DEVIATIONS: dict[tuple[str, str], float] = {}
