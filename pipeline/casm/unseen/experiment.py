@@ -139,7 +139,7 @@ def _split(request: TrainRequest, val: Sequence[str], root: Path, say: Say) -> S
         "thinning": request.hyperparameters.thinning.name,
         "subsets": split,
     }
-    if any(root.glob("train-*")):
+    if any(root.glob("train-*/log.jsonl")):  # a training that was refused leaves only its folder
         _check_same(root, config)
     else:
         check_val(plan.val, split, plan.config["model_classes"], say)

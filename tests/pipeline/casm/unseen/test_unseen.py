@@ -265,6 +265,18 @@ def test_a_split_without_a_training_binds_no_folder(data, tmp_path):
     assert split == make_split([1, 2, 3, 4, 7, 9], 5)
 
 
+def test_a_training_refused_for_lack_of_memory_does_not_bind_the_folder(data, tmp_path, monkeypatch):
+    def lacking(*args):
+        raise UserError("too little memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("saltern.pipeline.casm.training.loop._check_memory", lacking)
+        with pytest.raises(UserError, match="too little memory"):
+            run(data, tmp_path / "out")
+    assert (tmp_path / "out/train-F").is_dir()
+    run(data, tmp_path / "out", epochs=1, steps_per_epoch=1)
+
+
 def test_a_shard_that_cannot_be_extracted_ends_the_experiment(data, tmp_path, monkeypatch):
     def broken(*args):
         raise ShardError("broken since")
