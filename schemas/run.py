@@ -20,6 +20,12 @@ class Shard:
     url: str  # path or object-store URL
     size: int  # bytes
     take: int | None = None  # samples to take from the start (--limit); None = all
+    mtime_ns: int | None = None  # of the tar, when it was listed; None = unknown
+
+
+def classes_of(shard: Shard) -> list[int]:
+    """Return the classes of a shard of visualize-class, which its URL lists."""
+    return [int(word) for word in shard.url.removeprefix(CLASSES).split(",")]
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,8 @@ class Run:
         try:
             stored = json.loads(raw)
             version = stored.pop("schema_version")
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"run.json is damaged ({error}); restore it, or start afresh with --overwrite") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"run.json is damaged ({error}); restore it, or choose another --out") from error
         if version != SCHEMA_VERSION:
             raise UserError(f"run.json has schema version {version}, this saltern writes {SCHEMA_VERSION}")
         stored["config"] = config_from_dict(stored["config"])

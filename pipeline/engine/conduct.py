@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 from saltern.pipeline.engine.driver import Driver, Outcome
 from saltern.pipeline.engine.local import LocalPool
@@ -17,20 +16,12 @@ from saltern.pipeline.engine.pool import Factory, ShardProcessor
 from saltern.pipeline.engine.progress import Progress, clock, spent
 from saltern.pipeline.engine.selection import Engine, make_pool, select_engine
 from saltern.pipeline.machine import cores, sigterm_as_interrupt
-from saltern.pipeline.runs.manifest import (
-    begin,
-    failure_name,
-    load_run,
-    publish_failure,
-    read_failures,
-    read_receipt,
-    read_receipts,
-    wipe,
-)
+from saltern.pipeline.runs.begin import begin, check_folder
+from saltern.pipeline.runs.manifest import failure_name, load_run, read_failures, read_receipt, read_receipts
 from saltern.pipeline.runs.outlet import Spec
 from saltern.pipeline.shards.samples import list_keys
 from saltern.pipeline.storage.store import Store, session
-from saltern.schemas.errors import ShardError, UserError
+from saltern.schemas.errors import ShardError
 from saltern.schemas.receipt import Failure, Receipt
 from saltern.schemas.run import Run, Shard
 
@@ -66,7 +57,7 @@ class Job:
 
     plan: Callable[[Run | None, str, int], tuple[Run, list[str]]]
     processor: Callable[[Spec], ShardProcessor]
-    close: Callable[[Store, Run, Path], None] = lambda store, run, scratch: None
+    close: Callable[[Store, Run], None] = lambda store, run: None
 
 
 @dataclass(frozen=True)
@@ -91,19 +82,18 @@ def conduct(job: Job, options: RunOptions) -> RunResult:
     root = options.out if "://" in options.out else os.path.abspath(options.out)
     store = Store(root)
     engine = select_engine(options.engine, options.device, options.address, options.workers, options.gpus_per_worker)
-    existing = None if options.overwrite else load_run(store)
-    run, hints = job.plan(existing, engine.device, engine.workers)
+    existing = load_run(store)
+    run, hints = job.plan(None if options.overwrite else existing, engine.device, engine.workers)
+    check_folder(store, existing, run)
     for line in (*hints, str(engine)):
         print(line, file=sys.stderr)
-    if options.overwrite:
-        _wipe(store, options.out)
     with session(store) as scratch, _sigterm():
-        run = begin(store, run, scratch)
+        run = begin(store, run, overwrite=options.overwrite)
         threads = options.decode_threads or max(1, min(16, cores() // engine.workers))
         spec = Spec(run, root, str(scratch), engine.device, threads)
         result = _drive(store, spec, partial(job.processor, spec), options, engine)
         if result.code in (0, 1):
-            job.close(store, run, scratch)
+            job.close(store, run)
         return result
 
 
@@ -111,12 +101,6 @@ def _sigterm() -> contextlib.AbstractContextManager[None]:
     """Handle SIGTERM as Ctrl-C. Python allows signal handlers only in the main thread."""
     main = threading.current_thread() is threading.main_thread()
     return sigterm_as_interrupt() if main else contextlib.nullcontext()
-
-
-def _wipe(store: Store, out: str) -> None:
-    if store.read("run.json") is None and store.listing("", ""):
-        raise UserError(f"--overwrite: {out} holds files but no run.json, so it is no run; choose another --out")
-    wipe(store)
 
 
 def _drive(store: Store, spec: Spec, factory: Factory, options: RunOptions, engine: Engine) -> RunResult:
@@ -134,7 +118,7 @@ def _drive(store: Store, spec: Spec, factory: Factory, options: RunOptions, engi
     with Progress(done, len(run.shards), _expected(pending, receipts)) as progress:
         driver = Driver(
             pool,
-            Book(store, run, Path(spec.scratch), set(read_failures(store, receipts))),
+            Book(store, run, set(read_failures(store, receipts))),
             workers=min(engine.workers, len(pending)),
             timeout_s=options.shard_timeout_s,
             max_failed=options.max_failed_shards,
@@ -161,7 +145,6 @@ class Book:
 
     store: Store
     run: Run
-    scratch: Path
     failing: set[str]  # shards with a recorded failure
 
     def receipt_of(self, shard: Shard) -> Receipt | None:
@@ -169,10 +152,10 @@ class Book:
 
     def succeeded(self, receipt: Receipt) -> None:
         if receipt.shard in self.failing:
-            self.store.remove(failure_name(receipt.shard))
+            self.store.remove([failure_name(receipt.shard)])
 
     def failed(self, failure: Failure) -> None:
-        publish_failure(self.store, failure, self.scratch)
+        self.store.write(failure_name(failure.shard), failure.to_json())
 
 
 def _expected(pending: Sequence[Shard], receipts: dict[str, Receipt]) -> int | None:

@@ -2,11 +2,9 @@
 
 import json
 import math
-import uuid
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -15,7 +13,6 @@ import pyarrow.parquet as pq
 from saltern.pipeline.metrics.judge import AS_IS, NO_MAPS, SCALED, SCHEMA, SUBJECTS, Judged
 from saltern.pipeline.metrics.wanted import wanted_shards
 from saltern.pipeline.runs.reader import SaliencyRun, open_run
-from saltern.pipeline.storage.store import session
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.run import Shard
 from saltern.schemas.saliency import with_metadata
@@ -152,13 +149,13 @@ def evaluate(path: str, patterns: Sequence[str] = (), metrics: Sequence[str] = (
     shards, notes = wanted_shards(run, patterns)
     evaluation = Evaluation(run, columns, notes)
     try:
-        for stale in ("localization", "localization.json"):
-            run.store.remove(f"metrics/{stale}")
-        with session(run.store) as scratch:
-            for shard in shards:
-                _take(evaluation, shard, scratch)
-            _check(evaluation)
-            _publish(evaluation, "localization.json", json.dumps(evaluation.summary(), indent=1).encode(), scratch)
+        names = {"metrics/localization.json", *(_rows_name(shard) for shard in run.run.shards)}
+        there = (f"metrics/{name}" for name in run.store.listing("metrics", ""))
+        run.store.remove(name for name in there if name in names)
+        for shard in shards:
+            _take(evaluation, shard)
+        _check(evaluation)
+        run.store.write("metrics/localization.json", json.dumps(evaluation.summary(), indent=1).encode())
     except OSError as error:
         raise UserError(f"{path}: the results cannot be written there: {error}") from error
     return evaluation
@@ -172,7 +169,7 @@ def _columns(metrics: Sequence[str]) -> list[str]:
     return [column for metric, columns in METRICS.items() if metric in words or not words for column in columns]
 
 
-def _take(evaluation: Evaluation, shard: Shard, scratch: Path) -> None:
+def _take(evaluation: Evaluation, shard: Shard) -> None:
     """Judge a shard. If it cannot be read to its end, none of its samples counts, and it is listed as unread."""
     part = Judged(evaluation.maps)
     try:
@@ -185,7 +182,11 @@ def _take(evaluation: Evaluation, shard: Shard, scratch: Path) -> None:
     schema = with_metadata(SCHEMA, {"fingerprint": evaluation.run.run.fingerprint})
     stream = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(part.rows, schema), stream, compression="zstd")
-    _publish(evaluation, f"localization/{shard.name}.parquet", stream.getvalue().to_pybytes(), scratch)
+    evaluation.run.store.write(_rows_name(shard), stream.getvalue().to_pybytes())
+
+
+def _rows_name(shard: Shard) -> str:
+    return f"metrics/localization/{shard.name}.parquet"
 
 
 def _check(evaluation: Evaluation) -> None:
@@ -196,9 +197,3 @@ def _check(evaluation: Evaluation) -> None:
     fix = "`saltern pack --boxes` packs ILSVRC annotations as `boxes` of the json member"
     skipped = evaluation.without_boxes + evaluation.bad_annotations
     raise UserError(f"none of the {skipped:,} samples has boxes to judge by ({why or fix})")
-
-
-def _publish(evaluation: Evaluation, name: str, content: bytes, scratch: Path) -> None:
-    finished = scratch / uuid.uuid4().hex
-    finished.write_bytes(content)
-    evaluation.run.store.publish(finished, f"metrics/{name}")

@@ -1,9 +1,7 @@
 """The state of a run's folder: run.json, receipts and failures."""
 
-import uuid
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from pathlib import Path
 
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.errors import UserError
@@ -21,6 +19,13 @@ def receipt_name(shard: str) -> str:
 
 def failure_name(shard: str) -> str:
     return f"failures/{shard}.json"
+
+
+def picture_name(number: int, class_names: Sequence[str] | None) -> str:
+    """Return the name of a class's picture, `pictures/<number>-<class name>.png`."""
+    name = (class_names[number] if class_names else "") or "class"
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return f"pictures/{number:04}-{slug}.png"
 
 
 def load_run(store: Store) -> Run | None:
@@ -41,51 +46,6 @@ def load_run_folder(root: str, job: str | None = None) -> tuple[Store, Run]:
             "Parquet files with any reader"
         )
     return store, run
-
-
-def wipe(store: Store) -> None:
-    """Remove a run. Receipts go first and run.json last, so that a kill at any moment leaves a valid run or none."""
-    derived = ("metrics", "pictures", "pictures.png", "attack.png", "show.html")
-    for name in ("receipts", "failures", *derived, "data", "run.json"):
-        store.remove(name)
-
-
-def begin(store: Store, run: Run, scratch: Path) -> Run:
-    """Write run.json, or resume the run that the folder has.
-
-    Returns:
-        The run in the folder, with the present sizes of its shards.
-
-    Raises:
-        UserError: the folder has another config or another list of shards; the message names each key that differs.
-    """
-    for _ in range(2):
-        existing = load_run(store)
-        if existing is not None:
-            break
-        if store.create(_scratch_file(scratch, run.to_json()), "run.json"):
-            return run
-    if existing is None:
-        raise UserError(f"run.json in {store.path} appears and disappears: is another --overwrite running?")
-    differing = existing.config.differences(run.config) + _shard_differences(existing.shards, run.shards)
-    if differing:
-        raise UserError(
-            f"{store.path} holds a run with another config: {'; '.join(differing)}. "
-            "Use the old settings, choose another --out, or replace the run with --overwrite"
-        )
-    if existing.shards != run.shards:
-        existing = replace(existing, shards=run.shards)
-        store.publish(_scratch_file(scratch, existing.to_json()), "run.json")
-    return existing
-
-
-def publish_receipt(store: Store, receipt: Receipt, scratch: Path) -> None:
-    """Publish a shard's receipt. This is the shard's last write and marks it as done."""
-    store.publish(_scratch_file(scratch, receipt.to_json()), receipt_name(receipt.shard))
-
-
-def publish_failure(store: Store, failure: Failure, scratch: Path) -> None:
-    store.publish(_scratch_file(scratch, failure.to_json()), failure_name(failure.shard))
 
 
 def read_receipt(store: Store, run: Run, shard: Shard) -> Receipt | None:
@@ -113,17 +73,6 @@ def read_failures(store: Store, done: Iterable[str]) -> dict[str, Failure]:
     return {failure.shard: failure for failure in failures if failure.shard not in finished}
 
 
-def _shard_differences(existing: Sequence[Shard], asked: Sequence[Shard]) -> list[str]:
-    old, new = {shard.url: shard for shard in existing}, {shard.url: shard for shard in asked}
-    gone, added = [url for url in old if url not in new], [url for url in new if url not in old]
-    if gone or added:
-        first = [f"-{url}" for url in gone[:2]] + [f"+{url}" for url in added[:2]]
-        return [f"shards: {len(added)} added, {len(gone)} missing ({', '.join(first)})"]
-    if any(old[url].name != new[url].name for url in old):
-        return ["shards: the same files under other names"]
-    return []
-
-
 def _valid_receipt(raw: bytes, fingerprint: str, shard: Shard) -> Receipt | None:
     try:
         receipt = Receipt.from_json(raw)
@@ -131,9 +80,3 @@ def _valid_receipt(raw: bytes, fingerprint: str, shard: Shard) -> Receipt | None
         return None  # damaged: the shard is done again
     valid = receipt.fingerprint == fingerprint and receipt.size == shard.size and receipt.shard == shard.name
     return receipt if valid else None
-
-
-def _scratch_file(scratch: Path, content: bytes) -> Path:
-    path = scratch / uuid.uuid4().hex
-    path.write_bytes(content)
-    return path

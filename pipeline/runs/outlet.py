@@ -5,7 +5,6 @@ import errno
 import os
 import socket
 import time
-import uuid
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from saltern.pipeline.runs.manifest import data_name, publish_receipt
+from saltern.pipeline.runs.manifest import data_name, receipt_name
 from saltern.pipeline.runs.writer import Record, ShardWriter, Written
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.errors import OutputError
@@ -86,9 +85,7 @@ class Outlet:
     def publish(self, content: bytes, name: str, tally: Tally) -> None:
         """Publish one more file of the run."""
         with self.writing(tally):
-            path = self._scratch / uuid.uuid4().hex
-            path.write_bytes(content)
-            self.store.publish(path, name)
+            self.store.write(name, content)
 
     def close(self, shard: Shard, writer: ShardWriter, tally: Tally) -> Written:
         """Finish the data file and publish it under its name."""
@@ -113,7 +110,7 @@ class Outlet:
             batch_size=batch_size,
         )
         with self.writing(tally):
-            publish_receipt(self.store, receipt, self._scratch)
+            self.store.write(receipt_name(shard.name), receipt.to_json())
         return receipt
 
 

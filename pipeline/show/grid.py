@@ -1,9 +1,7 @@
 """Save pictures of a run as PNG files."""
 
 import io
-import uuid
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +21,7 @@ def png(pixels: NDArray[np.uint8]) -> bytes:
     return stream.getvalue()
 
 
-def publish_grid(
-    store: Store, scratch: Path, name: str, cells: Iterable[tuple[str, Image.Image]], *, columns: int
-) -> None:
+def publish_grid(store: Store, name: str, cells: Iterable[tuple[str, Image.Image]], *, columns: int) -> None:
     """Save captioned pictures, in rows of `columns`, as one PNG file in the run's folder."""
     cells = list(cells)
     width, height = _SIDE + _GAP, _SIDE + _LINE + _GAP
@@ -35,6 +31,4 @@ def publish_grid(
         x, y = _GAP + number % columns * width, _GAP + number // columns * height
         draw.text((x, y), caption.encode("ascii", "replace").decode()[: _SIDE // 6], fill="black")
         sheet.paste(picture.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BICUBIC), (x, y + _LINE))
-    finished = scratch / uuid.uuid4().hex
-    sheet.save(finished, "PNG")
-    store.publish(finished, name)
+    store.write(name, png(np.asarray(sheet)))

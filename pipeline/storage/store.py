@@ -7,13 +7,13 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pyarrow import fs
 
-from saltern.pipeline.storage.files import fsync, publish
+from saltern.pipeline.storage.files import publish
 from saltern.pipeline.storage.filesystem import filesystem
 
 SCRATCH = "_tmp-"  # Arrow's and Spark's readers skip names with this prefix
@@ -65,43 +65,53 @@ class Store:
         """Move a finished scratch file to `name`, replacing any file there."""
         target = self.full(name)
         if not self.local:
-            content = finished.read_bytes()
-            with self.fs.open_output_stream(target) as stream:
-                stream.write(content)
-            arrived = self.fs.get_file_info(target).size
-            if arrived != len(content):
-                raise ConnectionError(f"{target} arrived with {arrived} of its {len(content)} bytes")
+            self._put(name, finished.read_bytes())
             finished.unlink()
             return
         os.makedirs(os.path.dirname(target), exist_ok=True)
         publish(finished, Path(target))
 
-    def create(self, finished: Path, name: str) -> bool:
-        """Move a finished scratch file to `name` unless a file exists there. Return whether it was moved."""
-        target = self.full(name)
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file, replacing any file there."""
         if not self.local:
-            if self.fs.get_file_info(target).type != fs.FileType.NotFound:
-                return False
-            self.publish(finished, name)
-            return True
-        fsync(finished)
+            self._put(name, content)
+            return
+        os.makedirs(self.path, exist_ok=True)
+        unfinished = Path(self.path) / f"{SCRATCH}{uuid.uuid4().hex}"
         try:
-            os.link(finished, target)
-        except FileExistsError:
-            return False
+            unfinished.write_bytes(content)
+            self.publish(unfinished, name)
         finally:
-            finished.unlink()
-        fsync(Path(target).parent)
-        return True
+            unfinished.unlink(missing_ok=True)
 
-    def remove(self, name: str) -> None:
-        """Remove a file, or a folder with everything below it. A missing one is not an error."""
+    def _put(self, name: str, content: bytes) -> None:
         target = self.full(name)
-        kind = self.fs.get_file_info(target).type
-        if kind == fs.FileType.Directory:
-            self.fs.delete_dir(target)
-        elif kind == fs.FileType.File:
-            self.fs.delete_file(target)
+        with self.fs.open_output_stream(target) as stream:
+            stream.write(content)
+        arrived = self.fs.get_file_info(target).size
+        if arrived != len(content):
+            raise ConnectionError(f"{target} arrived with {arrived} of its {len(content)} bytes")
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files, and the folders that become empty. A missing file is not an error."""
+        if self.local:
+            self._remove_local([Path(name) for name in names])
+            return
+        with ThreadPoolExecutor(32) as threads:
+            list(threads.map(self._delete, names))
+
+    def _remove_local(self, names: list[Path]) -> None:
+        root = Path(self.path)
+        for name in names:
+            (root / name).unlink(missing_ok=True)
+        folders = {folder for name in names for folder in name.parents[:-1]}
+        for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
+            with contextlib.suppress(OSError):  # it is not empty
+                (root / folder).rmdir()
+
+    def _delete(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.delete_file(self.full(name))
 
 
 @contextlib.contextmanager
@@ -142,10 +152,12 @@ def _walk(base: str, below: str, suffix: str) -> Iterator[str]:
 
 
 def _sweep(root: Path) -> None:
-    """Remove the scratch folders that no living driver owns."""
+    """Remove the scratch folders that no living driver owns, and unfinished files."""
     for scratch in root.glob(f"{SCRATCH}*"):
-        if not _owned(scratch):
+        if scratch.is_dir() and not _owned(scratch):
             shutil.rmtree(scratch, ignore_errors=True)
+        elif scratch.is_file() and time.time() - scratch.stat().st_mtime > _UNLOCKED_GRACE_S:
+            scratch.unlink(missing_ok=True)
 
 
 def _owned(scratch: Path) -> bool:

@@ -1,7 +1,6 @@
 """The report of an attack run, from its data files: means over its rows, and a picture of the first samples."""
 
 import io
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ SHOWN = 12  # samples of the picture
 _MEANS = [f"{side}_{name}" for side in SIDES for name in ("score", "fooled", "norm", "outside")]
 
 
-def close(store: Store, run: Run, scratch: Path) -> None:
+def close(store: Store, run: Run) -> None:
     """Print the means, and publish a picture of the first samples with amplified perturbations."""
     averages = means(store, run)
     if not averages:
@@ -34,7 +33,7 @@ def close(store: Store, run: Run, scratch: Path) -> None:
     amplify = 0.5 / config.pgd.epsilon
     cells = [cell for row in rows for cell in _strip(row, run.class_names, amplify)]
     if cells:
-        publish_grid(store, scratch, "attack.png", cells, columns=5)
+        publish_grid(store, "attack.png", cells, columns=5)
 
 
 def means(store: Store, run: Run) -> dict[str, float]:

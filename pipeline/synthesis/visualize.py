@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from saltern.pipeline.extract.extraction import load_model
 from saltern.pipeline.extract.request import load_classifier, model_fields, new_run, pin
 from saltern.pipeline.extract.task import device_losses
 from saltern.pipeline.models.passes import frozen, logits_of
+from saltern.pipeline.runs.manifest import picture_name
 from saltern.pipeline.runs.outlet import Outlet, Spec, Tally, origin
 from saltern.pipeline.runs.reader import read_columns
 from saltern.pipeline.runs.writer import Record
@@ -32,7 +32,7 @@ from saltern.schemas.choices import FirstImage, check_choice
 from saltern.schemas.config import Ascent, VisualizeConfig
 from saltern.schemas.errors import UserError
 from saltern.schemas.receipt import Receipt
-from saltern.schemas.run import CLASSES, Run, Shard
+from saltern.schemas.run import CLASSES, Run, Shard, classes_of
 from saltern.schemas.saliency import NONFINITE, OK, with_metadata
 from saltern.schemas.visualization import visualization_schema
 
@@ -105,11 +105,6 @@ def _shard(number: int, targets: list[int]) -> Shard:
     return Shard(f"classes-{number:06}", CLASSES + ",".join(map(str, targets)), len(targets))
 
 
-def targets_of(shard: Shard) -> list[int]:
-    """Return the classes of a shard, which its URL lists."""
-    return [int(word) for word in shard.url.removeprefix(CLASSES).split(",")]
-
-
 class Visualizer:
     """A processor of batches of classes with one loaded classifier. `process` may run in two threads at once.
 
@@ -138,14 +133,14 @@ class Visualizer:
         """
         tally = Tally()
         with self._outlet.open(self._schema, tally) as writer:
-            peak, seconds = self._compute.submit(self._ascend, targets_of(shard)).result()
+            peak, seconds = self._compute.submit(self._ascend, classes_of(shard)).result()
             tally.seconds["compute"] += seconds
             with self._outlet.writing(tally):
                 records = self._records(shard, peak)
                 writer.write(records)
             for record in records:
                 if "image" in record:
-                    self._outlet.publish(record["image"], f"pictures/{picture_name(record)}", tally)
+                    self._outlet.publish(record["image"], picture_name(record["target"], self._run.class_names), tally)
             tally.count(len(records), records)
             written = self._outlet.close(shard, writer, tally)
         self.images += len(records)
@@ -174,7 +169,7 @@ class Visualizer:
         pixels_BHWC = levels_BCHW.permute(0, 2, 3, 1).numpy()
         names = self._run.class_names
         records = []
-        for index, target in enumerate(targets_of(shard)):
+        for index, target in enumerate(classes_of(shard)):
             curve = peak.objective_BT[index].tolist()
             finite = bool(np.isfinite(curve).all())
             record: Record = {
@@ -199,13 +194,7 @@ class Visualizer:
         return records
 
 
-def picture_name(row: dict[str, Any]) -> str:
-    """Return the file name of a row's picture, `<class>-<name>.png`."""
-    slug = re.sub(r"[^a-z0-9]+", "-", (row["class_name"] or "class").lower()).strip("-")
-    return f"{row['target']:04}-{slug}.png"
-
-
-def close(store: Store, run: Run, scratch: Path) -> None:
+def close(store: Store, run: Run) -> None:
     """Print a summary, and publish a contact sheet of the first classes."""
     columns = ["key", "target", "class_name", "score", "objective_start", "objective_end", "status"]
     rows = [row for row in read_columns(store, run, columns) if row["status"] == OK]
@@ -219,4 +208,4 @@ def close(store: Store, run: Run, scratch: Path) -> None:
         (f"{row['target']} {row['class_name'] or ''} {100 * row['score']:.1f} %", Image.open(io.BytesIO(row["image"])))
         for row in shown
     ]
-    publish_grid(store, scratch, "pictures.png", cells, columns=min(8, len(cells)))
+    publish_grid(store, "pictures.png", cells, columns=min(8, len(cells)))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from saltern.pipeline.maps.discretize import discretize, largest_box, upsample
 from saltern.pipeline.maps.encode import pack_mask, quantise
 from saltern.pipeline.maps.frame import to_original
-from saltern.pipeline.runs.manifest import data_name, publish_receipt
+from saltern.pipeline.runs.manifest import data_name, receipt_name
 from saltern.pipeline.runs.writer import Record, ShardWriter
 from saltern.pipeline.shards.decode import decode
 from saltern.pipeline.storage.store import Store
@@ -147,4 +147,4 @@ def write_shard(made: Made, number: int, samples: int, rows: list[Record], grid:
     receipt = Receipt(
         shard.name, shard.size, made.run.fingerprint, samples, len(rows), statuses, written.digest, written.size, {}
     )
-    publish_receipt(store, receipt, made.path)
+    store.write(receipt_name(shard.name), receipt.to_json())

@@ -7,16 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from saltern.pipeline.runs.manifest import (
-    begin,
-    load_run,
-    publish_receipt,
-    read_failures,
-    read_receipts,
-    receipt_name,
-    wipe,
-)
-from saltern.pipeline.storage.store import Store, session
+from saltern.pipeline.runs.begin import begin
+from saltern.pipeline.runs.manifest import load_run, read_failures, read_receipts, receipt_name
+from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import config_from_dict
 from saltern.schemas.errors import UserError
 from saltern.schemas.receipt import PHASES, Failure, Receipt
@@ -72,6 +65,10 @@ def make_receipt(run: Run, shard: Shard, **changes: object) -> Receipt:
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
+def publish_receipt(store: Store, receipt: Receipt) -> None:
+    store.write(receipt_name(receipt.shard), receipt.to_json())
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(str(tmp_path / "run"))
@@ -79,9 +76,8 @@ def store(tmp_path: Path) -> Store:
 
 def test_run_json_comes_back(store: Store) -> None:
     run = make_run()
-    with session(store) as scratch:
-        assert begin(store, run, scratch) == run
-        assert begin(store, run, scratch) == run
+    assert begin(store, run) == run
+    assert begin(store, run) == run
     assert load_run(store) == run
 
 
@@ -100,10 +96,9 @@ def test_run_json_comes_back(store: Store) -> None:
     ],
 )
 def test_another_config_is_refused_by_name(store: Store, key: str, value: object) -> None:
-    with session(store) as scratch:
-        begin(store, make_run(), scratch)
-        with pytest.raises(UserError, match=rf"{key}: .*there.*requested.*--overwrite") as caught:
-            begin(store, make_run(**{key: value}), scratch)
+    begin(store, make_run())
+    with pytest.raises(UserError, match=rf"{key}: .*there.*requested.*--overwrite") as caught:
+        begin(store, make_run(**{key: value}))
     assert "\n" not in str(caught.value)
 
 
@@ -116,14 +111,13 @@ def test_fingerprint_marks_results_and_nothing_else() -> None:
 
 def test_other_shards_are_refused_and_new_sizes_are_taken(store: Store) -> None:
     run = make_run(3)
-    with session(store) as scratch:
-        begin(store, run, scratch)
-        for shard in run.shards:
-            publish_receipt(store, make_receipt(run, shard), scratch)
-        with pytest.raises(UserError, match="shards: 1 added, 0 missing"):
-            begin(store, make_run(4), scratch)
-        grown = replace(run, shards=[replace(run.shards[0], size=2000), *run.shards[1:]])
-        assert begin(store, grown, scratch) == grown
+    begin(store, run)
+    for shard in run.shards:
+        publish_receipt(store, make_receipt(run, shard))
+    with pytest.raises(UserError, match="shards: 1 added, 0 missing"):
+        begin(store, make_run(4))
+    grown = replace(run, shards=[replace(run.shards[0], size=2000), *run.shards[1:]])
+    assert begin(store, grown) == grown
     assert load_run(store) == grown
     # The tar that changed is no longer done; the others are.
     assert sorted(read_receipts(store, grown)) == ["s000001", "s000002"]
@@ -131,13 +125,10 @@ def test_other_shards_are_refused_and_new_sizes_are_taken(store: Store) -> None:
 
 def test_only_whole_receipts_of_this_run_count(store: Store) -> None:
     run = make_run(4)
-    with session(store) as scratch:
-        begin(store, run, scratch)
-        publish_receipt(store, make_receipt(run, run.shards[0]), scratch)
-        publish_receipt(store, make_receipt(run, run.shards[1], fingerprint="0" * 16), scratch)
-        damaged = scratch / "damaged"
-        damaged.write_bytes(b'{"shard": "s0000')
-        store.publish(damaged, receipt_name(run.shards[2].name))
+    begin(store, run)
+    publish_receipt(store, make_receipt(run, run.shards[0]))
+    publish_receipt(store, make_receipt(run, run.shards[1], fingerprint="0" * 16))
+    store.write(receipt_name(run.shards[2].name), b'{"shard": "s0000')
     assert sorted(read_receipts(store, run)) == ["s000000"]
 
 
@@ -154,16 +145,6 @@ def test_unknown_config_key_names_the_nearest() -> None:
     made["config"]["batchsize"] = 3
     with pytest.raises(UserError, match=r"unknown key 'batchsize'.*did you mean 'batch_size'"):
         Run.from_json(json.dumps(made))
-
-
-def test_wipe_takes_the_run_and_nothing_else(store: Store) -> None:
-    run = make_run()
-    with session(store) as scratch:
-        begin(store, run, scratch)
-        publish_receipt(store, make_receipt(run, run.shards[0]), scratch)
-    Path(store.full("notes.txt")).write_text("mine")
-    wipe(store)
-    assert store.listing("", "") == ["notes.txt"]
 
 
 def test_failures_of_done_shards_are_history(store: Store) -> None:
@@ -184,9 +165,7 @@ def test_a_hundred_thousand_done_shards_resume(store: Store) -> None:
     for shard in run.shards:
         (folder / f"{shard.name}.json").write_text(raw.replace(run.shards[0].name, shard.name))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with session(store) as scratch:
-        begin(store, run, scratch)
-        standing = begin(store, run, scratch)
-        receipts = read_receipts(store, standing)
+    begin(store, run)
+    receipts = read_receipts(store, begin(store, run))
     assert len(receipts) == 100_000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # KiB

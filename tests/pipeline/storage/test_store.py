@@ -33,15 +33,21 @@ def test_publish_replaces_and_leaves_no_temporary(store: Store) -> None:
     assert store.listing("", "") == ["data/a/b.parquet"]
 
 
-def test_create_lets_the_first_win(store: Store) -> None:
-    with session(store) as scratch:
-        won = []
-        for content in (b"one", b"two"):
-            made = scratch / "x"
-            made.write_bytes(content)
-            won.append(store.create(made, "run.json"))
-    assert won == [True, False]
-    assert store.read("run.json") == b"one"
+def test_write_replaces_and_leaves_no_temporary(store: Store) -> None:
+    for content in (b"one", b"two"):
+        store.write("receipts/a.json", content)
+    assert store.read("receipts/a.json") == b"two"
+    assert store.listing("", "") == ["receipts/a.json"]
+
+
+def test_remove_takes_the_named_files_and_the_folders_that_become_empty(store: Store) -> None:
+    for name in ("a.json", "b.json", "deep/er/c.json"):
+        store.write(f"receipts/{name}", b"{}")
+    store.remove(["receipts/a.json", "receipts/none.json", "receipts/deep/er/c.json"])
+    assert store.listing("", "") == ["receipts/b.json"]
+    assert [path.name for path in Path(store.full("receipts")).iterdir()] == ["b.json"]
+    with pytest.raises(OSError, match="receipts"):
+        store.remove(["receipts"])
 
 
 def test_listing_is_recursive_and_by_ending(store: Store) -> None:
@@ -53,9 +59,6 @@ def test_listing_is_recursive_and_by_ending(store: Store) -> None:
     assert dict(store.read_all("receipts")) == {"a.json": b"{}", "b/c.json": b"{}"}
     assert store.listing("nowhere", "") == []
     assert store.read("nowhere.json") is None
-    store.remove("receipts")
-    store.remove("receipts")
-    assert store.listing("receipts", "") == []
 
 
 def test_a_living_drivers_scratch_stays_a_dead_ones_goes(store: Store) -> None:

@@ -1,0 +1,119 @@
+"""Begin a run in its folder: check that nothing of others is lost, resume, or replace the run that is there."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+from saltern.pipeline.runs.manifest import data_name, failure_name, load_run, picture_name, receipt_name
+from saltern.pipeline.storage.store import Store
+from saltern.schemas.config import ATTACK, VISUALIZE
+from saltern.schemas.errors import UserError
+from saltern.schemas.run import Run, Shard, classes_of
+
+WRITTEN = ("data", "receipts", "failures", "metrics", "pictures")  # folders of a run
+_SHEETS = {ATTACK: {"attack.png"}, VISUALIZE: {"pictures.png"}}
+
+
+def check_folder(store: Store, old: Run | None, run: Run) -> None:
+    """Check that the run overwrites no input, and no file of another origin. Changes nothing.
+
+    Args:
+        old: the run in the folder, which `run` resumes or replaces.
+
+    Raises:
+        UserError: a shard is in the run's folder, or an unknown file has the name of a data file or a receipt.
+    """
+    folders = {f"{_place(store.full(name))}/": name for name in WRITTEN}
+    for shard in run.shards:
+        place = _place(shard.url)
+        for folder, name in folders.items():
+            if place.startswith(folder):
+                raise UserError(
+                    f"{shard.url}: this input lies in {store.full(name)}, where the run writes: "
+                    "move the shards, or give another --out"
+                )
+    new = {shard.name for shard in run.shards} - {shard.name for shard in (old.shards if old else ())}
+    for folder, suffix in (("data", ".parquet"), ("receipts", ".json")) if new else ():
+        for name in store.listing(folder, suffix):
+            if name.removesuffix(suffix) in new:
+                raise UserError(
+                    f"{store.full(f'{folder}/{name}')} would be overwritten, and no run.json there names it: "
+                    "move it away, or give another --out"
+                )
+
+
+def _place(url: str) -> str:
+    """Return where a file is, with links resolved; of a URL, bucket and path."""
+    if "://" in url:
+        return re.sub(r"^[^/]*://([^/@]*@)?", "", url)
+    folder, name = os.path.split(url)
+    path = os.path.join(_real_folder(folder), name)
+    return os.path.realpath(path) if os.path.islink(path) else path
+
+
+@cache
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def remove_run(store: Store, old: Run, run: Run) -> None:
+    """Remove the files that the records of `old` name, except run.json and inputs. Receipts go first, data files last.
+
+    Args:
+        run: the run that replaces `old`; its inputs are kept too.
+    """
+    names = _names(old)
+    inputs = {_place(shard.url) for shard in (*old.shards, *run.shards)}
+    for folder in ("receipts", "failures", "metrics", "pictures", "data"):
+        there = [f"{folder}/{name}" for name in store.listing(folder, "")]
+        store.remove(name for name in there if name in names and _place(store.full(name)) not in inputs)
+    store.remove(name for name in names if "/" not in name)
+
+
+def _names(run: Run) -> set[str]:
+    """Return the names of the files that a run may have in its folders."""
+    names = {"metrics/localization.json"} | _SHEETS.get(run.config.job, set())
+    for shard in run.shards:
+        name = shard.name
+        names |= {receipt_name(name), failure_name(name), data_name(name), f"metrics/localization/{name}.parquet"}
+        if run.config.job == VISUALIZE:
+            names |= {picture_name(number, run.class_names) for number in classes_of(shard)}
+    return names
+
+
+def begin(store: Store, run: Run, *, overwrite: bool = False) -> Run:
+    """Write run.json, or resume the run that the folder has, or replace it.
+
+    Returns:
+        The run in the folder, with the present sizes of its shards.
+
+    Raises:
+        UserError: the folder has another config or another list of shards; the message names each key that differs.
+    """
+    existing = load_run(store)
+    if existing is not None and not overwrite:
+        differing = existing.config.differences(run.config) + _shard_differences(existing.shards, run.shards)
+        if differing:
+            raise UserError(
+                f"{store.path} holds a run with another config: {'; '.join(differing)}. "
+                "Use the old settings, choose another --out, or replace the run with --overwrite"
+            )
+        run = replace(existing, shards=run.shards)
+    elif existing is not None:
+        remove_run(store, existing, run)
+    if run != existing:
+        store.write("run.json", run.to_json())
+    return run
+
+
+def _shard_differences(existing: Sequence[Shard], asked: Sequence[Shard]) -> list[str]:
+    old, new = {shard.url: shard for shard in existing}, {shard.url: shard for shard in asked}
+    gone, added = [url for url in old if url not in new], [url for url in new if url not in old]
+    if gone or added:
+        first = [f"-{url}" for url in gone[:2]] + [f"+{url}" for url in added[:2]]
+        return [f"shards: {len(added)} added, {len(gone)} missing ({', '.join(first)})"]
+    if any(old[url].name != new[url].name for url in old):
+        return ["shards: the same files under other names"]
+    return []
