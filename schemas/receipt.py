@@ -21,6 +21,8 @@ class Receipt:
     seconds: dict[str, float]  # thread seconds by phase (PHASES), and `total`, wall
     worker: str = ""  # host:pid
     batch_size: int = 0  # as used at the end; smaller than the run's if memory ran out
+    mtime_ns: int | None = None  # of the input tar; None = unknown
+    content: str | None = None  # CRC-32 of the samples that were read, 8 hex digits; None in runs of saltern 0.1
 
     @property
     def failed(self) -> int:

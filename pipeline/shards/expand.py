@@ -21,7 +21,8 @@ ENDINGS = (".tar", ".tar.gz", ".tgz")
 FLAT = 10_000  # largest number of data files in one folder
 BUCKET = 1_000  # approximate number of data files in each sub-folder of a larger one
 
-File = tuple[str, int, object]  # URL or absolute path; size in bytes; identity of the file
+State = tuple[int, int | None]  # size in bytes, mtime in ns
+File = tuple[str, State, object]  # URL or absolute path; identity of the file
 
 
 def expand(patterns: Sequence[str]) -> tuple[list[Shard], list[str]]:
@@ -46,7 +47,9 @@ def expand(patterns: Sequence[str]) -> tuple[list[Shard], list[str]]:
     if repeats:
         others = f" (and {len(repeats) - 1} others)" if len(repeats) > 1 else ""
         hints.append(f"{repeats[0]}{others} is named more than once, and used once")
-    return [Shard(name, url, size) for name, (url, size) in zip(names, files.items(), strict=True)], hints
+    made = zip(names, files.items(), strict=True)
+    shards = [Shard(name, url, size, mtime_ns=mtime) for name, (url, (size, mtime)) in made]
+    return shards, hints
 
 
 def _listed(patterns: Iterable[str]) -> Iterator[str]:
@@ -106,7 +109,7 @@ def _missing(pattern: str, url: str, missing: list[str], wanted: list[str]) -> U
 def _find_local(url: str) -> Iterator[File]:
     for path in _local_paths(url):
         info = os.stat(path)
-        yield path, info.st_size, (info.st_dev, info.st_ino)
+        yield path, (info.st_size, info.st_mtime_ns), (info.st_dev, info.st_ino)
 
 
 def _local_paths(url: str) -> Iterator[str]:
@@ -140,7 +143,7 @@ def _look_up(urls: list[str]) -> dict[str, fs.FileInfo | None]:
 def _find_remote(url: str, info: fs.FileInfo | None) -> Iterator[File]:
     """Yield the files that a URL names: itself, those below a folder, or those that match a glob, from one listing."""
     if info is not None and info.type == fs.FileType.File:
-        yield url, info.size, url
+        yield url, (info.size, info.mtime_ns), url
         return
     pattern = (
         [*url.split("/"), "**", "*"] if info is not None and info.type == fs.FileType.Directory else url.split("/")
@@ -155,7 +158,7 @@ def _find_remote(url: str, info: fs.FileInfo | None) -> Iterator[File]:
         parts = info.path[len(path) + 1 :].split("/")
         if info.type == fs.FileType.File and info.path.endswith(ENDINGS) and _matches(parts, pattern[fixed:]):
             matched = "/".join([base, *parts])
-            yield matched, info.size, matched
+            yield matched, (info.size, info.mtime_ns), matched
 
 
 def _matches(parts: list[str], pattern: list[str]) -> bool:
@@ -169,19 +172,19 @@ def _matches(parts: list[str], pattern: list[str]) -> bool:
     return not hidden and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
-def _distinct(files: Iterable[File]) -> tuple[dict[str, int], list[str]]:
-    """Return size by URL, in order, and the URLs that repeat a file, also through a symbolic link."""
-    sizes: dict[str, int] = {}
+def _distinct(files: Iterable[File]) -> tuple[dict[str, State], list[str]]:
+    """Return size and mtime by URL, in order, and the URLs that repeat a file, also through a symbolic link."""
+    states: dict[str, State] = {}
     repeats: list[str] = []
     first: dict[object, str] = {}
-    for url, size, identity in files:
+    for url, state, identity in files:
         other = first.setdefault(identity, url)
         # Some file systems give two files one number, so the real paths are compared as well.
-        if url in sizes or (other != url and os.path.realpath(other) == os.path.realpath(url)):
+        if url in states or (other != url and os.path.realpath(other) == os.path.realpath(url)):
             repeats.append(url)
         else:
-            sizes[url] = size
-    return sizes, repeats
+            states[url] = state
+    return states, repeats
 
 
 def _sibling_hint(url: str) -> list[str]:

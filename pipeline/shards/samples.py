@@ -2,6 +2,7 @@
 
 import gzip
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -57,6 +58,26 @@ def read_samples(shard: Shard) -> Iterator[Sample]:
     """
     with _opened(shard, seekable=False) as tape:
         yield from islice(_samples(_members(tape, data_of=_WANTED)), shard.take)
+
+
+def fold(crc: int, sample: Sample) -> int:
+    """Return the CRC-32 of a shard's samples up to and including this one; `crc` is that of the samples before it."""
+    crc = zlib.crc32(f"{sample.key}\0".encode(errors="surrogateescape"), crc)
+    for ext, data in sample.members.items():
+        crc = zlib.crc32(data, zlib.crc32(f"{ext}\0{len(data)}\0".encode(), crc))
+    return crc
+
+
+def content_of(shard: Shard) -> str:
+    """Return the CRC-32 of a shard's samples, 8 hex digits. It reads the whole tar.
+
+    Raises:
+        ShardError, OSError: as `read_samples`.
+    """
+    crc = 0
+    for sample in read_samples(shard):
+        crc = fold(crc, sample)
+    return f"{crc:08x}"
 
 
 def list_keys(shard: Shard) -> list[str]:
