@@ -32,6 +32,8 @@ def status(run: RunFolder, as_json: AsJson = False) -> None:
         typer.echo(f"{progress.done} of {progress.shards} shards done, {progress.samples:,} samples; rows: {rows}")
         if attacked:
             typer.echo(in_words(attacked))
+        if progress.warning:
+            typer.echo(f"WARNING: {progress.warning}")
         for shard, reason in progress.failures.items():
             typer.echo(f"{shard}: {reason}")
     raise typer.Exit(1 if progress.failures else 0)

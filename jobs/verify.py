@@ -22,6 +22,8 @@ def verify(run: RunFolder, as_json: AsJson = False) -> None:
     else:
         for finding in verdict.findings:
             typer.echo(f"{finding.shard}: {finding.reason}")
+        if verdict.warning:
+            typer.echo(f"WARNING: {verdict.warning}")
         word = f"{len(verdict.findings)} problems" if verdict.findings else "no problems"
         typer.echo(
             f"{word}: {verdict.done} of {verdict.shards} shards done, {verdict.samples:,} samples, "

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from saltern.schemas.errors import UserError
 from saltern.schemas.rules import Rule, Target
 
+_SHOWN = 120  # characters of a value in a message
 SCHEMA_VERSION = 1  # of all files in a run's folder
 # run.json keeps these and a resumed run reuses them, as they change last bits. The fingerprint leaves them out.
 PINNED = ("batch_size", "torch_threads")
@@ -21,9 +22,10 @@ _STORED: dict[str, Any] = {
     "model": "", "weights": "", "weights_digest": "", "classes": 0, "method": "", "layer": [], "options": {},
     "target": "", "discretize": "", "map_size": "", "map_dtype": "", "save_map": False, "resize": 0, "crop": 0,
     "squash": False, "interpolation": "", "mean": [], "std": [], "precision": "fp32", "seed": 0, "limit": None,
-    "batch_size": 0, "torch_threads": 0, "job": EXTRACT, "job_options": {},
+    "batch_size": 0, "torch_threads": 0, "job": EXTRACT, "job_options": {}, "labels": None,
 }  # fmt: skip
-_OPTIONAL = ("job", "job_options")  # absent from runs made when `extract` was the only job
+# Absent from runs made when `extract` was the only job, and from those that take labels as they are.
+_OPTIONAL = ("job", "job_options", "labels")
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class RunConfig:
         preprocess = asdict(self.preprocess)
         preprocess |= {"mean": list(self.preprocess.mean), "std": list(self.preprocess.std)}
         values = {**_STORED, **own, **preprocess, "job": self.job, **self._to_stored()}
-        return {key: values[key] for key in _STORED}
+        return {key: values[key] for key in _STORED if key != "labels" or values[key] is not None}
 
     def _to_stored(self) -> dict[str, Any]:
         """Return the stored keys whose values differ from the fields of the same name."""
@@ -100,14 +102,14 @@ class RunConfig:
 
     def marked(self) -> dict[str, Any]:
         """Return the keys that the fingerprint covers. Extractions omit the job, so that older runs keep theirs."""
-        left_out = (*UNMARKED, *(_OPTIONAL if self.job == EXTRACT else ()))
+        left_out = (*UNMARKED, *(("job", "job_options") if self.job == EXTRACT else ()))
         return {key: value for key, value in self.to_dict().items() if key not in left_out}
 
     def differences(self, other: "RunConfig") -> list[str]:
         """Return one line for each key that differs; the source of the weights is not compared."""
         mine, theirs = _with_job_options(self), _with_job_options(other)
         return [
-            f"{key}: {mine.get(key)!r} there, {theirs.get(key)!r} requested"
+            f"{key}: {_short(mine.get(key))} there, {_short(theirs.get(key))} requested"
             for key in {**mine, **theirs}
             if key != "weights" and mine.get(key) != theirs.get(key)
         ]
@@ -122,6 +124,7 @@ class MethodConfig(RunConfig):
     options: dict[str, Any]  # of the method
     map_dtype: str  # uint8 | float16 | float32
     limit: int | None = None  # samples of the whole run
+    labels: dict[int, int] | None = None  # the model's class for each number in `cls`; None: the same numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,12 +138,18 @@ class ExtractConfig(MethodConfig):
     save_map: bool = True
 
     def _to_stored(self) -> dict[str, Any]:
-        return {"target": self.target.text, "discretize": self.discretize.text}
+        labels = None if self.labels is None else {str(given): self.labels[given] for given in sorted(self.labels)}
+        return {"target": self.target.text, "discretize": self.discretize.text, "labels": labels}
 
     @classmethod
     def _from_stored(cls, stored: Mapping[str, Any]) -> dict[str, Any]:
         target = Target.parse(stored["target"], stored["classes"])
-        return {"target": target, "discretize": Rule.parse(stored["discretize"])}
+        labels = stored.get("labels")
+        return {
+            "target": target,
+            "discretize": Rule.parse(stored["discretize"]),
+            "labels": None if labels is None else {int(given): number for given, number in labels.items()},
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +212,11 @@ def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
             near = difflib.get_close_matches(key, known, 1, 0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
             raise UserError(f"unknown key {key!r} in {where}: {hint}")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _with_job_options(config: RunConfig) -> dict[str, Any]:

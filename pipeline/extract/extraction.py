@@ -2,9 +2,11 @@
 
 import os
 import socket
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +23,16 @@ from saltern.pipeline.maps.encode import unpack_mask
 from saltern.pipeline.maps.frame import to_original
 from saltern.pipeline.methods import Method, build
 from saltern.pipeline.models import classifiers
+from saltern.pipeline.runs.agreement import label_doubt
+from saltern.pipeline.runs.manifest import read_receipts
 from saltern.pipeline.runs.outlet import Spec, origin
 from saltern.pipeline.runs.writer import Record
 from saltern.pipeline.shards.decode import Decoded
 from saltern.pipeline.shards.samples import Sample
+from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import ExtractConfig, MethodConfig, RunConfig, check_keys
 from saltern.schemas.errors import UserError
-from saltern.schemas.run import Shard
+from saltern.schemas.run import Run, Shard
 from saltern.schemas.saliency import MISSING_LABEL, NONFINITE, OK, ZERO_MAP, table_schema, with_metadata
 
 REASONS = {
@@ -67,7 +72,14 @@ def extract(
 
 def extraction(request: ExtractRequest) -> Job:
     """Return the job of `saltern extract`."""
-    return Job(partial(resolve, request), partial(Processor, task=Extraction))
+    return Job(partial(resolve, request), partial(Processor, task=Extraction), _doubt_labels)
+
+
+def _doubt_labels(store: Store, run: Run, scratch: Path) -> None:
+    """Warn if the labels do not seem to be the model's class numbers."""
+    doubt = label_doubt(store, run, read_receipts(store, run))
+    if doubt:
+        print(f"WARNING: {doubt}", file=sys.stderr)
 
 
 class Extraction:
@@ -112,7 +124,9 @@ class Extraction:
         if self._config.target.kind != "label" or not self._explain.method.needs_target:
             return None
         if sample.label is None:
-            return MISSING_LABEL, "the target is the label, and the sample has no `cls` that is a number"
+            unmapped = f"class {sample.given} is not in the table of --labels"
+            missing = "the target is the label, and the sample has no `cls` that is a number"
+            return MISSING_LABEL, missing if sample.given is None else unmapped
         last = self._config.classes - 1
         if not 0 <= sample.label <= last:
             return MISSING_LABEL, f"label {sample.label} lies outside the model's classes 0..{last}"

@@ -24,7 +24,7 @@ from saltern.pipeline.runs.writer import ROW_GROUP, Record, ShardWriter, read_re
 from saltern.pipeline.shards.decode import Decoded, decode
 from saltern.pipeline.shards.prefetch import prefetch
 from saltern.pipeline.shards.samples import Sample, read_samples
-from saltern.schemas.config import Preprocess
+from saltern.schemas.config import MethodConfig, Preprocess
 from saltern.schemas.receipt import Receipt
 from saltern.schemas.run import Shard
 from saltern.schemas.saliency import OK
@@ -47,6 +47,7 @@ class Processor:
 
     def __init__(self, spec: Spec, task: Callable[[Spec, torch.device], Task]):
         self.config = spec.run.config
+        self._labels = spec.run.config_of(MethodConfig).labels
         self.images = 0  # samples whose records were handed to a writer, for the progress line
         self._outlet = Outlet(spec)
         self._device = torch.device(spec.device)
@@ -112,7 +113,7 @@ class Processor:
 
     def _items(self, shard: Shard, kept: dict[int, list[Record]], tally: Tally) -> Iterator[Item]:
         """Yield samples as they are read, and start to decode them. Runs in the reader's thread."""
-        samples = islice(read_samples(shard), shard.take)
+        samples = islice(read_samples(shard, self._labels), shard.take)
         while True:
             with tally.phase("read"):
                 sample = next(samples, None)

@@ -7,8 +7,9 @@ from importlib.metadata import version
 from typing import Any
 
 from saltern import __version__
+from saltern.pipeline.extract.labels import AUTO, Numbers, choose_labels
 from saltern.pipeline.machine import see_own_modules, torch_threads
-from saltern.pipeline.methods import build
+from saltern.pipeline.methods import build, find
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.models.classifiers import Classifier
 from saltern.pipeline.shards.expand import expand
@@ -54,6 +55,7 @@ class ExtractRequest(MethodRequest):
     map_dtype: str | None = None  # uint8 | float16 | float32
     save_map: bool = True
     precision: str = "fp32"  # fp32 | bf16 | fp16
+    labels: str = AUTO  # auto | as-is | a JSON file from the dataset's classes to the model's
 
 
 def resolve(request: ExtractRequest, existing: Run | None, device: str, workers: int) -> tuple[Run, list[str]]:
@@ -75,6 +77,7 @@ def resolve(request: ExtractRequest, existing: Run | None, device: str, workers:
     classifier = load_classifier(request.model, request.weights, request.seed)
     target = Target.parse(request.target, classifier.classes)
     fields = method_fields(request, classifier, existing, device, workers)
+    labels, remarks = _labels(request, existing, shards, classifier, needed=target.kind == "label")
     fields["map_dtype"] = request.map_dtype or ("uint8" if request.map_size == "input" else fields["map_dtype"])
     config = ExtractConfig(
         **fields,
@@ -83,8 +86,19 @@ def resolve(request: ExtractRequest, existing: Run | None, device: str, workers:
         map_size=request.map_size,
         save_map=request.save_map,
         precision=request.precision,
+        labels=labels,
     )
-    return new_run(config, shards, classifier.class_names), hints
+    return new_run(config, shards, classifier.class_names), hints + remarks
+
+
+def _labels(
+    request: ExtractRequest, existing: Run | None, shards: list[Shard], classifier: Classifier, *, needed: bool
+) -> tuple[Numbers, list[str]]:
+    """Return the existing run's labels if the request leaves them open, else as `choose_labels`."""
+    if request.labels == AUTO and existing is not None and isinstance(existing.config, ExtractConfig):
+        return existing.config.labels, []
+    needed = needed and find(request.method).needs_target
+    return choose_labels(request.labels, shards, classifier.class_names, classifier.classes, needed=needed)
 
 
 def wanted_shards(request: MethodRequest) -> tuple[list[Shard], list[str]]:

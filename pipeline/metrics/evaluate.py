@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from saltern.pipeline.metrics.judge import AS_IS, NO_MAPS, SCALED, SCHEMA, SUBJECTS, Judged
 from saltern.pipeline.metrics.wanted import wanted_shards
+from saltern.pipeline.runs.agreement import measure_agreement
 from saltern.pipeline.runs.reader import SaliencyRun, open_run
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.run import Shard
@@ -147,6 +148,9 @@ def evaluate(path: str, patterns: Sequence[str] = (), metrics: Sequence[str] = (
     columns = _columns(metrics)
     run = open_run(path)
     shards, notes = wanted_shards(run, patterns)
+    if "om" in columns and run.config.labels is None:
+        agreement = measure_agreement(run.store, run.run, {shard.name for shard in run.shards})
+        notes += [f"OM tells nothing here: {agreement.text}"] if agreement is not None and agreement.doubtful else []
     evaluation = Evaluation(run, columns, notes)
     try:
         names = {"metrics/localization.json", *(_rows_name(shard) for shard in run.run.shards)}

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
+from saltern.pipeline.runs.agreement import label_doubt
 from saltern.pipeline.runs.manifest import read_failures, read_receipts
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.run import Run
@@ -22,6 +23,7 @@ class RunStatus:
     rows: dict[str, int]  # by status, the most frequent first
     data_bytes: int
     failures: dict[str, str]  # kind and reason, by shard
+    warning: str | None = None  # about the labels
 
 
 def run_status(store: Store, run: Run) -> RunStatus:
@@ -39,4 +41,5 @@ def run_status(store: Store, run: Run) -> RunStatus:
         rows=dict(statuses.most_common()),
         data_bytes=sum(receipt.data_bytes for receipt in receipts.values()),
         failures={name: f"{it.kind}: {it.reason}" for name, it in read_failures(store, receipts).items()},
+        warning=label_doubt(store, run, receipts),
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from saltern.pipeline.runs.agreement import label_doubt
 from saltern.pipeline.runs.manifest import data_name, read_failures, read_receipts
 from saltern.pipeline.shards.samples import list_keys
 from saltern.pipeline.storage.store import SCRATCH, Store
@@ -35,6 +36,7 @@ class Verdict:
     rows: int
     recounted: int  # shards whose tar was read again; the counts of the others come from their receipts
     findings: list[Finding]
+    warning: str | None = None  # about the labels
 
 
 def verify(store: Store, run: Run) -> Verdict:
@@ -55,6 +57,7 @@ def verify(store: Store, run: Run) -> Verdict:
         verdict.recounted += keys is not None
         verdict.findings += [Finding(shard.name, reason) for reason in _check(store, run, shard, receipt, keys)]
     verdict.findings += _unknown_files(store, run)
+    verdict.warning = label_doubt(store, run, receipts)
     return verdict
 
 

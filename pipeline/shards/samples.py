@@ -3,7 +3,7 @@
 import gzip
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -30,6 +30,7 @@ class Sample:
     index: int  # position in the shard, from 0
     members: dict[str, bytes] = field(default_factory=dict)  # by extension, lower case: only images, cls and json
     problem: tuple[str, str] | None = None  # a status of saltern.schemas.saliency, and the reason
+    numbers: Mapping[int, int] | None = None  # the model's class for each number in `cls`; None: the same numbers
 
     @property
     def image(self) -> bytes | None:
@@ -38,6 +39,12 @@ class Sample:
 
     @property
     def label(self) -> int | None:
+        """The sample's class as the model numbers it; None if `given` is None or is not in `numbers`."""
+        given = self.given
+        return given if self.numbers is None or given is None else self.numbers.get(given)
+
+    @property
+    def given(self) -> int | None:
         """The class in `cls`; None if it is missing, not a whole number, or does not fit in 32 bits."""
         try:
             label = int(self.members["cls"])
@@ -46,18 +53,21 @@ class Sample:
         return label if abs(label) < 2**31 else None
 
 
-def read_samples(shard: Shard) -> Iterator[Sample]:
+def read_samples(shard: Shard, numbers: Mapping[int, int] | None = None) -> Iterator[Sample]:
     """Yield a shard's samples, only the first `shard.take` if that is set.
 
     Contiguous members with one key (the name up to its first dot) are one sample. A second member of the same name
     begins a new sample, which repeats the key.
+
+    Args:
+        numbers: the model's class for each number in `cls`; None: the same numbers.
 
     Raises:
         ShardError: the data is broken: cut, damaged, not a tar, followed by other data, or not of the planned size.
         OSError: the environment is broken: network, permissions, missing file.
     """
     with _opened(shard, seekable=False) as tape:
-        yield from islice(_samples(_members(tape, data_of=_WANTED)), shard.take)
+        yield from islice(_samples(_members(tape, data_of=_WANTED), numbers), shard.take)
 
 
 def fold(crc: int, sample: Sample) -> int:
@@ -99,7 +109,7 @@ class Place(NamedTuple):
     label: int | None  # as `Sample.label`
 
 
-def locate_images(shard: Shard) -> Iterator[Place]:
+def locate_images(shard: Shard, numbers: Mapping[int, int] | None = None) -> Iterator[Place]:
     """Yield the place of each image that `read_samples` gives, without repeats. On a local tar it only seeks.
 
     The shard must not be compressed.
@@ -115,7 +125,7 @@ def locate_images(shard: Shard) -> Iterator[Place]:
             key = group[0].key
             if image is not None and image.size <= MAX_MEMBER and key not in seen:
                 data = {member.ext: member.data for member in group if member.data is not None}
-                yield Place(key, image.offset, image.size, Sample(key, index, data).label)
+                yield Place(key, image.offset, image.size, Sample(key, index, data, numbers=numbers).label)
             seen.add(key)
 
 
@@ -171,11 +181,12 @@ def split_name(name: str) -> tuple[str, str] | None:
     return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"), ext.lower()
 
 
-def _samples(members: Iterable[_Member]) -> Iterator[Sample]:
+def _samples(members: Iterable[_Member], numbers: Mapping[int, int] | None) -> Iterator[Sample]:
     seen: dict[str, int] = {}
     for index, group in enumerate(_groups(members)):
         key = group[0].key
-        sample = Sample(key, index, {member.ext: member.data for member in group if member.data is not None})
+        data = {member.ext: member.data for member in group if member.data is not None}
+        sample = Sample(key, index, data, numbers=numbers)
         sample.problem = _problem(sample, group, seen.setdefault(key, index))
         yield sample
 

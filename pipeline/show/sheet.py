@@ -4,12 +4,14 @@ For one run, each row's photograph, map, mask and box; for several runs, each im
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from saltern.pipeline.runs.agreement import label_doubt, measure_agreement
 from saltern.pipeline.runs.reader import Row, SaliencyRun
 from saltern.pipeline.shards.annotations import extra
 from saltern.pipeline.shards.samples import Sample, read_samples
@@ -44,7 +46,7 @@ def contact_sheet(run: SaliencyRun, sort: str | None = None, limit: int = 48) ->
     counts = f"{len(cards):,} of {len(run):,} rows, {order}"
     config = run.config
     title = f"{config.method} of {config.model}"
-    return render(title, [*_provenance(run), ("shown", counts)], [_NOTE, *problems], cards)
+    return render(title, [*_provenance(run), ("shown", counts)], [*_doubts([run]), _NOTE, *problems], cards)
 
 
 def comparison(runs: Sequence[SaliencyRun], sort: str | None = None, limit: int = 48) -> str:
@@ -72,7 +74,12 @@ def comparison(runs: Sequence[SaliencyRun], sort: str | None = None, limit: int 
         raise UserError(f"{first.path} shares no sample with {', '.join(run.path for run in others)}")
     facts = [(caption, _in_short(run)) for caption, run in zip(captions, runs, strict=True)]
     shown = ("shown", f"{len(cards):,} of {len(first):,} rows, {order}")
-    return render(" | ".join(captions), [*facts, shown], [_NOTE, *problems], cards)
+    return render(" | ".join(captions), [*facts, shown], [*_doubts(runs), _NOTE, *problems], cards)
+
+
+def _doubts(runs: Sequence[SaliencyRun]) -> list[str]:
+    doubts = ((run.path, label_doubt(run.store, run.run, {shard.name for shard in run.shards})) for run in runs)
+    return [f"WARNING: {path}: {doubt}" for path, doubt in doubts if doubt]
 
 
 def _order(run: SaliencyRun, sort: str | None) -> str:
@@ -97,26 +104,40 @@ def _choose(run: SaliencyRun, sort: str | None, limit: int) -> list[int]:
     return order
 
 
-def _samples(run: SaliencyRun, rows: Iterable[Row]) -> tuple[dict[tuple[str, int], Sample], dict[int, str], list[str]]:
-    """Return the rows' samples by (shard, index), the class names found on the way, and notes on unreadable shards."""
+@dataclass
+class _Names:
+    """Two tables of class names by number: those of the dataset, for labels, and those of the model."""
+
+    dataset: dict[int, str]
+    model: dict[int, str]
+
+
+def _samples(run: SaliencyRun, rows: Iterable[Row]) -> tuple[dict[tuple[str, int], Sample], _Names, list[str]]:
+    """Return the rows' samples by (shard, index), the names of classes, and notes on unreadable shards."""
     samples: dict[tuple[str, int], Sample] = {}
-    names = dict(enumerate(run.run.class_names or []))
+    names = _Names({}, dict(enumerate(run.run.class_names or [])))
     problems: list[str] = []
     shards = {shard.name: shard for shard in run.shards}
     for name, group in groupby(rows, lambda row: row.shard):
         keys = {row.index: row.key for row in group}
         try:
-            for sample in _read(shards[name], keys, names):
+            for sample in _read(shards[name], keys, names.dataset, run.config.labels):
                 samples[name, sample.index] = sample
         except (OSError, ShardError) as error:
             problems.append(f"{name}: shown without its images, which cannot be read ({error})")
+    if run.run.class_names is None:
+        agreement = measure_agreement(run.store, run.run, {shard.name for shard in run.shards})
+        # The dataset's names are the model's only if its numbers are.
+        names.model = names.dataset if agreement is not None and agreement.proven else {}
     return samples, names, problems
 
 
-def _read(shard: Shard, keys: dict[int, str], names: dict[int, str]) -> Iterable[Sample]:
+def _read(
+    shard: Shard, keys: dict[int, str], names: dict[int, str], numbers: Mapping[int, int] | None
+) -> Iterable[Sample]:
     """Yield the samples with these indices and keys. Add the class names in their json members to `names`."""
     last = max(keys)
-    for sample in read_samples(shard):
+    for sample in read_samples(shard, numbers):
         name = extra(sample).get("name")
         if sample.label is not None and isinstance(name, str):
             names[sample.label] = name
@@ -128,18 +149,18 @@ def _read(shard: Shard, keys: dict[int, str], names: dict[int, str]) -> Iterable
             return
 
 
-def _card(row: Row, sample: Sample | None, names: dict[int, str]) -> Card:
+def _card(row: Row, sample: Sample | None, names: _Names) -> Card:
     values = {name: getattr(row, name) for name in _VALUES}
     return Card(row.key, row.shard, row.status, [_view(row, sample, names)], values)
 
 
-def _view(row: Row, sample: Sample | None, names: dict[int, str]) -> View:
+def _view(row: Row, sample: Sample | None, names: _Names) -> View:
     facts = _facts(row, names)
     shown = pictures(row, sample, {"target": "", "label": "", "mask": "", "box": ""} | facts)
     return View(shown, list(facts.items()), _trouble(row, sample))
 
 
-def _wide_card(row: Row, sample: Sample | None, rows: dict[str, Row | None], names: dict[int, str]) -> Card:
+def _wide_card(row: Row, sample: Sample | None, rows: dict[str, Row | None], names: _Names) -> Card:
     """Return the card of an image: the photograph, then each run's picture of it."""
     photo_YX3 = photograph(row, sample)
     facts = _facts(row, names)
@@ -156,14 +177,14 @@ def _wide_card(row: Row, sample: Sample | None, rows: dict[str, Row | None], nam
     return Card(row.key, row.shard, row.status, [View(shown, some_facts, _trouble(row, sample))], values)
 
 
-def _facts(row: Row, names: dict[int, str]) -> dict[str, str]:
-    def named(label: int | None) -> str:
-        return "" if label is None else f"{label} {names.get(label, '')}".strip()
+def _facts(row: Row, names: _Names) -> dict[str, str]:
+    def named(number: int | None, table: dict[int, str]) -> str:
+        return "" if number is None else f"{number} {table.get(number, '')}".strip()
 
     facts = {
-        "label": named(row.label),
-        "predicted": named(row.predicted),
-        "target": named(row.target),
+        "label": named(row.label, names.dataset or names.model),
+        "predicted": named(row.predicted, names.model),
+        "target": named(row.target, names.model),
         "score": "" if row.score is None else f"{row.score:.3f}",
         "mask": "" if row.mask_area is None else f"{100 * row.mask_area:.1f} %",
         "box": "; ".join(" ".join(map(str, box)) for box in row.boxes or ()),

@@ -62,6 +62,7 @@ def make_run(
     grid: tuple[int, int] = (4, 4),
     broken: tuple[tuple[int, int], ...] = (),
     json: bytes | None = None,
+    class_names: list[str] | None = None,
     **changes: Any,
 ) -> Made:
     """Make a run in `folder`/run over tars in `folder`/shards. Keys are unique in the run.
@@ -70,6 +71,7 @@ def make_run(
         shards, samples: number of shards, and of samples in each.
         broken: (shard, sample) whose image member is not an image.
         json: the samples' json member.
+        class_names: the model's.
         changes: to the config.
     """
     wanted = []
@@ -83,7 +85,7 @@ def make_run(
         write_tar(tar, samples_.items())
         wanted.append(Shard(f"part{number}/train", str(tar), tar.stat().st_size))
     frozen = config(**changes)
-    made = Made(folder / "run", Run(frozen, wanted, {"saltern": "0"}, frozen.fingerprint()))
+    made = Made(folder / "run", Run(frozen, wanted, {"saltern": "0"}, frozen.fingerprint(), class_names))
     made.path.mkdir()
     (made.path / "run.json").write_bytes(made.run.to_json())
     for number in range(shards):

@@ -90,7 +90,7 @@ def test_a_column_without_an_order_lists_those_that_have_one(tmp_path: Path, col
 
 
 def test_what_comes_from_the_data_is_escaped(tmp_path: Path) -> None:
-    made = make_run(tmp_path, shards=2, samples=2, json=members(name=EVIL), method=EVIL)
+    made = make_run(tmp_path, shards=2, samples=2, json=members(name=EVIL), class_names=[EVIL] * 10, method=EVIL)
     shard = made.run.shards[0]
     failed = {"key": EVIL, "shard": shard.name, "label": 1, "status": EVIL, "error": EVIL}
     rows = [{**failed, "index": index} for index in range(2)]
