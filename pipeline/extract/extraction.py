@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,7 +74,7 @@ def extraction(request: ExtractRequest) -> Job:
     return Job(partial(resolve, request), partial(Processor, task=Extraction), _doubt_labels)
 
 
-def _doubt_labels(store: Store, run: Run, scratch: Path) -> None:
+def _doubt_labels(store: Store, run: Run) -> None:
     """Warn if the labels do not seem to be the model's class numbers."""
     doubt = label_doubt(store, run, read_receipts(store, run))
     if doubt:
