@@ -22,6 +22,21 @@ class Shard:
     take: int | None = None  # samples to take from the start (--limit); None = all
     mtime_ns: int | None = None  # of the tar, when it was listed; None = unknown
 
+    def unchanged(self, size: int, mtime_ns: int | None) -> bool:
+        """Return whether the tar still has the size and the time that it was listed with."""
+        return size == self.size and same_time(mtime_ns, self.mtime_ns)
+
+
+def same_time(one: int | None, other: int | None) -> bool:
+    """Return whether two times of a file's change, in ns, can be one: unknown, or equal at the coarser resolution.
+
+    The same file has whole seconds in one listing and parts of it in another, in some stores and network file systems.
+    """
+    if one is None or other is None:
+        return True
+    unit = 1_000 if one % 10**9 and other % 10**9 else 10**9
+    return one // unit == other // unit
+
 
 def classes_of(shard: Shard) -> list[int]:
     """Return the classes of a shard of visualize-class, which its URL lists."""

@@ -10,7 +10,6 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 
 import cv2
 import numpy as np
@@ -113,7 +112,7 @@ class Processor:
 
     def _items(self, shard: Shard, kept: dict[int, list[Record]], tally: Tally) -> Iterator[Item]:
         """Yield samples as they are read, and start to decode them. Runs in the reader's thread."""
-        samples = islice(read_samples(shard, self._labels), shard.take)
+        samples = read_samples(shard, self._labels, as_listed=True)
         while True:
             with tally.phase("read"):
                 sample = next(samples, None)

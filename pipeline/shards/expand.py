@@ -4,11 +4,13 @@ import glob
 import math
 import os
 import re
+import stat
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple
 
 from braceexpand import braceexpand
 from pyarrow import fs
@@ -21,8 +23,14 @@ ENDINGS = (".tar", ".tar.gz", ".tgz")
 FLAT = 10_000  # largest number of data files in one folder
 BUCKET = 1_000  # approximate number of data files in each sub-folder of a larger one
 
-State = tuple[int, int | None]  # size in bytes, mtime in ns
-File = tuple[str, State, object]  # URL or absolute path; identity of the file
+
+class File(NamedTuple):
+    """A shard in a folder or a bucket."""
+
+    url: str  # or absolute path
+    size: int  # bytes
+    mtime_ns: int | None
+    identity: object  # equal only for one file under two names
 
 
 def expand(patterns: Sequence[str]) -> tuple[list[Shard], list[str]]:
@@ -40,15 +48,14 @@ def expand(patterns: Sequence[str]) -> tuple[list[Shard], list[str]]:
     wanted = [(pattern, url) for pattern in _listed(patterns) for url in _braces(pattern)]
     try:
         files, repeats = _distinct(_find(wanted))
-        names = _names(list(files))
-        hints = _sibling_hint(next(iter(files))) if len(wanted) == len(files) == 1 else []
+        names = _names([file.url for file in files])
+        hints = _sibling_hint(files[0].url) if len(wanted) == len(files) == 1 else []
     except (OSError, ValueError) as error:
         raise UserError(f"the shards cannot be listed: {error}") from error
     if repeats:
         others = f" (and {len(repeats) - 1} others)" if len(repeats) > 1 else ""
         hints.append(f"{repeats[0]}{others} is named more than once, and used once")
-    made = zip(names, files.items(), strict=True)
-    shards = [Shard(name, url, size, mtime_ns=mtime) for name, (url, (size, mtime)) in made]
+    shards = [Shard(name, file.url, file.size, None, file.mtime_ns) for name, file in zip(names, files, strict=True)]
     return shards, hints
 
 
@@ -109,7 +116,9 @@ def _missing(pattern: str, url: str, missing: list[str], wanted: list[str]) -> U
 def _find_local(url: str) -> Iterator[File]:
     for path in _local_paths(url):
         info = os.stat(path)
-        yield path, (info.st_size, info.st_mtime_ns), (info.st_dev, info.st_ino)
+        if not stat.S_ISREG(info.st_mode):
+            raise UserError(f"{path}: not a regular file, and a shard is read more than once; copy it to a file")
+        yield File(path, info.st_size, info.st_mtime_ns, (info.st_dev, info.st_ino))
 
 
 def _local_paths(url: str) -> Iterator[str]:
@@ -143,7 +152,7 @@ def _look_up(urls: list[str]) -> dict[str, fs.FileInfo | None]:
 def _find_remote(url: str, info: fs.FileInfo | None) -> Iterator[File]:
     """Yield the files that a URL names: itself, those below a folder, or those that match a glob, from one listing."""
     if info is not None and info.type == fs.FileType.File:
-        yield url, (info.size, info.mtime_ns), url
+        yield File(url, info.size, info.mtime_ns, url)
         return
     pattern = (
         [*url.split("/"), "**", "*"] if info is not None and info.type == fs.FileType.Directory else url.split("/")
@@ -158,7 +167,7 @@ def _find_remote(url: str, info: fs.FileInfo | None) -> Iterator[File]:
         parts = info.path[len(path) + 1 :].split("/")
         if info.type == fs.FileType.File and info.path.endswith(ENDINGS) and _matches(parts, pattern[fixed:]):
             matched = "/".join([base, *parts])
-            yield matched, (info.size, info.mtime_ns), matched
+            yield File(matched, info.size, info.mtime_ns, matched)
 
 
 def _matches(parts: list[str], pattern: list[str]) -> bool:
@@ -172,19 +181,19 @@ def _matches(parts: list[str], pattern: list[str]) -> bool:
     return not hidden and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
-def _distinct(files: Iterable[File]) -> tuple[dict[str, State], list[str]]:
-    """Return size and mtime by URL, in order, and the URLs that repeat a file, also through a symbolic link."""
-    states: dict[str, State] = {}
+def _distinct(files: Iterable[File]) -> tuple[list[File], list[str]]:
+    """Return the files, in order, and the URLs that repeat a file, also through a symbolic link."""
+    distinct: dict[str, File] = {}
     repeats: list[str] = []
     first: dict[object, str] = {}
-    for url, state, identity in files:
-        other = first.setdefault(identity, url)
+    for file in files:
+        other = first.setdefault(file.identity, file.url)
         # Some file systems give two files one number, so the real paths are compared as well.
-        if url in states or (other != url and os.path.realpath(other) == os.path.realpath(url)):
-            repeats.append(url)
+        if file.url in distinct or (other != file.url and os.path.realpath(other) == os.path.realpath(file.url)):
+            repeats.append(file.url)
         else:
-            states[url] = state
-    return states, repeats
+            distinct[file.url] = file
+    return list(distinct.values()), repeats
 
 
 def _sibling_hint(url: str) -> list[str]:

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 from webdataset.writer import TarWriter
 
 from saltern.pipeline.shards.expand import ENDINGS
-from saltern.pipeline.shards.samples import split_name
+from saltern.pipeline.shards.samples import split_name, storable
 from saltern.pipeline.shards.tape import IMAGES
 from saltern.schemas.errors import UserError
 
@@ -151,7 +151,7 @@ def _keyed(folder: Path, names: list[str], label: int | None) -> Iterator[_Image
             key = f"{key}-{ext}"
         if taken.setdefault(key, name) != name:
             raise UserError(f"{folder}: {taken[key]} and {name} would both have the key {key!r}; rename one of them")
-        if ext is None or split_name(f"{key}.{ext}") != (key, ext):
+        if ext is None or storable(key) != key or split_name(f"{key}.{ext}") != (key, ext):
             raise UserError(f"{str(folder / name)!r} cannot be a webdataset key; rename the file or its folder")
         yield _Image(folder / name, key, ext, label)
 

@@ -5,7 +5,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -18,8 +18,9 @@ from saltern.schemas.errors import ShardError
 from saltern.schemas.run import Shard
 from saltern.schemas.saliency import DUPLICATE_KEY, MISSING_IMAGE, TOO_LARGE
 
-MAX_MEMBER = 2**28  # bytes; a larger one is not read
+MAX_MEMBER = 2**28  # bytes of a sample's members; those beyond are not read
 _WANTED = frozenset((*IMAGES, "cls", "json"))
+_SHOWN = 8  # extensions in a message
 
 
 @dataclass(slots=True)
@@ -46,27 +47,30 @@ class Sample:
     @property
     def given(self) -> int | None:
         """The class in `cls`; None if it is missing, not a whole number, or does not fit in 32 bits."""
-        try:
-            label = int(self.members["cls"])
-        except (KeyError, ValueError):
-            return None
+        match = re.fullmatch(rb"\s*([+-]?0*[0-9]{1,10})\s*", self.members.get("cls", b""))
+        label = int(match[1]) if match else 2**31
         return label if abs(label) < 2**31 else None
 
 
-def read_samples(shard: Shard, numbers: Mapping[int, int] | None = None) -> Iterator[Sample]:
+def read_samples(
+    shard: Shard, numbers: Mapping[int, int] | None = None, *, as_listed: bool = False
+) -> Iterator[Sample]:
     """Yield a shard's samples, only the first `shard.take` if that is set.
 
     Contiguous members with one key (the name up to its first dot) are one sample. A second member of the same name
     begins a new sample, which repeats the key.
 
     Args:
+        shard: the shard to read.
         numbers: the model's class for each number in `cls`; None: the same numbers.
+        as_listed: require the time of change that the listing gave, besides the size.
 
     Raises:
-        ShardError: the data is broken: cut, damaged, not a tar, followed by other data, or not of the planned size.
-        OSError: the environment is broken: network, permissions, missing file.
+        ShardError: the data is broken: cut, damaged, not a tar, or followed by other data.
+        OSError: the environment is broken: network, permissions, missing file; or the file has another size than when
+            it was listed, or changed while it was read.
     """
-    with _opened(shard, seekable=False) as tape:
+    with _opened(shard, seekable=False, as_listed=as_listed) as tape:
         yield from islice(_samples(_members(tape, data_of=_WANTED), numbers), shard.take)
 
 
@@ -97,7 +101,7 @@ def list_keys(shard: Shard) -> list[str]:
         ShardError, OSError: as `read_samples`.
     """
     with _opened(shard, seekable=True) as tape:
-        return [group[0].key for group in islice(_groups(_members(tape)), shard.take)]
+        return [storable(next(iter(group.values())).key) for group in islice(_groups(_members(tape)), shard.take)]
 
 
 class Place(NamedTuple):
@@ -120,25 +124,48 @@ def locate_images(shard: Shard, numbers: Mapping[int, int] | None = None) -> Ite
     with _opened(shard, seekable=True) as tape:
         seen: set[str] = set()
         for index, group in enumerate(islice(_groups(_members(tape, data_of=frozenset({"cls"}))), shard.take)):
-            members = {member.ext: member for member in group}
-            image = next((members[ext] for ext in IMAGES if ext in members), None)
-            key = group[0].key
+            image = next((group[ext] for ext in IMAGES if ext in group), None)
+            key = storable(next(iter(group.values())).key)
             if image is not None and image.size <= MAX_MEMBER and key not in seen:
-                data = {member.ext: member.data for member in group if member.data is not None}
+                data = {ext: member.data for ext, member in group.items() if member.data is not None}
                 yield Place(key, image.offset, image.size, Sample(key, index, data, numbers=numbers).label)
             seen.add(key)
 
 
 @contextmanager
-def _opened(shard: Shard, *, seekable: bool) -> Iterator[Tape]:
-    """Open a shard; with `seekable`, so that its reader can seek if it is a local tar without compression."""
+def _opened(shard: Shard, *, seekable: bool, as_listed: bool = False) -> Iterator[Tape]:
+    """Open a shard, and check at the end that it did not change while it was read.
+
+    Args:
+        shard: the shard to open.
+        seekable: let the reader seek if the shard is a local tar without compression.
+        as_listed: as in `read_samples`.
+    """
     store, path = filesystem(shard.url)
     info = store.get_file_info(path)
+    _check_unchanged(shard if as_listed else replace(shard, mtime_ns=None), info)
+    opened = replace(shard, mtime_ns=info.mtime_ns)
+    with _tape(shard, store, path, seekable) as tape:
+        try:
+            yield tape
+        except ShardError:
+            _check_unchanged(opened, store.get_file_info(path))
+            raise
+        _check_unchanged(opened, store.get_file_info(path))
+
+
+def _check_unchanged(shard: Shard, info: fs.FileInfo) -> None:
     if info.type == fs.FileType.NotFound:
         raise FileNotFoundError(f"{shard.url}: no such file")
-    if info.size != shard.size:
-        changed = f"has {info.size} bytes, and had {shard.size} when the run was planned"
-        raise ShardError(f"{shard.url}: {changed}; restore it, or plan a new run")
+    if info.type != fs.FileType.File:
+        raise OSError(f"{shard.url}: not a regular file")
+    if not shard.unchanged(info.size, info.mtime_ns):
+        how = f"it had {shard.size} bytes and has {info.size}" if info.size != shard.size else "it was written again"
+        raise OSError(f"{shard.url}: changed since it was listed ({how}); restore it, or run the command again")
+
+
+@contextmanager
+def _tape(shard: Shard, store: fs.FileSystem, path: str, seekable: bool) -> Iterator[Tape]:
     local, gzipped = isinstance(store, fs.LocalFileSystem), path.endswith((".gz", ".tgz"))
     if seekable and local and not gzipped:
         with store.open_input_file(path) as raw:
@@ -161,55 +188,72 @@ class _Member(NamedTuple):
 
 def _members(tape: Tape, *, data_of: frozenset[str] = frozenset()) -> Iterator[_Member]:
     """Yield the members of samples, with the data of those with these extensions."""
-    for name, size in tape:
-        if named := split_name(name):
-            wanted, offset = named[1] in data_of and size <= MAX_MEMBER, tape.position
-            yield _Member(*named, tape.read(size) if wanted else None, size, offset)
+    key, held = "", 0  # the last sample's key, and the bytes of its data
+    aside: list[str] = []  # files that belong to no sample, while no sample was found
+    for name, size, is_link in tape:
+        named = split_name(name)
+        if named is None:
+            if not key:
+                aside.append(name)
+            continue
+        if is_link and named[1] in _WANTED:
+            raise tape.error(f"{name!r} is a link without data (pack it with `tar -h --hard-dereference`)")
+        if named[0] != key:
+            key, held = named[0], 0
+        wanted, offset = named[1] in data_of and held + size <= MAX_MEMBER, tape.position
+        held += size if wanted else 0
+        yield _Member(*named, tape.read(size) if wanted else None, size, offset)
+    if aside and not key:
+        raise tape.error(f"{len(aside)} files, the first {aside[0]!r}, and none with a name such as a.jpg")
 
 
 def split_name(name: str) -> tuple[str, str] | None:
     """Return key and lower-case extension, as webdataset splits them; None if the file belongs to no sample.
 
-    Hidden files (`._a.jpg`), metadata (`__meta__/a.jpg`) and files without an extension (`README`) do not.
+    Hidden files (`._a.jpg`) and files without an extension (`README`) do not. Files of folders such as `__meta__/`
+    do here, although webdataset drops them.
     """
-    if re.search(r"^__[^/]*__(/|$)|(^|/)(\.[^/]*|__MACOSX/.*)$", name):
-        return None
     key, ext = base_plus_ext(name)
-    if key is None:
-        return None
-    # Bytes that are not UTF-8 are lone surrogates here, which Parquet does not take.
-    return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"), ext.lower()
+    return None if key is None or name.rpartition("/")[2].startswith(".") else (key, ext.lower())
+
+
+def storable(name: str) -> str:
+    """Return a name with `\\xNN` for each byte that is not UTF-8, a lone surrogate, which Parquet does not take."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _samples(members: Iterable[_Member], numbers: Mapping[int, int] | None) -> Iterator[Sample]:
     seen: dict[str, int] = {}
     for index, group in enumerate(_groups(members)):
-        key = group[0].key
-        data = {member.ext: member.data for member in group if member.data is not None}
+        key = storable(next(iter(group.values())).key)
+        data = {ext: member.data for ext, member in group.items() if member.data is not None}
         sample = Sample(key, index, data, numbers=numbers)
         sample.problem = _problem(sample, group, seen.setdefault(key, index))
         yield sample
 
 
-def _groups(members: Iterable[_Member]) -> Iterator[list[_Member]]:
-    group: list[_Member] = []
+def _groups(members: Iterable[_Member]) -> Iterator[dict[str, _Member]]:
+    """Yield the members of each sample, by extension."""
+    group: dict[str, _Member] = {}
+    key = ""
     for member in members:
-        if group and (member.key != group[0].key or any(member.ext == other.ext for other in group)):
+        if group and (member.key != key or member.ext in group):
             yield group
-            group = []
-        group.append(member)
+            group = {}
+        group[member.ext], key = member, member.key
     if group:
         yield group
 
 
-def _problem(sample: Sample, group: list[_Member], first: int) -> tuple[str, str] | None:
+def _problem(sample: Sample, group: dict[str, _Member], first: int) -> tuple[str, str] | None:
     if first != sample.index:
         fix = "give each sample its own key and keep its members together, as `saltern pack` does"
         return DUPLICATE_KEY, f"sample {first} of this shard already has the key; {fix}"
-    for member in group:
-        if member.data is None and member.ext in _WANTED:
-            return TOO_LARGE, f"the member .{member.ext} has {member.size} bytes; at most {MAX_MEMBER} are read"
+    for ext, member in group.items():
+        if member.data is None and ext in _WANTED:
+            return TOO_LARGE, f"the member .{ext} has {member.size} bytes; at most {MAX_MEMBER} are read of a sample"
     if sample.image is None:
-        extensions = ", ".join(f".{member.ext}" for member in group)
+        extensions = ", ".join(f".{storable(ext)}" for ext in islice(group, _SHOWN))
+        extensions += f" and {len(group) - _SHOWN} more" if len(group) > _SHOWN else ""
         return MISSING_IMAGE, f"no image among its members ({extensions}); a key ends at the first dot of the name"
     return None

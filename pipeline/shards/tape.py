@@ -5,11 +5,10 @@ second archive in the same file. Samples would be lost without a message.
 """
 
 import gzip
-import io
 import tarfile
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from saltern.schemas.errors import ShardError
 
@@ -17,15 +16,26 @@ BLOCK = 512  # bytes of a header; each member's data is padded to a multiple of 
 IMAGES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm", "pnm")
 REPAIR = "copy the shard again, or repack its images with `saltern pack`"
 _CHUNK = 2**20  # bytes read at once if they are not kept
-_MAX_EXTENSION = 2**20  # bytes of a long name or a PAX header, which are held in memory
+_MAX_EXTENSION = 2**18  # bytes of a long name or a PAX header, which are held in memory
+# Bytes of a record, to a multiple of which a tar is padded: 20 blocks by default, a power of two of them for tapes.
+_RECORDS = (10_240, *(BLOCK << exponent for exponent in range(12)))
 _PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 _EXTENSIONS = (*_PAX, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 _DATALESS = (*_LINKS, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
+_KNOWN = {*tarfile.REGULAR_TYPES, *_EXTENSIONS, *_DATALESS, b"D", b"V"}  # folders and labels of volumes by GNU tar
+
+
+class Entry(NamedTuple):
+    """A regular file in a tar, or a link."""
+
+    name: str  # bytes that are not UTF-8 are lone surrogates
+    size: int  # bytes of data
+    is_link: bool  # symbolic or hard; it has no data
 
 
 class Tape:
-    """The files in a tar, in order.
+    """The files and links in a tar, in order.
 
     Args:
         url: the shard's URL, for messages.
@@ -39,15 +49,19 @@ class Tape:
         self.position = 0  # in the tar, bytes
         self._member = ""  # name in the last header
 
-    def __iter__(self) -> Iterator[tuple[str, int]]:
-        """Yield name and size, in bytes, of each regular file; `read` returns its data until the next one is requested.
+    def __iter__(self) -> Iterator[Entry]:
+        """Yield each file and link; `read` returns its data until the next one is requested.
 
         Raises:
             ShardError: the tar is not complete; the message gives the place and the fix.
         """
-        extensions = b""  # headers and data that give the next member a long name
+        extended: dict[str, bytes] = {}  # path and size that extension headers give the next member
         while block := self._block():
-            name, kind, size = self._header(block, extensions)
+            name, kind, size = self._header(block)
+            if extended and kind not in _EXTENSIONS:
+                name = extended.get("path", b"").decode("utf-8", "surrogateescape") or name
+                if extended.get("size", b"%d" % size) != b"%d" % size:
+                    raise self.error("a tar header that cannot be followed, as it gives two sizes,")
             self._check(name, kind, size)
             padded = 0 if kind in _DATALESS else -(-size // BLOCK) * BLOCK
             self.position += BLOCK
@@ -55,14 +69,14 @@ class Tape:
             if self._total is not None and end > self._total:
                 raise self._error(f"the tar is cut at byte {self._total}, inside member {name!r}; {REPAIR}")
             if kind in _EXTENSIONS:
-                extensions += block + self.read(padded)
-                continue
-            self._member, extensions = name, b""
-            if kind in tarfile.REGULAR_TYPES:
-                yield name, size
+                extended |= self._extension(kind, self.read(size))
+            else:
+                self._member, extended = name, {}
+                if kind in tarfile.REGULAR_TYPES or kind in _LINKS:
+                    yield Entry(name, size, kind in _LINKS)
             self._skip_to(end)
-        if extensions:
-            raise self._error_here("the tar ends before the member of a long name")
+        if extended:
+            raise self.error("the tar ends before the member of a long name")
 
     def read(self, size: int) -> bytes:
         """Return the next `size` bytes of data."""
@@ -86,55 +100,81 @@ class Tape:
             while len(data) < size and (more := self._source.read(size - len(data))):
                 data += more
         except EOFError as error:
-            raise self._error_here("the gzip stream is cut; its tar ends") from error
+            raise self.error("the gzip stream is cut; its tar ends") from error
         except (zlib.error, gzip.BadGzipFile) as error:
-            raise self._error_here(f"the gzip stream is damaged ({error})") from error
+            raise self.error(f"the gzip stream is damaged ({error})") from error
         return data
 
     def _block(self) -> bytes:
-        """Return the next header; b"" at the end of the archive, after which only zeros may follow."""
+        """Return the next header; b"" at the end of the archive."""
         block = self._fetch(BLOCK)
         if len(block) < BLOCK:
             raise self._cut(block)
         if block.count(0) < BLOCK:
             return block
+        self._check_end()
+        return b""
+
+    def _check_end(self) -> None:
+        """Check that only the end of the archive follows: two blocks of zeros, or one, padded to a whole record.
+
+        A longer tail is that of a file whose space was reserved before its bytes arrived, and did not all arrive.
+        """
+        tail = BLOCK
         while rest := self._fetch(_CHUNK):
             if rest.count(0) < len(rest):
-                raise self._error_here(
+                raise self.error(
                     "data after the end of the archive (tars that were concatenated? "
                     "unpack them with `tar --ignore-zeros -xf`)"
                 )
-        return b""
+            tail += len(rest)
+        total, end = self.position + tail, self.position + 2 * BLOCK
+        if not any(total % record == 0 and total < end + record for record in _RECORDS):
+            raise self.error(
+                f"{tail:,} bytes of zeros, more than any end of a tar, as in a copy that stopped early (if the tar is "
+                f"complete, cut them off with `truncate -s {end}`),"
+            )
 
-    def _header(self, block: bytes, extensions: bytes) -> tuple[str, bytes, int]:
-        """Return name, type and size of a member. `extensions` are the headers before its own, with their data."""
+    def _header(self, block: bytes) -> tuple[str, bytes, int]:
+        """Return name, type and size of a member."""
         try:
-            name, kind, size = _parse(block)
+            return _parse(block)
         except (tarfile.HeaderError, ValueError) as error:
             raise self._no_header(block) from error
-        if not extensions or kind in _EXTENSIONS:
-            return name, kind, size
+
+    def _extension(self, kind: bytes, data: bytes) -> dict[str, bytes]:
+        """Return path and size that an extension header gives.
+
+        Python's tarfile needs minutes for some PAX headers, in which no signal gets through, and obeys those of sparse
+        members, which can claim any size.
+        """
+        if kind == tarfile.GNUTYPE_LONGLINK:
+            return {}
+        if kind == tarfile.GNUTYPE_LONGNAME:
+            return {"path": data.partition(b"\0")[0]}
         try:
-            with tarfile.open(fileobj=io.BytesIO(extensions + block), mode="r:", encoding="utf-8") as tar:
-                member = tar.next()
-        except (tarfile.TarError, ValueError) as error:
-            raise self._error_here(f"damaged tar header ({error})") from error
-        if member is None or member.size != size:  # a PAX header can replace the size
-            raise self._error_here("a tar header that cannot be followed, as it gives two sizes,")
-        return member.name, kind, size
+            records = dict(_pax_records(data))
+        except ValueError as error:
+            raise self.error("damaged PAX header") from error
+        if any(keyword.startswith(b"GNU.sparse.") for keyword in records):
+            raise self.error("sparse member, which cannot be read (pack it without `tar --sparse`),")
+        given = {name: records[name.encode()] for name in ("path", "size") if name.encode() in records}
+        if given and kind == tarfile.XGLTYPE:
+            raise self.error("a PAX header that gives all members one name or size")
+        return given
 
     def _check(self, name: str, kind: bytes, size: int) -> None:
         if size < 0 or (kind in _EXTENSIONS and size > _MAX_EXTENSION):
-            raise self._error_here(f"tar header with a size of {size} bytes")
+            raise self.error(f"tar header with a size of {size} bytes")
         if kind == tarfile.GNUTYPE_SPARSE:
-            raise self._error_here(f"sparse member {name!r}, which cannot be read,")
-        if kind in _LINKS and name.lower().endswith(IMAGES):
-            raise self._error_here(f"{name!r} is a link without data (pack it with tar -h)")
+            raise self.error(f"sparse member {name!r}, which cannot be read (pack it without `tar --sparse`),")
+        if kind not in _KNOWN:
+            raise self.error(f"member {name!r} of a type {kind!r} that cannot be read")
 
     def _error(self, reason: str) -> ShardError:
         return ShardError(f"{self._url}: {reason}")
 
-    def _error_here(self, what: str) -> ShardError:
+    def error(self, what: str) -> ShardError:
         """Return an error that names the defect, the position and the fix."""
         after = f", after member {self._member!r}" if self._member else ""
         return self._error(f"{what} at byte {self.position}{after}; {REPAIR}")
@@ -144,14 +184,32 @@ class Tape:
             return self._error("the file is empty, not even an empty tar; copy the shard again")
         if not self.position:
             return self._no_header(block)
-        return self._error_here("the tar is cut: it ends without end-of-archive blocks")
+        return self.error("the tar is cut: it ends without end-of-archive blocks")
 
     def _no_header(self, block: bytes) -> ShardError:
         if self.position:
-            return self._error_here("damaged tar header")
+            return self.error("damaged tar header")
         if block.startswith(b"\x1f\x8b"):
             return self._error("compressed by gzip; let its name end in .tar.gz, or decompress it")
         return self._error(f"not a tar: it begins with {block[:8].hex(' ')}; pack images with `saltern pack`")
+
+
+def _pax_records(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yield keyword and value of each record, `LENGTH KEYWORD=VALUE` and a newline.
+
+    Raises:
+        ValueError: a record is damaged.
+    """
+    start = 0
+    while start < len(data) and data[start]:
+        digits = data[start : start + 20].partition(b" ")[0]
+        end = start + (int(digits) if digits.isdigit() else 0)
+        record = data[start + len(digits) + 1 : end]
+        if not record.endswith(b"\n") or end > len(data):
+            raise ValueError(f"damaged record at byte {start}")
+        keyword, _, value = record[:-1].partition(b"=")
+        yield keyword, value
+        start = end
 
 
 def _parse(block: bytes) -> tuple[str, bytes, int]:

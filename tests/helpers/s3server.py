@@ -2,13 +2,16 @@
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 BUCKET = "bucket"
-_DATED = {"Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT", "ETag": '"tag"'}
+_WRITTEN = datetime(2015, 10, 21, 7, 28, tzinfo=UTC)
+_DATED = {"Last-Modified": format_datetime(_WRITTEN, usegmt=True), "ETag": '"tag"'}
 
 
 class S3(ThreadingHTTPServer):
@@ -20,6 +23,8 @@ class S3(ThreadingHTTPServer):
         self.requests: list[str] = []  # as "GET key" or "LIST prefix"
         self.parts: dict[str, dict[int, bytes]] = {}  # by unfinished upload
         self.cut = False  # whether to close the connection in the middle of each object
+        self.written: dict[str, datetime] = {}  # time of an object's last change, if not that of all others
+        self.before: Callable[[str], None] = lambda request: None  # called before each answer about an object
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -120,9 +125,11 @@ class _Handler(BaseHTTPRequestHandler):
             below = [key for key in keys if delimiter in key[len(prefix) :]]
             folders = {prefix + key[len(prefix) :].partition(delimiter)[0] + delimiter for key in below}
             keys = [key for key in keys if key not in below]
-        dated = "<LastModified>2015-10-21T07:28:00.000Z</LastModified><ETag>tag</ETag>"
         body = "".join(
-            f"<Contents><Key>{key}</Key>{dated}<Size>{len(self.server.objects[key])}</Size></Contents>" for key in keys
+            f"<Contents><Key>{key}</Key>"
+            f"<LastModified>{self.server.written.get(key, _WRITTEN):%FT%T.000Z}</LastModified>"
+            f"<ETag>tag</ETag><Size>{len(self.server.objects[key])}</Size></Contents>"
+            for key in keys
         )
         body += "".join(f"<CommonPrefixes><Prefix>{folder}</Prefix></CommonPrefixes>" for folder in sorted(folders))
         body = f"<Name>{BUCKET}</Name><KeyCount>{len(keys)}</KeyCount><IsTruncated>false</IsTruncated>{body}"
@@ -130,6 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _object(self, key: str) -> None:
         self.server.requests.append(f"{self.command} {key}")
+        self.server.before(self.server.requests[-1])
         whole = self.server.objects.get(key)
         if whole is None:
             self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>", {})
@@ -139,7 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = whole[first : last + 1]
         ranged = {"Content-Range": f"bytes {first}-{last}/{len(whole)}"} if wanted else {}
         given = body[: len(body) // 2] if self.server.cut else body
-        self._answer(206 if wanted else 200, given, {**_DATED, **ranged}, len(body))
+        dated = {**_DATED, "Last-Modified": format_datetime(self.server.written.get(key, _WRITTEN), usegmt=True)}
+        self._answer(206 if wanted else 200, given, {**dated, **ranged}, len(body))
         self.close_connection = self.server.cut
 
 
