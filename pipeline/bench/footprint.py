@@ -96,10 +96,13 @@ def _receipt(shard: Shard, fingerprint: str = "") -> Receipt:
 class _Idle:
     """A processor that does nothing, and a book that records nothing."""
 
-    images = 0
+    def __init__(self) -> None:
+        self.images: dict[str, int] = {}
 
     def process(self, shard: Shard, redo: bool = False) -> Receipt:
         return _receipt(shard)
+
+    def close(self) -> None: ...
 
     def receipt_of(self, shard: Shard) -> Receipt | None:
         return None

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from saltern.pipeline import machine
 from saltern.pipeline.engine.pool import Died, Done, Event, Factory, Raised, Ready, ShardProcessor
@@ -48,6 +48,31 @@ def _alive() -> dict[str, dict[str, float]]:
     return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
 
 
+def explain(worker: int, shard: Shard | None, error: Exception, *, machine_alive: bool) -> Event:
+    """Return the event of any error that Ray raises for a call of an actor.
+
+    Args:
+        worker, shard: of the call; shard is None for the call that builds the processor.
+        error: a RayError.
+        machine_alive: whether the worker's machine is known to be alive. If it is not, no shard is blamed.
+    """
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, BaseException) and not isinstance(cause, ray.exceptions.RayError):
+        return Raised(worker, shard, cause)
+    lines = [line.strip() for line in str(cause or error).splitlines() if line.strip()] or [type(error).__name__]
+    if "creation task" in str(error) or (shard is None and isinstance(error, RayTaskError)):
+        where = "Install the same packages on every node, and put your own module where every node can import it"
+        return Raised(worker, None, UserError(f"a worker cannot load the code of the job: {lines[-1]}. {where}"))
+    if isinstance(error, RayTaskError):
+        return Raised(worker, shard, error)
+    text = " ".join(lines)
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return Died(worker, "its node ran out of memory, and Ray ended it", blame=True)
+    if isinstance(error, ray.exceptions.RayActorError) and not ("worker process has died" in text and machine_alive):
+        return Died(worker, "its machine was lost or cannot be reached", blame=False)
+    return Died(worker, text.split("Worker exit detail: ")[-1].split(". ")[0][:200], blame=True)
+
+
 class _Worker:
     """The actor. Its processor is built by a call, not by the constructor, so that errors come back unchanged."""
 
@@ -58,8 +83,8 @@ class _Worker:
     def process(self, shard: Shard, redo: bool) -> Receipt:
         return self._processor.process(shard, redo)
 
-    def images(self) -> int:
-        return self._processor.images
+    def images(self) -> dict[str, int]:
+        return dict(self._processor.images)
 
 
 class RayPool:
@@ -95,7 +120,7 @@ class RayPool:
         self._calls: dict[Any, tuple[int, Shard | None]] = {}  # by reference; None: the call that builds
         self._nodes: dict[int, str] = {}
         self._counting: dict[Any, int] = {}
-        self._counts: dict[int, int] = {}
+        self._counts: dict[int, dict[str, int]] = {}
         self._asked = -COUNT_EVERY_S
 
     def start(self) -> int:
@@ -128,21 +153,12 @@ class RayPool:
     def _event(self, reference: Any, worker: int, shard: Shard | None) -> Event:
         try:
             value = ray.get(reference)
-        except RayTaskError as error:
-            return Raised(worker, shard, error.cause if isinstance(error.cause, BaseException) else error)
-        except (RayActorError, ActorUnavailableError) as error:
-            return self._died(worker, error)
+        except ray.exceptions.RayError as error:
+            return explain(worker, shard, error, machine_alive=self._nodes.get(worker) in {None, *_alive()})
         if shard is None:
             self._nodes[worker] = value
             return Ready(worker)
         return Done(worker, shard, value)
-
-    def _died(self, worker: int, error: Exception) -> Died:
-        """Return the event of a dead worker. Its shards are blamed only if its machine is still alive."""
-        text = " ".join(str(error).split())
-        if "worker process has died" not in text or self._nodes.get(worker) not in {None, *_alive()}:
-            return Died(worker, "its machine was lost or cannot be reached", blame=False)
-        return Died(worker, text.split("Worker exit detail: ")[-1].split(". ")[0][:200], blame=True)
 
     def kill(self, worker: int) -> None:
         with contextlib.suppress(Exception):  # it may be dead already, for many reasons
@@ -153,8 +169,8 @@ class RayPool:
         self._calls = {ref: call for ref, call in self._calls.items() if call[0] != worker}
         self._counting = {ref: number for ref, number in self._counting.items() if number != worker}
 
-    def images(self) -> int:
-        """Return the count of the last answers, without waiting for new ones."""
+    def images(self) -> dict[str, int]:
+        """Return the counts of the last answers, without waiting for new ones."""
         if self._counting:
             answered, _ = ray.wait(list(self._counting), num_returns=len(self._counting), timeout=0)
             for reference in answered:
@@ -164,7 +180,7 @@ class RayPool:
         if not self._counting and time.monotonic() - self._asked > COUNT_EVERY_S:
             self._asked = time.monotonic()
             self._counting = {self._actors[number].images.remote(): number for number in self._nodes}
-        return sum(self._counts.values())
+        return {name: count for counts in self._counts.values() for name, count in counts.items()}
 
     def close(self) -> None:
         for number in list(self._actors):

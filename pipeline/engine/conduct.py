@@ -13,7 +13,7 @@ from functools import partial
 from saltern.pipeline.engine.driver import Driver, Outcome
 from saltern.pipeline.engine.local import LocalPool
 from saltern.pipeline.engine.pool import Factory, ShardProcessor
-from saltern.pipeline.engine.progress import Progress, clock, spent
+from saltern.pipeline.engine.progress import Progress, clock, shares
 from saltern.pipeline.engine.selection import Engine, make_pool, select_engine
 from saltern.pipeline.machine import cores, sigterm_as_interrupt
 from saltern.pipeline.runs.begin import begin, check_folder
@@ -173,18 +173,15 @@ def _expected(pending: Sequence[Shard], receipts: dict[str, Receipt]) -> int | N
 
 
 def _report(outcome: Outcome, shards: int, done: int, root: str, seconds: float) -> None:
-    receipts = outcome.receipts.values()
-    samples = sum(receipt.samples for receipt in receipts)
-    rows = ", ".join(f"{count:,} {status}" for status, count in _rows(receipts).items()) or "no rows"
+    rows = ", ".join(f"{count:,} {status}" for status, count in _rows(outcome.receipts.values()).items()) or "no rows"
     print(
-        f"{done}/{shards} shards done in {root}: {samples:,} images in {clock(seconds)} "
-        f"({samples / seconds:,.1f} images/s); rows: {rows}; time: {spent(receipts)}"
+        f"{done}/{shards} shards done in {root}: {outcome.samples:,} images in {clock(seconds)} "
+        f"({outcome.samples / seconds:,.1f} images/s); rows: {rows}; time: {shares(outcome.seconds)}"
     )
-    for failure in outcome.failures.values():
-        print(f"{failure.shard}: {failure.kind}: {failure.reason}", file=sys.stderr)
     if outcome.stopped or outcome.failures:
         why = outcome.stopped or f"{len(outcome.failures)} shards failed"
-        print(f"{why}; finished shards are kept: repeat the command to resume", file=sys.stderr)
+        lost = f"; {outcome.lost:,} images of unfinished shards will be done again" if outcome.lost else ""
+        print(f"{why}; finished shards are kept{lost}: repeat the command to resume", file=sys.stderr)
 
 
 def _rows(receipts: Iterable[Receipt]) -> dict[str, int]:

@@ -2,7 +2,9 @@
 
 - Broken data: the shard fails at once.
 - Broken environment (network, memory): the shard is retried later, by any worker.
-- Dead worker: its shards go to other workers; a shard that has killed three workers fails as poison.
+- Dead worker: its shards go to other workers; a shard that has killed three workers, or was in flight on five machines
+  that were lost, fails as poison.
+- Broken environment of every shard: a circuit breaker stops the run (see circuit.py).
 - Broken code: the run stops.
 """
 
@@ -12,14 +14,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from saltern.pipeline.engine.circuit import Circuit
 from saltern.pipeline.engine.pool import Died, Done, Event, Pool, Raised, Ready
 from saltern.schemas.errors import DeviceLostError, OutputError, ShardError
-from saltern.schemas.receipt import Failure, Receipt
+from saltern.schemas.receipt import PHASES, Failure, Receipt
 from saltern.schemas.run import Shard
 
 IN_FLIGHT = 2  # shards of a worker at a time: it reads one while it finishes the other
 ATTEMPTS = 3  # of a shard whose environment is broken, whose time runs out or whose worker dies
-STILLBORN = 5  # consecutive workers that may die before they are ready
+LOSSES = 5  # machines that may be lost with a shard in flight; a preempted machine is no fault of its shards
+STILLBORN = 5  # consecutive workers that may fail before they are ready
 BACKOFF_S = (1.0, 5.0)  # before the second and the third attempt
 TICK_S = 0.25
 
@@ -43,6 +47,19 @@ class Outcome:
     failures: dict[str, Failure] = field(default_factory=dict)
     elsewhere: int = 0  # shards that another driver finished meanwhile
     stopped: str | None = None  # why it ended early
+    # Sums over the receipts, so that the progress line needs no scan of them.
+    samples: int = 0
+    failed_rows: int = 0  # rows whose status is not ok
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    lost: int = 0  # finished images of unfinished shards, when it ended early
+
+    def add(self, receipt: Receipt) -> None:
+        """Add the receipt of a finished shard."""
+        self.receipts[receipt.shard] = receipt
+        self.samples += receipt.samples
+        self.failed_rows += receipt.failed
+        for phase in PHASES:
+            self.seconds[phase] += receipt.seconds[phase]
 
 
 @dataclass
@@ -53,7 +70,7 @@ class State:
     total: int  # shards
     workers: int = 0  # ready
     wanted: int = 0  # workers that were started
-    images: int = 0  # finished, including those of unfinished shards
+    images: int = 0  # finished in this drive, including those of unfinished shards
     notes: list[str] = field(default_factory=list)  # lines for the user, which the progress line prints and removes
 
 
@@ -89,20 +106,25 @@ class Driver:
     ):
         self._pool, self._book, self._workers = pool, book, workers
         self._timeout_s, self._max_failed, self._redo, self._tick = timeout_s, max_failed, redo, tick
-        self._queue: deque[Shard] = deque()
+        self._queue: deque[Shard] = deque()  # shards that have not failed
         self._later: list[tuple[float, Shard]] = []
+        self._retries: deque[Shard] = deque()  # failed shards whose pause is over
         # A shard whose worker died or hung is a suspect. It runs with no other shard, so that no other is blamed.
         self._suspected: set[str] = set()
         self._suspects: deque[Shard] = deque()  # suspects that wait for a worker
         self._flights: dict[int, dict[str, _Flight]] = {}  # by ready worker
         self._attempts: dict[str, int] = {}
         self._kills: dict[str, int] = {}
+        self._losses: dict[str, int] = {}  # machines that were lost with the shard in flight
         self._living: set[int] = set()
-        self._image_base = 0
-        self._stillborn = 0  # consecutive workers that died before they were ready
+        self._circuit = Circuit()
+        self._stillborn = 0  # consecutive workers that failed before they were ready
 
     def run(self, shards: Iterable[Shard]) -> Outcome:
         """Drive all shards to a receipt or a failure.
+
+        An error of the environment that belongs to no shard, as a store that refuses the record of a failure, stops
+        the run.
 
         Raises:
             Any error in a processor's code, unchanged.
@@ -119,32 +141,62 @@ class Driver:
                         self._handle(event)
                 self._expire()
                 self.state.workers = len(self._flights)
-                self.state.images = max(self.state.images, self._image_base + self._pool.images())
+                self.state.images = self.state.outcome.samples + self._images(self._flights)
                 self._tick(self.state)
+        except (OSError, OutputError) as error:
+            self.state.outcome.stopped = _one_line(error)
         finally:
+            self.state.outcome.lost = self.state.images - self.state.outcome.samples
             self._pool.close()
         return self.state.outcome
 
     def _unfinished(self) -> bool:
-        return bool(self._queue or self._later or self._suspects or any(self._flights.values()))
+        return bool(self._queue or self._later or self._retries or self._suspects or any(self._flights.values()))
+
+    def _images(self, workers: Iterable[int]) -> int:
+        """Return the finished images of the shards that these workers have in flight."""
+        counts = self._pool.images()
+        return sum(counts.get(name, 0) for worker in workers for name in self._flights.get(worker, ()))
 
     def _assign(self) -> None:
         now = time.monotonic()
         for due, shard in self._later:
             if due <= now:
-                (self._suspects if shard.name in self._suspected else self._queue).append(shard)
+                (self._suspects if shard.name in self._suspected else self._retries).append(shard)
         self._later = [(due, shard) for due, shard in self._later if due > now]
+        if self._circuit.is_open and self._queue:
+            return self._assign_one()
         for slots in range(IN_FLIGHT):  # the first of every worker before the second of any
             for worker, flights in self._flights.items():
                 if len(flights) == slots and self._suspected.isdisjoint(flights):
-                    following = self._next(idle=not flights)
-                    if following is not None:
-                        flights[following.name] = _Flight(following, now)
-                        self._pool.submit(worker, following, self._redo)
+                    idle = (self._suspects,) if not flights else ()
+                    self._submit(worker, self._next(*idle, self._retries, self._queue))
 
-    def _next(self, idle: bool) -> Shard | None:
-        """Return the next shard that is not done; a suspect only for an idle worker."""
-        for source in (self._suspects, self._queue) if idle else (self._queue,):
+    def _assign_one(self) -> None:
+        """Try one shard that has not failed yet, or stop the run if enough of them have failed in a row."""
+        if self._circuit.exhausted and not any(self._flights.values()):
+            return self._stop_failing()
+        free = (worker for worker, flights in self._flights.items() if len(flights) < IN_FLIGHT)
+        worker = next(free, None) if self._circuit.admits() else None
+        if worker is not None and (shard := self._next(self._queue)):
+            self._circuit.trying(shard.name)
+            self._submit(worker, shard)
+
+    def _stop_failing(self) -> None:
+        failed = list(self._circuit.failed.values())
+        for failure in failed:
+            if failure.shard not in self.state.outcome.failures:
+                self._record(failure)
+        self.state.outcome.stopped = f"{len(failed)} shards in a row failed, the last by: {failed[-1].reason}"
+
+    def _submit(self, worker: int, shard: Shard | None) -> None:
+        if shard is not None:
+            self._flights[worker][shard.name] = _Flight(shard, time.monotonic())
+            self._pool.submit(worker, shard, self._redo)
+
+    def _next(self, *sources: deque[Shard]) -> Shard | None:
+        """Return the next shard that is not done."""
+        for source in sources:
             while source:
                 shard = source.popleft()
                 if self._redo or self._book.receipt_of(shard) is None:
@@ -159,72 +211,103 @@ class Driver:
                 self._stillborn = 0
             case Done(worker, shard, receipt):
                 self._flights[worker].pop(shard.name, None)
-                self.state.outcome.receipts[shard.name] = receipt
-                self._book.succeeded(receipt)
+                self._accept(shard, receipt)
+            case Raised(worker, None, OSError() | MemoryError() | DeviceLostError() as error):
+                self._replace(worker, _one_line(error))
             case Raised(_, None, error):
                 raise error
-            case Raised(worker, shard, DeviceLostError() as error):
-                self._replace(worker, f"lost its device: {error}", blame=True)
+            case Raised(worker, _, DeviceLostError() as error):
+                self._blame(self._replace(worker, f"lost its device: {error}"), f"lost its device: {error}")
             case Raised(worker, shard, error) if shard is not None:
                 self._flights[worker].pop(shard.name, None)
                 self._judge(shard, error)
             case Died(worker, reason, blame):
-                self._replace(worker, reason, blame)
+                shards = self._replace(worker, reason)
+                self._blame(shards, reason) if blame else self._return(shards, reason)
+
+    def _accept(self, shard: Shard, receipt: Receipt) -> None:
+        try:
+            self._book.succeeded(receipt)
+        except OSError as error:
+            return self._judge(shard, error)
+        self.state.outcome.add(receipt)
+        self._circuit.close()
 
     def _judge(self, shard: Shard, error: BaseException) -> None:
         if isinstance(error, ShardError):
+            self._circuit.close()  # the tar was read
             self._fail(shard, "data", str(error))
         elif isinstance(error, OutputError):
             self.state.outcome.stopped = str(error)
         elif isinstance(error, OSError | MemoryError):
-            self._again(shard, "world", f"{type(error).__name__}: {error}")
+            self._again(shard, "world", _one_line(error))
         else:
             raise error
 
     def _again(self, shard: Shard, kind: str, reason: str) -> None:
-        reason = reason.splitlines()[0]
         attempts = self._attempts[shard.name] = self._attempts.get(shard.name, 0) + 1
+        self._count(Failure(shard.name, kind, reason, attempts))
         if attempts >= ATTEMPTS:
             return self._fail(shard, kind, f"{reason} ({attempts} attempts)")
         pause = BACKOFF_S[attempts - 1]
         self._say(f"{shard.name}: {reason}; trying again in {pause:g} s")
         self._later.append((time.monotonic() + pause, shard))
 
+    def _blame(self, shards: list[Shard], reason: str) -> None:
+        """Retry the shards whose worker died, or give up those that have killed enough workers."""
+        for shard in shards:
+            self._suspected.add(shard.name)
+            kills = self._kills[shard.name] = self._kills.get(shard.name, 0) + 1
+            self._count(Failure(shard.name, "poison", reason, kills))
+            if kills >= ATTEMPTS:
+                self._fail(shard, "poison", f"killed its worker {kills} times: {reason}")
+            else:
+                self._suspects.append(shard)
+
+    def _return(self, shards: list[Shard], reason: str) -> None:
+        """Queue the shards of a lost machine again, or give up those that have lost enough machines."""
+        for shard in shards:
+            losses = self._losses[shard.name] = self._losses.get(shard.name, 0) + 1
+            if losses >= LOSSES:
+                self._fail(shard, "poison", f"was in flight on {losses} machines that were lost: {reason}")
+            elif losses == 1:
+                self._queue.appendleft(shard)
+            else:
+                self._suspected.add(shard.name)
+                self._suspects.append(shard)
+
+    def _count(self, failure: Failure) -> None:
+        if self._circuit.fail(failure):
+            self._say(f"{len(self._circuit.failed)} shards in a row failed; trying one shard at a time, with pauses")
+
     def _fail(self, shard: Shard, kind: str, reason: str) -> None:
-        attempts = max(1, self._attempts.get(shard.name, 0), self._kills.get(shard.name, 0))
-        failure = Failure(shard.name, kind, reason, attempts)
+        counts = (counted.get(shard.name, 0) for counted in (self._attempts, self._kills, self._losses))
+        self._record(Failure(shard.name, kind, reason, max(1, *counts)))
+
+    def _record(self, failure: Failure) -> None:
         failures = self.state.outcome.failures
-        failures[shard.name] = failure
+        failures[failure.shard] = failure
         self._book.failed(failure)
-        self._say(f"{shard.name} FAILED: {reason}")
+        self._say(f"{failure.shard}: {failure.kind}: {failure.reason}")
         if self._max_failed is not None and len(failures) > self._max_failed:
             self.state.outcome.stopped = (
                 f"{len(failures)} shards have failed, --max-failed-shards is {self._max_failed}"
             )
 
-    def _replace(self, worker: int, reason: str, blame: bool) -> None:
-        """Replace a lost worker, and queue its shards again."""
-        self._image_base = self.state.images
+    def _replace(self, worker: int, reason: str) -> list[Shard]:
+        """Replace a lost worker. Return the shards that it had in flight."""
+        lost = self._images([worker])
         self._stillborn += worker not in self._flights
         if self._stillborn > STILLBORN:
-            self.state.outcome.stopped = f"workers die before they are ready: {reason}"
+            self.state.outcome.stopped = f"workers fail before they are ready: {reason}"
         flights = self._flights.pop(worker, {})
         self._living.remove(worker)
         self._pool.kill(worker)
-        self._living.add(self._pool.start())
-        names = ", ".join(flights) or "nothing"
-        self._say(f"a worker was replaced ({reason}); in flight: {names}")
-        for flight in flights.values():
-            name = flight.shard.name
-            if not blame:
-                self._queue.appendleft(flight.shard)
-                continue
-            self._suspected.add(name)
-            self._kills[name] = self._kills.get(name, 0) + 1
-            if self._kills[name] >= ATTEMPTS:
-                self._fail(flight.shard, "poison", f"killed its worker {self._kills[name]} times: {reason}")
-            else:
-                self._suspects.append(flight.shard)
+        if self.state.outcome.stopped is None:
+            self._living.add(self._pool.start())
+        again = f"{lost} images are done again" if lost else "no image was lost"
+        self._say(f"a worker was replaced ({reason}); in flight: {', '.join(flights) or 'nothing'}; {again}")
+        return [flight.shard for flight in flights.values()]
 
     def _expire(self) -> None:
         """Retry the shards that exceeded their time limit. Only the end of its worker stops a shard for certain."""
@@ -232,13 +315,20 @@ class Driver:
             return
         now = time.monotonic()
         for worker, flights in list(self._flights.items()):
-            late = [flight.shard for flight in flights.values() if now - flight.since > self._timeout_s]
-            for shard in late:
-                del flights[shard.name]
-                self._suspected.add(shard.name)
-                self._again(shard, "timeout", f"not done after --shard-timeout {self._timeout_s:g} s")
-            if late:
-                self._replace(worker, "a shard ran out of time", blame=False)
+            late = {name for name, flight in flights.items() if now - flight.since > self._timeout_s}
+            if not late:
+                continue
+            for shard in self._replace(worker, "a shard ran out of time"):
+                if shard.name in late:
+                    self._suspected.add(shard.name)
+                    self._again(shard, "timeout", f"not done after --shard-timeout {self._timeout_s:g} s")
+                else:
+                    self._queue.appendleft(shard)
 
     def _say(self, text: str) -> None:
         self.state.notes.append(text)
+
+
+def _one_line(error: BaseException) -> str:
+    name = "" if isinstance(error, OutputError) else f"{type(error).__name__}: "
+    return name + " ".join(str(error).split())

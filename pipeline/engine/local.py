@@ -1,5 +1,6 @@
 """Worker threads of this process."""
 
+import contextlib
 import itertools
 import queue
 import threading
@@ -14,6 +15,14 @@ from saltern.schemas.run import Shard
 class _Local:
     processor: ShardProcessor | None = None
     busy: set[str] = field(default_factory=set)  # shard names
+    killed: bool = False
+
+    def release(self) -> None:
+        """Close the processor of a killed worker when none of its threads is in it any more."""
+        if self.killed and not self.busy and self.processor is not None:
+            with contextlib.suppress(Exception):  # a lost device cannot be released
+                self.processor.close()
+            self.processor = None
 
 
 class LocalPool:
@@ -29,15 +38,16 @@ class LocalPool:
     def start(self) -> int:
         number = next(self._numbers)
         self._workers[number] = _Local()
-        self._thread(self._build, number)
+        self._thread(self._build, number, self._workers[number])
         return number
 
     def _thread(self, target: Callable[..., None], *args: object) -> None:
         threading.Thread(target=target, args=args, name="saltern-shard", daemon=True).start()
 
-    def _build(self, number: int) -> None:
+    def _build(self, number: int, worker: _Local) -> None:
         try:
-            self._workers[number].processor = self._factory()
+            worker.processor = self._factory()
+            worker.release()
             self._events.put(Ready(number))
         except BaseException as error:  # the driver raises it
             self._events.put(Raised(number, None, error))
@@ -53,6 +63,7 @@ class LocalPool:
         except BaseException as error:  # the driver handles it
             event = Raised(number, shard, error)
         worker.busy.discard(shard.name)
+        worker.release()
         self._events.put(event)
 
     def wait(self, timeout_s: float) -> list[Event]:
@@ -65,10 +76,14 @@ class LocalPool:
         return [event for event in events if event.worker in self._workers]
 
     def kill(self, worker: int) -> None:
-        self.abandoned |= bool(self._workers.pop(worker).busy)
+        killed = self._workers.pop(worker)
+        self.abandoned |= bool(killed.busy)
+        killed.killed = True
+        killed.release()
 
-    def images(self) -> int:
-        return sum(worker.processor.images for worker in self._workers.values() if worker.processor)
+    def images(self) -> dict[str, int]:
+        processors = (worker.processor for worker in self._workers.values() if worker.processor)
+        return {name: count for processor in processors for name, count in list(processor.images.items())}
 
     def close(self) -> None:
         for number in list(self._workers):

@@ -11,9 +11,12 @@ from saltern.schemas.run import Shard
 class ShardProcessor(Protocol):
     """The processor of a worker. It is built once, then called with shards, two at a time."""
 
-    images: int  # finished
+    images: dict[str, int]  # finished images, by shard in process
 
     def process(self, shard: Shard, redo: bool = False) -> Receipt: ...
+
+    def close(self) -> None:
+        """Release threads, hooks and device memory. No shard is in process."""
 
 
 Factory = Callable[[], ShardProcessor]
@@ -69,7 +72,8 @@ class Pool(Protocol):
 
     def kill(self, worker: int) -> None: ...
 
-    def images(self) -> int:
-        """Return the images that the living workers have finished since they were started."""
+    def images(self) -> dict[str, int]:
+        """Return the finished images of the shards that the living workers process, by shard."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End all workers. Idle ones release what they hold."""

@@ -86,6 +86,7 @@ def _try(request: ExtractRequest, device: str) -> tuple[float, float, int]:
         since = time.perf_counter()
         receipt = processor.process(run.shards[0])
         seconds = time.perf_counter() - since
+        processor.close()
         footer = pq.read_metadata(f"{root}/{data_name(receipt.shard)}")
     if not receipt.samples:
         raise UserError(f"{run.shards[0].url} holds no samples to try; put another shard first")

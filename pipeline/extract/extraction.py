@@ -134,6 +134,9 @@ class Extraction:
     def records(self, shard: Shard, batch: list[Item], explained: Explained | None) -> list[Record]:
         return assemble(shard, batch, explained, self._storage.describe, REASONS, self._explain.rows_each)
 
+    def close(self) -> None:
+        self._explain.method.close()
+
 
 @dataclass(frozen=True)
 class Storage:

@@ -47,7 +47,7 @@ class Processor:
     def __init__(self, spec: Spec, task: Callable[[Spec, torch.device], Task]):
         self.config = spec.run.config
         self._labels = spec.run.config_of(MethodConfig).labels
-        self.images = 0  # samples whose records were handed to a writer, for the progress line
+        self.images: dict[str, int] = {}  # samples handed to a writer, by shard in process, for the progress line
         self._outlet = Outlet(spec)
         self._device = torch.device(spec.device)
         self._chunk = self.config.batch_size
@@ -72,6 +72,25 @@ class Processor:
             OutputError: the run's folder accepts no more data.
             DeviceLostError: this process cannot be used any more.
         """
+        self.images[shard.name] = 0
+        try:
+            return self._process(shard, redo)
+        finally:
+            del self.images[shard.name]
+
+    def close(self) -> None:
+        """Release threads, hooks and device memory. No shard is in process."""
+        self._decoders.shutdown()
+        self._compute.submit(self._release).result()
+        self._compute.shutdown()
+
+    def _release(self) -> None:
+        self._task.close()
+        del self._task
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _process(self, shard: Shard, redo: bool) -> Receipt:
         tally = Tally()
         kept = self._ok_records(shard) if redo else {}
         with (
@@ -169,7 +188,7 @@ class Processor:
             records = self._task.records(shard, batch, explained)
             writer.write(records)
         tally.count(len(batch), records)
-        self.images += len(batch)
+        self.images[shard.name] += len(batch)
 
 
 def _decode(data: bytes, preprocess: Preprocess) -> tuple[Decoded, float]:

@@ -42,6 +42,9 @@ class Task(Protocol):
     def records(self, shard: Shard, batch: "list[Item]", explained: "Explained | None") -> list[Record]:
         """Return the records of a decoded batch, in its order; `explained` is None if no item was decoded."""
 
+    def close(self) -> None:
+        """Release what the task holds on the device."""
+
 
 @dataclass
 class Item:

@@ -163,6 +163,9 @@ class Attack:
     def records(self, shard: Shard, batch: list[Item], explained: Explained | None) -> list[Record]:
         return assemble(shard, batch, explained, _describe, _REASONS)
 
+    def close(self) -> None:
+        self._method.close()
+
 
 def _describe(decoded: Decoded, columns: dict[str, NDArray[Any]], row: int, status: str) -> Record:
     """Return the columns of one attacked image; pictures as PNG."""

@@ -114,7 +114,7 @@ class Visualizer:
 
     def __init__(self, spec: Spec):
         self._run, self._config = spec.run, spec.run.config_of(VisualizeConfig)
-        self.images = 0  # finished classes, for the progress line
+        self.images: dict[str, int] = {}  # a batch of classes ends at once, so none is ever in process
         self._outlet = Outlet(spec)
         self._device = torch.device(spec.device)
         # torch keeps a thread count for each calling thread: set it in the one that computes.
@@ -143,8 +143,14 @@ class Visualizer:
                     self._outlet.publish(record["image"], picture_name(record["target"], self._run.class_names), tally)
             tally.count(len(records), records)
             written = self._outlet.close(shard, writer, tally)
-        self.images += len(records)
         return self._outlet.hand_in(shard, written, tally, self._config.batch_size)
+
+    def close(self) -> None:
+        """Release the thread, the model and its device memory. No batch is in process."""
+        self._compute.shutdown()
+        del self._model
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _ascend(self, targets: list[int]) -> tuple[Peak, float]:
         since = time.perf_counter()

@@ -29,7 +29,7 @@ class Toy:
     lost, full."""
 
     def __init__(self, notes: str):
-        self.images = 0
+        self.images: dict[str, int] = {}
         self._notes = Path(notes)
 
     def _first(self, shard: Shard) -> bool:
@@ -44,8 +44,11 @@ class Toy:
         what, _, once = shard.url.partition("-")
         if not once or self._first(shard):
             self._act(what)
-        self.images += 2
+
         return receipt(shard)
+
+    def close(self) -> None:
+        (self._notes / "closed").touch()
 
     def _act(self, what: str) -> None:
         match what:

@@ -8,35 +8,13 @@ from pathlib import Path
 import pytest
 import toys
 from making import HELPERS
+from scripted import Notebook, shards
 
 from saltern.pipeline.engine import driver
 from saltern.pipeline.engine.driver import Driver, State
 from saltern.pipeline.engine.local import LocalPool
 from saltern.pipeline.engine.pool import Pool
-from saltern.schemas.receipt import Failure, Receipt
-from saltern.schemas.run import Shard
-
-
-class Notebook:
-    """A record of results in memory."""
-
-    def __init__(self) -> None:
-        self.receipts: list[str] = []
-        self.failures: dict[str, Failure] = {}
-        self.elsewhere: set[str] = set()
-
-    def receipt_of(self, shard: Shard) -> Receipt | None:
-        return toys.receipt(shard) if shard.name in self.elsewhere else None
-
-    def succeeded(self, receipt: Receipt) -> None:
-        self.receipts.append(receipt.shard)
-
-    def failed(self, failure: Failure) -> None:
-        self.failures[failure.shard] = failure
-
-
-def shards(*urls: str) -> list[Shard]:
-    return [Shard(f"{index}-{url}", url, 10) for index, url in enumerate(urls)]
+from saltern.schemas.receipt import Failure
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +47,21 @@ def test_every_shard_once(pool: Pool) -> None:
     assert sorted(book.receipts) == sorted(shard.name for shard in shards(*["ok"] * 20))
     assert not outcome.failures
     assert outcome.stopped is None
+
+
+def test_a_pool_that_closes_closes_its_processors(local: LocalPool, tmp_path: Path) -> None:
+    Driver(local, Notebook()).run(shards("ok"))
+    assert (tmp_path / "closed").exists()
+
+
+def test_a_killed_worker_is_closed_when_its_last_shard_ends(local: LocalPool, tmp_path: Path) -> None:
+    Driver(local, Notebook(), timeout_s=0.1, max_failed=0).run(shards(*["slow"] * 2))
+    assert local.abandoned
+    for _ in range(100):
+        if (tmp_path / "closed").exists():
+            return
+        time.sleep(0.05)
+    pytest.fail("the processor was not closed")
 
 
 def test_broken_data_fails_at_once_and_the_rest_goes_on(pool: Pool) -> None:
