@@ -118,7 +118,8 @@ class Processor:
         batch: list[Item] = []
         decoded = 0
         depth, longest = AHEAD * self.config.batch_size, max(ROW_GROUP, self.config.batch_size)
-        with contextlib.closing(prefetch(lambda: self._items(shard, kept, tally), depth)) as items:
+        read = prefetch(lambda: self._items(shard, kept, tally), depth, lambda item: item.sample.size)
+        with contextlib.closing(read) as items:
             for item in items:
                 tally.seconds["decode"] += item.wait()
                 batch.append(item)
@@ -141,11 +142,13 @@ class Processor:
 
     def _item(self, sample: Sample, kept: dict[int, list[Record]]) -> Item:
         if sample.index in kept:
+            sample.release()
             return Item(sample, kept=kept[sample.index])
         problem = sample.problem or self._task.problem(sample)
         if problem is not None or sample.image is None:
+            sample.release()
             return Item(sample, problem=problem)
-        return Item(sample, self._decoders.submit(_decode, sample.image, self.config.preprocess))
+        return Item(sample, self._decoders.submit(_decode, sample, self.config.preprocess))
 
     def _submit(self, batch: list[Item]) -> Running | None:
         """Start the task on the decoded items, in the device's thread."""
@@ -191,7 +194,11 @@ class Processor:
         self.images[shard.name] += len(batch)
 
 
-def _decode(data: bytes, preprocess: Preprocess) -> tuple[Decoded, float]:
+def _decode(sample: Sample, preprocess: Preprocess) -> tuple[Decoded, float]:
+    """Return the decoded image and the seconds. The sample's bytes are not needed any more."""
     since = time.perf_counter()
-    decoded = decode(data, preprocess)
+    try:
+        decoded = decode(sample.image or b"", preprocess)
+    finally:
+        sample.release()
     return decoded, time.perf_counter() - since

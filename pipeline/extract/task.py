@@ -64,6 +64,7 @@ class Item:
             self.decoded, seconds = self.decoding.result()
         except DecodeError as error:
             self.problem, seconds = (error.status, error.reason), 0.0
+        self.decoding = None  # an error's traceback holds the image's bytes
         return seconds
 
 

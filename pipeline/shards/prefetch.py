@@ -1,52 +1,66 @@
 """Run an iterator ahead of its consumer, in a thread."""
 
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
-_POLL_S = 0.1
+MAX_BYTES = 2**28  # of the items that wait for their consumer
 
 
-class _End(Generic[T]):
-    """The end of the items, with the error that caused it."""
-
-    def __init__(self, error: BaseException | None):
-        self.error = error
-
-
-def prefetch(items: Callable[[], Iterable[T]], depth: int) -> Generator[T, None, None]:
-    """Yield the items of `items()`, read at most `depth` items ahead.
+def prefetch(
+    items: Callable[[], Iterable[T]], depth: int, size: Callable[[T], int] = lambda item: 0
+) -> Generator[T, None, None]:
+    """Yield the items of `items()`, read ahead.
 
     The thread ends when the consumer closes the generator. An error in `items()` is raised in the consumer.
-    """
-    ahead: queue.Queue[T | _End[T]] = queue.Queue(depth)
-    closed = threading.Event()
 
-    def put(item: T | _End[T]) -> None:
-        while not closed.is_set():
-            try:
-                return ahead.put(item, timeout=_POLL_S)
-            except queue.Full:
-                continue
+    Args:
+        items: called in the thread.
+        depth: largest number of items that wait for the consumer.
+        size: returns an item's bytes. All that wait have at most MAX_BYTES together, unless it is one item.
+    """
+    ahead: deque[tuple[T, int]] = deque()
+    changed = threading.Condition()
+    held = 0  # bytes of the items in `ahead`
+    closed = ended = False
+    error: BaseException | None = None
+
+    def put(item: T) -> bool:
+        nonlocal held
+        with changed:
+            own = size(item)
+            changed.wait_for(lambda: closed or not ahead or (len(ahead) < depth and held + own <= MAX_BYTES))
+            ahead.append((item, own))
+            held += own
+            changed.notify_all()
+            return not closed
 
     def run() -> None:
-        error: BaseException | None = None
+        nonlocal ended, error
         try:
-            for item in items():
-                put(item)
-                if closed.is_set():
-                    return
+            all(put(item) for item in items())
         except BaseException as raised:  # raised in the consumer
             error = raised
-        put(_End(error))
+        with changed:
+            ended = True
+            changed.notify_all()
 
     threading.Thread(target=run, name="saltern-prefetch", daemon=True).start()
     try:
-        while not isinstance(item := ahead.get(), _End):
+        while True:
+            with changed:
+                changed.wait_for(lambda: ahead or ended)
+                if not ahead:
+                    break
+                item, own = ahead.popleft()
+                held -= own
+                changed.notify_all()
             yield item
-        if item.error is not None:
-            raise item.error
+        if error is not None:
+            raise error
     finally:
-        closed.set()
+        with changed:
+            closed = True
+            changed.notify_all()

@@ -51,6 +51,15 @@ class Sample:
         label = int(match[1]) if match else 2**31
         return label if abs(label) < 2**31 else None
 
+    @property
+    def size(self) -> int:
+        """The bytes of its members."""
+        return sum(map(len, self.members.values()))
+
+    def release(self) -> None:
+        """Drop the members, except the class."""
+        self.members = {} if self.given is None else {"cls": b"%d" % self.given}
+
 
 def read_samples(
     shard: Shard, numbers: Mapping[int, int] | None = None, *, as_listed: bool = False

@@ -78,7 +78,7 @@ class Validation:
         means, in_play = {name: Mean() for name in _MEASURED}, frozenset(self.class_numbers)
         with (
             self._decoders() as pool,
-            contextlib.closing(prefetch(lambda: self._batches(pool, chosen), AHEAD)) as batches,
+            contextlib.closing(prefetch(lambda: self._batches(pool, chosen), AHEAD, _size)) as batches,
         ):
             for shard, items in batches:
                 _add(means, items, live(shard, items), in_play)
@@ -172,6 +172,10 @@ def _line(step: int, means: dict[str, Mean], world: int) -> dict[str, float]:
         "in_play": round(world * means["top1"].count),
         "damaged": round(world * means["damaged"].total),
     }
+
+
+def _size(batch: tuple[Shard, list[Item]]) -> int:
+    return sum(item.sample.size for item in batch[1])
 
 
 def _check(shards: Sequence[Shard]) -> None:
