@@ -29,7 +29,7 @@ def demo(out: OutFolder = Path("demo-out")) -> None:
     photographs, shards, run, page = out / "photographs", out / "shards", out / "run", out / "show.html"
     shutil.rmtree(shards, ignore_errors=True)
     _gather(photographs)
-    _saltern("pack", photographs, "--out", shards, "--per-shard", "4")
+    _saltern("pack", photographs, "--out", shards, "--per-shard", "4", "--no-shuffle")
     _saltern(
         *("extract", shards, "--out", run, "--model", "efficientnet_lite0", "--method", "grad-cam"),
         *("--target", "top1", "--overwrite"),

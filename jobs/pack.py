@@ -16,16 +16,27 @@ def pack(
     boxes: Annotated[
         Path | None, opt.inputs("Folder of ILSVRC annotations: CLASS/STEM.xml or STEM.xml.", metavar="DIR")
     ] = None,
+    classes: Annotated[
+        str | None,
+        opt.inputs(
+            "Number the class folders as in ImageNet (by WordNet id or name) or as in a file of names; default: from 0 "
+            "by their order.",
+            metavar="imagenet|FILE",
+        ),
+    ] = None,
+    shuffle: Annotated[int, opt.output("Seed of the order of the samples.", metavar="SEED")] = 0,
+    no_shuffle: Annotated[bool, opt.output("Keep the order of the paths, class by class.", "--no-shuffle")] = False,
 ) -> None:
-    """Pack an image folder into tar shards, with classes and boxes.
+    """Pack an image folder into shuffled tar shards, with classes and boxes.
 
-    Image files are stored unchanged, in the order of their paths. DIR must not hold shards yet.
+    Image files are stored unchanged; classes.json names the classes. DIR must not hold shards yet.
     """
     import shlex
 
     from saltern.pipeline.shards.pack import pack as write
 
-    packed = write(folder, out, per_shard=per_shard, boxes=boxes)
+    order = None if no_shuffle else shuffle
+    packed = write(folder, out, per_shard=per_shard, boxes=boxes, classes=classes, shuffle=order)
     line = f"{packed.samples:,} images of {packed.classes or 'unknown'} classes, {packed.bytes / 1e6:,.1f} MB"
     line += f", in {packed.shards} shards in {out}"
     if packed.skipped:
@@ -33,6 +44,6 @@ def pack(
     if boxes is not None:
         line += f"; {packed.samples - packed.unboxed:,} with boxes, {packed.unboxed:,} without an annotation"
     typer.echo(line)
-    fix = "" if packed.classes else " --target top1"
+    fix = "" if classes else " --target top1"
     extract = f"saltern extract {shlex.quote(str(out))} --out RUN --model resnet50 --method grad-cam{fix}"
     typer.echo(f"next: {extract}", err=True)

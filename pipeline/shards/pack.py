@@ -2,17 +2,20 @@
 
 import json
 import os
+import random
+import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from webdataset.writer import TarWriter
 
+from saltern.pipeline.shards.classes import FILE, IMAGENET, Vocabulary, imagenet_names, read_names
 from saltern.pipeline.shards.expand import ENDINGS
 from saltern.pipeline.shards.samples import split_name, storable
 from saltern.pipeline.shards.tape import IMAGES
@@ -37,39 +40,57 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class _Image:
-    path: Path
+    name: str  # path in the folder
     key: str
     ext: str
     label: int | None
 
 
-def pack(folder: Path, out: Path, *, per_shard: int = 1000, boxes: Path | None = None) -> Packed:
-    """Write `shard-000000.tar` and so on, in the order of the sorted paths. The same folder gives the same bytes.
+def pack(
+    folder: Path,
+    out: Path,
+    *,
+    per_shard: int = 1000,
+    boxes: Path | None = None,
+    classes: str | None = None,
+    shuffle: int | None = 0,
+) -> Packed:
+    """Write `shard-000000.tar` and so on, and `classes.json`. The same folder and options give the same bytes.
 
     A sample's key is its path without the extension. Other dots in the file's name become dashes, as a key ends at the
-    first dot. Members: the image; `cls`, the index of its class among the sorted sub-folders, as in torchvision's
-    ImageFolder; `json` with `name`, the class's folder, and `boxes` [[x0, y0, x1, y1]], inclusive pixels, `height` and
-    `width` of the annotation.
+    first dot. Members: the image; `cls`, the number of its class; `json` with `name`, the class's name, and `boxes`
+    [[x0, y0, x1, y1]], inclusive pixels, `height` and `width` of the annotation. `classes.json` has the names of all
+    classes by number. The list of images is kept in memory: about 250 bytes for each.
 
     Args:
         folder: one sub-folder per class, or only images.
         out: created if missing. The shards appear in it when all are written.
         per_shard: number of samples in a shard.
         boxes: ILSVRC annotations, as CLASS/STEM.xml or STEM.xml, in it or in its sub-folder Annotation.
+        classes: how the classes are numbered. None: by the sorted names of the sub-folders, as in torchvision's
+            ImageFolder. `imagenet`, or a file of names as `classes.json`: by the folder's name (or WordNet id) there.
+        shuffle: seed of the order of samples; None: the order of the sorted paths.
 
     Raises:
-        UserError: no images, images next to class folders, shards in `out`, a damaged annotation, an unreadable file.
+        UserError: no images, images next to class folders, shards in `out`, a damaged annotation, an unreadable file, a
+            folder that is none of the classes.
     """
     _check(folder, out, per_shard, boxes)
     packed, scratch = Packed(), out / SCRATCH
     try:
-        images = _images(folder, packed)
-        first = next(images, None)
-        if first is None:
+        names = _names(folder, classes)
+        packed.classes = len(names)
+        images = list(_images(folder, names, packed))
+        if not images:
             raise UserError(f"{folder}: no image in {packed.skipped} files; images end in {', '.join(IMAGES)}")
+        if shuffle is not None:
+            random.Random(shuffle).shuffle(images)
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        _write(chain([first], images), scratch, per_shard, boxes, packed)
+        table = dict(sorted(names.values()))
+        if table:
+            (scratch / FILE).write_text(json.dumps(table, indent=0) + "\n")
+        _Packer(folder, table, boxes, packed).write(images, scratch, per_shard)
         for path in sorted(scratch.iterdir()):
             path.rename(out / path.name)
         return packed
@@ -96,16 +117,40 @@ def _check(folder: Path, out: Path, per_shard: int, boxes: Path | None) -> None:
         raise UserError(f"--out {out} already holds shards ({min(existing)}, ...); give another folder or remove them")
 
 
-def _images(folder: Path, packed: Packed) -> Iterator[_Image]:
-    """Yield all images in order. Count classes and skipped files in `packed`."""
+def _names(folder: Path, classes: str | None) -> dict[str, tuple[int, str]]:
+    """Return number and name of the class of each sub-folder."""
+    folders = _scan(folder)[0]
+    if classes is None:
+        return {name: (number, name) for number, name in enumerate(folders)}
+    listed = dict(enumerate(imagenet_names())) if classes == IMAGENET else read_names(classes)
+    vocabulary = Vocabulary([listed.get(number, "") for number in range(max(listed) + 1)])
+    found = {name: vocabulary(name) for name in folders}
+    strangers = [name for name, numbers in found.items() if len(numbers) != 1]
+    if strangers or not folders:
+        which = f"{len(strangers)} class folders ({', '.join(map(repr, strangers[:3]))})" if folders else "flat folder"
+        raise UserError(
+            f"--classes {classes}: {folder}: {which}: not one of its {len(listed)} classes; rename or move it"
+        )
+    numbers = {name: next(iter(number)) for name, number in found.items()}
+    counts = Counter(numbers.values())
+    twice = [name for name in folders if counts[numbers[name]] > 1]
+    if twice:
+        raise UserError(
+            f"--classes {classes}: {' and '.join(map(repr, twice[:2]))} in {folder} are one class; join them"
+        )
+    return {name: (number, listed[number]) for name, number in numbers.items()}
+
+
+def _images(folder: Path, names: dict[str, tuple[int, str]], packed: Packed) -> Iterator[_Image]:
+    """Yield all images in order. Count skipped files in `packed`."""
     folders, files = _scan(folder)
     flat = [name for name in files if _extension(name)]
     if flat and folders:
         fix = "move the images into class folders, or pack them separately"
         raise UserError(f"{folder}: {len(flat)} images ({flat[0]}, ...) next to {len(folders)} folders; {fix}")
-    packed.classes, packed.skipped = len(folders), len(files) - len(flat)
+    packed.skipped = len(files) - len(flat)
     yield from _keyed(folder, flat, None)
-    for label, name in enumerate(folders):
+    for name, (label, _) in names.items():
         inside = sorted(_walk(folder, name, (_identity(folder),)))
         images = [path for path in inside if _extension(path)]
         packed.skipped += len(inside) - len(images)
@@ -151,9 +196,10 @@ def _keyed(folder: Path, names: list[str], label: int | None) -> Iterator[_Image
             key = f"{key}-{ext}"
         if taken.setdefault(key, name) != name:
             raise UserError(f"{folder}: {taken[key]} and {name} would both have the key {key!r}; rename one of them")
-        if ext is None or storable(key) != key or split_name(f"{key}.{ext}") != (key, ext):
+        dropped = re.match(r"__[^/]*__/", key)  # by webdataset
+        if ext is None or dropped or storable(key) != key or split_name(f"{key}.{ext}") != (key, ext):
             raise UserError(f"{str(folder / name)!r} cannot be a webdataset key; rename the file or its folder")
-        yield _Image(folder / name, key, ext, label)
+        yield _Image(name, key, ext, label)
 
 
 def _key(name: str) -> str:
@@ -161,37 +207,46 @@ def _key(name: str) -> str:
     return f"{folder}{slash}{base.rpartition('.')[0].replace('.', '-')}"
 
 
-def _write(images: Iterator[_Image], scratch: Path, per_shard: int, boxes: Path | None, packed: Packed) -> None:
-    while batch := list(islice(images, per_shard)):
-        path = scratch / f"shard-{packed.shards:06d}.tar"
-        with open(path, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
-            for image in batch:
-                tar.write(_sample(image, boxes, packed))
-        packed.shards += 1
-        packed.samples += len(batch)
-        packed.bytes += path.stat().st_size
+@dataclass(frozen=True)
+class _Packer:
+    """Writes the shards of a folder."""
 
+    folder: Path
+    names: dict[int, str]
+    boxes: Path | None
+    packed: Packed
 
-def _sample(image: _Image, boxes: Path | None, packed: Packed) -> dict[str, Any]:
-    members: dict[str, Any] = {"__key__": image.key, image.ext: image.path.read_bytes()}
-    facts: dict[str, Any] = {}
-    if image.label is not None:
-        members["cls"] = str(image.label).encode()
-        facts["name"] = image.key.partition("/")[0]
-    if boxes is not None:
-        annotation = _annotation(image, boxes)
-        packed.unboxed += annotation is None
-        facts |= read_ilsvrc(annotation) if annotation else {}
-    if facts:
-        members["json"] = json.dumps(facts).encode()
-    return members
+    def write(self, images: Iterable[_Image], scratch: Path, per_shard: int) -> None:
+        images = iter(images)
+        while batch := list(islice(images, per_shard)):
+            path = scratch / f"shard-{self.packed.shards:06d}.tar"
+            with open(path, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+                for image in batch:
+                    tar.write(self._sample(image))
+            self.packed.shards += 1
+            self.packed.samples += len(batch)
+            self.packed.bytes += path.stat().st_size
+
+    def _sample(self, image: _Image) -> dict[str, Any]:
+        members: dict[str, Any] = {"__key__": image.key, image.ext: (self.folder / image.name).read_bytes()}
+        facts: dict[str, Any] = {}
+        if image.label is not None:
+            members["cls"] = str(image.label).encode()
+            facts["name"] = self.names[image.label]
+        if self.boxes is not None:
+            annotation = _annotation(image, self.boxes)
+            self.packed.unboxed += annotation is None
+            facts |= read_ilsvrc(annotation) if annotation else {}
+        if facts:
+            members["json"] = json.dumps(facts).encode()
+        return members
 
 
 def _annotation(image: _Image, boxes: Path) -> Path | None:
-    name = f"{image.path.stem}.xml"
+    name = f"{Path(image.name).stem}.xml"
     folders = [boxes / "Annotation", boxes]
     if image.label is not None:
-        folders = [place for folder in folders for place in (folder / image.key.partition("/")[0], folder)]
+        folders = [place for folder in folders for place in (folder / image.name.partition("/")[0], folder)]
     return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 

@@ -27,7 +27,11 @@ def test_one_line_on_stdout_and_the_next_step_on_stderr(images: Path, tmp_path: 
     assert ended.exit_code == 0
     assert ended.stdout == f"3 images of 2 classes, 0.0 MB, in 2 shards in {out}; 1 other files skipped\n"
     assert ended.stderr.startswith(f"next: saltern extract '{out}' --out RUN")
-    assert sorted(path.name for path in out.iterdir()) == ["shard-000000.tar", "shard-000001.tar"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "classes.json",
+        "shard-000000.tar",
+        "shard-000001.tar",
+    ]
 
 
 def test_images_without_an_annotation_are_counted(images: Path, tmp_path: Path) -> None:

@@ -53,10 +53,11 @@ def test_one_folder_a_class(tmp_path: Path, touch: Touch) -> None:
     folder = touch("b/2.jpg", "b/1.JPEG", "a/x.png", "c/deep/er/y.webp", "a/notes.txt", "b/.hidden.jpg", "list.csv")
     (folder / "aa").mkdir()
     out = tmp_path / "out"
-    packed = pack(folder, out, per_shard=3)
-    size = sum(path.stat().st_size for path in out.iterdir())
+    packed = pack(folder, out, per_shard=3, shuffle=None)
+    size = sum(path.stat().st_size for path in out.glob("*.tar"))
     assert packed == Packed(shards=2, samples=4, classes=4, bytes=size, skipped=2, unboxed=0)
-    assert sorted(path.name for path in out.iterdir()) == ["shard-000000.tar", "shard-000001.tar"]
+    assert sorted(path.name for path in out.iterdir()) == ["classes.json", "shard-000000.tar", "shard-000001.tar"]
+    assert json.loads((out / "classes.json").read_text()) == {"0": "a", "1": "aa", "2": "b", "3": "c"}
     found = samples(out)
     # Class aa is empty and still counts, as in torchvision's ImageFolder.
     assert [(sample.key, sample.label) for sample in found] == [("a/x", 0), ("b/1", 2), ("b/2", 2), ("c/deep/er/y", 3)]
@@ -74,7 +75,7 @@ def test_a_flat_folder_has_no_classes(tmp_path: Path, touch: Touch) -> None:
 
 
 def test_webdataset_reads_the_same(tmp_path: Path, touch: Touch) -> None:
-    pack(touch("k.1/a.v1.jpg", "k.1/é.jpg", f"k.1/{'n' * 200}.jpg"), tmp_path / "out")
+    pack(touch("k.1/a.v1.jpg", "k.1/é.jpg", f"k.1/{'n' * 200}.jpg"), tmp_path / "out", shuffle=None)
     path = tmp_path / "out" / "shard-000000.tar"
     with open(path, "rb") as stream:
         theirs = list(group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}])))
@@ -91,7 +92,8 @@ def test_the_same_folder_gives_the_same_bytes(tmp_path: Path, touch: Touch) -> N
         os.utime(path, (1, 1))
         path.chmod(0o600)
     pack(folder, tmp_path / "two", per_shard=4)
-    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert (tmp_path / "one" / "classes.json").read_bytes() == (tmp_path / "two" / "classes.json").read_bytes()
+    names = sorted(path.name for path in (tmp_path / "one").glob("*.tar"))
     assert len(names) == 3
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
@@ -115,6 +117,56 @@ def test_real_photographs(tmp_path: Path, shared_data: Path) -> None:
     assert {sample.key: sample.image for sample in samples(tmp_path / "out")} == originals
 
 
+# Classes and order
+
+
+def test_a_seed_gives_the_order_of_the_samples(tmp_path: Path, touch: Touch) -> None:
+    folder = touch(*(f"{name}/{number}.jpg" for name in "abcde" for number in range(40)))
+    orders = {}
+    for seed in (None, 0, 1):
+        pack(folder, tmp_path / str(seed), per_shard=20, shuffle=seed)
+        orders[seed] = [(sample.key, sample.label) for sample in samples(tmp_path / str(seed))]
+    assert orders[None] == sorted(orders[None])
+    assert len({tuple(order) for order in orders.values()}) == 3
+    for seed in (0, 1):
+        assert sorted(orders[seed]) == orders[None]
+        for start in range(0, 200, 20):  # no shard has one class
+            assert len({label for _, label in orders[seed][start : start + 20]}) > 2
+
+
+def test_folders_get_the_numbers_of_imagenet(tmp_path: Path, touch: Touch) -> None:
+    folder, out = touch("n15075141/a.jpg", "Tiger_Cat/b.jpg", "n01440764-tench/c.jpg"), tmp_path / "out"
+    pack(folder, out, classes="imagenet")
+    found = {sample.key: (sample.label, json.loads(sample.members["json"])["name"]) for sample in samples(out)}
+    assert found == {
+        "n15075141/a": (999, "toilet tissue"),
+        "Tiger_Cat/b": (282, "tiger cat"),
+        "n01440764-tench/c": (0, "tench"),
+    }
+    assert json.loads((out / "classes.json").read_text()) == {"0": "tench", "282": "tiger cat", "999": "toilet tissue"}
+
+
+def test_a_second_folder_gets_the_numbers_of_the_first(tmp_path: Path, touch: Touch) -> None:
+    pack(touch("a/1.jpg", "b/1.jpg", "c/1.jpg"), tmp_path / "train")
+    (tmp_path / "val" / "c").mkdir(parents=True)
+    (tmp_path / "val" / "c" / "2.jpg").write_bytes(b"c")
+    pack(tmp_path / "val", tmp_path / "out", classes=str(tmp_path / "train" / "classes.json"))
+    assert [sample.label for sample in samples(tmp_path / "out")] == [2]
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["tench/a.jpg", "my bed/b.jpg"], "1 class folders ('my bed'): not one of its 1000 classes"),
+        (["tench/a.jpg", "n01440764/b.jpg"], "'n01440764' and 'tench' in"),
+        (["a.jpg"], "flat folder: not one of its 1000 classes"),
+    ],
+)
+def test_folders_that_are_no_class_are_refused(tmp_path: Path, touch: Touch, names: list[str], reason: str) -> None:
+    assert reason in refused(touch(*names), tmp_path / "out", classes="imagenet")
+    assert not (tmp_path / "out").exists()
+
+
 # Keys
 
 
@@ -130,7 +182,7 @@ def test_real_photographs(tmp_path: Path, shared_data: Path) -> None:
     ],
 )
 def test_keys_are_unique(tmp_path: Path, touch: Touch, names: Sequence[str], keys: list[str]) -> None:
-    pack(touch(*names), tmp_path / "out")
+    pack(touch(*names), tmp_path / "out", shuffle=None)
     assert [sample.key for sample in samples(tmp_path / "out")] == keys
 
 
@@ -160,7 +212,7 @@ def test_symbolic_links_are_followed_but_not_in_circles(tmp_path: Path, touch: T
     (folder / "a" / "up").symlink_to(folder)
     (folder / "a" / "loop").symlink_to(folder / "a")
     (folder / "a" / "3.jpg").symlink_to(tmp_path / "elsewhere" / "2.jpg")
-    pack(folder, tmp_path / "out")
+    pack(folder, tmp_path / "out", shuffle=None)
     assert [(sample.key, sample.image) for sample in samples(tmp_path / "out")] == [
         ("a/1", b"a/1.jpg"),
         ("a/3", b"2"),
@@ -192,7 +244,7 @@ def test_boxes_from_each_layout(tmp_path: Path, touch: Touch, place: str) -> Non
     folder, boxes = touch("n1/a.b.JPEG", "n2/c.JPEG", "n2/d.JPEG"), tmp_path / "boxes"
     annotate(boxes / place.format("n1") / "a.b.xml", (1, 2, 30, 40), (5, 6, 499, 374))
     annotate(boxes / place.format("n2") / "c.xml")
-    packed = pack(folder, tmp_path / "out", boxes=boxes)
+    packed = pack(folder, tmp_path / "out", boxes=boxes, shuffle=None)
     assert packed.unboxed == 1
     assert [json.loads(sample.members["json"]) for sample in samples(tmp_path / "out")] == [
         {"name": "n1", "boxes": [[1, 2, 30, 40], [5, 6, 499, 374]], "height": 375, "width": 500},
@@ -203,7 +255,7 @@ def test_boxes_from_each_layout(tmp_path: Path, touch: Touch, place: str) -> Non
 
 def test_boxes_of_a_flat_folder(tmp_path: Path, touch: Touch) -> None:
     annotate(tmp_path / "boxes" / "a.xml", (1, 2, 3, 4))
-    pack(touch("a.jpg", "b.jpg"), tmp_path / "out", boxes=tmp_path / "boxes")
+    pack(touch("a.jpg", "b.jpg"), tmp_path / "out", boxes=tmp_path / "boxes", shuffle=None)
     first, second = samples(tmp_path / "out")
     assert json.loads(first.members["json"])["boxes"] == [[1, 2, 3, 4]]
     assert "json" not in second.members
