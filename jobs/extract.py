@@ -22,14 +22,7 @@ def extract(
         str | None, opt.model("Folder of `saltern train-casm`, for --method casm.", metavar="DIR")
     ] = None,
     target: Annotated[str, opt.model("Class to explain: label, top1, top:N or class:ID.")] = "label",
-    labels: Annotated[
-        str,
-        opt.model(
-            "What `cls` holds: auto compares class names; as-is: the model's numbers; or a JSON file from the "
-            "dataset's classes to the model's.",
-            metavar="auto|as-is|FILE",
-        ),
-    ] = "auto",
+    labels: opt.Labels = "auto",
     precision: opt.Precision = choices.Precision.fp32,
     seed: opt.Seed = 0,
     limit: opt.Limit = None,

@@ -26,8 +26,8 @@ from saltern.pipeline.machine import keep_memory
 from saltern.schemas.errors import UserError
 
 EXIT_CODES = (
-    "Exit codes: 0 everything is done; 1 some shards failed, or a check failed; 2 a wrong call, explained in one line; "
-    "3 an error in the code, with its traceback; 130 interrupted."
+    "Exit codes: 0 everything is done; 1 some shards failed, less than half of the rows are ok, or a check failed; "
+    "2 a wrong call, explained in one line; 3 an error in the code, with its traceback; 130 interrupted."
 )
 
 app = typer.Typer(

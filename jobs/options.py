@@ -64,6 +64,14 @@ Model = Annotated[
 ]
 Weights = Annotated[str, model("DEFAULT, none (random weights), the name of weights, or a file.", metavar="NAME|FILE")]
 Method = Annotated[str, model("Name from `saltern methods`, captum:NAME or package.module:Class.", metavar="NAME")]
+Labels = Annotated[
+    str,
+    model(
+        "What `cls` holds: auto compares class names; as-is: the model's numbers; or a JSON file from the dataset's "
+        "classes to the model's.",
+        metavar="auto|as-is|FILE",
+    ),
+]
 Layer = Annotated[
     str | None, model("The method's target layer by dotted name; default: the last stage.", metavar="NAME")
 ]

@@ -8,7 +8,7 @@ from saltern.jobs.options import AsJson, RunFolder
 def status(run: RunFolder, as_json: AsJson = False) -> None:
     """Show how many shards of a run are done, its rows by status, and its failures.
 
-    The exit code is 1 if shards failed.
+    The exit code is 1 if shards failed or less than half of the rows are ok.
     """
     import json
     from dataclasses import asdict
@@ -32,8 +32,12 @@ def status(run: RunFolder, as_json: AsJson = False) -> None:
         typer.echo(f"{progress.done} of {progress.shards} shards done, {progress.samples:,} samples; rows: {rows}")
         if attacked:
             typer.echo(in_words(attacked))
+        for reason, count in progress.reasons.items():
+            typer.echo(f"{count:,} rows {reason}")
+        if progress.problem:
+            typer.echo(f"FAILED: {progress.problem}")
         if progress.warning:
             typer.echo(f"WARNING: {progress.warning}")
         for shard, reason in progress.failures.items():
             typer.echo(f"{shard}: {reason}")
-    raise typer.Exit(1 if progress.failures else 0)
+    raise typer.Exit(1 if progress.failures or progress.problem else 0)

@@ -16,6 +16,7 @@ def train_casm(
     model: opt.Model,
     weights: opt.Weights = "DEFAULT",
     seed: opt.Seed = 0,
+    labels: opt.Labels = "auto",
     classes: opt.Classes = None,
     side: opt.Side = None,
     min_crop: opt.MinCrop = 0.08,

@@ -14,6 +14,7 @@ def unseen_classes(
     model: opt.Model,
     weights: opt.Weights = "DEFAULT",
     seed: opt.Seed = 0,
+    labels: opt.Labels = "auto",
     classes: opt.Classes = None,
     side: opt.Side = None,
     min_crop: opt.MinCrop = 0.08,

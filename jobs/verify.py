@@ -22,6 +22,8 @@ def verify(run: RunFolder, as_json: AsJson = False) -> None:
     else:
         for finding in verdict.findings:
             typer.echo(f"{finding.shard}: {finding.reason}")
+        for reason, count in verdict.reasons.items():
+            typer.echo(f"{count:,} rows {reason}")
         if verdict.warning:
             typer.echo(f"WARNING: {verdict.warning}")
         word = f"{len(verdict.findings)} problems" if verdict.findings else "no problems"

@@ -1,7 +1,7 @@
 """Receipts of finished shards, and failures. A receipt is written last: if it exists, the data file is complete."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 PHASES = ("read", "decode", "compute", "write")
 
@@ -22,6 +22,7 @@ class Receipt:
     worker: str = ""  # host:pid
     batch_size: int = 0  # as used at the end; smaller than the run's if memory ran out
     mtime_ns: int | None = None  # of the input tar; None = unknown
+    reasons: dict[str, int] = field(default_factory=dict)  # the most frequent ones of rows that are not ok
     content: str | None = None  # CRC-32 of the samples that were read, 8 hex digits; None in runs of saltern 0.1
 
     @property

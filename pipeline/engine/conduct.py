@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,6 +19,7 @@ from saltern.pipeline.machine import cores, sigterm_as_interrupt
 from saltern.pipeline.runs.begin import begin, check_folder
 from saltern.pipeline.runs.manifest import failure_name, load_run, read_failures, read_receipt, read_receipts
 from saltern.pipeline.runs.outlet import Spec
+from saltern.pipeline.runs.reasons import reasons_of, too_few_ok
 from saltern.pipeline.shards.samples import list_keys
 from saltern.pipeline.storage.store import Store, session
 from saltern.schemas.errors import ShardError
@@ -65,7 +66,7 @@ class RunResult:
     """The result of a run."""
 
     path: str  # the run's folder or URL
-    code: int  # exit code of the command: 0 all shards done; 1 shards failed or the run stopped; 130 interrupted
+    code: int  # exit code of the command: 0 all done; 1 shards failed, too few rows ok, or stopped; 130 interrupted
     shards: int  # number of the run's shards
     done: int  # shards, including those of earlier calls
     rows: dict[str, int] = field(default_factory=dict)  # by status, of all shards that are done
@@ -112,7 +113,8 @@ def _drive(store: Store, spec: Spec, factory: Factory, options: RunOptions, engi
     print(f"{done} of {len(run.shards)} shards done, {len(pending)} to do", file=sys.stderr)
     if not pending:
         print(f"nothing to do: all shards of {spec.root} are done")
-        return RunResult(spec.root, 0, len(run.shards), done, _rows(receipts.values()))
+        code = _judge(receipts.values())
+        return RunResult(spec.root, code, len(run.shards), done, _rows(receipts.values()))
     pool = make_pool(engine, factory, spec.decode_threads, run.config.torch_threads)
     started = time.monotonic()
     with Progress(done, len(run.shards), _expected(pending, receipts)) as progress:
@@ -133,10 +135,11 @@ def _drive(store: Store, spec: Spec, factory: Factory, options: RunOptions, engi
     done += len(outcome.receipts) + outcome.elsewhere
     _report(outcome, len(run.shards), done, spec.root, time.monotonic() - started)
     failures = {name: f"{failure.kind}: {failure.reason}" for name, failure in outcome.failures.items()}
-    code = 130 if outcome.stopped == "interrupted" else int(bool(failures or outcome.stopped))
+    finished = {**receipts, **outcome.receipts}.values()
+    code = _judge(finished) or int(bool(failures or outcome.stopped))
+    code = 130 if outcome.stopped == "interrupted" else code
     stuck = isinstance(pool, LocalPool) and pool.abandoned
-    rows = _rows({**receipts, **outcome.receipts}.values())
-    return RunResult(spec.root, code, len(run.shards), done, rows, failures, stuck)
+    return RunResult(spec.root, code, len(run.shards), done, _rows(finished), failures, stuck)
 
 
 @dataclass
@@ -182,6 +185,17 @@ def _report(outcome: Outcome, shards: int, done: int, root: str, seconds: float)
         why = outcome.stopped or f"{len(outcome.failures)} shards failed"
         lost = f"; {outcome.lost:,} images of unfinished shards will be done again" if outcome.lost else ""
         print(f"{why}; finished shards are kept{lost}: repeat the command to resume", file=sys.stderr)
+
+
+def _judge(receipts: Collection[Receipt]) -> int:
+    """Print why rows are not ok. Return the exit code, 1 if too few are ok."""
+    reasons, rows = reasons_of(receipts), _rows(receipts)
+    for reason, count in reasons.items():
+        print(f"{count:,} rows {reason}", file=sys.stderr)
+    problem = too_few_ok(rows, reasons) if receipts else None
+    if problem:
+        print(f"FAILED: {problem}", file=sys.stderr)
+    return int(problem is not None)
 
 
 def _rows(receipts: Iterable[Receipt]) -> dict[str, int]:

@@ -14,7 +14,7 @@ Numbers = dict[int, int] | None  # the model's class for each number in `cls`; N
 
 
 def choose_labels(
-    option: str, shards: Sequence[Shard], model: Sequence[str] | None, classes: int, *, needed: bool
+    option: str, shards: Sequence[Shard], model: Sequence[str] | None, classes: int, *, needed: bool, fix: str = ""
 ) -> tuple[Numbers, list[str]]:
     """Return the model's class for each number in `cls`, and hints for the user.
 
@@ -24,6 +24,7 @@ def choose_labels(
         model: the names of its classes; None if they are unknown.
         classes: of the model.
         needed: the job uses the labels, so that labels with other names than the model's are refused.
+        fix: of the job, which the refusal names first.
 
     Raises:
         UserError: the names differ and cannot be matched, or the file is damaged or names an unknown class.
@@ -44,8 +45,8 @@ def choose_labels(
     problem = _differ(found, names, model)
     if needed:
         raise UserError(
-            f"{problem}; explain the model's own choice with --target top1, give the model's class of each with "
-            f"--labels FILE, or keep the numbers with --labels as-is{_pack_hint(found, complete)}"
+            f"{problem}; {fix}give the model's class of each with --labels FILE, or keep the numbers with "
+            f"--labels as-is{_pack_hint(found, complete)}"
         )
     return None, [f"{problem}; labels are kept as they are"]
 

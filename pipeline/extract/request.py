@@ -98,7 +98,8 @@ def _labels(
     if request.labels == AUTO and existing is not None and isinstance(existing.config, ExtractConfig):
         return existing.config.labels, []
     needed = needed and find(request.method).needs_target
-    return choose_labels(request.labels, shards, classifier.class_names, classifier.classes, needed=needed)
+    fix = "explain the model's own choice with --target top1, "
+    return choose_labels(request.labels, shards, classifier.class_names, classifier.classes, needed=needed, fix=fix)
 
 
 def wanted_shards(request: MethodRequest) -> tuple[list[Shard], list[str]]:

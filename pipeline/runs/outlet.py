@@ -14,11 +14,13 @@ from typing import Any
 import pyarrow as pa
 
 from saltern.pipeline.runs.manifest import data_name, receipt_name
+from saltern.pipeline.runs.reasons import Reasons
 from saltern.pipeline.runs.writer import Record, ShardWriter, Written
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.errors import OutputError
 from saltern.schemas.receipt import PHASES, Receipt
 from saltern.schemas.run import Run, Shard
+from saltern.schemas.saliency import OK
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -40,6 +42,7 @@ class Tally:
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     statuses: Counter[str] = field(default_factory=Counter)
+    reasons: Reasons = field(default_factory=Reasons)
     samples: int = 0
     started: float = field(default_factory=time.perf_counter)
 
@@ -55,6 +58,9 @@ class Tally:
     def count(self, samples: int, records: list[Record]) -> None:
         self.samples += samples
         self.statuses.update(record["status"] for record in records)
+        for record in records:
+            if record["status"] != OK:
+                self.reasons.add(f"{record['status']}: {record.get('error')}")
 
 
 class Outlet:
@@ -103,6 +109,7 @@ class Outlet:
             samples=tally.samples,
             rows=written.rows,
             statuses=dict(sorted(tally.statuses.items())),
+            reasons=tally.reasons.top(),
             digest=written.digest,
             data_bytes=written.size,
             seconds={**tally.seconds, "total": time.perf_counter() - tally.started},

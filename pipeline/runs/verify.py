@@ -2,13 +2,14 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from saltern.pipeline.runs.agreement import label_doubt
 from saltern.pipeline.runs.manifest import data_name, read_failures, read_receipts
+from saltern.pipeline.runs.reasons import reasons_of
 from saltern.pipeline.shards.samples import list_keys
 from saltern.pipeline.storage.store import SCRATCH, Store
 from saltern.schemas.config import VISUALIZE
@@ -36,6 +37,7 @@ class Verdict:
     rows: int
     recounted: int  # shards whose tar was read again; the counts of the others come from their receipts
     findings: list[Finding]
+    reasons: dict[str, int] = field(default_factory=dict)  # the most frequent ones of rows that are not ok
     warning: str | None = None  # about the labels
 
 
@@ -57,6 +59,7 @@ def verify(store: Store, run: Run) -> Verdict:
         verdict.recounted += keys is not None
         verdict.findings += [Finding(shard.name, reason) for reason in _check(store, run, shard, receipt, keys)]
     verdict.findings += _unknown_files(store, run)
+    verdict.reasons = reasons_of(receipts.values())
     verdict.warning = label_doubt(store, run, receipts)
     return verdict
 

@@ -4,9 +4,10 @@ Shape suffixes: N samples.
 """
 # ruff: noqa: N815  (fields carry a shape suffix)
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,12 +34,18 @@ class Index:
         return len(self.shard_N)
 
 
-def make_index(shards: Sequence[Shard], count: int, classes: Sequence[int] | None = None) -> Index:
+def make_index(
+    shards: Sequence[Shard],
+    count: int,
+    classes: Sequence[int] | None = None,
+    numbers: Mapping[int, int] | None = None,
+) -> Index:
     """Index all shards. In local shards it seeks from header to header.
 
     Args:
         count: of the model's classes.
         classes: in play, in the order of the logits; None: all.
+        numbers: the model's class for each number in `cls`; None: the same numbers.
 
     Raises:
         UserError: a shard is broken or compressed, a sample has no class or one that the model does not have, a
@@ -52,7 +59,7 @@ def make_index(shards: Sequence[Shard], count: int, classes: Sequence[int] | Non
     logit = {number: position for position, number in enumerate(wanted)}
     rows: list[tuple[int, int, int, int]] = []
     with ThreadPoolExecutor(_THREADS, "saltern-index") as pool:
-        for number, places in enumerate(pool.map(_places, shards)):
+        for number, places in enumerate(pool.map(partial(_places, numbers=numbers), shards)):
             for place in places:
                 label = _label(place, shards[number], count)
                 if label in logit:
@@ -66,18 +73,20 @@ def make_index(shards: Sequence[Shard], count: int, classes: Sequence[int] | Non
     return index
 
 
-def _places(shard: Shard) -> list[Place]:
+def _places(shard: Shard, numbers: Mapping[int, int] | None) -> list[Place]:
     if shard.url.endswith((".gz", ".tgz")):
         raise UserError(f"{shard.url}: training reads images in any order, and a compressed tar has one; gunzip it")
     try:
-        return list(locate_images(shard))
+        return list(locate_images(shard, numbers))
     except ShardError as error:
         raise UserError(f"a shard is broken: {error}") from error
 
 
 def _label(place: Place, shard: Shard, count: int) -> int:
     if place.label is None:
-        raise UserError(f"{shard.url}: the sample {place.key!r} has no class; training needs a number in .cls")
+        raise UserError(
+            f"{shard.url}: the sample {place.key!r} has no class; training needs a number in .cls (and in --labels)"
+        )
     if not 0 <= place.label < count:
         raise UserError(
             f"{shard.url}: the sample {place.key!r} is of class {place.label}, out of range: the model has classes "

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from saltern.pipeline.casm.algorithm.log import Log
 from saltern.pipeline.engine.progress import clock
+from saltern.pipeline.runs.agreement import SAMPLES, Agreement
 from saltern.pipeline.storage.files import write
 from saltern.schemas.errors import UserError
 
@@ -35,9 +36,12 @@ class Journal:
         total: steps of the whole training.
         batch_size: images of a step, of all ranks.
         say: takes a line for the user.
+        classes: in play.
     """
 
-    def __init__(self, root: Path, start: int, total: int, batch_size: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, root: Path, start: int, total: int, batch_size: int, say: Callable[[str], None], classes: int
+    ) -> None:
         self._start, self._total, self._batch_size, self._say = start, total, batch_size, say
         kept = _cut(root / "log.jsonl", start)
         if kept < start:
@@ -46,6 +50,8 @@ class Journal:
         self._log, self._speed = ((root / name).open("a") for name in ("log.jsonl", "speed.jsonl"))
         self._waiting: list[tuple[Log, Tensor]] = []
         self._areas: deque[float] = deque(maxlen=WINDOW)
+        self._classes, self._compared = classes, 0 if start == 0 else SAMPLES  # samples whose label was compared
+        self._right = 0.0  # of them
         self._collapsed = ""  # "nothing" or "everything" once the warning was printed
         self._began = self._read = self._said = time.monotonic()
 
@@ -80,6 +86,7 @@ class Journal:
                     "(--lr-classifier, --lr-mask)"
                 )
             self._watch(line["mask_mean"], log.step)
+            self._compare(line["right"])
         now, count, last = time.monotonic(), len(self._waiting), self._waiting[-1][0].step
         rate = count * self._batch_size / max(now - self._read, 1e-9)
         self._speed.write(json.dumps({"step": last, "images_per_s": rate}) + "\n")
@@ -114,6 +121,16 @@ class Journal:
                 f"and take out {what}. {fix}"
             )
         self._collapsed = what
+
+    def _compare(self, right: float) -> None:
+        """Warn if the classifier is right about the first samples no more often than by chance."""
+        if self._compared >= SAMPLES:
+            return
+        self._compared += self._batch_size
+        self._right += right * self._batch_size
+        agreement = Agreement(self._compared, round(self._right), self._classes, True)
+        if self._compared >= SAMPLES and agreement.doubtful:
+            self._say(f"WARNING: {agreement.text}, or the model is not trained; see --labels")
 
 
 def _cut(path: Path, start: int) -> int:

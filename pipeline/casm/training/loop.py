@@ -73,10 +73,13 @@ class _Loop:
         )  # fmt: skip
         mean, std = (torch.tensor(plan.config[key], device=training.device).view(3, 1, 1) for key in ("mean", "std"))
         writes = self._ranks.rank == 0
+        classes = len(plan.config["classes"] or range(plan.config["model_classes"]))
         try:
             with (
                 contextlib.closing(batches.run(self._start, steps)) as stream,
-                Journal(plan.root, self._start, steps, batch_size, self._say) if writes else _Silent() as journal,
+                Journal(plan.root, self._start, steps, batch_size, self._say, classes)
+                if writes
+                else _Silent() as journal,
             ):
                 for batch in stream:
                     x_BCHW = _normalised(batch.pixels_BHWC, mean, std)
@@ -99,7 +102,7 @@ class _Loop:
         validation = Validation(
             self._plan.val, self._plan.root, preprocess, config["classes"] or range(config["model_classes"]),
             max(1, config["batch_size"] // ranks.world), self._plan.threads,
-            ranks.rank, ranks.world, ranks.average, self._say,
+            ranks.rank, ranks.world, ranks.average, self._say, self._plan.val_labels,
         )  # fmt: skip
         validation.cut(self._start)
         return validation

@@ -8,6 +8,7 @@ from typing import Any
 from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.data.batches import MIN_CROP
 from saltern.pipeline.casm.data.index import Index, make_index
+from saltern.pipeline.extract.labels import AUTO, Numbers, choose_labels
 from saltern.pipeline.extract.request import absolute
 from saltern.pipeline.machine import cores, see_own_modules, torch_threads
 from saltern.pipeline.masknet.checkpoint import Checkpoint
@@ -33,6 +34,7 @@ class TrainRequest:
     hyperparameters: Hyperparameters  # `steps` is replaced: it follows from the epochs
     weights: str = "DEFAULT"
     classes: Sequence[int] | None = None  # to train on; None: all
+    labels: str = AUTO  # auto | as-is | a JSON file from the dataset's classes to the model's
     val: Sequence[str] = ()  # shards with boxes, measured after each epoch
     epochs: int = 60
     steps_per_epoch: int | None = None
@@ -60,6 +62,7 @@ class TrainingPlan:
     steps_per_epoch: int
     threads: int  # that decode
     config: dict[str, Any]  # of the checkpoints
+    val_labels: Numbers  # of `val`
 
 
 def make_plan(
@@ -85,7 +88,8 @@ def make_plan(
     if request.classes is not None:
         restrict(classifier.model, request.classes)
     find_stages(classifier.model)
-    index = make_index(shards, classifier.classes, request.classes)
+    labels, val_labels = (_labels(request, files, classifier, existing, say) for files in (shards, val))
+    index = make_index(shards, classifier.classes, request.classes, labels)
     steps_per_epoch = request.steps_per_epoch or -(-len(index) // (SHARE * request.batch_size))
     hyperparameters = replace(request.hyperparameters, steps=request.epochs * steps_per_epoch)
     config = {
@@ -96,12 +100,32 @@ def make_plan(
         "device": device,
         "workers": request.workers,
         "torch_threads": torch_threads(device, request.workers),
+        "labels": None if labels is None else {str(given): labels[given] for given in sorted(labels)},
     }
     root = Path(request.out).absolute()
     if existing is not None:
         config = _resumed_config(existing, config, root, say)
     threads = request.decode_threads or max(1, min(cores() // request.workers, 16))
-    return TrainingPlan(root, absolute(request.weights), hyperparameters, index, val, steps_per_epoch, threads, config)
+    return TrainingPlan(
+        root, absolute(request.weights), hyperparameters, index, val, steps_per_epoch, threads, config, val_labels
+    )
+
+
+def _labels(
+    request: TrainRequest,
+    shards: Sequence[Shard],
+    classifier: classifiers.Classifier,
+    existing: Checkpoint | None,
+    say: Callable[[str], None],
+) -> Numbers:
+    """Return the model's class for each number in `cls`. Trainings of older versions had none."""
+    older = existing is not None and "labels" not in existing.config
+    if not shards or (older and request.labels == AUTO):
+        return None
+    numbers, hints = choose_labels(request.labels, shards, classifier.class_names, classifier.classes, needed=True)
+    for hint in hints:
+        say(hint)
+    return numbers
 
 
 def _check(request: TrainRequest) -> None:

@@ -142,7 +142,7 @@ def _split(request: TrainRequest, val: Sequence[str], root: Path, say: Say) -> S
     if any(root.glob("train-*/log.jsonl")):  # a training that was refused leaves only its folder
         _check_same(root, config)
     else:
-        check_val(plan.val, split, plan.config["model_classes"], say)
+        check_val(plan.val, split, plan.config["model_classes"], say, plan.val_labels)
         _write(root / "split.json", json.dumps(config, indent=1) + "\n")
     return split
 
@@ -173,7 +173,7 @@ def _extract(request: TrainRequest, val: Sequence[str], training: Path, run: Pat
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the results of the experiment
         result = extract(
             val, run, model=request.model, weights=request.weights, method="casm",
-            options={"checkpoint": str(training)},
+            options={"checkpoint": str(training)}, labels=request.labels,
             resize=request.side, crop=request.side,  # all of a square image, so that no box is cropped away
             precision=request.hyperparameters.precision, seed=request.hyperparameters.seed,
             address=request.address, workers=request.workers if request.workers > 1 else None,

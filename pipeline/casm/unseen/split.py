@@ -49,11 +49,18 @@ def make_split(classes: Iterable[int], seed: int) -> Split:
     return split
 
 
-def check_val(shards: Sequence[Shard], split: Split, count: int, say: Callable[[str], None]) -> None:
+def check_val(
+    shards: Sequence[Shard],
+    split: Split,
+    count: int,
+    say: Callable[[str], None],
+    numbers: Mapping[int, int] | None = None,
+) -> None:
     """Check that the validation shards have samples with boxes of every class; read them once.
 
     Args:
         count: of the model's classes.
+        numbers: the model's class for each number in `cls`; None: the same numbers.
 
     Raises:
         UserError: a class has no sample, or no sample with boxes; the model does not have a label; a shard cannot be
@@ -63,7 +70,7 @@ def check_val(shards: Sequence[Shard], split: Split, count: int, say: Callable[[
     samples: Counter[int] = Counter()
     boxed: Counter[int] = Counter()
     bad, others = "", 0
-    for shard, sample in _samples(shards):
+    for shard, sample in _samples(shards, numbers):
         label = sample.label
         if label is not None and not 0 <= label < count:
             where = f"--val: {shard.url}: the sample {sample.key!r}"
@@ -82,10 +89,10 @@ def check_val(shards: Sequence[Shard], split: Split, count: int, say: Callable[[
         say(f"{others:,} samples in the --val shards have another class, or none; they are not judged")
 
 
-def _samples(shards: Sequence[Shard]) -> Iterator[tuple[Shard, Sample]]:
+def _samples(shards: Sequence[Shard], numbers: Mapping[int, int] | None) -> Iterator[tuple[Shard, Sample]]:
     for shard in shards:
         try:
-            for sample in read_samples(shard):
+            for sample in read_samples(shard, numbers):
                 yield shard, sample
         except (ShardError, OSError) as error:
             raise UserError(f"--val: {brief(error)}") from error

@@ -7,7 +7,7 @@ numbers.
 import contextlib
 import json
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from itertools import count, islice
@@ -56,6 +56,7 @@ class Validation:
     world: int = 1
     average: Average = lambda tensors: None  # replaces tensors by their means over the ranks, in place
     say: Callable[[str], None] = lambda text: None  # takes a line for the user; rank 0 calls it
+    labels: Mapping[int, int] | None = None  # the model's class for each number in `cls`; None: the same numbers
 
     def __post_init__(self) -> None:
         _check(self.shards)
@@ -113,7 +114,7 @@ class Validation:
                 yield shard, [self._item(pool, sample) for sample in batch]
 
     def _own(self, shard: Shard, numbers: Iterator[int], chosen: Chosen) -> Generator[Sample, None, None]:
-        for sample in read_samples(shard):
+        for sample in read_samples(shard, self.labels):
             if self.rank == 0:
                 chosen.offer(shard, sample)
             if next(numbers) % self.world == self.rank:

@@ -50,7 +50,7 @@ def test_a_collapse_of_the_masks_is_said_once_in_words(tmp_path):
     said: list[str] = []
     place = MEASURED.index("mask_mean")
     areas = [0.9, 0.99] * 30 + [0.995] * 60 + [0.5] * 10 + [0.01] * 60
-    with journal.Journal(tmp_path, 0, 300, 4, said.append) as watched:
+    with journal.Journal(tmp_path, 0, 300, 4, said.append, 5) as watched:
         for step, area in enumerate(areas):
             measured = torch.zeros(len(MEASURED), dtype=torch.float64)
             measured[place] = area
