@@ -1,9 +1,12 @@
 """Workers as Ray actors, one for each GPU. Ray does not restart a dead actor; the driver starts another."""
 
+import atexit
 import contextlib
 import itertools
 import logging
 import os
+import shutil
+import tempfile
 import time
 from typing import Any
 
@@ -32,15 +35,33 @@ def join_cluster(address: str | None) -> dict[str, float]:
     local: dict[str, Any] = {}
     if address is None:
         local = {"include_dashboard": False, "object_store_memory": STORE_BYTES}
+        if not ray.is_initialized():
+            local["_temp_dir"] = _private_folder()
     try:
         if not ray.is_initialized():  # an earlier job of this process may have joined
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = str(error).strip().splitlines()[0]
+        if address is None:
+            raise UserError(f"Ray does not start on this machine: {reason}; --engine local works without it") from error
         raise UserError(
             f"no Ray cluster at {address}: {reason}. Check --address, and RAY_AUTH_MODE=token with the cluster's token"
         ) from error
     return {name: float(value) for name, value in ray.cluster_resources().items()}  # type: ignore[no-untyped-call]
+
+
+def _private_folder() -> str:
+    """Return a folder for Ray's session, which Ray opens to everyone, below one that only this user can enter."""
+    usual = tempfile.gettempdir()
+    # Ray's Unix sockets lie in the folder, and their paths may have 107 characters.
+    top = tempfile.mkdtemp(prefix="saltern-", dir=usual if len(usual) < 20 else "/tmp")  # noqa: S108
+    atexit.register(_end_session, top)
+    return f"{top}/ray"
+
+
+def _end_session(folder: str) -> None:
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _alive() -> dict[str, dict[str, float]]:

@@ -43,6 +43,8 @@ def select_engine(
     if engine == "local" or why is None:
         return Engine(False, pick_device(device), 1, 0.0, why or "one device and no cluster")
     address = address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        _check_gpus(pick_device(device), workers, gpus_per_worker)
     secure(address)
     from saltern.pipeline.engine.actors import join_cluster
 
@@ -51,6 +53,17 @@ def select_engine(
         device = "cuda" if resources.get("GPU") else "cpu"
     gpus = float(device == "cuda") if gpus_per_worker is None else gpus_per_worker
     return Engine(True, device, workers or max(1, int(resources.get("GPU", 0.0) / gpus) if gpus else 1), gpus, why)
+
+
+def _check_gpus(device: str, workers: int | None, gpus_per_worker: float | None) -> None:
+    """Raise UserError if a cluster on this machine can never have the GPUs. Ray would wait for them without end."""
+    each, here = float(device == "cuda") if gpus_per_worker is None else gpus_per_worker, torch.cuda.device_count()
+    if each * (workers or 1) > here:
+        wanted = f"{workers or 1} workers with {each:g} GPUs each need {each * (workers or 1):g}"
+        raise UserError(
+            f"{wanted}, and this machine has {here}: "
+            "give --workers and --gpus-per-worker (which may be a fraction) that fit, or the --address of a cluster"
+        )
 
 
 def _reason_for_ray(device: str, address: str | None, workers: int | None) -> str | None:
@@ -63,9 +76,11 @@ def _reason_for_ray(device: str, address: str | None, workers: int | None) -> st
 
 
 def secure(address: str | None) -> None:
-    """Protect a cluster that this process will start with a new token. Ray reads the variables when it is imported."""
+    """Close a cluster that this process will start to everyone else. Ray reads the variables when it is imported."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address is None:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # on every system: listen on loopback only
+        os.environ.setdefault("RAY_enable_metrics_collection", "0")  # metrics need no token
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         if "RAY_AUTH_TOKEN_PATH" not in os.environ:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
