@@ -4,7 +4,6 @@ import json
 import os
 import re
 import sys
-import tomllib
 from collections.abc import Callable
 from dataclasses import fields
 from enum import Enum
@@ -62,6 +61,8 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     """Make the keys of a TOML file the defaults of the command. Raises UserError on an unknown key."""
     if path is None:
         return None
+    import tomllib
+
     try:
         given = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

