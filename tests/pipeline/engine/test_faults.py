@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from commands import call
 from making import HELPERS, PYTHONPATH, TINY, files, picture, write_shards, write_tar
 from PIL import Image
 
@@ -56,6 +58,16 @@ def run(line: list[str], slow: float = 0.0, **more: object) -> tuple[int, str]:
     return finish(start(line, slow, **more))
 
 
+def run_here(line: list[str]) -> tuple[int, str]:
+    """Run a line of `command` in this process, which has joined the cluster: saves the start of a process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", PYTHONPATH)  # of the actors
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.chdir(HELPERS)
+        ended = call(*line[3:])
+    return ended.returncode, ended.stdout + ended.stderr
+
+
 def resume(shards: Path, out: Path, **more: Any) -> RunResult:
     """Repeat the command of `command` in this process, which saves the imports of a new process."""
     with pytest.MonkeyPatch.context() as patch:
@@ -89,10 +101,10 @@ def equals(out: Path, undisturbed: dict[str, bytes]) -> None:
     assert not [path for path in out.rglob("*") if path.name.startswith(("_tmp-", "."))]
 
 
-def until(condition: Callable[[], bool], running: subprocess.Popen[str], timeout_s: float = 60) -> None:
+def until(condition: Callable[[], bool], running: subprocess.Popen[str] | None = None, timeout_s: float = 60) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
-        assert running.poll() is None, running.communicate()[0]
+        assert running is None or running.poll() is None, running.communicate()[0]
         assert time.monotonic() < end
         time.sleep(0.02)
 
@@ -122,7 +134,7 @@ def test_actors_write_the_same_bytes(
     shards: Path, undisturbed: dict[str, bytes], tmp_path: Path, ray_address: str, workers: int
 ) -> None:
     line = command(shards, tmp_path / "run", "--engine", "ray", "--address", ray_address, "--workers", str(workers))
-    code, said = run(line)
+    code, said = run_here(line)
     assert code == 0, said
     equals(tmp_path / "run", undisturbed)
     receipts = read_receipts(*load_run_folder(str(tmp_path / "run"))).values()
@@ -131,12 +143,15 @@ def test_actors_write_the_same_bytes(
 
 def test_a_killed_actor(shards: Path, undisturbed: dict[str, bytes], tmp_path: Path, ray_address: str) -> None:
     out = tmp_path / "run"
-    running = start(command(shards, out, "--engine", "ray", "--address", ray_address, "--workers", "2"))
-    until(lambda: 1 <= done(out) < SHARDS - 2, running)
-    victims = actors()
-    assert victims
-    victims[0].kill()
-    code, said = finish(running)
+
+    def kill_one() -> None:
+        until(lambda: 1 <= done(out) < SHARDS - 2)
+        actors()[0].kill()
+
+    with ThreadPoolExecutor(1) as beside:
+        killed = beside.submit(kill_one)
+        code, said = run_here(command(shards, out, "--engine", "ray", "--address", ray_address, "--workers", "2"))
+        killed.result()
     assert code == 0, said
     assert "a worker was replaced" in said
     equals(out, undisturbed)
@@ -171,7 +186,7 @@ def test_a_killed_driver_of_actors(
     until(lambda: done(out) >= 2, running)
     running.kill()
     finish(running)
-    code, said = run(line)
+    code, said = run_here(line)
     assert code == 0, said
     equals(out, undisturbed)
 
@@ -219,7 +234,7 @@ def test_a_poison_shard(spoiled: Path, tmp_path: Path, ray_address: str) -> None
     out = tmp_path / "run"
     deadly = ("--method", "odd_methods:Deadly", "--target", "top1")
     line = command(spoiled, out, "--engine", "ray", "--address", ray_address, "--workers", "2", method=deadly)
-    code, said = run(line)
+    code, said = run_here(line)
     assert code == 1, said
     store, made = load_run_folder(str(out))
     assert sorted(read_receipts(store, made)) == ["part-000000", "part-000001", "part-000003"]
@@ -233,7 +248,8 @@ def test_a_shard_past_its_time(spoiled: Path, tmp_path: Path, ray_address: str, 
     out = tmp_path / "run"
     stuck = ("--method", "odd_methods:Stuck", "--target", "top1")
     where = ("--engine", "local") if engine == "local" else ("--engine", "ray", "--address", ray_address)
-    code, said = run(command(spoiled, out, *where, "--shard-timeout", "2", method=stuck))
+    line = command(spoiled, out, *where, "--shard-timeout", "2", method=stuck)
+    code, said = run(line) if engine == "local" else run_here(line)  # a stuck local engine ends its process
     assert code == 1, said
     store, made = load_run_folder(str(out))
     assert sorted(read_receipts(store, made)) == ["part-000000", "part-000001", "part-000003"]
@@ -312,7 +328,7 @@ def test_an_interrupt(
     assert not [path.name for path in out.iterdir() if path.name.startswith("_tmp-")]
     assert 1 <= done(out) < SHARDS
     if "ray" in where:
-        code, said = run(command(shards, out, *where))
+        code, said = run_here(command(shards, out, *where))
         assert code == 0, said
     else:
         resume(shards, out)
