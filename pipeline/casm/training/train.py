@@ -59,6 +59,7 @@ def _train_on_ray(
     request: TrainRequest, existing: Checkpoint | None, address: str | None, say: Callable[[str], None]
 ) -> Path:
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # otherwise Ray Train's workers do not find relative paths
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one more process; ranks do not need warnings
     secure(address)
     from saltern.pipeline.casm.training.train_ray import train_on_ray
     from saltern.pipeline.engine.actors import join_cluster

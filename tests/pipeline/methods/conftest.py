@@ -9,6 +9,7 @@ import pytest
 import torch
 from networks import randomise
 from torch import Tensor, nn
+from torchvision.models import SwinTransformer, VisionTransformer
 
 from saltern.pipeline.models.classifiers import load
 
@@ -41,14 +42,25 @@ def tiny() -> nn.Module:
         return randomise(net)
 
 
+# Transformers of torchvision's classes, with few and narrow layers.
+SMALL = {
+    "small_vit": lambda: VisionTransformer(64, 16, num_layers=2, num_heads=4, hidden_dim=64, mlp_dim=128),
+    "small_swin": lambda: SwinTransformer([4, 4], 24, [2, 2], [2, 4], [7, 7]),
+}
+
+
 @cache
 def _randomised(name: str) -> nn.Module:
-    return randomise(load(name, "none").model)
+    if name not in SMALL:
+        return randomise(load(name, "none").model)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return randomise(SMALL[name]())
 
 
 @pytest.fixture(scope="session")
 def network() -> Callable[[str], nn.Module]:
-    """A model of `saltern.pipeline.models.classifiers` by name, randomised; made once."""
+    """A model of `saltern.pipeline.models.classifiers` or of SMALL by name, randomised; made once."""
     return _randomised
 
 

@@ -132,7 +132,7 @@ def test_tokens_lose_a_feature_everywhere_the_class_token_too(transformer, image
 
 @torch.no_grad()
 def test_swin_has_its_channels_last(network, images):
-    model = copy.deepcopy(network("swin_t")).double()
+    model = copy.deepcopy(network("small_swin")).double()
     x, module = images(3, 32)[:1].double(), model.get_submodule("features.1.1.norm1")
 
     def grid(image):
@@ -146,7 +146,7 @@ def test_swin_has_its_channels_last(network, images):
         found = method(x, TARGET[:1])
         assert fast(method)
     expected = naive_ablation(model, module, grid, 3, x, TARGET[:1])
-    agree(found, expected, "ablation-cam by naive float64", "swin_t")
+    agree(found, expected, "ablation-cam by naive float64", "small_swin")
 
 
 @pytest.mark.parametrize("name", ["score-cam", "ablation-cam"])

@@ -31,7 +31,7 @@ def test_against_captum(name, network, images):
     agree(build("occlusion", model, window=16, stride=12, fill=0.3)(x, DRAWN), expected, "captum Occlusion", name)
 
 
-@pytest.mark.parametrize(("name", "side", "window"), [("vgg16_bn", 64, 32), ("swin_t", 64, 32), ("vit_b_16", 224, 150)])
+@pytest.mark.parametrize(("name", "side", "window"), [("vgg16_bn", 64, 32), ("swin_t", 64, 32), ("small_vit", 64, 40)])
 def test_against_captum_in_float32(name, side, window, network, images):
     model, x = network(name), images(1, side)
     with torch.no_grad():
@@ -115,4 +115,4 @@ def test_memory_does_not_grow_with_the_windows(network, images):
         method = build("occlusion", model, window=32, stride=stride, chunk=8)
         return peak_bytes(lambda: method(x, DRAWN))
 
-    assert peak(4) <= 1.1 * peak(16)  # 81 windows, 9 windows
+    assert peak(8) <= 1.1 * peak(16)  # 25 windows, 9 windows

@@ -55,10 +55,10 @@ def test_integrated_gradients_against_captum(name, network, images):
 
 
 def test_integrated_gradients_of_a_transformer(network, images):
-    model, x = network("vit_b_16"), images(1, 224)
+    model, x = network("small_vit"), images(1, 64)
     expected = captum.attr.IntegratedGradients(model).attribute(x, target=7, n_steps=2).detach()
     found = build("integrated-gradients", model, steps=2)(x, DRAWN[:1])
-    agree(found, expected.sum(1), "captum IntegratedGradients", "vit_b_16")
+    agree(found, expected.sum(1), "captum IntegratedGradients", "small_vit")
 
 
 @pytest.mark.parametrize("baseline", [0.0, -0.7])
@@ -174,7 +174,7 @@ def test_memory_does_not_grow_with_the_points(name, count, network, images):
         method = build(name, model, chunk=8, **{count: points})
         return peak_bytes(lambda: method(x, DRAWN))
 
-    assert peak(64) <= 1.1 * peak(8)
+    assert peak(24) <= 1.1 * peak(8)
 
 
 # --- the noise
