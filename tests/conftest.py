@@ -17,8 +17,8 @@ from mutate import Fuzz
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ray reads these when it is imported, by whichever test is the first.
 os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_USAGE_STATS_ENABLED="0")
-os.environ["RAY_worker_niceness"] = "0"  # its workers would get no core while others are busy
-os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # Ray Train sees the end of a worker at its next check
+# Niced workers would get no core while other tests run. Ray Train sees the end of a worker at its next health check.
+os.environ.update(RAY_worker_niceness="0", RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2")
 for _name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
     os.environ.pop(_name, None)
 
