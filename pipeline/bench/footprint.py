@@ -13,7 +13,8 @@ from saltern.pipeline.bench.workload import NOOP, ExtractBench, write_shards
 from saltern.pipeline.engine.driver import Driver
 from saltern.pipeline.engine.local import LocalPool
 from saltern.pipeline.extract.request import ExtractRequest, resolve
-from saltern.pipeline.runs.manifest import receipt_name
+from saltern.pipeline.runs.manifest import data_name, receipt_name
+from saltern.pipeline.runs.outlet import Made
 from saltern.schemas.receipt import PHASES, Failure, Receipt
 from saltern.schemas.run import Shard
 
@@ -72,7 +73,7 @@ def resume(bench: ExtractBench, folder: Path) -> list[Figure]:
 
 
 def _make_done(bench: ExtractBench, shards: Path, out: Path) -> None:
-    """Write tars that a resume only lists, and their receipts."""
+    """Write tars and data files that a resume only lists, and their receipts."""
     for number in range(bench.done_shards):
         path = shards / f"{number // 1000:03}" / f"{number:06}.tar"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,17 +81,16 @@ def _make_done(bench: ExtractBench, shards: Path, out: Path) -> None:
     request = ExtractRequest(shards=[str(shards)], target="top1", batch_size=bench.batch, **NOOP)
     run, _ = resolve(request, None, "cpu", 1)
     for shard in run.shards:
-        path = out / receipt_name(shard.name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(_receipt(shard, run.fingerprint).to_json())
+        contents = {data_name(shard.name): b"\0", receipt_name(shard.name): _receipt(shard, run.fingerprint).to_json()}
+        for name, content in contents.items():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_bytes(content)
     (out / "run.json").write_bytes(run.to_json())
 
 
 def _receipt(shard: Shard, fingerprint: str = "") -> Receipt:
     seconds = {**dict.fromkeys(PHASES, 1.0), "total": 4.0}
-    return Receipt(
-        shard.name, shard.size, fingerprint, 1000, 1000, {"ok": 1000}, "0" * 64, 700_000, seconds, "host:1", 16
-    )
+    return Receipt(shard.name, shard.size, fingerprint, 1000, 1000, {"ok": 1000}, "0" * 64, 1, seconds, "host:1", 16)
 
 
 class _Idle:
@@ -99,15 +99,13 @@ class _Idle:
     def __init__(self) -> None:
         self.images: dict[str, int] = {}
 
-    def process(self, shard: Shard, redo: bool = False) -> Receipt:
-        return _receipt(shard)
+    def process(self, shard: Shard, earlier: Receipt | None = None) -> Made:
+        return Made(_receipt(shard), {})
 
     def close(self) -> None: ...
 
-    def receipt_of(self, shard: Shard) -> Receipt | None:
-        return None
-
-    def succeeded(self, receipt: Receipt) -> None: ...
+    def publish(self, made: Made) -> Receipt:
+        return made.receipt
 
     def failed(self, failure: Failure) -> None: ...
 

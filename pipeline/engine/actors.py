@@ -15,6 +15,7 @@ from ray.exceptions import RayTaskError
 
 from saltern.pipeline import machine
 from saltern.pipeline.engine.pool import Died, Done, Event, Factory, Raised, Ready, ShardProcessor
+from saltern.pipeline.runs.outlet import Made
 from saltern.schemas.errors import UserError
 from saltern.schemas.receipt import Receipt
 from saltern.schemas.run import Shard
@@ -101,8 +102,8 @@ class _Worker:
         self._processor: ShardProcessor = factory()
         return str(ray.get_runtime_context().get_node_id())
 
-    def process(self, shard: Shard, redo: bool) -> Receipt:
-        return self._processor.process(shard, redo)
+    def process(self, shard: Shard, earlier: Receipt | None) -> Made:
+        return self._processor.process(shard, earlier)
 
     def images(self) -> dict[str, int]:
         return dict(self._processor.images)
@@ -150,8 +151,8 @@ class RayPool:
         self._calls[self._actors[number].build.remote(self._factory)] = (number, None)
         return number
 
-    def submit(self, worker: int, shard: Shard, redo: bool) -> None:
-        self._calls[self._actors[worker].process.remote(shard, redo)] = (worker, shard)
+    def submit(self, worker: int, shard: Shard, earlier: Receipt | None) -> None:
+        self._calls[self._actors[worker].process.remote(shard, earlier)] = (worker, shard)
 
     def wait(self, timeout_s: float) -> list[Event]:
         if not self._calls:  # every remaining shard waits for its next attempt

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,13 +16,15 @@ from saltern.pipeline.engine.pool import Factory, ShardProcessor
 from saltern.pipeline.engine.progress import Progress, clock, shares
 from saltern.pipeline.engine.selection import Engine, make_pool, select_engine
 from saltern.pipeline.machine import cores, sigterm_as_interrupt
-from saltern.pipeline.runs.begin import begin, check_folder
-from saltern.pipeline.runs.manifest import failure_name, load_run, read_failures, read_receipt, read_receipts
-from saltern.pipeline.runs.outlet import Spec
+from saltern.pipeline.runs.begin import Begun, begin, check_folder, read_begun
+from saltern.pipeline.runs.manifest import failure_name, load_run, receipt_name
+from saltern.pipeline.runs.outlet import Made, Spec, accepted
 from saltern.pipeline.runs.reasons import reasons_of, too_few_ok
 from saltern.pipeline.shards.samples import list_keys
-from saltern.pipeline.storage.store import Store, session
-from saltern.schemas.errors import ShardError
+from saltern.pipeline.storage.lock import Lock
+from saltern.pipeline.storage.session import session
+from saltern.pipeline.storage.store import Store
+from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.receipt import Failure, Receipt
 from saltern.schemas.run import Run, Shard
 
@@ -80,22 +82,44 @@ def conduct(job: Job, options: RunOptions) -> RunResult:
     Raises:
         UserError: the options are invalid or not possible on this machine; nothing was started.
     """
+    if not options.out.strip():
+        raise UserError("--out is empty: is a variable of the shell unset?")
     root = options.out if "://" in options.out else os.path.abspath(options.out)
     store = Store(root)
     engine = select_engine(options.engine, options.device, options.address, options.workers, options.gpus_per_worker)
-    existing = load_run(store)
+    with _explained(options.out):
+        existing = load_run(store)
     run, hints = job.plan(None if options.overwrite else existing, engine.device, engine.workers)
-    check_folder(store, existing, run)
     for line in (*hints, str(engine)):
         print(line, file=sys.stderr)
-    with session(store) as scratch, _sigterm():
-        run = begin(store, run, overwrite=options.overwrite)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_sigterm())
+        with _explained(options.out):
+            check_folder(store, existing, run)
+            held = stack.enter_context(session(store))
+            run = begin(store, run, overwrite=options.overwrite)
+            begun = read_begun(store, run)
         threads = options.decode_threads or max(1, min(16, cores() // engine.workers))
-        spec = Spec(run, root, str(scratch), engine.device, threads)
-        result = _drive(store, spec, partial(job.processor, spec), options, engine)
+        spec = Spec(run, root, held.scratch, engine.device, threads, options.retry_failed)
+        try:
+            result = _drive(spec, begun, Book(store, held.lock, begun), partial(job.processor, spec), options, engine)
+        except Exception:
+            if existing is None and not store.sizes("data"):
+                store.remove(["run.json"])  # nothing was done, and it would refuse the corrected command
+            raise
         if result.code in (0, 1):
-            job.close(store, run)
+            with _explained(options.out):
+                job.close(store, run)
         return result
+
+
+@contextlib.contextmanager
+def _explained(out: str) -> Iterator[None]:
+    """Raise UserError for an error of the run's folder or its store."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out {out}: {error}") from error
 
 
 def _sigterm() -> contextlib.AbstractContextManager[None]:
@@ -104,12 +128,17 @@ def _sigterm() -> contextlib.AbstractContextManager[None]:
     return sigterm_as_interrupt() if main else contextlib.nullcontext()
 
 
-def _drive(store: Store, spec: Spec, factory: Factory, options: RunOptions, engine: Engine) -> RunResult:
-    run = spec.run
-    receipts = read_receipts(store, run)
-    redo = {name for name, receipt in receipts.items() if options.retry_failed and receipt.failed}
-    pending = [shard for shard in run.shards if shard.name not in receipts or shard.name in redo]
+def _drive(spec: Spec, begun: Begun, book: "Book", factory: Factory, options: RunOptions, engine: Engine) -> RunResult:
+    run, receipts = spec.run, begun.receipts
+    earlier = {
+        name: receipt
+        for name, receipt in receipts.items()
+        if name in begun.doubtful or (options.retry_failed and receipt.failed)
+    }
+    pending = [shard for shard in run.shards if shard.name not in receipts or shard.name in earlier]
     done = len(run.shards) - len(pending)
+    for line in begun.notes():
+        print(line, file=sys.stderr)
     print(f"{done} of {len(run.shards)} shards done, {len(pending)} to do", file=sys.stderr)
     if not pending:
         print(f"nothing to do: all shards of {spec.root} are done")
@@ -120,11 +149,11 @@ def _drive(store: Store, spec: Spec, factory: Factory, options: RunOptions, engi
     with Progress(done, len(run.shards), _expected(pending, receipts)) as progress:
         driver = Driver(
             pool,
-            Book(store, run, set(read_failures(store, receipts))),
+            book,
             workers=min(engine.workers, len(pending)),
             timeout_s=options.shard_timeout_s,
             max_failed=options.max_failed_shards,
-            redo=options.retry_failed,
+            earlier=earlier,
             tick=progress,
         )
         try:
@@ -132,7 +161,7 @@ def _drive(store: Store, spec: Spec, factory: Factory, options: RunOptions, engi
         except KeyboardInterrupt:
             outcome = driver.state.outcome
             outcome.stopped = "interrupted"
-    done += len(outcome.receipts) + outcome.elsewhere
+    done += len(outcome.receipts)
     _report(outcome, len(run.shards), done, spec.root, time.monotonic() - started)
     failures = {name: f"{failure.kind}: {failure.reason}" for name, failure in outcome.failures.items()}
     finished = {**receipts, **outcome.receipts}.values()
@@ -142,23 +171,32 @@ def _drive(store: Store, spec: Spec, factory: Factory, options: RunOptions, engi
     return RunResult(spec.root, code, len(run.shards), done, _rows(finished), failures, stuck)
 
 
-@dataclass
 class Book:
-    """The driver's view of the run's folder."""
+    """The driver's access to the run's folder. Nothing else publishes."""
 
-    store: Store
-    run: Run
-    failing: set[str]  # shards with a recorded failure
+    def __init__(self, store: Store, lock: Lock, begun: Begun):
+        self.store, self._lock = store, lock
+        self._recorded = {*begun.receipts, *begun.invalid}
+        self._failing = set(begun.failures)
 
-    def receipt_of(self, shard: Shard) -> Receipt | None:
-        return read_receipt(self.store, self.run, shard)
-
-    def succeeded(self, receipt: Receipt) -> None:
-        if receipt.shard in self.failing:
-            self.store.remove([failure_name(receipt.shard)])
+    def publish(self, made: Made) -> Receipt:
+        """Publish a shard's files, then its receipt. An old receipt goes first, so that none is ever of other data."""
+        receipt = made.receipt
+        with accepted(self.store):
+            self._lock.check()
+            if made.files and receipt.shard in self._recorded:
+                self.store.remove([receipt_name(receipt.shard)])
+            for name, source in made.files.items():
+                self.store.move(source, name)
+            self.store.write(receipt_name(receipt.shard), receipt.to_json())
+            if receipt.shard in self._failing:
+                self.store.remove([failure_name(receipt.shard)])
+        return receipt
 
     def failed(self, failure: Failure) -> None:
-        self.store.write(failure_name(failure.shard), failure.to_json())
+        with accepted(self.store):
+            self._lock.check()
+            self.store.write(failure_name(failure.shard), failure.to_json())
 
 
 def _expected(pending: Sequence[Shard], receipts: dict[str, Receipt]) -> int | None:

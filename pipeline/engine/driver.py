@@ -10,12 +10,14 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from saltern.pipeline.engine.circuit import Circuit
 from saltern.pipeline.engine.pool import Died, Done, Event, Pool, Raised, Ready
+from saltern.pipeline.runs.outlet import Made
 from saltern.schemas.errors import DeviceLostError, OutputError, ShardError
 from saltern.schemas.receipt import PHASES, Failure, Receipt
 from saltern.schemas.run import Shard
@@ -26,15 +28,14 @@ LOSSES = 5  # machines that may be lost with a shard in flight; a preempted mach
 STILLBORN = 5  # consecutive workers that may fail before they are ready
 BACKOFF_S = (1.0, 5.0)  # before the second and the third attempt
 TICK_S = 0.25
+PUBLISHERS = 8  # threads: publishing takes an object store several requests
 
 
 class Book(Protocol):
     """The record of results: the run's folder."""
 
-    def receipt_of(self, shard: Shard) -> Receipt | None:
-        """Return the receipt if the shard is done; another driver may have done it."""
-
-    def succeeded(self, receipt: Receipt) -> None: ...
+    def publish(self, made: Made) -> Receipt:
+        """Publish a shard's files, then its receipt. Runs in several threads. May raise OSError or OutputError."""
 
     def failed(self, failure: Failure) -> None: ...
 
@@ -45,7 +46,6 @@ class Outcome:
 
     receipts: dict[str, Receipt] = field(default_factory=dict)  # of this drive, by shard
     failures: dict[str, Failure] = field(default_factory=dict)
-    elsewhere: int = 0  # shards that another driver finished meanwhile
     stopped: str | None = None  # why it ended early
     # Sums over the receipts, so that the progress line needs no scan of them.
     samples: int = 0
@@ -89,7 +89,7 @@ class Driver:
         workers: how many to start; work begins when the first is ready.
         timeout_s: limit of one shard, from its submission to a worker; None = no limit.
         max_failed: stop when more shards than this have failed; None = never.
-        redo: passed to the processor (redo the rows that are not ok).
+        earlier: receipts of shards whose data files may be kept, in whole or part, by the shard's name.
         tick: called a few times a second.
     """
 
@@ -101,11 +101,11 @@ class Driver:
         workers: int = 1,
         timeout_s: float | None = None,
         max_failed: int | None = None,
-        redo: bool = False,
+        earlier: Mapping[str, Receipt] | None = None,
         tick: Callable[[State], None] = lambda state: None,
     ):
         self._pool, self._book, self._workers = pool, book, workers
-        self._timeout_s, self._max_failed, self._redo, self._tick = timeout_s, max_failed, redo, tick
+        self._timeout_s, self._max_failed, self._earlier, self._tick = timeout_s, max_failed, earlier or {}, tick
         self._queue: deque[Shard] = deque()  # shards that have not failed
         self._later: list[tuple[float, Shard]] = []
         self._retries: deque[Shard] = deque()  # failed shards whose pause is over
@@ -113,6 +113,9 @@ class Driver:
         self._suspected: set[str] = set()
         self._suspects: deque[Shard] = deque()  # suspects that wait for a worker
         self._flights: dict[int, dict[str, _Flight]] = {}  # by ready worker
+        # A shard is in flight or being published, never both, so two attempts cannot publish at once.
+        self._publisher = ThreadPoolExecutor(PUBLISHERS, "saltern-publish")
+        self._publishing: dict[Future[Receipt], Shard] = {}
         self._attempts: dict[str, int] = {}
         self._kills: dict[str, int] = {}
         self._losses: dict[str, int] = {}  # machines that were lost with the shard in flight
@@ -135,10 +138,11 @@ class Driver:
             self._living = {self._pool.start() for _ in range(self._workers)}
             while self._unfinished() and self.state.outcome.stopped is None:
                 self._assign()
-                for event in self._pool.wait(TICK_S):
+                for event in self._pool.wait(self._patience()):
                     # Skip events of workers that an earlier event in this batch removed.
                     if event.worker in self._living:
                         self._handle(event)
+                self._collect()
                 self._expire()
                 self.state.workers = len(self._flights)
                 self.state.images = self.state.outcome.samples + self._images(self._flights)
@@ -146,12 +150,35 @@ class Driver:
         except (OSError, OutputError) as error:
             self.state.outcome.stopped = _one_line(error)
         finally:
-            self.state.outcome.lost = self.state.images - self.state.outcome.samples
             self._pool.close()
+            self._publisher.shutdown()
+            for future in self._publishing:  # of a drive that was stopped
+                if future.exception() is None:
+                    self.state.outcome.add(future.result())
+            self.state.outcome.lost = max(0, self.state.images - self.state.outcome.samples)
         return self.state.outcome
 
+    def _patience(self) -> float:
+        """Return how long to wait for workers. If none is busy, wait for a publication first."""
+        if not self._publishing or any(self._flights.values()):
+            return TICK_S
+        wait(self._publishing, TICK_S, FIRST_COMPLETED)
+        return 0.0
+
+    def _collect(self) -> None:
+        """Take the results of finished publications."""
+        for future in [future for future in self._publishing if future.done()]:
+            shard = self._publishing.pop(future)
+            error = future.exception()
+            if error is not None:
+                self._judge(shard, error)
+                continue
+            self.state.outcome.add(future.result())
+            self._circuit.close()
+
     def _unfinished(self) -> bool:
-        return bool(self._queue or self._later or self._retries or self._suspects or any(self._flights.values()))
+        waiting = self._queue or self._later or self._retries or self._suspects
+        return bool(waiting or self._publishing or any(self._flights.values()))
 
     def _images(self, workers: Iterable[int]) -> int:
         """Return the finished images of the shards that these workers have in flight."""
@@ -192,16 +219,13 @@ class Driver:
     def _submit(self, worker: int, shard: Shard | None) -> None:
         if shard is not None:
             self._flights[worker][shard.name] = _Flight(shard, time.monotonic())
-            self._pool.submit(worker, shard, self._redo)
+            self._pool.submit(worker, shard, self._earlier.get(shard.name))
 
     def _next(self, *sources: deque[Shard]) -> Shard | None:
-        """Return the next shard that is not done."""
+        """Return the next shard, from the first source that has one."""
         for source in sources:
-            while source:
-                shard = source.popleft()
-                if self._redo or self._book.receipt_of(shard) is None:
-                    return shard
-                self.state.outcome.elsewhere += 1
+            if source:
+                return source.popleft()
         return None
 
     def _handle(self, event: Event) -> None:
@@ -209,9 +233,9 @@ class Driver:
             case Ready(worker):
                 self._flights[worker] = {}
                 self._stillborn = 0
-            case Done(worker, shard, receipt):
+            case Done(worker, shard, made):
                 self._flights[worker].pop(shard.name, None)
-                self._accept(shard, receipt)
+                self._publishing[self._publisher.submit(self._book.publish, made)] = shard
             case Raised(worker, None, OSError() | MemoryError() | DeviceLostError() as error):
                 self._replace(worker, _one_line(error))
             case Raised(_, None, error):
@@ -224,14 +248,6 @@ class Driver:
             case Died(worker, reason, blame):
                 shards = self._replace(worker, reason)
                 self._blame(shards, reason) if blame else self._return(shards, reason)
-
-    def _accept(self, shard: Shard, receipt: Receipt) -> None:
-        try:
-            self._book.succeeded(receipt)
-        except OSError as error:
-            return self._judge(shard, error)
-        self.state.outcome.add(receipt)
-        self._circuit.close()
 
     def _judge(self, shard: Shard, error: BaseException) -> None:
         if isinstance(error, ShardError):

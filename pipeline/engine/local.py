@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from saltern.pipeline.engine.pool import Done, Event, Factory, Raised, Ready, ShardProcessor
+from saltern.schemas.receipt import Receipt
 from saltern.schemas.run import Shard
 
 
@@ -52,14 +53,14 @@ class LocalPool:
         except BaseException as error:  # the driver raises it
             self._events.put(Raised(number, None, error))
 
-    def submit(self, worker: int, shard: Shard, redo: bool) -> None:
+    def submit(self, worker: int, shard: Shard, earlier: Receipt | None) -> None:
         self._workers[worker].busy.add(shard.name)
-        self._thread(self._process, worker, self._workers[worker], shard, redo)
+        self._thread(self._process, worker, self._workers[worker], shard, earlier)
 
-    def _process(self, number: int, worker: _Local, shard: Shard, redo: bool) -> None:
+    def _process(self, number: int, worker: _Local, shard: Shard, earlier: Receipt | None) -> None:
         assert worker.processor is not None  # noqa: S101 - the driver waits for Ready
         try:
-            event: Event = Done(number, shard, worker.processor.process(shard, redo))
+            event: Event = Done(number, shard, worker.processor.process(shard, earlier))
         except BaseException as error:  # the driver handles it
             event = Raised(number, shard, error)
         worker.busy.discard(shard.name)

@@ -4,16 +4,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from saltern.pipeline.runs.outlet import Made
 from saltern.schemas.receipt import Receipt
 from saltern.schemas.run import Shard
 
 
 class ShardProcessor(Protocol):
-    """The processor of a worker. It is built once, then called with shards, two at a time."""
+    """The processor of a worker. It is built once, then called with shards, two at a time.
+
+    It writes into the scratch folder; `earlier` is the receipt of a shard whose data file may be kept in whole or part.
+    """
 
     images: dict[str, int]  # finished images, by shard in process
 
-    def process(self, shard: Shard, redo: bool = False) -> Receipt: ...
+    def process(self, shard: Shard, earlier: Receipt | None = None) -> Made: ...
 
     def close(self) -> None:
         """Release threads, hooks and device memory. No shard is in process."""
@@ -35,7 +39,7 @@ class Done:
 
     worker: int
     shard: Shard
-    receipt: Receipt
+    made: Made
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Pool(Protocol):
     def start(self) -> int:
         """Start a worker and return its number; `Ready` follows."""
 
-    def submit(self, worker: int, shard: Shard, redo: bool) -> None: ...
+    def submit(self, worker: int, shard: Shard, earlier: Receipt | None) -> None: ...
 
     def wait(self, timeout_s: float) -> list[Event]:
         """Wait for the first event, at most `timeout_s`, and return all events, except of killed workers."""

@@ -125,7 +125,7 @@ class Progress:
         return " | ".join(filter(None, parts))
 
     def _shards_done(self, state: State) -> str:
-        return f"{self._done + len(state.outcome.receipts) + state.outcome.elsewhere}/{self._shards} shards"
+        return f"{self._done + len(state.outcome.receipts)}/{self._shards} shards"
 
     def _rate(self, state: State, unit: str) -> str:
         rate = state.images / max(time.monotonic() - self._started, 1e-9)

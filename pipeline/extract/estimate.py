@@ -15,7 +15,6 @@ from saltern.pipeline.runs.manifest import data_name
 from saltern.pipeline.runs.outlet import Spec
 from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.samples import list_keys
-from saltern.pipeline.storage.store import Store, session
 from saltern.schemas.errors import UserError
 from saltern.schemas.run import Shard
 
@@ -80,14 +79,15 @@ def count(shards: Sequence[Shard]) -> tuple[int, bool]:
 def _try(request: ExtractRequest, device: str) -> tuple[float, float, int]:
     """Return images/s, stored bytes per image, and the other bytes of a file."""
     run, _ = resolve(request, None, device, 1)
-    with tempfile.TemporaryDirectory(prefix="saltern-plan-") as root, session(Store(root)) as scratch:
-        processor = Processor(Spec(run, root, str(scratch), device, cores()), Extraction)
+    with tempfile.TemporaryDirectory(prefix="saltern-plan-") as root:
+        processor = Processor(Spec(run, root, ".", device, cores()), Extraction)
         processor.process(run.shards[0])  # the first time includes set-up
         since = time.perf_counter()
-        receipt = processor.process(run.shards[0])
+        made = processor.process(run.shards[0])
         seconds = time.perf_counter() - since
         processor.close()
-        footer = pq.read_metadata(f"{root}/{data_name(receipt.shard)}")
+        receipt = made.receipt
+        footer = pq.read_metadata(f"{root}/{made.files[data_name(receipt.shard)]}")
     if not receipt.samples:
         raise UserError(f"{run.shards[0].url} holds no samples to try; put another shard first")
     groups = [footer.row_group(index) for index in range(footer.num_row_groups)]

@@ -5,11 +5,13 @@ thread that owns the device (so that a batch's bits do not depend on what else r
 """
 
 import contextlib
+import hashlib
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -18,11 +20,11 @@ import torch
 
 from saltern.pipeline.extract.task import Explained, Item, Pending, Task, device_losses
 from saltern.pipeline.runs.manifest import data_name
-from saltern.pipeline.runs.outlet import Outlet, Spec, Tally
+from saltern.pipeline.runs.outlet import Made, Outlet, Spec, Tally
 from saltern.pipeline.runs.writer import ROW_GROUP, Record, ShardWriter, read_records
 from saltern.pipeline.shards.decode import Decoded, decode
 from saltern.pipeline.shards.prefetch import prefetch
-from saltern.pipeline.shards.samples import Sample, read_samples
+from saltern.pipeline.shards.samples import Sample, content_of, fold, read_samples
 from saltern.schemas.config import MethodConfig, Preprocess
 from saltern.schemas.receipt import Receipt
 from saltern.schemas.run import Shard
@@ -49,6 +51,7 @@ class Processor:
         self._labels = spec.run.config_of(MethodConfig).labels
         self.images: dict[str, int] = {}  # samples handed to a writer, by shard in process, for the progress line
         self._outlet = Outlet(spec)
+        self._retry_failed = spec.retry_failed
         self._device = torch.device(spec.device)
         self._chunk = self.config.batch_size
         cv2.setNumThreads(1)  # OpenCV's threads would compete with ours over small masks
@@ -59,12 +62,13 @@ class Processor:
         )
         self._task = self._compute.submit(task, spec, self._device).result()
 
-    def process(self, shard: Shard, redo: bool = False) -> Receipt:
-        """Process one shard: publish its data file, then its receipt, each complete or not at all.
+    def process(self, shard: Shard, earlier: Receipt | None = None) -> Made:
+        """Process one shard into the scratch folder.
 
         Args:
             shard: the shard to read.
-            redo: keep the records of samples that are ok in the existing data file, and do the other samples again.
+            earlier: its receipt. If it was written for this very tar, it is confirmed, or with --retry-failed only the
+                samples that are not ok are done again.
 
         Raises:
             ShardError: the tar is broken as a whole.
@@ -74,7 +78,7 @@ class Processor:
         """
         self.images[shard.name] = 0
         try:
-            return self._process(shard, redo)
+            return self._process(shard, earlier)
         finally:
             del self.images[shard.name]
 
@@ -90,9 +94,17 @@ class Processor:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _process(self, shard: Shard, redo: bool) -> Receipt:
+    def _process(self, shard: Shard, earlier: Receipt | None) -> Made:
+        if earlier is None:
+            return self._make(shard, {})
+        if not (self._retry_failed and earlier.failed):
+            same = content_of(shard, as_listed=True) == earlier.content
+            return Made(replace(earlier, mtime_ns=shard.mtime_ns), {}) if same else self._make(shard, {})
+        made = self._make(shard, self._ok_records(shard, earlier))
+        return made if made.receipt.content == earlier.content else self._make(shard, {})
+
+    def _make(self, shard: Shard, kept: dict[int, list[Record]]) -> Made:
         tally = Tally()
-        kept = self._ok_records(shard) if redo else {}
         with (
             self._outlet.open(self._task.schema, tally) as writer,
             contextlib.closing(self._batches(shard, kept, tally)) as batches,
@@ -104,13 +116,17 @@ class Processor:
                     self._write(writer, shard, *pending.popleft(), tally)
             while pending:
                 self._write(writer, shard, *pending.popleft(), tally)
-            written = self._outlet.close(shard, writer, tally)
-        return self._outlet.hand_in(shard, written, tally, min(self._chunk, self.config.batch_size))
+            return self._outlet.close(shard, writer, tally, min(self._chunk, self.config.batch_size))
 
-    def _ok_records(self, shard: Shard) -> dict[int, list[Record]]:
-        """Return the existing records of the samples whose records are all ok, by the sample's index."""
+    def _ok_records(self, shard: Shard, earlier: Receipt) -> dict[int, list[Record]]:
+        """Return the existing records of the samples whose records are all ok, by the sample's index.
+
+        There are none if the data file is not the receipt's, or if the receipt does not tell what the tar held.
+        """
         raw = self._outlet.store.read(data_name(shard.name))
-        records = {} if raw is None else read_records(pa.BufferReader(raw))
+        if raw is None or earlier.content is None or hashlib.sha256(raw).hexdigest() != earlier.digest:
+            return {}
+        records = read_records(pa.BufferReader(raw))
         return {index: own for index, own in records.items() if all(record["status"] == OK for record in own)}
 
     def _batches(self, shard: Shard, kept: dict[int, list[Record]], tally: Tally) -> Generator[list[Item], None, None]:
@@ -133,17 +149,20 @@ class Processor:
     def _items(self, shard: Shard, kept: dict[int, list[Record]], tally: Tally) -> Iterator[Item]:
         """Yield samples as they are read, and start to decode them. Runs in the reader's thread."""
         samples = read_samples(shard, self._labels, as_listed=True)
+        tally.content = 0
         while True:
             with tally.phase("read"):
                 sample = next(samples, None)
-            if sample is None:
-                return
+                if sample is None:
+                    return
+                tally.content = fold(tally.content, sample)
             yield self._item(sample, kept)
 
     def _item(self, sample: Sample, kept: dict[int, list[Record]]) -> Item:
-        if sample.index in kept:
+        own = kept.get(sample.index, [])
+        if own and all(record["key"] == sample.key for record in own):
             sample.release()
-            return Item(sample, kept=kept[sample.index])
+            return Item(sample, kept=own)
         problem = sample.problem or self._task.problem(sample)
         if problem is not None or sample.image is None:
             sample.release()

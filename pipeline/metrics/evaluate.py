@@ -156,6 +156,7 @@ def evaluate(path: str, patterns: Sequence[str] = (), metrics: Sequence[str] = (
         names = {"metrics/localization.json", *(_rows_name(shard) for shard in run.run.shards)}
         there = (f"metrics/{name}" for name in run.store.listing("metrics", ""))
         run.store.remove(name for name in there if name in names)
+        run.store.prune("metrics")
         for shard in shards:
             _take(evaluation, shard)
         _check(evaluation)

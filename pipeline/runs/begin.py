@@ -3,13 +3,22 @@
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 
-from saltern.pipeline.runs.manifest import data_name, failure_name, load_run, picture_name, receipt_name
+from saltern.pipeline.runs.manifest import (
+    data_name,
+    failure_name,
+    judge_receipts,
+    load_run,
+    picture_name,
+    read_failures,
+    receipt_name,
+)
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import ATTACK, VISUALIZE
 from saltern.schemas.errors import UserError
+from saltern.schemas.receipt import Failure, Receipt
 from saltern.schemas.run import Run, Shard, classes_of
 
 WRITTEN = ("data", "receipts", "failures", "metrics", "pictures")  # folders of a run
@@ -69,6 +78,7 @@ def remove_run(store: Store, old: Run, run: Run) -> None:
     for folder in ("receipts", "failures", "metrics", "pictures", "data"):
         there = [f"{folder}/{name}" for name in store.listing(folder, "")]
         store.remove(name for name in there if name in names and _place(store.full(name)) not in inputs)
+        store.prune(folder)
     store.remove(name for name in names if "/" not in name)
 
 
@@ -106,6 +116,51 @@ def begin(store: Store, run: Run, *, overwrite: bool = False) -> Run:
     if run != existing:
         store.write("run.json", run.to_json())
     return run
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The state of a run when it begins, by shard name."""
+
+    receipts: dict[str, Receipt]  # of shards that are done
+    invalid: dict[str, str]  # why a shard is done again although it has a receipt
+    doubtful: set[str]  # done, but the tar has another mtime: its content must be compared with the receipt
+    failures: dict[str, Failure]
+
+    def notes(self) -> list[str]:
+        """Return lines for the user about shards that are done or read again."""
+        lines = []
+        for name, why in list(self.invalid.items())[:1]:
+            others = f" (and {len(self.invalid) - 1} others)" if len(self.invalid) > 1 else ""
+            lines.append(f"done again, although it has a receipt: {name}: {why}{others}")
+        if self.doubtful:
+            lines.append(
+                f"{len(self.doubtful)} tars have another mtime than when they were read: they are compared with their "
+                "receipts, and done again if their content differs"
+            )
+        return lines
+
+
+def read_begun(store: Store, run: Run) -> Begun:
+    """Read which shards of a run are done: those with a valid receipt and its data file. Two listings."""
+    receipts, invalid = judge_receipts(store, run)
+    sizes = store.sizes("data")
+    for name, receipt in list(receipts.items()):
+        size = sizes.get(f"{name}.parquet")
+        if size != receipt.data_bytes:
+            found = "is missing" if size is None else f"has {size} bytes, its receipt says {receipt.data_bytes}"
+            invalid[name] = f"its data file {found}"
+            del receipts[name]
+    doubtful = {
+        shard.name
+        for shard in run.shards
+        if shard.name in receipts and _differ(shard.mtime_ns, receipts[shard.name].mtime_ns)
+    }
+    return Begun(receipts, invalid, doubtful, read_failures(store, receipts))
+
+
+def _differ(one: int | None, other: int | None) -> bool:
+    return one is not None and other is not None and one != other
 
 
 def _shard_differences(existing: Sequence[Shard], asked: Sequence[Shard]) -> list[str]:

@@ -48,22 +48,40 @@ def load_run_folder(root: str, job: str | None = None) -> tuple[Store, Run]:
     return store, run
 
 
-def read_receipt(store: Store, run: Run, shard: Shard) -> Receipt | None:
-    """Return the shard's receipt if it has this run's fingerprint and the tar's present size, else None."""
-    raw = store.read(receipt_name(shard.name))
-    return None if raw is None else _valid_receipt(raw, run.fingerprint, shard)
-
-
 def read_receipts(store: Store, run: Run) -> dict[str, Receipt]:
     """Return the receipts of the shards that are done, by shard name. One listing; 100,000 receipts take seconds."""
+    return judge_receipts(store, run)[0]
+
+
+def judge_receipts(store: Store, run: Run) -> tuple[dict[str, Receipt], dict[str, str]]:
+    """Return the receipts that hold for this run and its tars' sizes, and why the others do not, by shard name."""
     shards = {shard.name: shard for shard in run.shards}
     receipts: dict[str, Receipt] = {}
+    invalid: dict[str, str] = {}
     for name, raw in store.read_all("receipts"):
         shard = shards.get(name.removesuffix(".json"))
-        receipt = None if shard is None else _valid_receipt(raw, run.fingerprint, shard)
-        if receipt is not None:
-            receipts[receipt.shard] = receipt
-    return receipts
+        if shard is None:
+            continue
+        try:
+            receipt = Receipt.from_json(raw)
+        except (ValueError, TypeError, KeyError) as error:
+            invalid[shard.name] = f"its receipt is damaged ({error})"
+            continue
+        if why := _objection(receipt, run.fingerprint, shard):
+            invalid[shard.name] = why
+        else:
+            receipts[shard.name] = receipt
+    return receipts, invalid
+
+
+def _objection(receipt: Receipt, fingerprint: str, shard: Shard) -> str | None:
+    if receipt.shard != shard.name:
+        return f"its receipt is of the shard {receipt.shard!r}"
+    if receipt.fingerprint != fingerprint:
+        return "its receipt is of a run with another config"
+    if receipt.size != shard.size:
+        return f"its tar has {shard.size} bytes, and had {receipt.size} when it was read"
+    return None
 
 
 def read_failures(store: Store, done: Iterable[str]) -> dict[str, Failure]:
@@ -71,12 +89,3 @@ def read_failures(store: Store, done: Iterable[str]) -> dict[str, Failure]:
     finished = set(done)
     failures = (Failure.from_json(raw) for _, raw in store.read_all("failures"))
     return {failure.shard: failure for failure in failures if failure.shard not in finished}
-
-
-def _valid_receipt(raw: bytes, fingerprint: str, shard: Shard) -> Receipt | None:
-    try:
-        receipt = Receipt.from_json(raw)
-    except (ValueError, TypeError, KeyError):
-        return None  # damaged: the shard is done again
-    valid = receipt.fingerprint == fingerprint and receipt.size == shard.size and receipt.shard == shard.name
-    return receipt if valid else None

@@ -1,10 +1,11 @@
-"""The output of a worker: it publishes the data file of a shard first, then the shard's receipt."""
+"""The output of a worker: files in the scratch folder, and their receipt, for the driver to publish."""
 
 import contextlib
 import errno
 import os
 import socket
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,9 +14,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from saltern.pipeline.runs.manifest import data_name, receipt_name
+from saltern.pipeline.runs.manifest import data_name
 from saltern.pipeline.runs.reasons import Reasons
-from saltern.pipeline.runs.writer import Record, ShardWriter, Written
+from saltern.pipeline.runs.writer import Record, ShardWriter
+from saltern.pipeline.storage.session import own_folder
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.errors import OutputError
 from saltern.schemas.receipt import PHASES, Receipt
@@ -31,9 +33,10 @@ class Spec:
 
     run: Run
     root: str  # the run's folder
-    scratch: str  # the session's folder for unfinished files
+    scratch: str  # the session's folder for unfinished files, a name in the run's folder
     device: str  # cpu | cuda
     decode_threads: int
+    retry_failed: bool = False  # redo the rows that are not ok
 
 
 @dataclass
@@ -44,6 +47,7 @@ class Tally:
     statuses: Counter[str] = field(default_factory=Counter)
     reasons: Reasons = field(default_factory=Reasons)
     samples: int = 0
+    content: int | None = None  # CRC-32 of the samples read so far; None if the shard is no tar
     started: float = field(default_factory=time.perf_counter)
 
     @contextlib.contextmanager
@@ -63,45 +67,66 @@ class Tally:
                 self.reasons.add(f"{record['status']}: {record.get('error')}")
 
 
+@dataclass(frozen=True)
+class Made:
+    """The output of a worker for one shard. Only the driver publishes, so an abandoned worker can publish nothing."""
+
+    receipt: Receipt
+    files: dict[str, str]  # finished scratch files by the names that they get in the run; the data file is last
+
+
+@contextlib.contextmanager
+def accepted(store: Store) -> Iterator[None]:
+    """Raise OutputError for an error that says that the run's folder accepts no more data."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise OutputError(f"cannot write to {store.path}: {os.strerror(error.errno)}") from error
+        raise
+
+
 class Outlet:
-    """The access of a worker to the run's folder."""
+    """The access of a worker to the scratch folder of the run."""
 
     def __init__(self, spec: Spec):
-        self.store, self._scratch = Store(spec.root), Path(spec.scratch)
+        self.store, self._scratch = Store(spec.root), spec.scratch
         self._fingerprint = spec.run.fingerprint
-        if not self.store.local:
-            self._scratch.mkdir(parents=True, exist_ok=True)  # the driver created it only on its own machine
+        self._folder = Path(self.store.full(spec.scratch)) if self.store.local else own_folder()
 
     @contextlib.contextmanager
     def writing(self, tally: Tally) -> Iterator[None]:
         """Measure time spent on output. Raises OutputError if the folder accepts no more data."""
-        try:
-            with tally.phase("write"):
-                yield
-        except OSError as error:
-            if error.errno in _FULL:
-                raise OutputError(f"cannot write to {self.store.path}: {os.strerror(error.errno)}") from error
-            raise
+        with accepted(self.store), tally.phase("write"):
+            yield
 
     def open(self, schema: pa.Schema, tally: Tally) -> ShardWriter:
         """Start a data file in the scratch folder."""
         with self.writing(tally):
-            return ShardWriter(self._scratch, schema)
+            return ShardWriter(self._folder, schema)
 
-    def publish(self, content: bytes, name: str, tally: Tally) -> None:
-        """Publish one more file of the run."""
+    def add(self, content: bytes, tally: Tally) -> str:
+        """Write one more file of the shard. Return its name in the scratch folder."""
+        name = f"{self._scratch}/{uuid.uuid4().hex}"
         with self.writing(tally):
             self.store.write(name, content)
+        return name
 
-    def close(self, shard: Shard, writer: ShardWriter, tally: Tally) -> Written:
-        """Finish the data file and publish it under its name."""
+    def close(
+        self, shard: Shard, writer: ShardWriter, tally: Tally, batch_size: int, more: dict[str, str] | None = None
+    ) -> Made:
+        """Finish the data file and make its receipt.
+
+        Args:
+            batch_size: as used at the end.
+            more: scratch files that `add` wrote, by the names that they get in the run.
+        """
         with self.writing(tally):
             written = writer.close()
-            self.store.publish(written.path, data_name(shard.name))
-        return written
-
-    def hand_in(self, shard: Shard, written: Written, tally: Tally, batch_size: int) -> Receipt:
-        """Publish the receipt, which marks the shard as done."""
+            source = f"{self._scratch}/{written.path.name}"
+            if not self.store.local:
+                self.store.write(source, written.path.read_bytes())
+                written.path.unlink()
         receipt = Receipt(
             shard=shard.name,
             size=shard.size,
@@ -115,10 +140,10 @@ class Outlet:
             seconds={**tally.seconds, "total": time.perf_counter() - tally.started},
             worker=f"{socket.gethostname()}:{os.getpid()}",
             batch_size=batch_size,
+            mtime_ns=shard.mtime_ns,
+            content=None if tally.content is None else f"{tally.content:08x}",
         )
-        with self.writing(tally):
-            self.store.write(receipt_name(shard.name), receipt.to_json())
-        return receipt
+        return Made(receipt, {**(more or {}), data_name(shard.name): source})
 
 
 def origin(run: Run) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from saltern.pipeline.storage.files import fsync
+
 ROW_GROUP = 512  # rows; 512 float16 maps of 224 x 224 take 50 MB
 
 Record = dict[str, Any]  # one row by column name; a column that is absent is null
@@ -69,6 +71,7 @@ class ShardWriter:
             raise OSError(f"{self._path} reads back as {rows} rows, {self._count} were written")
         with open(self._path, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        fsync(self._path)
         return Written(self._path, digest, self._path.stat().st_size, rows)
 
     def __exit__(

@@ -91,14 +91,17 @@ def fold(crc: int, sample: Sample) -> int:
     return crc
 
 
-def content_of(shard: Shard) -> str:
+def content_of(shard: Shard, *, as_listed: bool = False) -> str:
     """Return the CRC-32 of a shard's samples, 8 hex digits. It reads the whole tar.
+
+    Args:
+        shard, as_listed: as for `read_samples`.
 
     Raises:
         ShardError, OSError: as `read_samples`.
     """
     crc = 0
-    for sample in read_samples(shard):
+    for sample in read_samples(shard, as_listed=as_listed):
         crc = fold(crc, sample)
     return f"{crc:08x}"
 

@@ -1,11 +1,7 @@
 """A run's folder, on a local disk or in an object store. Its files are visible only when they are complete."""
 
 import contextlib
-import fcntl
 import os
-import shutil
-import tempfile
-import time
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +9,10 @@ from pathlib import Path
 
 from pyarrow import fs
 
-from saltern.pipeline.storage.files import publish
+from saltern.pipeline.storage.files import fsync
 from saltern.pipeline.storage.filesystem import filesystem
 
 SCRATCH = "_tmp-"  # Arrow's and Spark's readers skip names with this prefix
-_UNLOCKED_GRACE_S = 60.0  # from creating a scratch folder to locking it
 
 
 class Store:
@@ -61,81 +56,66 @@ class Store:
         infos = self.fs.get_file_info(fs.FileSelector(base, allow_not_found=True, recursive=True))
         return sorted(i.path[len(base) + 1 :] for i in infos if i.type == fs.FileType.File and i.path.endswith(suffix))
 
-    def publish(self, finished: Path, name: str) -> None:
-        """Move a finished scratch file to `name`, replacing any file there."""
-        target = self.full(name)
-        if not self.local:
-            self._put(name, finished.read_bytes())
-            finished.unlink()
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Return the size of each file below `folder` by its name relative to it, from one listing."""
+        base = self.full(folder)
+        if self.local:
+            return {name: os.stat(os.path.join(base, name)).st_size for name in _walk(base, "", "")}
+        infos = self.fs.get_file_info(fs.FileSelector(base, allow_not_found=True, recursive=True))
+        return {info.path[len(base) + 1 :]: info.size for info in infos if info.type == fs.FileType.File}
+
+    def move(self, name: str, new: str) -> None:
+        """Rename a finished file of the run, replacing any file there. On return it is safely stored."""
+        source, target = self.full(name), self.full(new)
+        if self.local:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            os.replace(source, target)
+            fsync(Path(target).parent)
             return
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        publish(finished, Path(target))
+        size = self.fs.get_file_info(source).size
+        self.fs.copy_file(source, target)
+        self._check(new, size)
+        self._delete(name)
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file, replacing any file there."""
+        """Write a file, replacing any file there. On return it is safely stored."""
         if not self.local:
-            self._put(name, content)
+            with self.fs.open_output_stream(self.full(name)) as stream:
+                stream.write(content)
+            self._check(name, len(content))
             return
         os.makedirs(self.path, exist_ok=True)
-        unfinished = Path(self.path) / f"{SCRATCH}{uuid.uuid4().hex}"
+        unfinished = Path(self.full(f"{SCRATCH}{uuid.uuid4().hex}"))
         try:
             unfinished.write_bytes(content)
-            self.publish(unfinished, name)
+            fsync(unfinished)
+            self.move(unfinished.name, name)
         finally:
             unfinished.unlink(missing_ok=True)
 
-    def _put(self, name: str, content: bytes) -> None:
-        target = self.full(name)
-        with self.fs.open_output_stream(target) as stream:
-            stream.write(content)
-        arrived = self.fs.get_file_info(target).size
-        if arrived != len(content):
-            raise ConnectionError(f"{target} arrived with {arrived} of its {len(content)} bytes")
+    def _check(self, name: str, size: int) -> None:
+        arrived = self.fs.get_file_info(self.full(name)).size
+        if arrived != size:
+            raise ConnectionError(f"{self.full(name)} arrived with {arrived} of its {size} bytes")
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove files, and the folders that become empty. A missing file is not an error."""
+        """Remove files. A missing one is not an error."""
         if self.local:
-            self._remove_local([Path(name) for name in names])
+            for name in names:
+                Path(self.full(name)).unlink(missing_ok=True)
             return
         with ThreadPoolExecutor(32) as threads:
             list(threads.map(self._delete, names))
 
-    def _remove_local(self, names: list[Path]) -> None:
-        root = Path(self.path)
-        for name in names:
-            (root / name).unlink(missing_ok=True)
-        folders = {folder for name in names for folder in name.parents[:-1]}
-        for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
+    def prune(self, folder: str) -> None:
+        """Remove the empty folders below a local `folder`, and itself. No file may be written there meanwhile."""
+        for path, _, _ in os.walk(self.full(folder), topdown=False) if self.local else ():
             with contextlib.suppress(OSError):  # it is not empty
-                (root / folder).rmdir()
+                os.rmdir(path)
 
     def _delete(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self.fs.delete_file(self.full(name))
-
-
-@contextlib.contextmanager
-def session(store: Store) -> Iterator[Path]:
-    """Give one driver and its workers a scratch folder, and remove it at the end. Remove those of dead drivers too.
-
-    On a local disk the folder is in the run's folder, as a rename must not cross file systems. The driver holds a lock
-    on it. Even a kill -9 frees the lock, so the next driver knows which scratch folders are stale.
-    """
-    if not store.local:
-        with tempfile.TemporaryDirectory(prefix="saltern-") as folder:
-            yield Path(folder)
-        return
-    os.makedirs(store.path, exist_ok=True)
-    _sweep(Path(store.path))
-    scratch = Path(store.path) / f"{SCRATCH}{uuid.uuid4().hex[:12]}"
-    scratch.mkdir()
-    with open(scratch / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield scratch
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-            _sweep(Path(store.path))
 
 
 def _walk(base: str, below: str, suffix: str) -> Iterator[str]:
@@ -149,25 +129,3 @@ def _walk(base: str, below: str, suffix: str) -> Iterator[str]:
             yield from _walk(base, name, suffix)
         elif entry.name.endswith(suffix):
             yield name
-
-
-def _sweep(root: Path) -> None:
-    """Remove the scratch folders that no living driver owns, and unfinished files."""
-    for scratch in root.glob(f"{SCRATCH}*"):
-        if scratch.is_dir() and not _owned(scratch):
-            shutil.rmtree(scratch, ignore_errors=True)
-        elif scratch.is_file() and time.time() - scratch.stat().st_mtime > _UNLOCKED_GRACE_S:
-            scratch.unlink(missing_ok=True)
-
-
-def _owned(scratch: Path) -> bool:
-    try:
-        with open(scratch / "lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return False
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        with contextlib.suppress(FileNotFoundError):
-            return time.time() - scratch.stat().st_mtime < _UNLOCKED_GRACE_S
-        return True

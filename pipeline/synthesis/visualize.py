@@ -22,7 +22,7 @@ from saltern.pipeline.extract.request import load_classifier, model_fields, new_
 from saltern.pipeline.extract.task import device_losses
 from saltern.pipeline.models.passes import frozen, logits_of
 from saltern.pipeline.runs.manifest import picture_name
-from saltern.pipeline.runs.outlet import Outlet, Spec, Tally, origin
+from saltern.pipeline.runs.outlet import Made, Outlet, Spec, Tally, origin
 from saltern.pipeline.runs.reader import read_columns
 from saltern.pipeline.runs.writer import Record
 from saltern.pipeline.show.grid import png, publish_grid
@@ -123,8 +123,8 @@ class Visualizer:
         self._model = self._compute.submit(load_model, self._config, self._device).result()
         self._schema = with_metadata(visualization_schema(), origin(spec.run))
 
-    def process(self, shard: Shard, redo: bool = False) -> Receipt:
-        """Visualize one batch of classes: publish pictures, data file and receipt, each complete or not at all.
+    def process(self, shard: Shard, earlier: Receipt | None = None) -> Made:
+        """Visualize one batch of classes into the scratch folder, whatever its earlier receipt.
 
         Raises:
             MemoryError: the batch does not fit in the device's memory.
@@ -138,12 +138,14 @@ class Visualizer:
             with self._outlet.writing(tally):
                 records = self._records(shard, peak)
                 writer.write(records)
-            for record in records:
-                if "image" in record:
-                    self._outlet.publish(record["image"], picture_name(record["target"], self._run.class_names), tally)
+            pictures = {
+                picture_name(record["target"], self._run.class_names): self._outlet.add(record["image"], tally)
+                for record in records
+                if "image" in record
+            }
             tally.count(len(records), records)
-            written = self._outlet.close(shard, writer, tally)
-        return self._outlet.hand_in(shard, written, tally, self._config.batch_size)
+            made = self._outlet.close(shard, writer, tally, self._config.batch_size, pictures)
+        return made
 
     def close(self) -> None:
         """Release the thread, the model and its device memory. No batch is in process."""

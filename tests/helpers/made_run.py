@@ -144,7 +144,7 @@ def write_shard(made: Made, number: int, samples: int, rows: list[Record], grid:
     with ShardWriter(made.path, with_metadata(table_schema(size), provenance)) as writer:
         writer.write(rows)
         written = writer.close()
-    store.publish(written.path, data_name(shard.name))
+    store.move(written.path.name, data_name(shard.name))
     statuses = dict(Counter(row["status"] for row in rows))
     receipt = Receipt(
         shard.name, shard.size, made.run.fingerprint, samples, len(rows), statuses, written.digest, written.size, {}

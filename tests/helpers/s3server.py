@@ -23,7 +23,7 @@ class S3(ThreadingHTTPServer):
         self.requests: list[str] = []  # as "GET key" or "LIST prefix"
         self.parts: dict[str, dict[int, bytes]] = {}  # by unfinished upload
         self.cut = False  # whether to close the connection in the middle of each object
-        self.written: dict[str, datetime] = {}  # time of an object's last change, if not that of all others
+        self.written: dict[str, datetime] = {}  # time of an object's last change; not of those put into `objects`
         self.before: Callable[[str], None] = lambda request: None  # called before each answer about an object
 
 
@@ -60,12 +60,16 @@ class _Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         key, query = self._target()
         body = self._body()
+        source = unquote(self.headers.get("x-amz-copy-source") or "").lstrip("/").removeprefix(f"{BUCKET}/")
         if "uploadId" in query:
             self.server.parts[query["uploadId"]][int(query["partNumber"])] = body
         else:
-            self.server.objects[key] = body
+            self._store(key, self.server.objects[source] if source else body)
         self.server.requests.append(f"PUT {key}")
-        self._answer(200, b"", _DATED)
+        self._answer(200, b"<CopyObjectResult><ETag>tag</ETag></CopyObjectResult>" if source else b"", _DATED)
+
+    def _store(self, key: str, body: bytes) -> None:
+        self.server.objects[key], self.server.written[key] = body, datetime.now(UTC).replace(microsecond=0)
 
     def do_POST(self) -> None:
         """Begin or complete a multipart upload, or delete several objects."""
@@ -82,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
             answer = f"<InitiateMultipartUploadResult>{names}</InitiateMultipartUploadResult>"
         else:
             parts = self.server.parts.pop(query["uploadId"])
-            self.server.objects[key] = b"".join(parts[number] for number in sorted(parts))
+            self._store(key, b"".join(parts[number] for number in sorted(parts)))
             done = f"<Bucket>{BUCKET}</Bucket><Key>{key}</Key><ETag>tag</ETag>"
             answer = f"<CompleteMultipartUploadResult>{done}</CompleteMultipartUploadResult>"
         self._answer(200, answer.encode(), {})

@@ -3,9 +3,8 @@
 import itertools
 from collections.abc import Callable
 
-import toys
-
 from saltern.pipeline.engine.pool import Died, Done, Event, Raised, Ready
+from saltern.pipeline.runs.outlet import Made
 from saltern.schemas.receipt import Failure, Receipt
 from saltern.schemas.run import Shard
 
@@ -33,7 +32,7 @@ class Scripted:
         self.counts[number] = {}
         return number
 
-    def submit(self, worker: int, shard: Shard, redo: bool) -> None:
+    def submit(self, worker: int, shard: Shard, earlier: Receipt | None) -> None:
         self.handed.append(shard.name)
         self._running.append((worker, shard))
 
@@ -47,7 +46,7 @@ class Scripted:
                 continue
             self._running.remove((worker, shard))
             if isinstance(answer, Receipt):
-                return [Done(worker, shard, answer)]
+                return [Done(worker, shard, Made(answer, {}))]
             return [Raised(worker, shard, answer) if isinstance(answer, BaseException) else Died(worker, *answer)]
         return []
 
@@ -68,13 +67,10 @@ class Notebook:
     def __init__(self) -> None:
         self.receipts: list[str] = []
         self.failures: dict[str, Failure] = {}
-        self.elsewhere: set[str] = set()
 
-    def receipt_of(self, shard: Shard) -> Receipt | None:
-        return toys.receipt(shard) if shard.name in self.elsewhere else None
-
-    def succeeded(self, receipt: Receipt) -> None:
-        self.receipts.append(receipt.shard)
+    def publish(self, made: Made) -> Receipt:
+        self.receipts.append(made.receipt.shard)
+        return made.receipt
 
     def failed(self, failure: Failure) -> None:
         self.failures[failure.shard] = failure

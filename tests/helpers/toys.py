@@ -4,6 +4,7 @@ import os
 import time
 from pathlib import Path
 
+from saltern.pipeline.runs.outlet import Made
 from saltern.schemas.errors import DeviceLostError, OutputError, ShardError
 from saltern.schemas.receipt import PHASES, Receipt
 from saltern.schemas.run import Shard
@@ -40,12 +41,11 @@ class Toy:
             return False
         return True
 
-    def process(self, shard: Shard, redo: bool = False) -> Receipt:
+    def process(self, shard: Shard, earlier: Receipt | None = None) -> Made:
         what, _, once = shard.url.partition("-")
         if not once or self._first(shard):
             self._act(what)
-
-        return receipt(shard)
+        return Made(receipt(shard), {})
 
     def close(self) -> None:
         (self._notes / "closed").touch()

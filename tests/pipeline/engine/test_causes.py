@@ -6,6 +6,7 @@ from scripted import Notebook, Scripted, shards
 
 from saltern.pipeline.engine import circuit, driver
 from saltern.pipeline.engine.driver import Driver, State
+from saltern.pipeline.runs.outlet import Made
 from saltern.schemas.errors import OutputError, ShardError
 from saltern.schemas.receipt import Failure, Receipt
 from saltern.schemas.run import Shard
@@ -110,10 +111,10 @@ class Broken(Notebook):
         super().__init__()
         self.error, self._refuses = error, refuses
 
-    def succeeded(self, receipt: Receipt) -> None:
-        if self._refuses == receipt.shard:
+    def publish(self, made: Made) -> Receipt:
+        if self._refuses == made.receipt.shard:
             raise self.error
-        super().succeeded(receipt)
+        return super().publish(made)
 
     def failed(self, failure: Failure) -> None:
         if self._refuses == "failures":

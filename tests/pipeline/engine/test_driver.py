@@ -14,7 +14,9 @@ from saltern.pipeline.engine import driver
 from saltern.pipeline.engine.driver import Driver, State
 from saltern.pipeline.engine.local import LocalPool
 from saltern.pipeline.engine.pool import Pool
-from saltern.schemas.receipt import Failure
+from saltern.pipeline.runs.outlet import Made
+from saltern.schemas.errors import OutputError
+from saltern.schemas.receipt import Failure, Receipt
 
 
 @pytest.fixture(autouse=True)
@@ -116,12 +118,17 @@ def test_a_shard_that_always_hangs_fails(local: LocalPool) -> None:
     assert local.abandoned
 
 
-def test_a_shard_done_by_another_driver_is_left_alone(pool: Pool) -> None:
-    book = Notebook()
-    book.elsewhere = {"0-ok"}
-    outcome = Driver(pool, book).run(shards("ok", "ok"))
-    assert book.receipts == ["1-ok"]
-    assert outcome.elsewhere == 1
+class Replaced(Notebook):
+    """A record in a run that another driver has taken over."""
+
+    def publish(self, made: Made) -> Receipt:
+        raise OutputError("the run was taken over")
+
+
+def test_a_publication_that_is_refused_stops_the_run(local: LocalPool) -> None:
+    outcome = Driver(local, Replaced()).run(shards(*["ok"] * 30))
+    assert outcome.stopped == "the run was taken over"
+    assert not outcome.receipts
 
 
 def test_a_lost_device_gets_a_new_worker(pool: Pool) -> None:

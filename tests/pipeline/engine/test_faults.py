@@ -25,6 +25,7 @@ from saltern.pipeline.engine.conduct import RunResult
 from saltern.pipeline.extract.extraction import extract
 from saltern.pipeline.runs.manifest import load_run_folder, read_failures, read_receipts
 from saltern.pipeline.runs.verify import verify
+from saltern.schemas.errors import UserError
 
 pytestmark = pytest.mark.slow
 SHARDS, EACH = 8, 6
@@ -258,10 +259,17 @@ def test_a_shard_past_its_time(spoiled: Path, tmp_path: Path, ray_address: str, 
 
 
 def test_two_drivers_on_one_folder(shards: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    """The second is refused in one line that names the first, also if it would overwrite."""
     out = tmp_path / "run"
-    both = [start(command(shards, out, "--engine", "local")) for _ in range(2)]
-    for code, said in [finish(running) for running in both]:
-        assert code == 0, said
+    first = start(command(shards, out, "--engine", "local"), slow=0.3)
+    until(lambda: done(out) >= 1, first)
+    for more in ({}, {"overwrite": True}):
+        with pytest.raises(
+            UserError, match=rf"another command is writing this run \(host .*, process {first.pid}, since"
+        ):
+            resume(shards, out, **more)
+    code, said = finish(first)
+    assert code == 0, said
     equals(out, undisturbed)
 
 

@@ -165,15 +165,16 @@ def test_an_interrupted_experiment_ends_as_an_undisturbed_one(data, undisturbed,
 def test_an_interrupted_extraction_is_resumed(data, undisturbed, tmp_path, monkeypatch):
     """Shards and trainings that are done are not repeated."""
     shutil.copytree(undisturbed, tmp_path / "cut", ignore=shutil.ignore_patterns("run-*", "unseen.*"))
-    real, interrupts, done = Book.succeeded, [KeyboardInterrupt], []
+    real, interrupts, done = Book.publish, [KeyboardInterrupt], []
 
-    def succeeded(self, receipt):
+    def publish(self, made):
+        receipt = real(self, made)
         done.append((Path(self.store.path).name, receipt.shard))
         if interrupts:
             raise interrupts.pop()
-        real(self, receipt)
+        return receipt
 
-    monkeypatch.setattr(Book, "succeeded", succeeded)
+    monkeypatch.setattr(Book, "publish", publish)
     monkeypatch.setattr(experiment, "train", lambda *args: pytest.fail("a finished training was begun again"))
     with pytest.raises(KeyboardInterrupt):
         run(data, tmp_path / "cut")
