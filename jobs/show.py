@@ -10,6 +10,10 @@ from saltern.jobs import options as opt
 
 def show(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders or URLs of runs.", show_default=False)],
+    shards: Annotated[
+        list[str] | None,
+        opt.inputs("Where the runs' shards are now, if they were moved; repeatable, quote globs.", metavar="SHARDS"),
+    ] = None,
     out: Annotated[
         Path | None,
         opt.output("Page to write; default: RUN/show.html, or ./show.html for several runs or a URL.", metavar="FILE"),
@@ -28,7 +32,7 @@ def show(
     from saltern.pipeline.show.sheet import comparison, contact_sheet
     from saltern.schemas.errors import ShardError, UserError
 
-    opened = [open_run(run) for run in runs]
+    opened = [open_run(run, shards or []) for run in runs]
     page = out or (Path(runs[0]) if len(runs) == 1 and opened[0].store.local else Path()) / "show.html"
     try:
         html = contact_sheet(opened[0], sort, limit) if len(runs) == 1 else comparison(opened, sort, limit)

@@ -146,7 +146,7 @@ def evaluate(path: str, patterns: Sequence[str] = (), metrics: Sequence[str] = (
         UserError: no run, an incomplete run, shards of another run, an unknown metric, no boxes, a read-only RUN.
     """
     columns = _columns(metrics)
-    run = open_run(path)
+    run = open_run(path, patterns)
     shards, notes = wanted_shards(run, patterns)
     if "om" in columns and run.config.labels is None:
         agreement = measure_agreement(run.store, run.run, {shard.name for shard in run.shards})

@@ -1,10 +1,9 @@
 """Find the shards of a run that are to be judged, at their present paths."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
+from saltern.pipeline.runs.places import find_shards
 from saltern.pipeline.runs.reader import SaliencyRun
-from saltern.pipeline.shards.expand import ENDINGS, expand
 from saltern.pipeline.shards.samples import list_keys
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.run import Shard
@@ -12,9 +11,6 @@ from saltern.schemas.run import Shard
 
 def wanted_shards(run: SaliencyRun, patterns: Sequence[str]) -> tuple[list[Shard], list[str]]:
     """Return the run's shards that the patterns name, in the run's order, with their present URLs.
-
-    A moved tar is recognised by its size and by the shard's name at the end of its path. A tar changed in place keeps
-    the planned size here, so that its reader refuses it.
 
     Returns:
         The shards; hints for the user about skipped ones.
@@ -24,42 +20,10 @@ def wanted_shards(run: SaliencyRun, patterns: Sequence[str]) -> tuple[list[Shard
     """
     if not patterns:
         return _done(run, run.run.shards), []
-    given, hints = expand(patterns)
-    chosen: dict[str, Shard] = {}
-    strangers = []
-    for tar in given:
-        shard = _match(run.run.shards, tar)
-        if shard is None:
-            strangers.append(tar)
-        elif shard.name in chosen:
-            raise UserError(f"{tar.url} and {chosen[shard.name].url} are both the run's {shard.name}; name one of them")
-        else:
-            chosen[shard.name] = replace(shard, url=tar.url)
-    if strangers and (run.config.limit is None or not chosen):
-        raise UserError(
-            f"{strangers[0].url} ({strangers[0].size:,} bytes) is not a shard of {run.path}"
-            f"{_others(strangers)}; the run's first is {run.run.shards[0].url} "
-            f"({run.run.shards[0].size:,} bytes)"
-        )
-    if strangers:
-        hints.append(f"{len(strangers)} shards are beyond the --limit of the run and are skipped")
+    chosen, hints = find_shards(run.path, run.run, patterns)
     if len(chosen) < len(run.run.shards):
         hints.append(f"{len(chosen)} of the run's {len(run.run.shards)} shards are evaluated")
     return _done(run, [chosen[shard.name] for shard in run.run.shards if shard.name in chosen]), hints
-
-
-def _others(strangers: list[Shard]) -> str:
-    return f", nor are {len(strangers) - 1} others" if len(strangers) > 1 else ""
-
-
-def _match(shards: Sequence[Shard], tar: Shard) -> Shard | None:
-    """Return the run's shard with this tar's URL, or else the one with the longest name that its path ends in."""
-    for shard in shards:
-        if shard.url == tar.url:
-            return shard
-    path = next((tar.url.removesuffix(ending) for ending in ENDINGS if tar.url.endswith(ending)), tar.url)
-    alike = [shard for shard in shards if shard.size == tar.size and f"/{path}".endswith(f"/{shard.name}")]
-    return max(alike, key=lambda shard: len(shard.name), default=None)
 
 
 def _done(run: SaliencyRun, shards: list[Shard]) -> list[Shard]:

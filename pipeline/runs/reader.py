@@ -21,6 +21,7 @@ from saltern.pipeline.maps.discretize import upsample
 from saltern.pipeline.maps.encode import dequantise, unpack_mask
 from saltern.pipeline.maps.frame import over_frame
 from saltern.pipeline.runs.manifest import data_name, load_run_folder, read_receipts
+from saltern.pipeline.runs.places import move, readable
 from saltern.pipeline.runs.writer import Record
 from saltern.pipeline.shards.samples import Sample, read_samples
 from saltern.pipeline.storage.store import Store
@@ -120,10 +121,19 @@ def map_in_original(row: Row) -> NDArray[np.float32]:
     return over_frame(map_hw, row.layout.input_shape, row.geometry, row.image_height, row.image_width)
 
 
-def open_run(path: str) -> "SaliencyRun":
-    """Open the run in a folder or at an object store's URL. Raises UserError if there is no extraction."""
+def open_run(path: str, shards: Sequence[str] = ()) -> "SaliencyRun":
+    """Open the run in a folder or at an object store's URL.
+
+    Args:
+        path: the folder or URL.
+        shards: where its tars are now, if they were moved: paths, URLs, globs or folders.
+
+    Raises:
+        UserError: there is no extraction, run.json is damaged, or a tar is not one of the run.
+    """
     store, run = load_run_folder(path, EXTRACT)
-    return SaliencyRun(path, store, run, read_receipts(store, run))
+    run, given = move(path, run, shards)
+    return SaliencyRun(path, store, run, read_receipts(store, run), given)
 
 
 class SaliencyRun:
@@ -133,8 +143,10 @@ class SaliencyRun:
     data file is missing, truncated or of another run.
     """
 
-    def __init__(self, path: str, store: Store, run: Run, receipts: dict[str, Receipt]):
-        self.path, self.store, self.run = path, store, run
+    def __init__(
+        self, path: str, store: Store, run: Run, receipts: dict[str, Receipt], given: frozenset[str] = frozenset()
+    ):
+        self.path, self.store, self.run, self._given = path, store, run, given
         self.config = run.config_of(ExtractConfig)
         self.shards = [shard for shard in run.shards if shard.name in receipts]
         self.receipts = [receipts[shard.name] for shard in self.shards]
@@ -157,6 +169,10 @@ class SaliencyRun:
             for batch in file.iter_batches(_AT_ONCE, use_threads=False):
                 yield from _rows(batch, layout)
 
+    def tar(self, shard: Shard) -> Shard:
+        """Return the shard. Raises ShardError if its tar must not be read: see `places.readable`."""
+        return readable(shard, shard.name in self._given)
+
     def joined(self, shard: Shard) -> Iterator[tuple[Sample, list[Row]]]:
         """Yield each sample of one shard's tar with its rows.
 
@@ -165,7 +181,7 @@ class SaliencyRun:
             OSError: the tar cannot be read.
         """
         rows = groupby(self.read(shard), lambda row: row.index)
-        for sample, group in zip_longest(read_samples(shard), (list(group) for _, group in rows)):
+        for sample, group in zip_longest(read_samples(self.tar(shard)), (list(group) for _, group in rows)):
             if sample is None or group is None or (sample.index, sample.key) != (group[0].index, group[0].key):
                 there = "ends" if sample is None else f"has {sample.key!r} at {sample.index}"
                 here = "ends" if group is None else f"has {group[0].key!r} at {group[0].index}"

@@ -121,7 +121,7 @@ def _samples(run: SaliencyRun, rows: Iterable[Row]) -> tuple[dict[tuple[str, int
     for name, group in groupby(rows, lambda row: row.shard):
         keys = {row.index: row.key for row in group}
         try:
-            for sample in _read(shards[name], keys, names.dataset, run.config.labels):
+            for sample in _read(run.tar(shards[name]), keys, names.dataset, run.config.labels):
                 samples[name, sample.index] = sample
         except (OSError, ShardError) as error:
             problems.append(f"{name}: shown without its images, which cannot be read ({error})")
