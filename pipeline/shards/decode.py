@@ -3,19 +3,25 @@
 import contextlib
 import io
 import math
+import threading
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from saltern.pipeline.shards.metadata import without_metadata
 from saltern.schemas.config import Preprocess
 from saltern.schemas.saliency import DECODE_FAILED, TOO_LARGE
 
-MAX_PIXELS = 2**27  # 512 MiB once decoded; checked on the header, before decoding
+MAX_PIXELS = 2**27  # 512 MiB as RGB, of which decoding holds at most two copies; checked on the header
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM")  # none of these can run a program
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_STRIP = 2**20  # pixels of a deep grey image that are converted at once
+_SCARCE = threading.Lock()
 _PILLOW = r"PIL\."
 warnings.filterwarnings("ignore", module=_PILLOW)
 _QUIET = warnings.filters[0]
@@ -70,22 +76,59 @@ def decode_image(data: bytes) -> Image.Image:
     """
     _silence()
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-        _check_size(image.size)
-        image.load()
-        with contextlib.suppress(Exception):  # damaged metadata does not invalidate the pixels
-            ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
+        return _fitting(data)
     except DecodeError:
         raise
     except Image.DecompressionBombError as error:
         raise DecodeError(TOO_LARGE, _one_line(error)) from error
-    except UnidentifiedImageError as error:
-        begins = f"it begins with {data[:8].hex(' ')}" if data else "it is empty"
-        raise DecodeError(DECODE_FAILED, f"the image member is not an image of a known format: {begins}") from error
     except Exception as error:  # Pillow's parsers raise struct.error, KeyError, ZeroDivisionError...
-        reason = f"damaged image: {_one_line(error)} ({type(error).__name__}, {len(data)} bytes)"
-        raise DecodeError(DECODE_FAILED, reason) from error
+        for bare in without_metadata(data):
+            with contextlib.suppress(Exception):
+                return _upright(bare)
+        raise DecodeError(DECODE_FAILED, _reason(data, error)) from error
+
+
+def _fitting(data: bytes) -> Image.Image:
+    """Decode an image. If memory runs out, wait for a time when no other such image is decoded, and try once more."""
+    try:
+        return _upright(data)
+    except MemoryError:
+        with _SCARCE:
+            try:
+                return _upright(data)
+            except MemoryError as error:
+                raise DecodeError(TOO_LARGE, "the image does not fit in this machine's memory") from error
+
+
+def _upright(data: bytes) -> Image.Image:
+    image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+    _check_size(image.size, MAX_PIXELS // 2 if image.format == "WEBP" else MAX_PIXELS)  # libwebp holds four copies
+    image.load()
+    with contextlib.suppress(Exception):  # damaged metadata does not invalidate the pixels
+        ImageOps.exif_transpose(image, in_place=True)
+    return _to_rgb(image)
+
+
+def _reason(data: bytes, error: Exception) -> str:
+    cause = _cause(data) if isinstance(error, UnidentifiedImageError) else error
+    if cause is None:
+        begins = f"it begins with {data[:8].hex(' ')}" if data else "it is empty"
+        return f"the image member is not an image of a known format: {begins}"
+    return f"damaged image: {_one_line(cause)} ({type(cause).__name__}, {len(data)} bytes)"
+
+
+def _cause(data: bytes) -> Exception | None:
+    """Return the error of the format's own parser, which Pillow hides; None if the format is not known."""
+    for name in FORMATS:
+        factory, accept = Image.OPEN[name]
+        try:
+            if accept is None or accept(data[:16]) is not True:
+                continue
+            factory(io.BytesIO(data), "")
+        except Exception as error:
+            if len(data) > 16:
+                return error
+    return None
 
 
 def _geometry(width: int, height: int, preprocess: Preprocess) -> tuple[float, float, float, float]:
@@ -117,24 +160,34 @@ def _resample(
     return cut.resize((crop, crop), how, (x0 - left, y0 - top, x1 - left, y1 - top))
 
 
-def _check_size(size: tuple[int, int]) -> None:
+def _check_size(size: tuple[int, int], limit: int) -> None:
     width, height = size
     if width < 1 or height < 1:
         raise DecodeError(DECODE_FAILED, f"the image has no pixels: {width} x {height}")
-    if width * height > MAX_PIXELS:
-        raise DecodeError(TOO_LARGE, f"{width} x {height} pixels; at most {MAX_PIXELS} are decoded")
+    if width * height > limit:
+        raise DecodeError(TOO_LARGE, f"{width} x {height} pixels; at most {limit} are decoded")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image to RGB as Pillow does, except deep greys, which Pillow would clip at 255."""
     if image.mode.startswith("I"):  # 16 bits, or 16 bits kept in 32
-        deep_HW = np.asarray(image).clip(0, 65535).astype(np.uint32)
-        image = Image.fromarray(((deep_HW + 128) // 257).astype(np.uint8))
+        image = _grey(image, lambda deep_HW: (deep_HW.clip(0, 65535).astype(np.uint32) + 128) // 257)
     elif image.mode == "F":  # white is 255 if any value exceeds 1.0
-        float_HW = np.nan_to_num(np.asarray(image))
-        white = 1.0 if float_HW.max() <= 1 else 255.0
-        image = Image.fromarray((float_HW.clip(0, white) * (255 / white)).round().astype(np.uint8))
+        white = 1.0 if max(np.nan_to_num(strip_HW).max() for strip_HW in _strips(image)) <= 1 else 255.0
+        image = _grey(image, lambda float_HW: (np.nan_to_num(float_HW).clip(0, white) * (255 / white)).round())
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _grey(image: Image.Image, levels: Callable[[NDArray[Any]], NDArray[Any]]) -> Image.Image:
+    """Return an 8-bit grey image; `levels` gives the values of a strip, in 0..255."""
+    return Image.fromarray(np.concatenate([levels(strip_HW).astype(np.uint8) for strip_HW in _strips(image)]))
+
+
+def _strips(image: Image.Image) -> Iterator[NDArray[Any]]:
+    """Yield the image's rows in strips, which bound the memory of the arrays."""
+    rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        yield np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
 
 
 def _one_line(error: Exception) -> str:
