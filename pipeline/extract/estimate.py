@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from saltern.pipeline.extract.extraction import Extraction
 from saltern.pipeline.extract.processor import Processor
-from saltern.pipeline.extract.request import ExtractRequest, resolve
+from saltern.pipeline.extract.request import ExtractRequest, reading, resolve
 from saltern.pipeline.machine import cores, pick_device
 from saltern.pipeline.runs.manifest import data_name
 from saltern.pipeline.runs.outlet import Spec
@@ -55,11 +55,13 @@ def estimate(request: ExtractRequest, device: str, workers: int) -> tuple[Plan, 
         UserError: a shard, the model or the method is not available.
     """
     shards, hints = expand(request.shards)
-    samples, exact = count(shards)
+    with reading():
+        samples, exact = count(shards)
     plan = Plan(len(shards), sum(shard.size for shard in shards), samples, exact)
     if not request.model:
         return plan, hints
-    rate, row_bytes, file_bytes = _try(replace(request, shards=[shards[0].url], limit=TRIED), pick_device(device))
+    with reading():
+        rate, row_bytes, file_bytes = _try(replace(request, shards=[shards[0].url], limit=TRIED), pick_device(device))
     hours = samples / rate / workers / 3600
     output = round(samples * row_bytes + len(shards) * file_bytes)
     return replace(plan, images_per_s=rate, hours=hours, output_bytes=output), hints

@@ -1,7 +1,8 @@
 """Turn a request into a run: list the shards, load model and method, fill in every default."""
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
@@ -16,7 +17,7 @@ from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.samples import list_keys
 from saltern.schemas.choices import MapDtype, MapSize, Precision, check_choice
 from saltern.schemas.config import ExtractConfig, Preprocess, RunConfig
-from saltern.schemas.errors import UserError
+from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.rules import Rule, Target
 from saltern.schemas.run import Run, Shard
 
@@ -116,12 +117,22 @@ def limited(shards: list[Shard], limit: int | None) -> list[Shard]:
         raise UserError(f"--limit {limit}: at least one sample is needed")
     wanted: list[Shard] = []
     for shard in shards:
-        samples = len(list_keys(shard))
+        with reading():
+            samples = len(list_keys(shard))
         wanted.append(shard if samples <= limit else replace(shard, take=limit))
         limit -= samples
         if limit <= 0:
             break
     return wanted
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Raise UserError if a shard cannot be read."""
+    try:
+        yield
+    except (OSError, ShardError) as error:
+        raise UserError(f"a shard cannot be read: {error}") from error
 
 
 def load_classifier(model: str, weights: str, seed: int) -> Classifier:

@@ -9,6 +9,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,11 @@ from saltern.schemas.errors import UserError
 from saltern.schemas.run import Shard
 
 ENDINGS = (".tar", ".tar.gz", ".tgz")
+# Compressed tars that are not read, by ending, with the command that decompresses them.
+COMPRESSED = {
+    ".tar.bz2": "bzip2 -d", ".tbz2": "bzip2 -d", ".tar.xz": "xz -d", ".txz": "xz -d", ".tar.zst": "zstd -d --rm",
+}  # fmt: skip
+MAX_SHARDS = 1_000_000  # of one pattern with braces
 FLAT = 10_000  # largest number of data files in one folder
 BUCKET = 1_000  # approximate number of data files in each sub-folder of a larger one
 
@@ -46,10 +52,11 @@ def expand(patterns: Sequence[str]) -> tuple[list[Shard], list[str]]:
         UserError: a pattern that matches nothing, a missing shard, another scheme, two shards with one name.
     """
     wanted = [(pattern, url) for pattern in _listed(patterns) for url in _braces(pattern)]
+    hints: list[str] = []
     try:
-        files, repeats = _distinct(_find(wanted))
+        files, repeats = _distinct(_find(wanted, hints))
         names = _names([file.url for file in files])
-        hints = _sibling_hint(files[0].url) if len(wanted) == len(files) == 1 else []
+        hints += _sibling_hint(files[0].url) if len(wanted) == len(files) == 1 else []
     except (OSError, ValueError) as error:
         raise UserError(f"the shards cannot be listed: {error}") from error
     if repeats:
@@ -76,11 +83,23 @@ def _braces(pattern: str) -> Iterator[str]:
     """Yield the URLs of a pattern with braces; local ones become absolute."""
     if not pattern:
         raise UserError("an empty string among the shards: is a variable of the shell unset?")
-    try:
-        literal = "{" not in pattern or os.path.exists(pattern)
-        urls: Iterable[str] = [pattern] if literal else braceexpand(pattern, escape=False)
-    except ValueError as error:
-        raise UserError(f"{pattern}: the braces do not match; write it like 'train-{{000000..000123}}.tar'") from error
+    if "{" not in pattern or os.path.exists(pattern):
+        urls = [pattern]
+    else:
+        # A range is checked before it is expanded, as that takes memory for each number.
+        ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}", pattern)
+        each = [abs(int(last) - int(first)) // (int(step or 1) or 1) + 1 for first, last, step in ranges]
+        try:
+            urls = (
+                []
+                if max(each, default=0) > MAX_SHARDS
+                else list(islice(braceexpand(pattern, escape=False), MAX_SHARDS + 1))
+            )
+        except ValueError as error:
+            fix = "write it like 'train-{000000..000123}.tar'"
+            raise UserError(f"{pattern}: the braces do not match; {fix}") from error
+        if not 0 < len(urls) <= MAX_SHARDS:
+            raise UserError(f"{pattern}: the braces name more than {MAX_SHARDS:,} shards; is a number too long?")
     yield from (url.rstrip("/") if _remote(url) else os.path.abspath(url) for url in urls)
 
 
@@ -88,12 +107,12 @@ def _remote(url: str) -> bool:
     return "://" in url or url.startswith("pipe:")
 
 
-def _find(wanted: list[tuple[str, str]]) -> Iterator[File]:
-    """Yield the files of all patterns. Raise UserError for the first pattern without files."""
+def _find(wanted: list[tuple[str, str]], hints: list[str]) -> Iterator[File]:
+    """Yield the files of all patterns; add hints. Raise UserError for the first pattern without files."""
     infos = _look_up([url for _, url in wanted if _remote(url)])
     missing = []
     for pattern, url in wanted:
-        files = list(_find_remote(url, infos[url]) if _remote(url) else _find_local(url))
+        files = list(_find_remote(url, infos[url], hints) if _remote(url) else _find_local(url, hints))
         yield from files
         if not files:
             missing.append((pattern, url))
@@ -107,31 +126,78 @@ def _missing(pattern: str, url: str, missing: list[str], wanted: list[str]) -> U
         count = f"{missing.count(pattern)} of its {wanted.count(pattern)} shards are missing"
         return UserError(f"{pattern}: {count}, the first is {url}")
     if os.path.isdir(url):
-        return UserError(f"{pattern}: contains no {ends}; `saltern pack` makes shards from an image folder")
+        fix = next(iter(_left_out(_below(url, (), []))), "`saltern pack` makes shards from an image folder")
+        return UserError(f"{pattern}: contains no {ends}; {fix}")
     if glob.has_magic(url):
         return UserError(f"{pattern}: matches no {ends}")
     return UserError(f"{pattern}: no such file or folder")
 
 
-def _find_local(url: str) -> Iterator[File]:
-    for path in _local_paths(url):
+def _find_local(url: str, hints: list[str]) -> Iterator[File]:
+    for path in _local_paths(url, hints):
         info = os.stat(path)
         if not stat.S_ISREG(info.st_mode):
             raise UserError(f"{path}: not a regular file, and a shard is read more than once; copy it to a file")
         yield File(path, info.st_size, info.st_mtime_ns, (info.st_dev, info.st_ino))
 
 
-def _local_paths(url: str) -> Iterator[str]:
+def _local_paths(url: str, hints: list[str]) -> Iterator[str]:
     if os.path.isdir(url):
-        below = glob.iglob("**/*", root_dir=url, recursive=True)
-        paths = (os.path.join(url, name) for name in below if name.endswith(ENDINGS))
-        yield from sorted(path for path in paths if not os.path.isdir(path))
+        paths = sorted(_below(url, (), hints))
+        hints += _left_out(paths)
+        yield from (path for path in paths if path.endswith(ENDINGS))
     elif os.path.lexists(url):
         yield url
+    elif "**" in url:
+        yield from _recursive(url, hints)
     elif glob.has_magic(url):
-        for path in sorted(glob.iglob(url, recursive=True)):
+        for path in sorted(glob.iglob(url)):
             if path.endswith(ENDINGS) or os.path.isdir(path):
-                yield from _local_paths(path)
+                yield from _local_paths(path, hints)
+
+
+def _recursive(url: str, hints: list[str]) -> Iterator[str]:
+    """Yield the shards that a glob with ** names, or that are in folders that it names."""
+    parts = url.split("/")
+    fixed = next(number for number, part in enumerate(parts) if glob.has_magic(part))
+    folder, pattern = "/".join(parts[:fixed]) or "/", parts[fixed:] + ["*"] * (parts[-1] == "**")
+    if not os.path.isdir(folder):
+        return
+    for path in sorted(_below(folder, (), hints)):
+        names = path[len(folder) :].lstrip("/").split("/")
+        if path.endswith(ENDINGS) and any(_matches(names[: end + 1], pattern) for end in range(len(names))):
+            yield path
+
+
+def _below(folder: str, above: tuple[tuple[int, int], ...], hints: list[str]) -> Iterator[str]:
+    """Yield the files in a folder and its sub-folders, without hidden ones.
+
+    A link to a folder above is not followed.
+    """
+    info = os.stat(folder)
+    identity = info.st_dev, info.st_ino
+    if identity in above:
+        link = os.path.join(os.path.realpath(os.path.dirname(folder)), os.path.basename(folder))
+        hint = f"{link} is a link to a folder above it, and was not followed"
+        hints += [hint] * (hint not in hints)
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _below(entry.path, (*above, identity), hints)
+            else:
+                yield entry.path
+
+
+def _left_out(paths: Iterable[str]) -> list[str]:
+    """Return a hint if some of the files are tars under a compression that is not read."""
+    compressed = [path for path in paths if path.endswith(tuple(COMPRESSED))]
+    if not compressed:
+        return []
+    command = next(command for ending, command in COMPRESSED.items() if compressed[0].endswith(ending))
+    return [f"{len(compressed)} compressed tars are not read, as {compressed[0]}; decompress them with `{command}`"]
 
 
 def _look_up(urls: list[str]) -> dict[str, fs.FileInfo | None]:
@@ -149,7 +215,7 @@ def _look_up(urls: list[str]) -> dict[str, fs.FileInfo | None]:
     return infos
 
 
-def _find_remote(url: str, info: fs.FileInfo | None) -> Iterator[File]:
+def _find_remote(url: str, info: fs.FileInfo | None, hints: list[str]) -> Iterator[File]:
     """Yield the files that a URL names: itself, those below a folder, or those that match a glob, from one listing."""
     if info is not None and info.type == fs.FileType.File:
         yield File(url, info.size, info.mtime_ns, url)
@@ -163,7 +229,9 @@ def _find_remote(url: str, info: fs.FileInfo | None) -> Iterator[File]:
     base = "/".join(pattern[:fixed])
     store, path = filesystem(base)
     below = fs.FileSelector(path, allow_not_found=True, recursive=fixed < len(pattern) - 1)
-    for info in sorted(store.get_file_info(below), key=lambda info: str(info.path)):
+    infos = sorted(store.get_file_info(below), key=lambda info: str(info.path))
+    hints += _left_out(info.path for info in infos if _matches(info.path[len(path) + 1 :].split("/"), pattern[fixed:]))
+    for info in infos:
         parts = info.path[len(path) + 1 :].split("/")
         if info.type == fs.FileType.File and info.path.endswith(ENDINGS) and _matches(parts, pattern[fixed:]):
             matched = "/".join([base, *parts])
@@ -223,7 +291,9 @@ def _span(names: list[str]) -> str:
 
 def _names(urls: list[str]) -> list[str]:
     """Return a name for each shard and its output files: its path below the folder that all shards have in common."""
-    "\n".join(urls).encode()  # JSON needs names in UTF-8
+    for url in urls:
+        if not url.isascii() and url.encode(errors="replace").decode() != url:
+            raise UserError(f"{url!r}: its name is not UTF-8, which run.json needs; rename it")
     common = os.path.commonprefix([min(urls), max(urls)])  # noqa: RUF071 - by character, then cut at a slash
     root = common.rpartition("/")[0]
     names = ["/".join(map(_safe, url[len(root) + 1 :].removesuffix(".tar").split("/"))) for url in urls]

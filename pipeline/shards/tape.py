@@ -19,6 +19,13 @@ _CHUNK = 2**20  # bytes read at once if they are not kept
 _MAX_EXTENSION = 2**18  # bytes of a long name or a PAX header, which are held in memory
 # Bytes of a record, to a multiple of which a tar is padded: 20 blocks by default, a power of two of them for tapes.
 _RECORDS = (10_240, *(BLOCK << exponent for exponent in range(12)))
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip; let its name end in .tar.gz, or decompress it with `gzip -d`",
+    b"BZh": "bzip2; decompress it with `bzip2 -d`",
+    b"\xfd7zXZ\0": "xz; decompress it with `xz -d`",
+    b"\x28\xb5\x2f\xfd": "zstd; decompress it with `zstd -d`",
+    b"PK\3\4": "zip; unpack it with `unzip`, and pack its images with `saltern pack`",
+}
 _PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 _EXTENSIONS = (*_PAX, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
@@ -189,8 +196,9 @@ class Tape:
     def _no_header(self, block: bytes) -> ShardError:
         if self.position:
             return self.error("damaged tar header")
-        if block.startswith(b"\x1f\x8b"):
-            return self._error("compressed by gzip; let its name end in .tar.gz, or decompress it")
+        for magic, what in _COMPRESSED.items():
+            if block.startswith(magic):
+                return self._error(f"compressed by {what}")
         return self._error(f"not a tar: it begins with {block[:8].hex(' ')}; pack images with `saltern pack`")
 
 
