@@ -1,4 +1,18 @@
-"""The errors that decide what the engine does next."""
+"""The errors that decide what the engine does next, and text that is safe to print."""
+
+import unicodedata
+
+# Control, format (such as right-to-left marks), surrogate and private characters, line and paragraph separators.
+_ESCAPED = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
+
+
+def printable(text: str) -> str:
+    """Return text in which every character that could steer a terminal or hide in a page is escaped."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        char.encode("unicode_escape").decode() if unicodedata.category(char) in _ESCAPED else char for char in text
+    )
 
 
 class UserError(Exception):

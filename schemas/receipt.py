@@ -1,7 +1,8 @@
 """Receipts of finished shards, and failures. A receipt is written last: if it exists, the data file is complete."""
 
-import json
 from dataclasses import asdict, dataclass, field
+
+from saltern.schemas.seal import build, seal, unseal
 
 PHASES = ("read", "decode", "compute", "write")
 
@@ -31,12 +32,12 @@ class Receipt:
         return self.rows - self.statuses.get("ok", 0)
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
+        return seal(asdict(self))
 
     @classmethod
-    def from_json(cls, raw: bytes | str) -> "Receipt":
-        """Parse a receipt. Raises ValueError or TypeError if the bytes are not one."""
-        return cls(**json.loads(raw))
+    def from_json(cls, raw: bytes, *, sealed: bool = True) -> "Receipt":
+        """Parse a receipt; those of saltern 0.1 are not sealed. Raises ValueError if it is not as it was written."""
+        return build(cls, unseal(raw, sealed=sealed))
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ class Failure:
     attempts: int
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
+        return seal(asdict(self))
 
     @classmethod
-    def from_json(cls, raw: bytes | str) -> "Failure":
-        return cls(**json.loads(raw))
+    def from_json(cls, raw: bytes, *, sealed: bool = True) -> "Failure":
+        """Parse a failure, as `Receipt.from_json`."""
+        return build(cls, unseal(raw, sealed=sealed))

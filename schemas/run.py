@@ -1,11 +1,11 @@
 """The content of run.json: a run's config, its shards, and the versions of packages that made it."""
 
-import json
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 from saltern.schemas.config import SCHEMA_VERSION, RunConfig, config_from_dict
-from saltern.schemas.errors import UserError
+from saltern.schemas.errors import UserError, printable
+from saltern.schemas.seal import build, seal, unseal
 
 CLASSES = "classes://"  # begins the URL of a shard that is a batch of classes
 
@@ -59,6 +59,11 @@ class Run:
             raise UserError(f"a run of {self.config.job} cannot be used here; it needs one of another job")
         return self.config
 
+    @property
+    def sealed(self) -> bool:
+        """Return whether the run's files must have a seal; those of saltern 0.1 have none."""
+        return not self.versions.get("saltern", "").startswith("0.1.")
+
     def to_json(self) -> bytes:
         stored = {
             "schema_version": SCHEMA_VERSION,
@@ -68,18 +73,24 @@ class Run:
             "fingerprint": self.fingerprint,
             "class_names": self.class_names,
         }
-        return json.dumps(stored, indent=1).encode()
+        return seal(stored)
 
     @classmethod
-    def from_json(cls, raw: bytes | str) -> "Run":
-        """Parse run.json. Raises UserError if the file is damaged or has another schema version."""
+    def from_json(cls, raw: bytes) -> "Run":
+        """Parse run.json. Raises UserError if the file is damaged or edited, or has another schema version."""
         try:
-            stored = json.loads(raw)
+            stored = unseal(raw, sealed=False)
             version = stored.pop("schema_version")
+            if version != SCHEMA_VERSION:
+                raise UserError(f"run.json has schema version {version!r:.20}, this saltern writes {SCHEMA_VERSION}")
+            stored["config"] = config_from_dict(stored["config"])
+            stored["shards"] = [build(Shard, shard) for shard in stored["shards"]]
+            run = build(cls, stored)
+            if run.sealed:
+                unseal(raw, sealed=True)
+            if run.config.fingerprint() != run.fingerprint:
+                raise ValueError("its fingerprint is not that of its config")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"run.json is damaged ({error}); restore it, or choose another --out") from error
-        if version != SCHEMA_VERSION:
-            raise UserError(f"run.json has schema version {version}, this saltern writes {SCHEMA_VERSION}")
-        stored["config"] = config_from_dict(stored["config"])
-        stored["shards"] = [Shard(**shard) for shard in stored["shards"]]
-        return cls(**stored)
+            why = printable(str(error))
+            raise UserError(f"run.json is damaged ({why}); restore it, or choose another --out") from error
+        return run

@@ -1,5 +1,6 @@
 """The state of a run's folder: run.json, receipts and failures."""
 
+import contextlib
 import re
 from collections.abc import Iterable, Sequence
 
@@ -31,7 +32,10 @@ def picture_name(number: int, class_names: Sequence[str] | None) -> str:
 def load_run(store: Store) -> Run | None:
     """Return the run in the folder, or None. Raises UserError if run.json is damaged."""
     raw = store.read("run.json")
-    return None if raw is None else Run.from_json(raw)
+    try:
+        return None if raw is None else Run.from_json(raw)
+    except UserError as error:
+        raise UserError(f"{store.path}: {error}") from error
 
 
 def load_run_folder(root: str, job: str | None = None) -> tuple[Store, Run]:
@@ -63,8 +67,8 @@ def judge_receipts(store: Store, run: Run) -> tuple[dict[str, Receipt], dict[str
         if shard is None:
             continue
         try:
-            receipt = Receipt.from_json(raw)
-        except (ValueError, TypeError, KeyError) as error:
+            receipt = Receipt.from_json(raw, sealed=run.sealed)
+        except ValueError as error:
             invalid[shard.name] = f"its receipt is damaged ({error})"
             continue
         if why := _objection(receipt, run.fingerprint, shard):
@@ -85,7 +89,11 @@ def _objection(receipt: Receipt, fingerprint: str, shard: Shard) -> str | None:
 
 
 def read_failures(store: Store, done: Iterable[str]) -> dict[str, Failure]:
-    """Return the failures of shards that are not done, by shard name."""
+    """Return the failures of shards that are not done, by shard name; damaged records are left out."""
     finished = set(done)
-    failures = (Failure.from_json(raw) for _, raw in store.read_all("failures"))
-    return {failure.shard: failure for failure in failures if failure.shard not in finished}
+    failures: dict[str, Failure] = {}
+    for _, raw in store.read_all("failures"):
+        with contextlib.suppress(ValueError):
+            failure = Failure.from_json(raw, sealed=False)
+            failures[failure.shard] = failure
+    return {shard: failure for shard, failure in failures.items() if shard not in finished}

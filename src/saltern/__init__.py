@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from saltern.pipeline.runs.reader import open_run as open_run
 
 __all__ = ["SaliencyDataset", "__version__", "build", "extract", "open_run"]
-__version__ = "0.1.0"  # pyproject.toml reads it from here
+__version__ = "0.2.0"  # pyproject.toml reads it from here
 
 _HOMES = {
     "SaliencyDataset": "saltern.pipeline.runs.dataset",
