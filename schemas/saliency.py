@@ -22,7 +22,11 @@ MISSING_LABEL = "missing_label"  # the target is the label, and `cls` is absent,
 DUPLICATE_KEY = "duplicate_key"  # an earlier sample of the shard has this key, which must name one sample
 NONFINITE = "nonfinite"  # the method gave NaN or infinity, or the map does not fit its stored dtype
 ZERO_MAP = "zero_map"  # the method gave zeros everywhere: a true result, with an empty mask
-STATUSES = (OK, DECODE_FAILED, TOO_LARGE, MISSING_IMAGE, MISSING_LABEL, DUPLICATE_KEY, NONFINITE, ZERO_MAP)
+OUT_OF_MEMORY = "out_of_memory"  # the image does not fit in the memory of the machine or the device, even alone
+STATUSES = (
+    *(OK, DECODE_FAILED, TOO_LARGE, MISSING_IMAGE, MISSING_LABEL, DUPLICATE_KEY, NONFINITE, ZERO_MAP),
+    OUT_OF_MEMORY,
+)
 
 
 def table_schema(map_bytes: int | None) -> pa.Schema:

@@ -6,10 +6,11 @@ thread that owns the device (so that a batch's bits do not depend on what else r
 
 import contextlib
 import hashlib
+import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
@@ -18,21 +19,23 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from saltern.pipeline.extract.task import Explained, Item, Pending, Task, device_losses
+from saltern.pipeline.extract.task import Explained, Item, Pending, Task, device_losses, out_of_memory
 from saltern.pipeline.runs.manifest import data_name
 from saltern.pipeline.runs.outlet import Made, Outlet, Spec, Tally
 from saltern.pipeline.runs.writer import ROW_GROUP, Record, ShardWriter, read_records
-from saltern.pipeline.shards.decode import Decoded, decode
+from saltern.pipeline.shards.decode import Decoded, DecodeError, decode
 from saltern.pipeline.shards.prefetch import prefetch
 from saltern.pipeline.shards.samples import Sample, content_of, fold, read_samples
 from saltern.schemas.config import MethodConfig, Preprocess
 from saltern.schemas.receipt import Receipt
 from saltern.schemas.run import Shard
-from saltern.schemas.saliency import OK
+from saltern.schemas.saliency import OK, OUT_OF_MEMORY
 
 AHEAD = 2  # batches explained before the oldest is written; as many again are being decoded
 
-Running = Future[list[Pending]]
+_ALONE = threading.Lock()  # of images that are decoded a second time
+
+Running = Future[list[Pending | None]]
 
 
 class Processor:
@@ -184,18 +187,31 @@ class Processor:
             inputs = [tensor.pin_memory() for tensor in inputs]
         return self._compute.submit(self._run, *inputs)
 
-    def _run(self, *inputs: torch.Tensor) -> list[Pending]:
-        """Run the task. If memory runs out, halve the batch for the rest of this process."""
+    def _run(self, *inputs: torch.Tensor) -> list[Pending | None]:
+        """Run the task. If memory runs out, halve the batch for the rest of this process.
+
+        Returns:
+            The results of each part of the batch; None for an image that does not fit in memory alone.
+        """
         while True:
             try:
                 parts = zip(*(torch.split(tensor, self._chunk) for tensor in inputs), strict=True)
                 with device_losses():
-                    return [self._task(*part) for part in parts]
-            except torch.OutOfMemoryError as error:
-                if self._chunk == 1:
-                    raise MemoryError("one image does not fit in the device's memory") from error
+                    return [self._part(*part) for part in parts]
+            except RuntimeError as error:
+                if self._chunk == 1 or not out_of_memory(error):
+                    raise
                 self._chunk //= 2
             torch.cuda.empty_cache()
+
+    def _part(self, *part: torch.Tensor) -> Pending | None:
+        try:
+            return self._task(*part)
+        except RuntimeError as error:
+            if self._chunk > 1 or not out_of_memory(error):
+                raise
+            torch.cuda.empty_cache()
+            return None
 
     def _write(
         self, writer: ShardWriter, shard: Shard, batch: list[Item], running: Running | None, tally: Tally
@@ -203,21 +219,44 @@ class Processor:
         explained = None
         if running is not None:
             with device_losses():
-                parts = [pending.wait() for pending in running.result()]
-            tally.seconds["compute"] += sum(seconds for _, seconds in parts)
-            explained = Explained.concatenate([part for part, _ in parts])
+                parts = [None if pending is None else pending.wait() for pending in running.result()]
+            self._refuse(batch, parts)
+            fitting = [part for part in parts if part is not None]
+            tally.seconds["compute"] += sum(seconds for _, seconds in fitting)
+            explained = Explained.concatenate([part for part, _ in fitting]) if fitting else None
         with self._outlet.writing(tally):
             records = self._task.records(shard, batch, explained)
             writer.write(records)
         tally.count(len(batch), records)
         self.images[shard.name] += len(batch)
 
+    def _refuse(self, batch: list[Item], parts: Sequence[object]) -> None:
+        """Give the images that did not fit in memory their status. Each was a part of its batch."""
+        if None in parts:
+            side = self.config.preprocess.crop
+            reason = f"one image of {side} x {side} does not fit in the memory of {self._device}"
+            decoded = (item for item in batch if item.decoded is not None)
+            for item, part in zip(list(decoded), parts, strict=True):
+                if part is None:
+                    item.decoded, item.problem = None, (OUT_OF_MEMORY, reason)
+
 
 def _decode(sample: Sample, preprocess: Preprocess) -> tuple[Decoded, float]:
     """Return the decoded image and the seconds. The sample's bytes are not needed any more."""
     since = time.perf_counter()
     try:
-        decoded = decode(sample.image or b"", preprocess)
+        decoded = _decode_twice(sample.image or b"", preprocess)
     finally:
         sample.release()
     return decoded, time.perf_counter() - since
+
+
+def _decode_twice(data: bytes, preprocess: Preprocess) -> Decoded:
+    """Decode an image. If memory runs out, other images may have taken it: decode it again, one image at a time."""
+    try:
+        return decode(data, preprocess)
+    except DecodeError as error:
+        if error.status != OUT_OF_MEMORY:
+            raise
+    with _ALONE:
+        return decode(data, preprocess)

@@ -164,6 +164,11 @@ class Pending:
         return Explained(columns, [STATUSES[code] for code in columns.pop("status").tolist()]), seconds
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Return whether torch raised the error because an allocation failed, on a GPU or on the host."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 @contextlib.contextmanager
 def device_losses() -> Iterator[None]:
     """Raise DeviceLostError for a CUDA error, which leaves the process unusable."""

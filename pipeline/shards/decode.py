@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from saltern.pipeline.shards.metadata import without_metadata
 from saltern.schemas.config import Preprocess
-from saltern.schemas.saliency import DECODE_FAILED, TOO_LARGE
+from saltern.schemas.saliency import DECODE_FAILED, OUT_OF_MEMORY, TOO_LARGE
 
 MAX_PIXELS = 2**27  # 512 MiB as RGB, of which decoding holds at most two copies; checked on the header
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM")  # none of these can run a program
@@ -64,8 +64,11 @@ def decode(data: bytes, preprocess: Preprocess) -> Decoded:
     image = decode_image(data)
     width, height = image.size
     geometry = _geometry(width, height, preprocess)
-    small = _resample(image, geometry, preprocess.crop, INTERPOLATIONS[preprocess.interpolation])
-    return Decoded(np.array(small), height, width, geometry)
+    try:
+        small = _resample(image, geometry, preprocess.crop, INTERPOLATIONS[preprocess.interpolation])
+        return Decoded(np.array(small), height, width, geometry)
+    except MemoryError as error:
+        raise _no_memory(data) from error
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -79,6 +82,8 @@ def decode_image(data: bytes) -> Image.Image:
         return _fitting(data)
     except DecodeError:
         raise
+    except MemoryError as error:
+        raise _no_memory(data) from error
     except Image.DecompressionBombError as error:
         raise DecodeError(TOO_LARGE, _one_line(error)) from error
     except Exception as error:  # Pillow's parsers raise struct.error, KeyError, ZeroDivisionError...
@@ -129,6 +134,10 @@ def _cause(data: bytes) -> Exception | None:
             if len(data) > 16:
                 return error
     return None
+
+
+def _no_memory(data: bytes) -> DecodeError:
+    return DecodeError(OUT_OF_MEMORY, f"the machine has no memory left to decode the image ({len(data)} bytes)")
 
 
 def _geometry(width: int, height: int, preprocess: Preprocess) -> tuple[float, float, float, float]:

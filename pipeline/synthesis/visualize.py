@@ -19,7 +19,7 @@ from torch import Tensor
 from saltern.pipeline.engine.conduct import Job
 from saltern.pipeline.extract.extraction import load_model
 from saltern.pipeline.extract.request import load_classifier, model_fields, new_run, pin
-from saltern.pipeline.extract.task import device_losses
+from saltern.pipeline.extract.task import device_losses, out_of_memory
 from saltern.pipeline.models.passes import frozen, logits_of
 from saltern.pipeline.runs.manifest import picture_name
 from saltern.pipeline.runs.outlet import Made, Outlet, Spec, Tally, origin
@@ -167,7 +167,9 @@ class Visualizer:
             with device_losses(), torch.enable_grad(), frozen(self._model):
                 peak = ascend(logits, first_BCHW.to(self._device), target_B.to(self._device), config.ascent)
                 return peak.to_host(), time.perf_counter() - since
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             raise MemoryError(f"{len(targets)} classes do not fit in memory: give a smaller --batch-size") from error
 
     def _records(self, shard: Shard, peak: Peak) -> list[Record]:
