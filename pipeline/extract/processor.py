@@ -6,7 +6,6 @@ thread that owns the device (so that a batch's bits do not depend on what else r
 
 import contextlib
 import hashlib
-import threading
 import time
 import zlib
 from collections import deque
@@ -23,7 +22,7 @@ from saltern.pipeline.extract.task import Explained, Item, Pending, Task, device
 from saltern.pipeline.runs.manifest import data_name
 from saltern.pipeline.runs.outlet import Made, Outlet, Spec, Tally
 from saltern.pipeline.runs.writer import ROW_GROUP, Record, ShardWriter, read_records
-from saltern.pipeline.shards.decode import Decoded, DecodeError, decode
+from saltern.pipeline.shards.decode import Decoded, decode
 from saltern.pipeline.shards.prefetch import prefetch
 from saltern.pipeline.shards.samples import Sample, content_of, fold, read_samples
 from saltern.schemas.config import MethodConfig, Preprocess
@@ -32,8 +31,6 @@ from saltern.schemas.run import Shard
 from saltern.schemas.saliency import OK, OUT_OF_MEMORY
 
 AHEAD = 2  # batches explained before the oldest is written; as many again are being decoded
-
-_ALONE = threading.Lock()  # of images that are decoded a second time
 
 Running = Future[list[Pending | None]]
 
@@ -245,18 +242,7 @@ def _decode(sample: Sample, preprocess: Preprocess) -> tuple[Decoded, float]:
     """Return the decoded image and the seconds. The sample's bytes are not needed any more."""
     since = time.perf_counter()
     try:
-        decoded = _decode_twice(sample.image or b"", preprocess)
+        decoded = decode(sample.image or b"", preprocess)
     finally:
         sample.release()
     return decoded, time.perf_counter() - since
-
-
-def _decode_twice(data: bytes, preprocess: Preprocess) -> Decoded:
-    """Decode an image. If memory runs out, other images may have taken it: decode it again, one image at a time."""
-    try:
-        return decode(data, preprocess)
-    except DecodeError as error:
-        if error.status != OUT_OF_MEMORY:
-            raise
-    with _ALONE:
-        return decode(data, preprocess)

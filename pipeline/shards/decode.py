@@ -82,13 +82,11 @@ def decode_image(data: bytes) -> Image.Image:
         return _fitting(data)
     except DecodeError:
         raise
-    except MemoryError as error:
-        raise _no_memory(data) from error
     except Image.DecompressionBombError as error:
         raise DecodeError(TOO_LARGE, _one_line(error)) from error
     except Exception as error:  # Pillow's parsers raise struct.error, KeyError, ZeroDivisionError...
         for bare in without_metadata(data):
-            with contextlib.suppress(Exception):
+            with _except_memory():
                 return _upright(bare)
         raise DecodeError(DECODE_FAILED, _reason(data, error)) from error
 
@@ -102,16 +100,27 @@ def _fitting(data: bytes) -> Image.Image:
             try:
                 return _upright(data)
             except MemoryError as error:
-                raise DecodeError(TOO_LARGE, "the image does not fit in this machine's memory") from error
+                raise _no_memory(data) from error
 
 
 def _upright(data: bytes) -> Image.Image:
     image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     _check_size(image.size, MAX_PIXELS // 2 if image.format == "WEBP" else MAX_PIXELS)  # libwebp holds four copies
     image.load()
-    with contextlib.suppress(Exception):  # damaged metadata does not invalidate the pixels
+    with _except_memory():  # damaged metadata does not invalidate the pixels
         ImageOps.exif_transpose(image, in_place=True)
     return _to_rgb(image)
+
+
+@contextlib.contextmanager
+def _except_memory() -> Iterator[None]:
+    """Suppress every error but that of memory, which says nothing about the image."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception:  # noqa: S110
+        pass
 
 
 def _reason(data: bytes, error: Exception) -> str:

@@ -8,9 +8,9 @@ import pytest
 from extracting import extract
 from images import encoded
 from making import HELPERS, picture, write_tar
+from PIL.JpegImagePlugin import JpegImageFile
 
-from saltern.pipeline.extract import processor
-from saltern.pipeline.shards.decode import Decoded, DecodeError, decode
+from saltern.pipeline.shards.decode import DecodeError, decode
 from saltern.schemas.config import Preprocess
 from saltern.schemas.saliency import OUT_OF_MEMORY
 
@@ -67,14 +67,27 @@ def test_an_image_is_decoded_a_second_time_when_others_may_have_taken_the_memory
     refusals: int, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = [refusals]
+    load = JpegImageFile.load
 
-    def decode_or_refuse(data: bytes, preprocess: Preprocess) -> Decoded:
+    def load_or_refuse(image: JpegImageFile) -> object:
         left[0] -= 1
         if left[0] >= 0:
-            raise DecodeError(OUT_OF_MEMORY, "no memory")
-        return decode(data, preprocess)
+            raise MemoryError
+        return load(image)
 
-    monkeypatch.setattr(processor, "decode", decode_or_refuse)
     shard = write_tar(tmp_path / "in.tar", [("s", {"jpg": picture(1)})])
+    monkeypatch.setattr(JpegImageFile, "load", load_or_refuse)
     extract(shard, tmp_path / "run", method="odd_methods:Mean", **SETTINGS)
     assert results(tmp_path / "run", "status") == [status]
+
+
+def test_an_image_that_cannot_be_turned_upright_for_lack_of_memory_is_not_stored_askew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.ImageOps.exif_transpose", refuse)
+    with pytest.raises(DecodeError) as error:
+        decode(picture(1), Preprocess(40, 32))
+    assert error.value.status == OUT_OF_MEMORY

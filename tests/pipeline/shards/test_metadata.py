@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from saltern.pipeline.shards import decode as module
 from saltern.pipeline.shards.decode import MAX_PIXELS
-from saltern.schemas.saliency import TOO_LARGE
+from saltern.schemas.saliency import OUT_OF_MEMORY
 
 
 def chunk(kind: bytes, body: bytes, crc: int | None = None) -> bytes:
@@ -154,7 +154,7 @@ def test_memory_that_runs_out_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(module, "_upright", scarce)
     assert square(png).image_width == 80
     left[:] = [1, 1]
-    assert "memory" in fails(png, TOO_LARGE)
+    assert "memory" in fails(png, OUT_OF_MEMORY)
 
 
 def test_deep_greys_are_converted_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
