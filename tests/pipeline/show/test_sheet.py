@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from saltern.pipeline.show.sheet import contact_sheet
 from saltern.schemas.errors import UserError
 from saltern.schemas.run import Shard
 from saltern.schemas.saliency import DECODE_FAILED
+from saltern.schemas.seal import seal
 
 EVIL = '<b onload="x">\'&amp; evil'
 
@@ -232,5 +234,7 @@ def _resized(made: Made) -> Made:
     old, new = made.run.shards[0].size, Path(made.run.shards[0].url).stat().st_size
     for name in ("run.json", "receipts/part0/train.json"):
         file = made.path / name
-        file.write_text(file.read_text().replace(f'"size": {old}', f'"size": {new}'))
+        stored = json.loads(file.read_text().replace(f'"size": {old}', f'"size": {new}'))
+        del stored["seal"]
+        file.write_bytes(seal(stored))
     return made
