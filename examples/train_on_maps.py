@@ -14,9 +14,6 @@ from torch.utils.data import DataLoader
 
 import saltern
 
-MEAN_3 = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-STD_3 = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-
 
 def segmenter() -> nn.Module:
     """Return a network from (B, 3, H, W) to mask logits (B, 1, H / 4, W / 4)."""
@@ -38,10 +35,9 @@ def main(path: str, epochs: int = 5) -> list[float]:
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
     history = []
     for epoch in range(epochs):
-        dataset.set_epoch(epoch)  # another order of the shards
         losses = []
         for batch in loader:
-            x_BCHW = (batch["image"] / 255 - MEAN_3) / STD_3
+            x_BCHW = (batch["image"] / 255 - dataset.mean) / dataset.std
             logits_B1hw = net(x_BCHW)
             share_B1hw = F.adaptive_avg_pool2d(batch["mask"].float()[:, None], logits_B1hw.shape[2:])
             loss = F.binary_cross_entropy_with_logits(logits_B1hw, share_B1hw)

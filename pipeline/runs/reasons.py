@@ -49,14 +49,16 @@ def reasons_of(receipts: Iterable[Receipt]) -> dict[str, int]:
 
 
 def too_few_ok(rows: Mapping[str, int], reasons: Mapping[str, int]) -> str | None:
-    """Return a line with the most frequent reason and its fix if less than MIN_OK of the rows are ok, else None.
+    """Return a line with the most frequent reason and its fix if no row or less than MIN_OK of the rows are ok.
+
+    Zero maps are true results, and count as ok unless no row is.
 
     Args:
         rows: of the run, by status.
         reasons: of `reasons_of`.
     """
     total, good = sum(rows.values()), rows.get(OK, 0)
-    if total and good >= MIN_OK * total:
+    if good and good + rows.get(ZERO_MAP, 0) >= MIN_OK * total:
         return None
     if not total:
         return "no row: the shards hold no samples; look at their members with tar tf"

@@ -54,6 +54,11 @@ def test_half_of_the_rows_must_be_ok(good: int, bad: int, said: bool) -> None:
         assert "most often missing_label: no `cls`; give labels with --labels FILE" in problem
 
 
+def test_zero_maps_are_results_unless_there_is_nothing_else() -> None:
+    assert too_few_ok({"ok": 1, "zero_map": 9}, {}) is None
+    assert "try another --layer" in str(too_few_ok({"zero_map": 9}, {}))
+
+
 def test_shards_without_samples_are_no_success() -> None:
     assert "no samples" in str(too_few_ok({}, {}))
 
