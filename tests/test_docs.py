@@ -128,4 +128,5 @@ def test_the_readme_is_short_and_names_every_page() -> None:
     assert len(readme.splitlines()) <= 150
     for page in ROOT.glob("docs/*.md"):
         assert f"docs/{page.name}" in readme
+    assert "**`--target`**" in readme
     assert len(re.findall(r"^\d\. \[", readme, re.M)) == 6

@@ -58,13 +58,14 @@ class SaliencyDataset(IterableDataset[Any]):
         seed: of the order.
         buffer: samples that wait in each worker's buffer.
         transform: called with each item, in the worker; the dataset yields what it returns.
+        shards: where the run's tars are now, if they were moved: paths, URLs, globs or folders.
         rank, world: of this process; by default those of torch.distributed, if it is initialised.
 
     Attributes:
         mean, std: float32 (3, 1, 1), of RGB in [0, 1]: (image / 255 - mean) / std is the network's input.
 
     Raises:
-        UserError: the path has no run, or the rank is not in 0..world-1.
+        UserError: the path has no run, a tar is not one of the run, or the rank is not in 0..world-1.
         ShardError: while iterating, if a tar no longer matches its data file.
     """
 
@@ -77,6 +78,7 @@ class SaliencyDataset(IterableDataset[Any]):
         seed: int = 0,
         buffer: int = SAMPLES,
         transform: Callable[[dict[str, Any]], Any] | None = None,
+        shards: Sequence[str] = (),
         rank: int | None = None,
         world: int | None = None,
     ):
@@ -85,7 +87,7 @@ class SaliencyDataset(IterableDataset[Any]):
         self._world = world if world is not None else distributed.get_world_size() if together else 1
         if not 0 <= self._rank < self._world:
             raise UserError(f"rank {self._rank} of {self._world}: ranks count from 0")
-        self._run = open_run(path)
+        self._run = open_run(path, shards)
         self._config = self._run.config
         self._only_ok, self._shuffle, self._seed, self._transform = only_ok, shuffle, seed, transform
         self._buffer = max(1, buffer)

@@ -158,6 +158,15 @@ def test_a_transform_gets_every_item_and_may_change_it(tmp_path: Path) -> None:
     assert found == [(float(item["image"].float().sum()), item["target"]) for item in SaliencyDataset(path)]
 
 
+def test_tars_may_be_moved(tmp_path: Path) -> None:
+    made = make_run(tmp_path)
+    before = rows(SaliencyDataset(str(made.path)))
+    (tmp_path / "shards").rename(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="no such file"):
+        list(SaliencyDataset(str(made.path)))
+    assert rows(SaliencyDataset(str(made.path), shards=[str(tmp_path / "elsewhere")])) == before
+
+
 def test_mean_and_std_give_the_network_s_input(tmp_path: Path) -> None:
     dataset = SaliencyDataset(str(make_run(tmp_path, mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7]).path))
     assert dataset.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
