@@ -92,6 +92,8 @@ class Outlet:
     def __init__(self, spec: Spec):
         self.store, self._scratch = Store(spec.root), spec.scratch
         self._fingerprint = spec.run.fingerprint
+        if self.store.local:
+            self.store.scratch = spec.scratch
         self._folder = Path(self.store.full(spec.scratch)) if self.store.local else own_folder()
 
     @contextlib.contextmanager

@@ -44,9 +44,11 @@ def session(store: Store) -> Iterator[Session]:
             scratch = f"{SCRATCH}{uuid.uuid4().hex[:12]}"
             if store.local:
                 os.mkdir(store.full(scratch))
+                store.scratch = scratch
             try:
                 yield Session(lock, scratch)
             finally:
+                store.scratch = ""
                 _remove(store, scratch)
     finally:
         if new:

@@ -21,6 +21,7 @@ class Store:
     def __init__(self, root: str):
         self.fs, self.path = filesystem(root)
         self.local = isinstance(self.fs, fs.LocalFileSystem)
+        self.scratch = ""  # folder of unfinished files; a driver has one that goes with it, others use the root
 
     def full(self, name: str) -> str:
         """Return the path of a name in the filesystem."""
@@ -85,13 +86,14 @@ class Store:
             self._check(name, len(content))
             return
         os.makedirs(self.path, exist_ok=True)
-        unfinished = Path(self.full(f"{SCRATCH}{uuid.uuid4().hex}"))
+        unfinished = os.path.join(self.scratch, f"{SCRATCH}{uuid.uuid4().hex}")
+        path = Path(self.full(unfinished))
         try:
-            unfinished.write_bytes(content)
-            fsync(unfinished)
-            self.move(unfinished.name, name)
+            path.write_bytes(content)
+            fsync(path)
+            self.move(unfinished, name)
         finally:
-            unfinished.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
     def _check(self, name: str, size: int) -> None:
         arrived = self.fs.get_file_info(self.full(name)).size

@@ -1,6 +1,7 @@
 """An object store on loopback with the part of S3 that a run needs. It can cut its answers short."""
 
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ class S3(ThreadingHTTPServer):
         self.cut = False  # whether to close the connection in the middle of each object
         self.written: dict[str, datetime] = {}  # time of an object's last change; not of those put into `objects`
         self.before: Callable[[str], None] = lambda request: None  # called before each answer about an object
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing of a client that was killed."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -66,6 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._store(key, self.server.objects[source] if source else body)
         self.server.requests.append(f"PUT {key}")
+        self.server.before(f"PUT {key}")
         self._answer(200, b"<CopyObjectResult><ETag>tag</ETag></CopyObjectResult>" if source else b"", _DATED)
 
     def _store(self, key: str, body: bytes) -> None:
@@ -89,11 +96,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._store(key, b"".join(parts[number] for number in sorted(parts)))
             done = f"<Bucket>{BUCKET}</Bucket><Key>{key}</Key><ETag>tag</ETag>"
             answer = f"<CompleteMultipartUploadResult>{done}</CompleteMultipartUploadResult>"
+        self.server.before(f"POST {key}")
         self._answer(200, answer.encode(), {})
 
     def do_DELETE(self) -> None:
         key, _ = self._target()
         self.server.objects.pop(key, None)
+        self.server.before(f"DELETE {key}")
         self._answer(204, b"", {})
 
     def _target(self) -> tuple[str, dict[str, str]]:
