@@ -102,7 +102,14 @@ def conduct(job: Job, options: RunOptions) -> RunResult:
         threads = options.decode_threads or max(1, min(16, cores() // engine.workers))
         spec = Spec(run, root, held.scratch, engine.device, threads, options.retry_failed)
         try:
-            result = _drive(spec, begun, Book(store, held.lock, begun), partial(job.processor, spec), options, engine)
+            result = _drive(
+                spec,
+                begun,
+                Book(store, held.lock, begun),
+                partial(job.processor, spec.without_shards()),
+                options,
+                engine,
+            )
         except Exception:
             if existing is None and not store.sizes("data"):
                 store.remove(["run.json"])  # nothing was done, and it would refuse the corrected command

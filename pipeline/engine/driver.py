@@ -115,7 +115,7 @@ class Driver:
         self._flights: dict[int, dict[str, _Flight]] = {}  # by ready worker
         # A shard is in flight or being published, never both, so two attempts cannot publish at once.
         self._publisher = ThreadPoolExecutor(PUBLISHERS, "saltern-publish")
-        self._publishing: dict[Future[Receipt], Shard] = {}
+        self._publishing: dict[Future[Receipt], tuple[Shard, int]] = {}  # with its images
         self._attempts: dict[str, int] = {}
         self._kills: dict[str, int] = {}
         self._losses: dict[str, int] = {}  # machines that were lost with the shard in flight
@@ -145,7 +145,8 @@ class Driver:
                 self._collect()
                 self._expire()
                 self.state.workers = len(self._flights)
-                self.state.images = self.state.outcome.samples + self._images(self._flights)
+                published = self.state.outcome.samples + sum(images for _, images in self._publishing.values())
+                self.state.images = published + self._images(self._flights)
                 self._tick(self.state)
         except (OSError, OutputError) as error:
             self.state.outcome.stopped = _one_line(error)
@@ -168,7 +169,7 @@ class Driver:
     def _collect(self) -> None:
         """Take the results of finished publications."""
         for future in [future for future in self._publishing if future.done()]:
-            shard = self._publishing.pop(future)
+            shard, _ = self._publishing.pop(future)
             error = future.exception()
             if error is not None:
                 self._judge(shard, error)
@@ -201,7 +202,7 @@ class Driver:
 
     def _assign_one(self) -> None:
         """Try one shard that has not failed yet, or stop the run if enough of them have failed in a row."""
-        if self._circuit.exhausted and not any(self._flights.values()):
+        if self._circuit.exhausted and not self._publishing and not any(self._flights.values()):
             return self._stop_failing()
         free = (worker for worker, flights in self._flights.items() if len(flights) < IN_FLIGHT)
         worker = next(free, None) if self._circuit.admits() else None
@@ -235,7 +236,7 @@ class Driver:
                 self._stillborn = 0
             case Done(worker, shard, made):
                 self._flights[worker].pop(shard.name, None)
-                self._publishing[self._publisher.submit(self._book.publish, made)] = shard
+                self._publishing[self._publisher.submit(self._book.publish, made)] = shard, made.receipt.samples
             case Raised(worker, None, OSError() | MemoryError() | DeviceLostError() as error):
                 self._replace(worker, _one_line(error))
             case Raised(_, None, error):

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,10 @@ class Spec:
     device: str  # cpu | cuda
     decode_threads: int
     retry_failed: bool = False  # redo the rows that are not ok
+
+    def without_shards(self) -> "Spec":
+        """Return the part that a worker needs. The list of shards, which grows with the run, is not in it."""
+        return replace(self, run=replace(self.run, shards=[]))
 
 
 @dataclass
