@@ -26,6 +26,8 @@ def extract(
     precision: opt.Precision = choices.Precision.fp32,
     seed: opt.Seed = 0,
     limit: opt.Limit = None,
+    image_member: opt.ImageMember = None,
+    label_member: opt.LabelMember = None,
     resize: opt.Resize = None,
     crop: opt.Crop = None,
     squash: opt.Squash = False,

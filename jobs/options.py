@@ -31,6 +31,14 @@ Shards = Annotated[
 ]
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="Folder or URL of a run.", show_default=False)]
 Limit = Annotated[int | None, inputs("Use only the first N samples.", min=1)]
+ImageMember = Annotated[
+    str | None,
+    inputs("Extension of the member with the image, such as image.jpg; default: the usual ones.", metavar="EXT"),
+]
+LabelMember = Annotated[
+    str | None,
+    inputs("Extension of the member with the class, or json:KEY; default: cls.", metavar="EXT|json:KEY"),
+]
 Resize = Annotated[int | None, inputs("Shorter side before the crop, in pixels; default: the weights'.", min=1)]
 Crop = Annotated[int | None, inputs("Side of the network's input, in pixels; default: the weights'.", min=1)]
 Squash = Annotated[bool, inputs("Resize whole images to the crop's size, without cropping.", "--squash")]

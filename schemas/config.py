@@ -23,9 +23,10 @@ _STORED: dict[str, Any] = {
     "target": "", "discretize": "", "map_size": "", "map_dtype": "", "save_map": False, "resize": 0, "crop": 0,
     "squash": False, "interpolation": "", "mean": [], "std": [], "precision": "fp32", "seed": 0, "limit": None,
     "batch_size": 0, "torch_threads": 0, "job": EXTRACT, "job_options": {}, "labels": None,
+    "image_member": None, "label_member": None,
 }  # fmt: skip
-# Absent from runs made when `extract` was the only job, and from those that take labels as they are.
-_OPTIONAL = ("job", "job_options", "labels")
+_ABSENT = ("labels", "image_member", "label_member")  # only in runs that use them: others keep their fingerprint
+_OPTIONAL = ("job", "job_options", *_ABSENT)  # runs made when `extract` was the only job have none of them
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,14 @@ class Preprocess:
     interpolation: str = "bilinear"  # bilinear | bicubic, antialiased
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Members:
+    """The members of a sample that hold its image and its class."""
+
+    image: str | None = None  # extension, such as image.jpg; None = the first of the usual ones
+    label: str | None = None  # extension, or json:KEY; None = cls
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ class RunConfig:
         preprocess = asdict(self.preprocess)
         preprocess |= {"mean": list(self.preprocess.mean), "std": list(self.preprocess.std)}
         values = {**_STORED, **own, **preprocess, "job": self.job, **self._to_stored()}
-        return {key: values[key] for key in _STORED if key != "labels" or values[key] is not None}
+        return {key: values[key] for key in _STORED if key not in _ABSENT or values[key] is not None}
 
     def _to_stored(self) -> dict[str, Any]:
         """Return the stored keys whose values differ from the fields of the same name."""
@@ -125,6 +134,12 @@ class MethodConfig(RunConfig):
     map_dtype: str  # uint8 | float16 | float32
     limit: int | None = None  # samples of the whole run
     labels: dict[int, int] | None = None  # the model's class for each number in `cls`; None: the same numbers
+    image_member: str | None = None  # as in Members
+    label_member: str | None = None
+
+    @property
+    def members(self) -> Members:
+        return Members(self.image_member, self.label_member)
 
 
 @dataclass(frozen=True, kw_only=True)

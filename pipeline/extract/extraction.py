@@ -26,6 +26,7 @@ from saltern.pipeline.runs.agreement import label_doubt
 from saltern.pipeline.runs.manifest import read_receipts
 from saltern.pipeline.runs.outlet import Spec, origin
 from saltern.pipeline.runs.writer import Record
+from saltern.pipeline.shards.annotations import extra
 from saltern.pipeline.shards.decode import Decoded
 from saltern.pipeline.shards.samples import Sample
 from saltern.pipeline.storage.store import Store
@@ -124,8 +125,7 @@ class Extraction:
             return None
         if sample.label is None:
             unmapped = f"class {sample.given} is not in the table of --labels"
-            missing = "the target is the label, and the sample has no `cls` that is a number"
-            return MISSING_LABEL, missing if sample.given is None else unmapped
+            return MISSING_LABEL, _no_label(sample) if sample.given is None else unmapped
         last = self._config.classes - 1
         if not 0 <= sample.label <= last:
             return MISSING_LABEL, f"label {sample.label} lies outside the model's classes 0..{last}"
@@ -136,6 +136,16 @@ class Extraction:
 
     def close(self) -> None:
         self._explain.method.close()
+
+
+def _no_label(sample: Sample) -> str:
+    ext, _, key = (sample.named.label or "cls").partition(":")
+    numbers = [name for name, value in extra(sample).items() if isinstance(value, int) and len(name) < 40]
+    other = f"json:{numbers[0]}" if numbers and not key else "EXT, such as txt, or json:KEY"
+    what = f"`{key}` in its json" if key else f"`{ext}`"
+    return (
+        f"the target is the label, and the sample has no {what} that is a number; name it with --label-member {other}"
+    )
 
 
 @dataclass(frozen=True)

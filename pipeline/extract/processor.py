@@ -48,7 +48,8 @@ class Processor:
 
     def __init__(self, spec: Spec, task: Callable[[Spec, torch.device], Task]):
         self.config = spec.run.config
-        self._labels = spec.run.config_of(MethodConfig).labels
+        config = spec.run.config_of(MethodConfig)
+        self._labels, self._members = config.labels, config.members
         self.images: dict[str, int] = {}  # samples handed to a writer, by shard in process, for the progress line
         self._outlet = Outlet(spec)
         self._retry_failed = spec.retry_failed
@@ -98,7 +99,7 @@ class Processor:
         if earlier is None:
             return self._make(shard, {})
         if not (self._retry_failed and earlier.failed):
-            same = content_of(shard, as_listed=True) == earlier.content
+            same = content_of(shard, named=self._members, as_listed=True) == earlier.content
             return Made(replace(earlier, mtime_ns=shard.mtime_ns), {}) if same else self._make(shard, {})
         made = self._make(shard, self._ok_records(shard, earlier))
         return made if made.receipt.content == earlier.content else self._make(shard, {})
@@ -148,7 +149,7 @@ class Processor:
 
     def _items(self, shard: Shard, kept: dict[int, list[Record]], tally: Tally) -> Iterator[Item]:
         """Yield samples as they are read, and start to decode them. Runs in the reader's thread."""
-        samples = read_samples(shard, self._labels, as_listed=True)
+        samples = read_samples(shard, self._labels, named=self._members, as_listed=True)
         tally.content = 0
         while True:
             with tally.phase("read"):

@@ -56,6 +56,8 @@ class ExtractRequest(MethodRequest):
     map_dtype: str | None = None  # uint8 | float16 | float32
     save_map: bool = True
     precision: str = "fp32"  # fp32 | bf16 | fp16
+    image_member: str | None = None  # extension
+    label_member: str | None = None  # extension, or json:KEY
     labels: str = AUTO  # auto | as-is | a JSON file from the dataset's classes to the model's
 
 
@@ -88,8 +90,23 @@ def resolve(request: ExtractRequest, existing: Run | None, device: str, workers:
         save_map=request.save_map,
         precision=request.precision,
         labels=labels,
+        image_member=_member("--image-member", request.image_member),
+        label_member=_member("--label-member", request.label_member),
     )
     return new_run(config, shards, classifier.class_names), hints + remarks
+
+
+def _member(option: str, given: str | None) -> str | None:
+    """Return the extension of a member as `split_name` gives it. Raises UserError if it is none."""
+    if given is None:
+        return None
+    ext, colon, key = given.partition(":")
+    ext = ext.removeprefix(".").lower()
+    is_key = bool(key) and ext == "json" and option == "--label-member"
+    if not ext or "/" in ext or (colon and not is_key):
+        keyed = ", or json:KEY for a number in the json member" if option == "--label-member" else ""
+        raise UserError(f"{option} {given}: give the extension of a member, such as image.jpg or txt{keyed}")
+    return f"{ext}{colon}{key}"
 
 
 def _labels(

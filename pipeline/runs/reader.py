@@ -181,7 +181,8 @@ class SaliencyRun:
             OSError: the tar cannot be read.
         """
         rows = groupby(self.read(shard), lambda row: row.index)
-        for sample, group in zip_longest(read_samples(self.tar(shard)), (list(group) for _, group in rows)):
+        samples = read_samples(self.tar(shard), named=self.config.members)
+        for sample, group in zip_longest(samples, (list(group) for _, group in rows)):
             if sample is None or group is None or (sample.index, sample.key) != (group[0].index, group[0].key):
                 there = "ends" if sample is None else f"has {sample.key!r} at {sample.index}"
                 here = "ends" if group is None else f"has {group[0].key!r} at {group[0].index}"

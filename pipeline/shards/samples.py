@@ -1,11 +1,13 @@
 """Read tar shards, local or in an object store, as streams of samples."""
 
 import gzip
+import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -14,12 +16,13 @@ from webdataset.tariterators import base_plus_ext
 
 from saltern.pipeline.shards.tape import IMAGES, Source, Tape
 from saltern.pipeline.storage.filesystem import filesystem
+from saltern.schemas.config import Members
 from saltern.schemas.errors import ShardError
 from saltern.schemas.run import Shard
 from saltern.schemas.saliency import DUPLICATE_KEY, MISSING_IMAGE, TOO_LARGE
 
 MAX_MEMBER = 2**28  # bytes of a sample's members; those beyond are not read
-_WANTED = frozenset((*IMAGES, "cls", "json"))
+_USUAL = Members()
 _SHOWN = 8  # extensions in a message
 
 
@@ -29,14 +32,15 @@ class Sample:
 
     key: str
     index: int  # position in the shard, from 0
-    members: dict[str, bytes] = field(default_factory=dict)  # by extension, lower case: only images, cls and json
+    members: dict[str, bytes] = field(default_factory=dict)  # by extension, lower case: only images, class and json
     problem: tuple[str, str] | None = None  # a status of saltern.schemas.saliency, and the reason
     numbers: Mapping[int, int] | None = None  # the model's class for each number in `cls`; None: the same numbers
+    named: Members = _USUAL
 
     @property
     def image(self) -> bytes | None:
-        """The image file; of several, the first in the order of IMAGES."""
-        return next((self.members[ext] for ext in IMAGES if ext in self.members), None)
+        """The image file; of several, the first in the order of IMAGES, if none is named."""
+        return next((self.members[ext] for ext in _images(self.named) if ext in self.members), None)
 
     @property
     def label(self) -> int | None:
@@ -46,10 +50,21 @@ class Sample:
 
     @property
     def given(self) -> int | None:
-        """The class in `cls`; None if it is missing, not a whole number, or does not fit in 32 bits."""
-        match = re.fullmatch(rb"\s*([+-]?0*[0-9]{1,10})\s*", self.members.get("cls", b""))
+        """The class in `cls` or the named member; None if it is missing, no whole number or not of 32 bits."""
+        match = re.fullmatch(rb"\s*([+-]?0*[0-9]{1,10})\s*", self._class_text())
         label = int(match[1]) if match else 2**31
         return label if abs(label) < 2**31 else None
+
+    def _class_text(self) -> bytes:
+        ext, _, key = (self.named.label or "cls").partition(":")
+        text = self.members.get(ext, b"")
+        if not key:
+            return text
+        try:
+            value = json.loads(text)[key]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return b""
+        return b"" if isinstance(value, bool) else f"{value}".encode(errors="replace")
 
     @property
     def size(self) -> int:
@@ -59,10 +74,11 @@ class Sample:
     def release(self) -> None:
         """Drop the members, except the class."""
         self.members = {} if self.given is None else {"cls": b"%d" % self.given}
+        self.named = _USUAL
 
 
 def read_samples(
-    shard: Shard, numbers: Mapping[int, int] | None = None, *, as_listed: bool = False
+    shard: Shard, numbers: Mapping[int, int] | None = None, *, named: Members = _USUAL, as_listed: bool = False
 ) -> Iterator[Sample]:
     """Yield a shard's samples, only the first `shard.take` if that is set.
 
@@ -72,6 +88,7 @@ def read_samples(
     Args:
         shard: the shard to read.
         numbers: the model's class for each number in `cls`; None: the same numbers.
+        named: the members that hold image and class.
         as_listed: require the time of change that the listing gave, besides the size.
 
     Raises:
@@ -80,7 +97,7 @@ def read_samples(
             it was listed, or changed while it was read.
     """
     with _opened(shard, seekable=False, as_listed=as_listed) as tape:
-        yield from islice(_samples(_members(tape, data_of=_WANTED), numbers), shard.take)
+        yield from islice(_samples(_members(tape, data_of=_wanted(named)), numbers, named), shard.take)
 
 
 def fold(crc: int, sample: Sample) -> int:
@@ -91,17 +108,17 @@ def fold(crc: int, sample: Sample) -> int:
     return crc
 
 
-def content_of(shard: Shard, *, as_listed: bool = False) -> str:
+def content_of(shard: Shard, *, named: Members = _USUAL, as_listed: bool = False) -> str:
     """Return the CRC-32 of a shard's samples, 8 hex digits. It reads the whole tar.
 
     Args:
-        shard, as_listed: as for `read_samples`.
+        shard, named, as_listed: as for `read_samples`.
 
     Raises:
         ShardError, OSError: as `read_samples`.
     """
     crc = 0
-    for sample in read_samples(shard, as_listed=as_listed):
+    for sample in read_samples(shard, named=named, as_listed=as_listed):
         crc = fold(crc, sample)
     return f"{crc:08x}"
 
@@ -208,7 +225,7 @@ def _members(tape: Tape, *, data_of: frozenset[str] = frozenset()) -> Iterator[_
             if not key:
                 aside.append(name)
             continue
-        if is_link and named[1] in _WANTED:
+        if is_link and named[1] in (data_of or _wanted(_USUAL)):
             raise tape.error(f"{name!r} is a link without data (pack it with `tar -h --hard-dereference`)")
         if named[0] != key:
             key, held = named[0], 0
@@ -234,12 +251,12 @@ def storable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _samples(members: Iterable[_Member], numbers: Mapping[int, int] | None) -> Iterator[Sample]:
+def _samples(members: Iterable[_Member], numbers: Mapping[int, int] | None, named: Members) -> Iterator[Sample]:
     seen: dict[str, int] = {}
     for index, group in enumerate(_groups(members)):
         key = storable(next(iter(group.values())).key)
         data = {ext: member.data for ext, member in group.items() if member.data is not None}
-        sample = Sample(key, index, data, numbers=numbers)
+        sample = Sample(key, index, data, numbers=numbers, named=named)
         sample.problem = _problem(sample, group, seen.setdefault(key, index))
         yield sample
 
@@ -262,10 +279,26 @@ def _problem(sample: Sample, group: dict[str, _Member], first: int) -> tuple[str
         fix = "give each sample its own key and keep its members together, as `saltern pack` does"
         return DUPLICATE_KEY, f"sample {first} of this shard already has the key; {fix}"
     for ext, member in group.items():
-        if member.data is None and ext in _WANTED:
+        if member.data is None and ext in _wanted(sample.named):
             return TOO_LARGE, f"the member .{ext} has {member.size} bytes; at most {MAX_MEMBER} are read of a sample"
     if sample.image is None:
         extensions = ", ".join(f".{storable(ext)}" for ext in islice(group, _SHOWN))
         extensions += f" and {len(group) - _SHOWN} more" if len(group) > _SHOWN else ""
-        return MISSING_IMAGE, f"no image among its members ({extensions}); a key ends at the first dot of the name"
+        other = next((ext for ext in group if ext.rpartition(".")[2] in IMAGES), "")
+        fix = f"; name one with --image-member {storable(other)}" if other else ""
+        what = f".{sample.named.image}" if sample.named.image else "image"
+        return (
+            MISSING_IMAGE,
+            f"no {what} among its members ({extensions}); a key ends at the first dot of the name{fix}",
+        )
     return None
+
+
+def _images(named: Members) -> tuple[str, ...]:
+    return (named.image,) if named.image else IMAGES
+
+
+@cache
+def _wanted(named: Members) -> frozenset[str]:
+    """Return the extensions of the members that are read."""
+    return frozenset((*_images(named), (named.label or "cls").partition(":")[0], "json"))

@@ -4,7 +4,7 @@ For one run, each row's photograph, map, mask and box; for several runs, each im
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -17,6 +17,7 @@ from saltern.pipeline.shards.annotations import extra
 from saltern.pipeline.shards.samples import Sample, read_samples
 from saltern.pipeline.show.page import Card, Picture, View, render
 from saltern.pipeline.show.thumbnails import encode, given_boxes, overlay, photograph, pictures
+from saltern.schemas.config import ExtractConfig
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.run import Shard
 from saltern.schemas.saliency import OK, table_schema
@@ -121,7 +122,7 @@ def _samples(run: SaliencyRun, rows: Iterable[Row]) -> tuple[dict[tuple[str, int
     for name, group in groupby(rows, lambda row: row.shard):
         keys = {row.index: row.key for row in group}
         try:
-            for sample in _read(run.tar(shards[name]), keys, names.dataset, run.config.labels):
+            for sample in _read(run.tar(shards[name]), keys, names.dataset, run.config):
                 samples[name, sample.index] = sample
         except (OSError, ShardError) as error:
             problems.append(f"{name}: shown without its images, which cannot be read ({error})")
@@ -132,12 +133,10 @@ def _samples(run: SaliencyRun, rows: Iterable[Row]) -> tuple[dict[tuple[str, int
     return samples, names, problems
 
 
-def _read(
-    shard: Shard, keys: dict[int, str], names: dict[int, str], numbers: Mapping[int, int] | None
-) -> Iterable[Sample]:
+def _read(shard: Shard, keys: dict[int, str], names: dict[int, str], config: ExtractConfig) -> Iterable[Sample]:
     """Yield the samples with these indices and keys. Add the class names in their json members to `names`."""
     last = max(keys)
-    for sample in read_samples(shard, numbers):
+    for sample in read_samples(shard, config.labels, named=config.members):
         name = extra(sample).get("name")
         if sample.label is not None and isinstance(name, str):
             names[sample.label] = name

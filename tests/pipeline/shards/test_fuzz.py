@@ -100,7 +100,7 @@ def test_mutated_tars(fuzz: Fuzz, tmp_path: Path) -> None:
             assert outcome(shard, list_keys) == keys
             places = outcome(shard, locate_images) if name.endswith("tar") else keys
         if isinstance(keys, str):
-            ends[keys.partition(": ")[2][:12]] += 1
+            ends["refused"] += 1
             assert keys.startswith(shard.url)
             assert "\n" not in keys
             keys.encode()
@@ -110,7 +110,7 @@ def test_mutated_tars(fuzz: Fuzz, tmp_path: Path) -> None:
             "".join(keys).encode()
             assert set(places) <= set(keys)
             assert not plain or len(keys) >= count, "a sample is lost in silence"
-    print(f"{fuzz.rounds} mutated tars: {dict(ends.most_common())}")
+    print(f"{fuzz.rounds} mutated tars: {dict(ends)}")
 
 
 @pytest.mark.slow
