@@ -51,7 +51,7 @@ class Store:
 
     def listing(self, folder: str, suffix: str) -> list[str]:
         """Return the names below `folder` that end in `suffix`, sorted and relative to it."""
-        base = self.full(folder)
+        base = self.full(folder).rstrip("/")
         if self.local:
             return sorted(_walk(base, "", suffix))
         infos = self.fs.get_file_info(fs.FileSelector(base, allow_not_found=True, recursive=True))
@@ -59,7 +59,7 @@ class Store:
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Return the size of each file below `folder` by its name relative to it, from one listing."""
-        base = self.full(folder)
+        base = self.full(folder).rstrip("/")
         if self.local:
             return {name: os.stat(os.path.join(base, name)).st_size for name in _walk(base, "", "")}
         infos = self.fs.get_file_info(fs.FileSelector(base, allow_not_found=True, recursive=True))
