@@ -12,8 +12,9 @@ from torch import Tensor, distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
 from saltern.pipeline.maps.discretize import largest_box
-from saltern.pipeline.runs.mixing import OPEN, SAMPLES, mix, shares_after
+from saltern.pipeline.runs.mixing import SAMPLES, mix, shards_at_once, shares_after
 from saltern.pipeline.runs.reader import Row, open_run
+from saltern.pipeline.runs.writer import ROW_GROUP
 from saltern.pipeline.shards.decode import DecodeError, decode
 from saltern.schemas.errors import UserError
 from saltern.schemas.run import Shard
@@ -32,8 +33,9 @@ class SaliencyDataset(IterableDataset[Any]):
     were done when it was made; ranks see the same ones only if nothing writes to the run meanwhile.
 
     With `shuffle`, each pass has another order, which follows from (seed, epoch). It shuffles the shards, reads 16 at
-    once in each worker, and takes rows from a buffer of undecoded samples at random. The buffer has `buffer` samples,
-    at most 128 MiB. The epoch counts the passes; `set_epoch` sets it, and resumes within one.
+    once in each worker (fewer if their maps take more than 512 MiB), and takes rows from a buffer of undecoded samples
+    at random. The buffer has `buffer` samples, at most 128 MiB. The epoch counts the passes; `set_epoch` sets it, and
+    resumes within one.
 
     An item is ready for the default collate (H W: the network's input; image, map and mask align pixel for pixel):
 
@@ -95,6 +97,8 @@ class SaliencyDataset(IterableDataset[Any]):
         self.mean, self.std = (torch.tensor(value).view(3, 1, 1) for value in (preprocess.mean, preprocess.std))
         done = zip(self._run.shards, self._run.receipts, strict=True)
         self._rows = {shard.name: receipt.statuses.get(OK, 0) if only_ok else receipt.rows for shard, receipt in done}
+        groups = (it.data_bytes * min(it.rows, ROW_GROUP) // max(1, it.rows) for it in self._run.receipts)
+        self._open = shards_at_once(max(groups, default=0)) if shuffle else 1
         # Shared, so that persistent workers see the next epoch: epoch, batches, batch size, drop_last.
         self._place = torch.tensor([0, 0, 1, 0]).share_memory_()  # type: ignore[no-untyped-call]
         self._passes = torch.zeros(_WORKERS, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
@@ -128,9 +132,8 @@ class SaliencyDataset(IterableDataset[Any]):
 
     def _items(self, shards: Sequence[Shard], skip: int, epoch: int) -> Iterator[Any]:
         """Yield the items of some shards, without the first `skip`."""
-        size = OPEN if self._shuffle else 1
-        for start in range(0, len(shards), size):
-            block = shards[start : start + size]
+        for start in range(0, len(shards), self._open):
+            block = shards[start : start + self._open]
             rows = [self._rows[shard.name] for shard in block]
             if skip >= sum(rows):
                 skip -= sum(rows)

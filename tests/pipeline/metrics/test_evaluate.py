@@ -14,6 +14,7 @@ import pytest
 from made_run import CROP, SIZE, Made, make_run, write_shard
 from making import picture, write_tar
 from naive_metrics import HEIGHT, WIDTH, filled, inclusive, naive_f1, naive_iou, naive_mask, some_box
+from pages import members
 from typer.testing import CliRunner
 
 from saltern.jobs.main import app
@@ -295,3 +296,11 @@ def test_a_shard_that_cannot_be_read_is_listed_and_counts_for_nothing(tmp_path: 
     assert list(found["unread_shards"]) == ["part0/train", "part1/train"]
     assert "no such file" in found["unread_shards"]["part0/train"]
     assert "part0/train: " in ended.stderr
+
+
+def test_om_of_labels_that_are_not_the_model_s_is_said_to_tell_nothing(tmp_path: Path) -> None:
+    made = make_run(tmp_path, shards=12, samples=5, target="top1", json=members())
+    notes = evaluate(str(made.path)).notes  # the helper's top-1 is never the label
+    assert [note.partition(":")[0] for note in notes] == ["OM tells nothing here"]
+    assert "in 0 of 60 samples" in notes[0]
+    assert evaluate(str(made.path), metrics=["le"]).notes == []

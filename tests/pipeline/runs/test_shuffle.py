@@ -13,10 +13,9 @@ import torch
 from made_run import make_run
 from torch.utils.data import DataLoader
 
-from saltern.pipeline.runs import dataset as module
 from saltern.pipeline.runs import mixing
 from saltern.pipeline.runs.dataset import SaliencyDataset
-from saltern.pipeline.runs.mixing import mix, shares_after
+from saltern.pipeline.runs.mixing import mix, shards_at_once, shares_after
 
 # On a machine of few cores torch advises against so many workers.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -69,6 +68,12 @@ def test_the_buffer_is_bounded_in_samples_and_bytes(size: int, samples: int, mos
     assert peak == most
 
 
+@pytest.mark.parametrize(("group", "shards"), [(0, 16), (10**6, 16), (44 * 10**6, 4), (10**9, 2)])
+def test_fewer_shards_are_read_at_once_if_their_maps_are_large(group: int, shards: int) -> None:
+    assert shards_at_once(group) == shards
+    assert shards == 2 or shards * group * 2.5 <= mixing.OPEN_BYTES
+
+
 def rows(items: Any) -> list[str]:
     return [f"{item['shard']} {item['key']} {item['target']}" for item in items]
 
@@ -106,7 +111,7 @@ def batches(dataset: SaliencyDataset, workers: int, drop_last: bool) -> list[lis
 def test_an_epoch_resumes_at_any_batch(
     tmp_path: Path, workers: int, drop_last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "OPEN", 2)  # so that a share has several blocks
+    monkeypatch.setattr(mixing, "OPEN", 2)  # so that a share has several blocks
     # Shards of 7 rows, one of 6: the workers end at different times.
     path = str(make_run(tmp_path, shards=8, samples=7, broken=((2, 1),)).path)
     dataset = SaliencyDataset(path, shuffle=True, seed=4, buffer=5)
@@ -122,7 +127,7 @@ def test_an_epoch_resumes_at_any_batch(
 
 
 def test_resuming_opens_only_the_shards_of_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "OPEN", 2)
+    monkeypatch.setattr(mixing, "OPEN", 2)
     dataset = SaliencyDataset(str(make_run(tmp_path, shards=8, samples=5).path), shuffle=True)
     opened: list[str] = []
     joined = dataset._run.joined
