@@ -150,4 +150,4 @@ def to_classes(text: str) -> list[int]:
     """Return the numbers in `A,B,...` or in a file. Commas, spaces and line ends separate them."""
     listed = re.fullmatch(r"[\d\s,]+", text) is not None
     words = text if listed else Path(text).read_text()
-    return [int(word) for word in re.split(r"[\s,]+", words.strip())]
+    return [int(word.replace("_", "-")) for word in re.split(r"[\s,]+", words.strip())]  # int() takes 3_14 as 314

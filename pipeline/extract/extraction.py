@@ -31,7 +31,7 @@ from saltern.pipeline.shards.decode import Decoded
 from saltern.pipeline.shards.samples import Sample
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import ExtractConfig, MethodConfig, RunConfig, check_keys
-from saltern.schemas.errors import UserError
+from saltern.schemas.errors import UserError, printable
 from saltern.schemas.run import Run, Shard
 from saltern.schemas.saliency import MISSING_LABEL, NONFINITE, OK, ZERO_MAP, table_schema, with_metadata
 
@@ -141,7 +141,7 @@ class Extraction:
 def _no_label(sample: Sample) -> str:
     ext, _, key = (sample.named.label or "cls").partition(":")
     numbers = [name for name, value in extra(sample).items() if isinstance(value, int) and len(name) < 40]
-    other = f"json:{numbers[0]}" if numbers and not key else "EXT, such as txt, or json:KEY"
+    other = f"json:{printable(numbers[0])}" if numbers and not key else "EXT, such as txt, or json:KEY"
     what = f"`{key}` in its json" if key else f"`{ext}`"
     return (
         f"the target is the label, and the sample has no {what} that is a number; name it with --label-member {other}"

@@ -17,7 +17,7 @@ from webdataset.tariterators import base_plus_ext
 from saltern.pipeline.shards.tape import IMAGES, Source, Tape
 from saltern.pipeline.storage.filesystem import filesystem
 from saltern.schemas.config import Members
-from saltern.schemas.errors import ShardError
+from saltern.schemas.errors import ShardError, printable
 from saltern.schemas.run import Shard
 from saltern.schemas.saliency import DUPLICATE_KEY, MISSING_IMAGE, TOO_LARGE
 
@@ -218,12 +218,12 @@ class _Member(NamedTuple):
 def _members(tape: Tape, *, data_of: frozenset[str] = frozenset()) -> Iterator[_Member]:
     """Yield the members of samples, with the data of those with these extensions."""
     key, held = "", 0  # the last sample's key, and the bytes of its data
-    aside: list[str] = []  # files that belong to no sample, while no sample was found
+    aside, first = 0, ""  # files that belong to no sample, while no sample was found
     for name, size, is_link in tape:
         named = split_name(name)
         if named is None:
             if not key:
-                aside.append(name)
+                aside, first = aside + 1, first or name
             continue
         if is_link and named[1] in (data_of or _wanted(_USUAL)):
             raise tape.error(f"{name!r} is a link without data (pack it with `tar -h --hard-dereference`)")
@@ -233,7 +233,7 @@ def _members(tape: Tape, *, data_of: frozenset[str] = frozenset()) -> Iterator[_
         held += size if wanted else 0
         yield _Member(*named, tape.read(size) if wanted else None, size, offset)
     if aside and not key:
-        raise tape.error(f"{len(aside)} files, the first {aside[0]!r}, and none with a name such as a.jpg")
+        raise tape.error(f"{aside} files, the first {first!r}, and none with a name such as a.jpg")
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -282,10 +282,10 @@ def _problem(sample: Sample, group: dict[str, _Member], first: int) -> tuple[str
         if member.data is None and ext in _wanted(sample.named):
             return TOO_LARGE, f"the member .{ext} has {member.size} bytes; at most {MAX_MEMBER} are read of a sample"
     if sample.image is None:
-        extensions = ", ".join(f".{storable(ext)}" for ext in islice(group, _SHOWN))
+        extensions = ", ".join(f".{printable(storable(ext))}" for ext in islice(group, _SHOWN))
         extensions += f" and {len(group) - _SHOWN} more" if len(group) > _SHOWN else ""
         other = next((ext for ext in group if ext.rpartition(".")[2] in IMAGES), "")
-        fix = f"; name one with --image-member {storable(other)}" if other else ""
+        fix = f"; name one with --image-member {printable(storable(other))}" if other else ""
         what = f".{sample.named.image}" if sample.named.image else "image"
         return (
             MISSING_IMAGE,

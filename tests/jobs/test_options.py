@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import pytest
@@ -12,6 +13,7 @@ import typer
 from commands import call
 from typer.testing import CliRunner
 
+from saltern.jobs.config import to_classes
 from saltern.jobs.main import app
 
 GROUP: Any = typer.main.get_command(app)
@@ -128,3 +130,9 @@ def test_completion_lists_commands_options_and_choices(
     assert expected <= listed
     if "--" in line and not line.endswith("-"):
         assert listed == expected
+
+
+def test_a_slip_among_class_numbers_is_no_other_class(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("3, 1_4\n")
+    with pytest.raises(ValueError, match="1-4"):
+        to_classes(str(tmp_path / "classes.txt"))

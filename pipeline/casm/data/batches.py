@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pyarrow import fs
 from torch import Tensor
 
 from saltern.pipeline.casm.data.index import Index
@@ -106,6 +107,9 @@ class Batches:
         shard = self.index.shards[self.index.shard_N[number]]
         store, path = filesystem(shard.url)
         size = int(self.index.size_N[number])
+        info = store.get_file_info(path) if isinstance(store, fs.LocalFileSystem) else None
+        if info is not None and not shard.unchanged(info.size, info.mtime_ns):
+            raise ShardError(f"{shard.url}: it changed since the training began; restore it, then use --resume")
         with store.open_input_file(path) as raw:
             raw.seek(int(self.index.offset_N[number]))
             data: bytes = raw.read(size)

@@ -129,11 +129,18 @@ def test_names_beyond_ascii(tmp_path: Path, format: int) -> None:
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_no_byte_of_a_name_reaches_a_row_that_cannot_be_stored(tmp_path: Path, format: int) -> None:
-    raw = [b"\xe9/\xff.\xe9", b"a.\xed\xa0\x80.x", b"\xf0\x28\x8c\xbc.txt", b"x\x80." + b"\x80y" * 60]
+    raw = [
+        b"\xff.\x1b[2J\nx",
+        b"\xe9/\xff.\xe9",
+        b"a.\xed\xa0\x80.x",
+        b"\xf0\x28\x8c\xbc.txt",
+        b"x\x80." + b"\x80y" * 60,
+    ]
     members = [(name.decode("utf-8", "surrogateescape"), b"I") for name in raw]
     for sample in read(shard_at(tmp_path / "x.tar", tar_bytes(members, format=format))):
         assert sample.problem
         assert "\\x" in f"{sample.key} {sample.problem[1]}".encode().decode()
+        assert sample.problem[1].isprintable()
 
 
 def test_two_keys_that_are_equal_when_stored_are_a_repeat(tmp_path: Path) -> None:

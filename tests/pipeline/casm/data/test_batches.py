@@ -1,9 +1,11 @@
 """The data of a training: its index, its batches, its crops."""
 
+import os
 import random
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from casm_toys import SIDE
 from making import picture, write_tar
@@ -14,6 +16,7 @@ from saltern.pipeline.casm.data.batches import Batches, crop, crop_box
 from saltern.pipeline.casm.data.index import make_index
 from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.samples import read_samples
+from saltern.schemas.errors import ShardError
 
 
 def test_index_finds_the_images_and_labels_of_the_shards(shards):
@@ -82,3 +85,14 @@ def test_a_damaged_image_is_passed_over_and_counted(tmp_path):
     batch = Batches(make_index(expand([str(tmp_path)])[0], 6), 4, SIDE).read(0)
     assert batch.damaged == 1
     assert sorted(batch.label_B.tolist()) == [0, 1, 3, 3]
+
+
+def test_a_tar_that_is_written_again_ends_the_training(tmp_path):
+    tar = write_tar(tmp_path / "x.tar", ((f"k{i}", {"jpg": picture(i), "cls": "0"}) for i in range(4)))
+    batches = Batches(make_index(expand([str(tar)])[0], 1), 2, SIDE, seed=0)
+    batches.read(0)
+    content, before = tar.read_bytes(), tar.stat().st_mtime_ns
+    tar.write_bytes(content)
+    os.utime(tar, ns=(before, before + 10**9))
+    with pytest.raises(ShardError, match="changed since the training began"):
+        batches.read(1)
