@@ -49,7 +49,7 @@ def test_the_bytes_to_a_worker_do_not_grow_with_the_shards(
     write_shards(tmp_path / "in", 1, 1)
     job = extraction(replace(REQUEST, shards=[str(tmp_path / "in")], torch_threads=1))
     if name == "visualize-class":
-        job = visualizing(VisualizeRequest("making:tiny", classes="0"))
+        job = visualizing(VisualizeRequest(model="making:tiny", classes="0"))
     few = bytes_to_a_worker(job, tmp_path / "few", 1, monkeypatch)
     many = bytes_to_a_worker(job, tmp_path / "many", 100_000, monkeypatch)
     assert many - few < 100
