@@ -23,7 +23,12 @@ def run(*command: str | Path, cwd: Path, check: bool = True) -> subprocess.Compl
     """Run a command without this process's paths and Ray settings."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTHON"))}
     ended = subprocess.run(
-        list(map(str, command)), cwd=cwd, env={**kept, "COLUMNS": "200"}, capture_output=True, text=True, check=False
+        list(map(str, command)),
+        cwd=cwd,
+        env={**kept, "COLUMNS": "200", "RAY_worker_niceness": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert ended.returncode == 0 or not check, ended.stdout + ended.stderr
     return ended

@@ -65,7 +65,14 @@ def submit(*words: str, cwd: Path, env: dict[str, str]) -> subprocess.CompletedP
 def user_env(home: Path, **more: str) -> dict[str, str]:
     """Return this process's environment without its Ray settings."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    return {**kept, "PYTHONPATH": PYTHONPATH, "HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0", **more}
+    return {
+        **kept,
+        "PYTHONPATH": PYTHONPATH,
+        "HOME": str(home),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+        **more,
+    }
 
 
 @contextlib.contextmanager

@@ -200,13 +200,15 @@ def test_a_lost_node_without_replacement(
     # An orphaned actor survives for a moment, in which it must not finish. Actors have their node's environment.
     monkeypatch.setenv("SLOW", "1.0")
     out = tmp_path / "run"
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0, "include_dashboard": False})
+    each = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 80_000_000}
+    lean = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
+    cluster = Cluster(initialize_head=True, head_node_args={**each, **lean})
     try:
-        nodes = [cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=80_000_000) for _ in range(2)]
+        node = cluster.add_node(**each)
         line = command(shards, out, "--engine", "ray", "--address", cluster.address, "--gpus-per-worker", "1")
         running = start(line)
         until(lambda: workers_of(out) == 2, running)
-        cluster.remove_node(nodes[0], allow_graceful=False)
+        cluster.remove_node(node, allow_graceful=False)
         code, said = finish(running)
         assert code == 0, said
         assert "its machine was lost" in said, said
