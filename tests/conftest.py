@@ -44,6 +44,18 @@ def uses_cluster(file: Path) -> bool:
     return "ray_address" in file.read_text()
 
 
+# Fixtures of tests that take seconds each: a Ray cluster, two ranks, whole networks, photographs.
+SLOW = {"ray_address", "in_ranks", "network", "shared_data", "fuzz"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that use these fixtures as slow."""
+    for item in items:
+        if not SLOW.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-seconds", type=float, default=10.0, help="seconds of mutated inputs in each fuzz test")
     parser.addoption("--kills", type=int, default=40, help="runs that the kill campaign kills")

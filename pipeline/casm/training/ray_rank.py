@@ -1,7 +1,7 @@
 """The function of each worker of Ray Train. Its imports are inside, as Ray's controller imports this file too."""
 
 import traceback
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 import ray.train.torch
@@ -9,15 +9,12 @@ import ray.train.torch
 from saltern.schemas.errors import UserError
 
 
-class Note(NamedTuple):
-    """A message of a rank to the driver."""
-
-    kind: str  # said | user (a UserError) | code (another error that the machines did not cause)
-    text: str
-
-
 def train_rank(config: dict[str, Any]) -> None:
-    """Train as one rank. Errors that another attempt cannot fix go to the driver as notes."""
+    """Train as one rank. Errors that another attempt cannot fix go to the driver as notes: kind and text.
+
+    Kinds: said; user, a UserError; code, another error that the machines did not cause. A note is a plain tuple: for a
+    class of this module, the process of the queue would import torch.
+    """
     from saltern.pipeline.casm.training.loop import run
     from saltern.pipeline.casm.training.ranks import Ranks
 
@@ -25,12 +22,12 @@ def train_rank(config: dict[str, Any]) -> None:
     try:
         device = ray.train.torch.get_device()
         ranks = Ranks(device, context.get_world_rank(), context.get_world_size(), context.get_local_world_size())
-        run(ray.get(config["plan"]), ranks, lambda text: queue.put(Note("said", text)))
+        run(ray.get(config["plan"]), ranks, lambda text: queue.put(("said", text)))
     except UserError as error:
-        queue.put(Note("user", str(error)))
+        queue.put(("user", str(error)))
         raise
     except (RuntimeError, OSError):  # lost ranks, devices and files: worth another attempt
         raise
     except Exception:
-        queue.put(Note("code", traceback.format_exc()))
+        queue.put(("code", traceback.format_exc()))
         raise

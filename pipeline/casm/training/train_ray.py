@@ -160,14 +160,14 @@ def _receive(queue: Queue, errors: dict[str, str], say: Callable[[str], None]) -
     wait_s = _POLL_S
     while True:
         try:
-            note = queue.get(timeout=wait_s)
+            kind, text = queue.get(timeout=wait_s)
         except Empty:
             return
         wait_s = 0.01
-        if note.kind == "said":
-            say(note.text)
+        if kind == "said":
+            say(text)
         else:
-            errors.setdefault(note.kind, note.text)
+            errors.setdefault(kind, text)
 
 
 def _reason(error: BaseException) -> str:
