@@ -114,6 +114,7 @@ def test_jobs_import_nothing_heavy_at_the_top() -> None:
             assert module.split(".")[0] not in HEAVY, f"{path} imports {module} before it is needed"
 
 
+@pytest.mark.slow
 def test_methods_and_classifiers_run_without_ray() -> None:
     bare = "pyarrow", "webdataset", "typer"  # what a machine for measurements may lack, besides Ray
     code = (

@@ -96,6 +96,7 @@ def mine(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_one_package(wheel: Path) -> None:
     inside = names(wheel)
     assert {name.partition("/")[0] for name in inside} == {"saltern", f"saltern-{saltern.__version__}.dist-info"}
@@ -104,6 +105,7 @@ def test_the_wheel_holds_one_package(wheel: Path) -> None:
     assert {"saltern/py.typed", "saltern/__main__.py", "saltern/pipeline/show/page.html"} <= inside
 
 
+@pytest.mark.slow
 def test_the_sdist_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:
     with tarfile.open(build("sdist", source)) as archive:
         archive.extractall(tmp_path, filter="data")
@@ -118,12 +120,14 @@ SCRIPT = (
 )
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_beside_folders_of_the_old_names(python: Path, mine: Path) -> None:
     assert "extract" in run(python.with_name("saltern"), "--help", cwd=mine).stdout
     assert run(python, "-m", "saltern", "--version", cwd=mine).stdout == f"saltern {saltern.__version__}\n"
     assert Path(run(python, "-c", SCRIPT, cwd=mine).stdout.strip()).is_relative_to(python.parents[1])
 
 
+@pytest.mark.slow
 def test_an_editable_install_beside_folders_of_the_old_names(source: Path, mine: Path, tmp_path: Path) -> None:
     python = environment(tmp_path / "venv", "--editable", source)
     assert Path(run(python, "-c", SCRIPT, cwd=mine).stdout.strip()).is_relative_to(source)

@@ -124,6 +124,7 @@ def test_every_step_is_of_its_kind_and_leaves_the_weights(past: bool) -> None:
     assert all(torch.equal(value, before[name]) for name, value in training.classifier.named_parameters())
 
 
+@pytest.mark.slow
 def test_the_command_reports_every_figure(toy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "_ENOUGH_S", 0.01)
     words = ["bench", "casm", "--out", str(tmp_path / "out"), "--model", toy, "--batch-size", "2", "--device", "cpu"]

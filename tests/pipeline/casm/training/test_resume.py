@@ -68,6 +68,7 @@ def test_a_checkpoint_that_was_being_written_or_was_damaged_does_not_count(shard
     assert files(tmp_path / "run") == files(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_gone_on_from(shards, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     line = [sys.executable, HELPERS / "casm_toys.py", shards, tmp_path / "killed", "20"]

@@ -25,6 +25,8 @@ from saltern.pipeline.engine.conduct import Book
 from saltern.pipeline.extract.processor import Processor
 from saltern.schemas.errors import ShardError, UserError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
