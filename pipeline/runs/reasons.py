@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 
+from saltern.schemas.errors import printable
 from saltern.schemas.receipt import Receipt
 from saltern.schemas.saliency import DECODE_FAILED, MISSING_LABEL, NONFINITE, OK, OUT_OF_MEMORY, TOO_LARGE, ZERO_MAP
 
@@ -28,6 +29,7 @@ class Reasons:
         self._texts: dict[str, str] = {}  # by group
 
     def add(self, text: str, count: int = 1) -> None:
+        text = printable(text)
         group = re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "#", text[:_LONGEST])
         if group not in self._texts and len(self._texts) >= _GROUPS:
             group = text = _OTHER

@@ -9,7 +9,7 @@ from extracting import extract
 from making import picture, write_tar
 from toys import receipt
 
-from saltern.pipeline.runs.manifest import load_run_folder
+from saltern.pipeline.runs.manifest import load_run_folder, read_receipts
 from saltern.pipeline.runs.reasons import MIN_OK, SHOWN, Reasons, reasons_of, too_few_ok
 from saltern.pipeline.runs.verify import verify
 from saltern.schemas.run import Shard
@@ -71,7 +71,8 @@ def test_unlabelled_images_exit_with_1_and_the_fix_everywhere(
     for _ in range(2):  # also if nothing is left to do
         assert extract(tar, out) == 1
         said = capsys.readouterr().err
-        reason = "missing_label: the target is the label, and the sample has no `cls` that is a number"
+        (reason,) = read_receipts(*load_run_folder(str(out))).popitem()[1].reasons
+        assert reason.startswith("missing_label: the target is the label, and ")
         assert f"6 rows {reason}\n" in said
         assert f"FAILED: 0 of 6 rows are ok, none; most often {reason}; give labels with --labels FILE" in said
     shown = call("status", out)
@@ -96,3 +97,9 @@ def test_a_few_damaged_images_are_counted_and_no_failure(tmp_path: Path, capsys:
     write_tar(tar, ((f"k{n}", {"jpg": picture(n), "cls": "1"}) for n in range(10)))
     assert extract(tar, tmp_path / "run", {"retry_failed": True}) == 0
     assert "decode_failed" not in capsys.readouterr().err
+
+
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    reasons = Reasons()
+    reasons.add("decode_failed: \x1b[31mred\u202e")
+    assert all(character.isprintable() for text in reasons.top() for character in text)
