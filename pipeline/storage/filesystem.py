@@ -8,6 +8,10 @@ from pyarrow import fs
 
 from saltern.schemas.errors import UserError
 
+CONNECT_S = 10.0
+STALLED_S = 20.0  # without a byte
+REQUESTS = 5  # attempts at one request to S3
+
 
 def filesystem(url: str) -> tuple[fs.FileSystem, str]:
     """Return the filesystem of a local path or an s3:// or gs:// URL, and the path in it.
@@ -33,10 +37,19 @@ def filesystem(url: str) -> tuple[fs.FileSystem, str]:
 @lru_cache(maxsize=64)
 def _bucket(scheme: str, bucket: str) -> fs.FileSystem:
     try:
-        return fs.FileSystem.from_uri(f"{scheme}://{bucket}")[0]
+        made = fs.FileSystem.from_uri(f"{scheme}://{bucket}")[0]
+        return _bounded(made) if scheme == "s3" else made
     except pa.ArrowInvalid as error:
         raise UserError(f"{scheme}://{bucket} is not a bucket: {error}") from error
     except OSError as error:
         if re.search("ACCESS_DENIED|not found", str(error)):
             raise UserError(f"{scheme}://{bucket}: {error}") from error
         raise
+
+
+def _bounded(made: fs.S3FileSystem) -> fs.S3FileSystem:
+    """Bound the attempts at a request. Without a bound, a body that stalls is requested again for minutes."""
+    _, (options,) = made.__reduce__()
+    bounds = {"connect_timeout": CONNECT_S, "request_timeout": STALLED_S}
+    retries = fs.AwsStandardS3RetryStrategy(max_attempts=REQUESTS)
+    return fs.S3FileSystem(**{**options, **bounds, "retry_strategy": retries})

@@ -24,6 +24,7 @@ class S3(ThreadingHTTPServer):
         self.requests: list[str] = []  # as "GET key" or "LIST prefix"
         self.parts: dict[str, dict[int, bytes]] = {}  # by unfinished upload
         self.cut = False  # whether to close the connection in the middle of each object
+        self.stalled: threading.Event | None = None  # if set, the middle of each object waits for it
         self.written: dict[str, datetime] = {}  # time of an object's last change; not of those put into `objects`
         self.before: Callable[[str], None] = lambda request: None  # called before each answer about an object
 
@@ -45,8 +46,14 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(body) if length is None else length)}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        if self.command == "HEAD":
+            return
+        if self.server.stalled is not None:
+            self.wfile.write(body[: len(body) // 2])
+            self.server.stalled.wait()
+            self.close_connection = True
+            return
+        self.wfile.write(body)
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
