@@ -8,7 +8,7 @@ from saltern.jobs.options import AsJson, RunFolder
 def status(run: RunFolder, as_json: AsJson = False) -> None:
     """Show how many shards of a run are done, its rows by status, and its failures.
 
-    The exit code is 1 if shards failed or less than half of the rows are ok.
+    The exit code is 1 if shards failed, data files are missing or less than half of the rows are ok.
     """
     import json
     from dataclasses import asdict
@@ -38,6 +38,8 @@ def status(run: RunFolder, as_json: AsJson = False) -> None:
             typer.echo(f"FAILED: {progress.problem}")
         if progress.warning:
             typer.echo(f"WARNING: {progress.warning}")
+        for shard, reason in progress.invalid.items():
+            typer.echo(f"{shard}: not done, although it has a receipt: {reason}; the same command makes it again")
         for shard, reason in progress.failures.items():
             typer.echo(f"{shard}: {reason}")
-    raise typer.Exit(1 if progress.failures or progress.problem else 0)
+    raise typer.Exit(1 if progress.failures or progress.invalid or progress.problem else 0)

@@ -1,22 +1,34 @@
 """saltern verify: check that a run is complete and intact."""
 
+from typing import Annotated
+
 import typer
 
-from saltern.jobs.options import AsJson, RunFolder
+from saltern.jobs import options as opt
 
 
-def verify(run: RunFolder, as_json: AsJson = False) -> None:
+def verify(
+    run: opt.RunFolder,
+    more: Annotated[list[str] | None, typer.Argument(metavar="SHARDS...", hidden=True)] = None,
+    shards: Annotated[
+        list[str] | None, opt.inputs("Where its shards are now, if they were moved.", metavar="SHARDS...")
+    ] = None,
+    as_json: opt.AsJson = False,
+) -> None:
     """Check a run's digests, fingerprints and keys: every sample must have exactly its rows.
 
-    Lists the problems. If it finds any, the exit code is 1.
+    Lists the problems. If it finds any, the exit code is 1. Says which tars could not be compared.
     """
     import json
     from dataclasses import asdict
 
     from saltern.pipeline.runs.manifest import load_run_folder
+    from saltern.pipeline.runs.places import move
     from saltern.pipeline.runs.verify import verify as check
 
-    verdict = check(*load_run_folder(run))
+    store, manifest = load_run_folder(run)
+    # If the shell expands a glob, `--shards` takes the first path and the others come as arguments.
+    verdict = check(store, move(run, manifest, [*(shards or []), *(more or [])])[0])
     if as_json:
         typer.echo(json.dumps(asdict(verdict), indent=1))
     else:
@@ -26,6 +38,8 @@ def verify(run: RunFolder, as_json: AsJson = False) -> None:
             typer.echo(f"{count:,} rows {reason}")
         if verdict.warning:
             typer.echo(f"WARNING: {verdict.warning}")
+        for reason, (count, first) in verdict.unproven.items():
+            typer.echo(f"NOT PROVEN: the keys of {count:,} shards (the first is {first}): {reason}")
         word = f"{len(verdict.findings)} problems" if verdict.findings else "no problems"
         typer.echo(
             f"{word}: {verdict.done} of {verdict.shards} shards done, {verdict.samples:,} samples, "

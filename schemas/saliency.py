@@ -89,8 +89,11 @@ def with_metadata(schema: pa.Schema, provenance: dict[str, Any]) -> pa.Schema:
 def read_metadata(schema: pa.Schema) -> dict[str, Any]:
     """Return the provenance that `with_metadata` wrote; an empty dict if Saltern did not write the file."""
     raw = (schema.metadata or {}).get(METADATA_KEY)
-    provenance: dict[str, Any] = json.loads(raw) if raw else {}
-    return provenance
+    try:
+        provenance = json.loads(raw) if raw else {}
+    except (ValueError, RecursionError):
+        return {}
+    return provenance if isinstance(provenance, dict) else {}
 
 
 Box = tuple[int, int, int, int]

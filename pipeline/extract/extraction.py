@@ -23,8 +23,9 @@ from saltern.pipeline.maps.frame import to_original
 from saltern.pipeline.methods import Method, build
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.runs.agreement import label_doubt
+from saltern.pipeline.runs.datafile import data_schema
 from saltern.pipeline.runs.manifest import read_receipts
-from saltern.pipeline.runs.outlet import Spec, origin
+from saltern.pipeline.runs.outlet import Spec
 from saltern.pipeline.runs.writer import Record
 from saltern.pipeline.shards.annotations import extra
 from saltern.pipeline.shards.decode import Decoded
@@ -33,7 +34,7 @@ from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import ExtractConfig, MethodConfig, RunConfig, check_keys
 from saltern.schemas.errors import UserError, printable
 from saltern.schemas.run import Run, Shard
-from saltern.schemas.saliency import MISSING_LABEL, NONFINITE, OK, ZERO_MAP, table_schema, with_metadata
+from saltern.schemas.saliency import MISSING_LABEL, NONFINITE, OK, ZERO_MAP
 
 REASONS = {
     ZERO_MAP: "the method gave zeros everywhere",
@@ -101,15 +102,8 @@ class Extraction:
         crop = config.preprocess.crop
         stored = self._explain_grey(crop)
         shape = None if stored is None else (int(stored.shape[1]), int(stored.shape[2]))
-        provenance = {
-            **origin(spec.run),
-            "map_dtype": config.map_dtype,
-            "map_shape": shape,
-            "map_clip_quantile": self._explain.clip_quantile,
-            "input_shape": [crop, crop],
-            "mask_bit_order": "big",
-        }
-        self.schema = with_metadata(table_schema(None if stored is None else stored[0].nbytes), provenance)
+        measured = {"map_shape": shape, "map_clip_quantile": self._explain.clip_quantile}
+        self.schema = data_schema(spec.run, measured)
         self._storage = Storage(shape, config.map_dtype == "uint8", (crop, crop))
 
     def _explain_grey(self, crop: int) -> NDArray[Any] | None:

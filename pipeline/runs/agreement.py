@@ -6,13 +6,11 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from saltern.pipeline.runs.manifest import data_name
+from saltern.pipeline.runs.datafile import reading_data
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import EXTRACT
-from saltern.schemas.run import Run
+from saltern.schemas.errors import ShardError
+from saltern.schemas.run import Run, Shard
 
 SAMPLES, SHARDS = 512, 16  # looked at, at most, at equal distances
 WEAK = 0.1  # accuracy above chance that even a weak model has: (accuracy - chance) / (1 - chance)
@@ -67,10 +65,10 @@ def measure_agreement(store: Store, run: Run, done: Collection[str]) -> Agreemen
     """
     if run.config.job != EXTRACT:
         return None
-    shards = [shard.name for shard in run.shards if shard.name in done]
+    shards = [shard for shard in run.shards if shard.name in done]
     count = min(SHARDS, len(shards))
     chosen = [shards[number * len(shards) // count] for number in range(count)]
-    rows = [row for shard in chosen for row in _rows(store, shard, SAMPLES // count)]
+    rows = [row for shard in chosen for row in _rows(store, run, shard, SAMPLES // count)]
     if not rows:
         return None
     agreeing = sum(row["label"] == row["predicted"] for row in rows)
@@ -79,11 +77,10 @@ def measure_agreement(store: Store, run: Run, done: Collection[str]) -> Agreemen
     return Agreement(len(rows), agreeing, run.config.classes, explained)
 
 
-def _rows(store: Store, shard: str, count: int) -> Iterator[dict[str, Any]]:
+def _rows(store: Store, run: Run, shard: Shard, count: int) -> Iterator[dict[str, Any]]:
     """Yield label, top-1 and target of some samples of a shard."""
-    columns = ["index", "label", "predicted", "target"]
-    with contextlib.suppress(OSError, pa.ArrowException):
-        table = pq.read_table(store.full(data_name(shard)), filesystem=store.fs, columns=columns).to_pylist()
+    with contextlib.suppress(ShardError), reading_data(store, run, shard) as file:
+        table = file.read(["index", "label", "predicted", "target"]).to_pylist()
         rows = {row["index"]: row for row in table if row["label"] is not None and row["predicted"] is not None}
         yield from list(rows.values())[:: max(1, -(-len(rows) // count))]
 

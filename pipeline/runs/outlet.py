@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -150,8 +149,3 @@ class Outlet:
             content=None if tally.content is None else f"{tally.content:08x}",
         )
         return Made(receipt, {**(more or {}), data_name(shard.name): source})
-
-
-def origin(run: Run) -> dict[str, Any]:
-    """Return the metadata of every data file about its run."""
-    return {"fingerprint": run.fingerprint, "config": run.config.marked(), "versions": run.versions}

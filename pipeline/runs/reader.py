@@ -3,6 +3,7 @@
 Shape suffixes: H W the network's input, h w a stored map's grid, Y X the upright original.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from saltern.pipeline.maps.discretize import upsample
 from saltern.pipeline.maps.encode import dequantise, unpack_mask
 from saltern.pipeline.maps.frame import over_frame
+from saltern.pipeline.runs.datafile import reading, reading_data
 from saltern.pipeline.runs.manifest import data_name, load_run_folder, read_receipts
 from saltern.pipeline.runs.places import move, readable
 from saltern.pipeline.runs.writer import Record
@@ -86,11 +88,15 @@ class Row:
 
         Raises:
             ValueError: the row has no map (it failed, or the run was made with --no-map).
+            ShardError: the map does not fit its shape.
         """
         if self.map_bytes is None or self.map_height is None or self.map_width is None:
             raise ValueError(f"{self.shard}: {self.key} has no map ({self.error or 'the run was made with --no-map'})")
         shape = (self.map_height, self.map_width)
-        map_hw = dequantise(self.map_bytes, self.layout.map_dtype, shape, self.map_lo, self.map_hi)
+        try:
+            map_hw = dequantise(self.map_bytes, self.layout.map_dtype, shape, self.map_lo, self.map_hi)
+        except (ValueError, TypeError) as error:
+            raise ShardError(f"{self.shard}: {self.key}: its map does not fit its shape {shape}") from error
         if size == "native":
             return map_hw
         if size != "input":
@@ -99,10 +105,18 @@ class Row:
         return map_HW
 
     def mask(self) -> NDArray[np.bool_]:
-        """Return the mask, bool (H, W), exactly as extracted. Raises ValueError if the row has none."""
+        """Return the mask, bool (H, W), exactly as extracted.
+
+        Raises:
+            ValueError: the row has no mask.
+            ShardError: the mask does not fit the network's input.
+        """
         if self.mask_bytes is None:
             raise ValueError(f"{self.shard}: {self.key} has no mask ({self.error})")
-        return unpack_mask(self.mask_bytes, self.layout.input_shape)
+        try:
+            return unpack_mask(self.mask_bytes, self.layout.input_shape)
+        except ValueError as error:
+            raise ShardError(f"{self.shard}: {self.key}: its mask does not fit {self.layout.input_shape}") from error
 
 
 # The columns of a row in the order of its fields.
@@ -164,8 +178,7 @@ class SaliencyRun:
 
     def read(self, shard: Shard) -> Iterator[Row]:
         """Yield the rows of one shard."""
-        with self._open(shard) as file:
-            layout = self._layout(shard, file)
+        with self._reading(shard) as (file, layout):
             for batch in file.iter_batches(_AT_ONCE, use_threads=False):
                 yield from _rows(batch, layout)
 
@@ -193,9 +206,10 @@ class SaliencyRun:
         """Return columns of all rows, in shard order; the files are read in parallel."""
         paths = [self.store.full(data_name(shard.name)) for shard in self.shards]
         try:
-            table = ds.dataset(paths, filesystem=self.store.fs, format="parquet").to_table(list(names))
-        except (FileNotFoundError, pa.ArrowInvalid) as error:
-            raise ShardError(f"{self.path}: {error}; {self._fix}") from error
+            with reading(self.path):
+                table = ds.dataset(paths, filesystem=self.store.fs, format="parquet").to_table(list(names))
+        except ShardError as error:
+            raise ShardError(f"{error}; {self._fix}") from error
         if len(table) != len(self):
             raise ShardError(f"{self.path} holds {len(table)} rows, its receipts say {len(self)}; {self._fix}")
         return table
@@ -214,12 +228,12 @@ class SaliencyRun:
 
     def _row_group(self, shard: Shard, within: int) -> tuple[int, list[Row]]:
         """Return the row group that holds row `within` of the shard: the number of its first row, and its rows."""
-        with self._open(shard) as file:
+        with self._reading(shard) as (file, layout):
             first = 0
             for group in range(file.num_row_groups):
                 count = file.metadata.row_group(group).num_rows
                 if within < first + count:
-                    return first, _rows(file.read_row_group(group), self._layout(shard, file))
+                    return first, _rows(file.read_row_group(group), layout)
                 first += count
         raise self._broken(shard, f"holds {first} rows, its receipt says more")
 
@@ -251,19 +265,16 @@ class SaliencyRun:
     def _broken(self, shard: Shard, what: str) -> ShardError:
         return ShardError(f"{self.store.full(data_name(shard.name))} {what}; {self._fix}")
 
-    def _open(self, shard: Shard) -> pq.ParquetFile:
+    @contextlib.contextmanager
+    def _reading(self, shard: Shard) -> Iterator[tuple[pq.ParquetFile, Layout]]:
+        """Open a shard's data file. Raises ShardError for whatever is wrong with it, also while it is read."""
         try:
-            return pq.ParquetFile(self.store.fs.open_input_file(self.store.full(data_name(shard.name))))
-        except (FileNotFoundError, pa.ArrowInvalid) as error:
-            raise self._broken(shard, f"cannot be read ({error})") from error
-
-    def _layout(self, shard: Shard, file: pq.ParquetFile) -> Layout:
-        metadata = read_metadata(file.schema_arrow)
-        fingerprint = metadata.get("fingerprint")
-        if fingerprint != self.run.fingerprint:
-            raise self._broken(shard, f"has the fingerprint {fingerprint}, its run {self.run.fingerprint}")
-        height, width = metadata["input_shape"]
-        return Layout(metadata["map_dtype"], (height, width))
+            with reading_data(self.store, self.run, shard) as file:
+                metadata = read_metadata(file.schema_arrow)
+                height, width = metadata["input_shape"]
+                yield file, Layout(metadata["map_dtype"], (height, width))
+        except ShardError as error:
+            raise ShardError(f"{error}; {self._fix}") from error
 
 
 def _rows(table: Any, layout: Layout) -> list[Row]:
@@ -278,11 +289,11 @@ def read_columns(store: Store, run: Run, columns: Sequence[str], limit: int | No
     for shard in run.shards:
         if shard.name not in done or limit == 0:
             continue
-        file = pq.ParquetFile(store.full(data_name(shard.name)), filesystem=store.fs)
-        for batch in file.iter_batches(min(512, limit or 512), columns=list(columns)):
-            rows = batch.to_pylist()[:limit]
-            yield from rows
-            if limit is not None:
-                limit -= len(rows)
-                if limit == 0:
-                    break
+        with reading_data(store, run, shard) as file:
+            for batch in file.iter_batches(min(512, limit or 512), columns=list(columns)):
+                rows = batch.to_pylist()[:limit]
+                yield from rows
+                if limit is not None:
+                    limit -= len(rows)
+                    if limit == 0:
+                        break

@@ -1,22 +1,27 @@
 """Verify a run: every wanted shard has an intact data file of this run, with rows for every sample of its tar."""
 
 import hashlib
+import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from saltern.pipeline.runs.agreement import label_doubt
-from saltern.pipeline.runs.manifest import data_name, read_failures, read_receipts
+from saltern.pipeline.runs.datafile import open_data, reading
+from saltern.pipeline.runs.manifest import data_name, failure_name, judge_receipts, receipt_name
 from saltern.pipeline.runs.reasons import reasons_of
-from saltern.pipeline.shards.samples import list_keys
+from saltern.pipeline.shards.samples import content_of, list_keys
 from saltern.pipeline.storage.store import SCRATCH, Store
 from saltern.schemas.config import VISUALIZE
-from saltern.schemas.errors import ShardError
-from saltern.schemas.receipt import Receipt
-from saltern.schemas.run import CLASSES, Run, Shard
-from saltern.schemas.saliency import read_metadata
+from saltern.schemas.errors import ShardError, UserError
+from saltern.schemas.receipt import Failure, Receipt
+from saltern.schemas.run import CLASSES, Run, Shard, same_time
+
+GONE = "the tar is gone (if it was moved, --shards says where it is)"
+REMOTE = "the tar is in an object store, where reading its keys costs as much as reading all of it"
 
 
 @dataclass(frozen=True)
@@ -33,85 +38,140 @@ class Verdict:
 
     shards: int
     done: int
-    samples: int
-    rows: int
-    recounted: int  # shards whose tar was read again; the counts of the others come from their receipts
-    findings: list[Finding]
+    samples: int = 0
+    rows: int = 0
+    recounted: int = 0  # shards whose tar was read again; the counts of the others come from their receipts
+    findings: list[Finding] = field(default_factory=list)
+    # Why tars were not read again, with the number of shards and the first tar.
+    unproven: dict[str, tuple[int, str]] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)  # the most frequent ones of rows that are not ok
     warning: str | None = None  # about the labels
 
 
 def verify(store: Store, run: Run) -> Verdict:
-    """Check every shard, and that the folder holds only files of the run."""
-    receipts = read_receipts(store, run)
-    verdict = Verdict(len(run.shards), len(receipts), 0, 0, 0, [])
-    failures = read_failures(store, receipts)
+    """Check every shard, and that the folder holds only files of the run.
+
+    Raises:
+        UserError: a receipt or a folder of the run cannot be read at all.
+    """
+    receipts, invalid = judge_receipts(store, run)
+    verdict = Verdict(len(run.shards), len(receipts))
+    failures, damaged = _failures(store, run)
     for shard in run.shards:
         receipt = receipts.get(shard.name)
         if receipt is None:
             failure = failures.get(shard.name)
-            reason = f"failed: {failure.reason}" if failure else "not done"
+            reason = invalid.get(shard.name) or (f"failed: {failure.reason}" if failure else "not done")
             verdict.findings.append(Finding(shard.name, reason))
             continue
         verdict.samples += receipt.samples
         verdict.rows += receipt.rows
-        keys = _keys(run, shard)
-        verdict.recounted += keys is not None
-        verdict.findings += [Finding(shard.name, reason) for reason in _check(store, run, shard, receipt, keys)]
-    verdict.findings += _unknown_files(store, run)
+        found, keys = [], None
+        try:
+            keys = _keys(run, shard, receipt)
+            verdict.recounted += 1
+        except ShardError as error:
+            found.append(str(error))
+        except OSError as error:
+            count, first = verdict.unproven.get(str(error), (0, shard.url))
+            verdict.unproven[str(error)] = (count + 1, first)
+        found += _check(store, run, shard, receipt, keys)
+        verdict.findings += [Finding(shard.name, reason) for reason in found]
+    verdict.findings += [*damaged, *_unknown_files(store, run)]
     verdict.reasons = reasons_of(receipts.values())
     verdict.warning = label_doubt(store, run, receipts)
     return verdict
 
 
-def _keys(run: Run, shard: Shard) -> list[str] | None:
-    """Return the keys of the tar, or the classes; None if reading them is expensive or impossible."""
+def _keys(run: Run, shard: Shard, receipt: Receipt) -> list[str]:
+    """Return the keys of the tar, or the classes.
+
+    Raises:
+        OSError: the tar cannot be read, or reading it is expensive; its message is the reason.
+        ShardError: the tar is not the one that was read.
+    """
     if run.config.job == VISUALIZE:
         return shard.url.removeprefix(CLASSES).split(",")
     if "://" in shard.url:
-        return None
+        raise OSError(REMOTE)
     try:
+        info = os.stat(shard.url)
+        if info.st_size != receipt.size:
+            raise ShardError(f"its tar has {info.st_size} bytes, and had {receipt.size} when it was read")
+        if (
+            receipt.content
+            and not same_time(info.st_mtime_ns, receipt.mtime_ns)
+            and content_of(shard) != receipt.content
+        ):
+            raise ShardError("its tar was written again with other content since it was read")
         return list_keys(shard)
-    except (OSError, ShardError):
-        return None
+    except (FileNotFoundError, NotADirectoryError):
+        raise OSError(GONE) from None
+    except OSError as error:
+        raise OSError(f"the tar cannot be read ({error.strerror or error})") from error
+
+
+def _table(store: Store, run: Run, shard: Shard, receipt: Receipt) -> dict[str, list[Any]]:
+    """Return the columns of a data file that name its rows. Raises ShardError if it is not the one of the receipt."""
+    place = "its data file"
+    try:
+        raw = store.read(data_name(shard.name))
+    except (OSError, UserError) as error:
+        raise ShardError(f"{place} cannot be read: {error}") from error
+    if raw is None:
+        raise ShardError(f"{place} is missing")
+    if len(raw) != receipt.data_bytes or hashlib.sha256(raw).hexdigest() != receipt.digest:
+        raise ShardError(f"{place} is not the one that its receipt was written for (digest differs)")
+    file = open_data(run, place, pa.BufferReader(raw))
+    with reading(place):
+        columns: dict[str, list[Any]] = file.read(["key", "index", "target", "shard", "status"]).to_pydict()
+    return columns
 
 
 def _check(store: Store, run: Run, shard: Shard, receipt: Receipt, keys: list[str] | None) -> Iterator[str]:
-    raw = store.read(data_name(shard.name))
-    if raw is None:
-        yield "its data file is missing"
-        return
-    if hashlib.sha256(raw).hexdigest() != receipt.digest:
-        yield "its data file is not the one that its receipt was written for (digest differs)"
-        return
+    """Yield what is wrong with a data file; `keys` are those of its tar, if they are known."""
     try:
-        file = pq.ParquetFile(pa.BufferReader(raw))
-        table = file.read(columns=["key", "index", "target", "shard"])
-    except (pa.ArrowInvalid, OSError) as error:
-        yield f"its data file cannot be read: {error}"
+        table = _table(store, run, shard, receipt)
+    except ShardError as error:
+        yield str(error)
         return
-    if read_metadata(file.schema_arrow).get("fingerprint") != run.fingerprint:
-        yield "its data file has another fingerprint"
-    if table.num_rows != receipt.rows:
-        yield f"{table.num_rows} rows, the receipt says {receipt.rows}"
-    if set(table["shard"].unique().to_pylist()) - {shard.name}:
+    if len(table["key"]) != receipt.rows:
+        yield f"{len(table['key'])} rows, the receipt says {receipt.rows}"
+    if (statuses := Counter(table["status"])) != Counter(receipt.statuses):
+        yield f"its rows have the statuses {dict(statuses)}, the receipt says {receipt.statuses}"
+    if set(table["shard"]) - {shard.name}:
         yield "it has rows of another shard"
-    if table.select(["index", "target"]).group_by(["index", "target"]).aggregate([]).num_rows != table.num_rows:
+    if len(set(zip(table["index"], table["target"], strict=True))) != len(table["key"]):
         yield "it has a sample's target twice"
-    samples = dict.fromkeys(zip(table["index"].to_pylist(), table["key"].to_pylist(), strict=True))
-    if [index for index, _ in samples] != list(range(receipt.samples)):
+    samples = list(dict.fromkeys(zip(table["index"], table["key"], strict=True)))
+    if len(samples) != receipt.samples or any(index != number for number, (index, _) in enumerate(samples)):
         yield f"its rows are not those of the samples 0..{receipt.samples - 1}, each once, in order"
     if keys is not None and [key for _, key in samples] != keys:
         yield f"its keys are not those of the tar ({len(samples)} samples in the data file, {len(keys)} in {shard.url})"
 
 
+def _failures(store: Store, run: Run) -> tuple[dict[str, Failure], list[Finding]]:
+    """Return the failures by shard name, and findings about damaged ones."""
+    failures, findings = {}, []
+    for name, raw in store.read_all("failures"):
+        try:
+            failure = Failure.from_json(raw, sealed=run.sealed)
+            if failure_name(failure.shard) != f"failures/{name}":
+                raise ValueError(f"it is of the shard {failure.shard}")
+            failures[failure.shard] = failure
+        except ValueError as error:
+            findings.append(Finding(f"failures/{name}", f"is damaged ({error})"))
+    return failures, findings
+
+
 def _unknown_files(store: Store, run: Run) -> Iterator[Finding]:
-    wanted = {data_name(shard.name).removeprefix("data/") for shard in run.shards}
-    for name in store.listing("data", ""):
-        if name not in wanted:
-            yield Finding(f"data/{name}", "belongs to no shard of this run")
+    names = {name(shard.name) for shard in run.shards for name in (data_name, receipt_name, failure_name)}
+    for folder in ("data", "receipts", "failures"):
+        for name in store.listing(folder, ""):
+            if f"{folder}/{name}" not in names:
+                yield Finding(f"{folder}/{name}", "belongs to no shard of this run")
     if store.local:
-        for name in store.listing("", ""):
+        for name in sorted(os.listdir(store.path)):
             if name.startswith(SCRATCH):
                 reason = "is a temporary file: a run is in progress, or one was killed; the next run removes the file"
                 yield Finding(name, reason)

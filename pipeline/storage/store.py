@@ -1,6 +1,7 @@
 """A run's folder, on a local disk or in an object store. Its files are visible only when they are complete."""
 
 import contextlib
+import errno
 import os
 import uuid
 from collections.abc import Iterable, Iterator
@@ -11,7 +12,9 @@ from pyarrow import fs
 
 from saltern.pipeline.storage.files import fsync
 from saltern.pipeline.storage.filesystem import filesystem
+from saltern.schemas.errors import UserError
 
+_WRONG = {errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}  # errors about a path
 SCRATCH = "_tmp-"  # Arrow's and Spark's readers skip names with this prefix
 
 
@@ -31,7 +34,8 @@ class Store:
         """Return the file's bytes; None if it does not exist."""
         try:
             if self.local:
-                return Path(self.full(name)).read_bytes()
+                with named(self.full(name)):
+                    return Path(self.full(name)).read_bytes()
             with self.fs.open_input_stream(self.full(name)) as stream:
                 content: bytes = stream.read()
                 return content
@@ -120,11 +124,26 @@ class Store:
             self.fs.delete_file(self.full(name))
 
 
-def _walk(base: str, below: str, suffix: str) -> Iterator[str]:
+@contextlib.contextmanager
+def named(path: str) -> Iterator[None]:
+    """Raise UserError, which names the path, if it is of a wrong kind or not for this user."""
     try:
-        entries = list(os.scandir(os.path.join(base, below)))
+        yield
+    except OSError as error:
+        if error.errno not in _WRONG:
+            raise
+        raise UserError(f"{path}: {os.strerror(error.errno)}") from error
+
+
+def _walk(base: str, below: str, suffix: str) -> Iterator[str]:
+    folder = os.path.join(base, below)
+    try:
+        with named(folder):
+            entries = list(os.scandir(folder))
     except FileNotFoundError:
         return
+    except NotADirectoryError as error:
+        raise UserError(f"{folder} is a file, where a folder should be") from error
     for entry in entries:
         name = f"{below}/{entry.name}" if below else entry.name
         if entry.is_dir(follow_symlinks=False):

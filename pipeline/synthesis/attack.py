@@ -25,19 +25,20 @@ from saltern.pipeline.extract.task import STATUSES, Explained, Item, Pending, as
 from saltern.pipeline.maps.discretize import upsample
 from saltern.pipeline.methods import find
 from saltern.pipeline.models.passes import frozen, logits_of
-from saltern.pipeline.runs.outlet import Spec, origin
+from saltern.pipeline.runs.datafile import data_schema
+from saltern.pipeline.runs.outlet import Spec
 from saltern.pipeline.runs.writer import Record
 from saltern.pipeline.shards.decode import Decoded
 from saltern.pipeline.shards.samples import Sample
 from saltern.pipeline.show.grid import png
 from saltern.pipeline.synthesis.attack_report import close
 from saltern.pipeline.synthesis.perturb import perturb, unit
-from saltern.schemas.attack import SIDES, attack_schema
+from saltern.schemas.attack import SIDES
 from saltern.schemas.choices import PenaltyNorm, StepRule, check_choice
 from saltern.schemas.config import PGD, AttackConfig
 from saltern.schemas.errors import UserError
 from saltern.schemas.run import Run, Shard
-from saltern.schemas.saliency import NONFINITE, ZERO_MAP, with_metadata
+from saltern.schemas.saliency import NONFINITE, ZERO_MAP
 
 _REASONS = {
     ZERO_MAP: "the map is zero everywhere: the guided perturbation is held back everywhere",
@@ -101,7 +102,7 @@ class Attack:
         how = config.preprocess
         self._mean, self._std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (how.mean, how.std))
         self._model, self._method = load_method(config, device)
-        self.schema = with_metadata(attack_schema(), {**origin(spec.run), "input_shape": [how.crop, how.crop]})
+        self.schema = data_schema(spec.run, {})
 
     def __call__(self, pixels_BHWC: Tensor, label_B: Tensor, seed_B: Tensor) -> Pending:
         pending = Pending(self._device)

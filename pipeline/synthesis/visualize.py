@@ -21,8 +21,9 @@ from saltern.pipeline.extract.extraction import load_model
 from saltern.pipeline.extract.request import load_classifier, model_fields, new_run, pin
 from saltern.pipeline.extract.task import device_losses, out_of_memory
 from saltern.pipeline.models.passes import frozen, logits_of
+from saltern.pipeline.runs.datafile import data_schema
 from saltern.pipeline.runs.manifest import picture_name
-from saltern.pipeline.runs.outlet import Made, Outlet, Spec, Tally, origin
+from saltern.pipeline.runs.outlet import Made, Outlet, Spec, Tally
 from saltern.pipeline.runs.reader import read_columns
 from saltern.pipeline.runs.writer import Record
 from saltern.pipeline.show.grid import png, publish_grid
@@ -33,8 +34,7 @@ from saltern.schemas.config import Ascent, VisualizeConfig
 from saltern.schemas.errors import UserError
 from saltern.schemas.receipt import Receipt
 from saltern.schemas.run import CLASSES, Run, Shard, classes_of
-from saltern.schemas.saliency import NONFINITE, OK, with_metadata
-from saltern.schemas.visualization import visualization_schema
+from saltern.schemas.saliency import NONFINITE, OK
 
 BATCH_SIZE = {"cpu": 8, "cuda": 64}  # classes
 SHOWN = 64  # images of the contact sheet
@@ -121,7 +121,7 @@ class Visualizer:
         threads = self._config.torch_threads
         self._compute = ThreadPoolExecutor(1, "saltern-device", lambda: torch.set_num_threads(threads))
         self._model = self._compute.submit(load_model, self._config, self._device).result()
-        self._schema = with_metadata(visualization_schema(), origin(spec.run))
+        self._schema = data_schema(spec.run, {})
 
     def process(self, shard: Shard, earlier: Receipt | None = None) -> Made:
         """Visualize one batch of classes into the scratch folder, whatever its earlier receipt.

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from saltern.pipeline.maps.discretize import discretize, largest_box, upsample
 from saltern.pipeline.maps.encode import pack_mask, quantise
 from saltern.pipeline.maps.frame import to_original
+from saltern.pipeline.runs.datafile import data_schema
 from saltern.pipeline.runs.manifest import data_name, receipt_name
 from saltern.pipeline.runs.writer import Record, ShardWriter
 from saltern.pipeline.shards.decode import decode
@@ -20,7 +21,7 @@ from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import ExtractConfig, config_from_dict
 from saltern.schemas.receipt import Receipt
 from saltern.schemas.run import Run, Shard
-from saltern.schemas.saliency import DECODE_FAILED, OK, table_schema, with_metadata
+from saltern.schemas.saliency import DECODE_FAILED, OK
 
 CROP = 32
 SIZE = (44, 60)  # height and width of the photographs
@@ -131,17 +132,9 @@ def _row(made: Made, shard: str, key: str, index: int, target: int, grid: tuple[
 def write_shard(made: Made, number: int, samples: int, rows: list[Record], grid: tuple[int, int]) -> None:
     """Write a data file and its receipt."""
     shard, cfg = made.run.shards[number], made.run.config_of(ExtractConfig)
-    size = grid[0] * grid[1] * np.dtype(cfg.map_dtype).itemsize if cfg.save_map else None
-    provenance = {
-        "fingerprint": made.run.fingerprint,
-        "config": cfg.to_dict(),
-        "map_dtype": cfg.map_dtype,
-        "map_shape": grid if cfg.save_map else None,
-        "input_shape": [CROP, CROP],
-        "mask_bit_order": "big",
-    }
+    measured = {"map_shape": list(grid) if cfg.save_map else None, "map_clip_quantile": None}
     store = Store(str(made.path))
-    with ShardWriter(made.path, with_metadata(table_schema(size), provenance)) as writer:
+    with ShardWriter(made.path, data_schema(made.run, measured)) as writer:
         writer.write(rows)
         written = writer.close()
     store.move(written.path.name, data_name(shard.name))

@@ -326,5 +326,5 @@ def test_verify_finds_what_was_tampered_with(tmp_path: Path) -> None:
     reasons = {finding.shard: finding.reason for finding in verify(*load_run_folder(str(tmp_path / "run"))).findings}
     assert "digest" in reasons["part-000000"]
     assert "missing" in reasons["part-000001"]
-    assert "keys are not those of the tar" in reasons["part-000002"]
+    assert "written again with other content" in reasons["part-000002"]
     assert "no shard" in reasons["data/stranger.parquet"]

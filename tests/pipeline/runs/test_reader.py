@@ -1,6 +1,7 @@
 """Read a run back: rows, keys, maps over their originals."""
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from saltern.pipeline.shards.decode import decode
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import ShardError, UserError
+from saltern.schemas.receipt import Receipt
 from saltern.schemas.saliency import DECODE_FAILED, OK
 
 
@@ -194,10 +196,9 @@ def test_a_tar_of_other_samples_is_named(tmp_path: Path, keys: list[str]) -> Non
     write_shard(made, 0, 3, rows, (4, 4))
     # The members are small, so that all these tars have the same size, 10,240 bytes.
     write_tar(Path(shard.url), [(key, {"jpg": b"x"}) for key in keys])
-    resized = made.path / "run.json"
-    resized.write_text(resized.read_text().replace(f'"size": {shard.size}', '"size": 10240'))
+    (made.path / "run.json").write_bytes(replace(made.run, shards=[replace(shard, size=10240)]).to_json())
     receipt = made.path / "receipts/part0/train.json"
-    receipt.write_text(receipt.read_text().replace(f'"size": {shard.size}', '"size": 10240'))
+    receipt.write_bytes(replace(Receipt.from_json(receipt.read_bytes()), size=10240).to_json())
     run = open_run(str(made.path))
     with pytest.raises(ShardError, match=r"part0/train\.parquet does not fit .*train\.tar.*saltern verify"):
         list(run.joined(run.shards[0]))
