@@ -30,13 +30,13 @@ def evaluate(
     # If the shell expands a glob, `--shards` takes the first path and the others come as arguments.
     evaluation = measure(run, [*(shards or []), *(more or [])], metric or [])
     for line in evaluation.notes:
-        typer.echo(line, err=True)
+        opt.say(line, err=True)
     if as_json:
         typer.echo(json.dumps(evaluation.summary(), indent=1))
     else:
         typer.echo(as_table(evaluation))
         for line in remarks(evaluation):
-            typer.echo(line)
+            opt.say(line)
     for shard, reason in evaluation.unread.items():
-        typer.echo(f"{shard}: {reason}", err=True)
+        opt.say(f"{shard}: {reason}", err=True)
     raise typer.Exit(1 if evaluation.unread else 0)

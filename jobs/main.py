@@ -23,7 +23,7 @@ from saltern.jobs.unseen_classes import unseen_classes
 from saltern.jobs.verify import verify
 from saltern.jobs.visualize_class import visualize_class
 from saltern.pipeline.machine import keep_memory
-from saltern.schemas.errors import UserError
+from saltern.schemas.errors import UserError, printable
 
 EXIT_CODES = (
     "Exit codes: 0 everything is done; 1 some shards failed, less than half of the rows are ok, or a check failed; "
@@ -82,6 +82,8 @@ def main() -> None:
         _fail(2, error.format_message().replace("Value error, ", ""))  # pydantic's message
     except (KeyboardInterrupt, typer.Abort):
         _fail(130, "interrupted")
+    except OSError as error:  # of a file or a store: the environment, not the code
+        _fail(2, f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except Exception:
         sys.excepthook(*sys.exc_info())
         sys.exit(3)
@@ -90,5 +92,5 @@ def main() -> None:
 
 def _fail(code: int, message: str) -> None:
     if message:  # without arguments, the message is empty and the help is printed already
-        print(f"saltern: {' '.join(message.split())}", file=sys.stderr)
+        print(f"saltern: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)

@@ -8,6 +8,7 @@ import typer
 
 from saltern.jobs.config import convert, parse_options, read_config, to_classes, to_lambda, to_rgb
 from saltern.schemas import choices
+from saltern.schemas.errors import printable
 
 _RGB = convert(to_rgb, "three numbers, as 0.485,0.456,0.406")
 
@@ -15,6 +16,11 @@ _RGB = convert(to_rgb, "three numbers, as 0.485,0.456,0.406")
 def _option(panel: str, text: str, *names: str, **rules: Any) -> Any:
     """Declare an option: its panel, its help text, and its names if they differ from the parameter's."""
     return typer.Option(*names, help=text, rich_help_panel=panel, **rules)
+
+
+def say(line: object, err: bool = False) -> None:
+    """Print a line, with control characters of names and errors escaped, on stdout or stderr."""
+    typer.echo(printable(str(line)), err=err)
 
 
 # --- Input

@@ -30,6 +30,7 @@ def show(
     """
     from saltern.pipeline.runs.reader import open_run
     from saltern.pipeline.show.sheet import comparison, contact_sheet
+    from saltern.pipeline.storage.files import write
     from saltern.schemas.errors import ShardError, UserError
 
     opened = [open_run(run, shards or []) for run in runs]
@@ -39,7 +40,9 @@ def show(
     except ShardError as error:
         raise UserError(str(error)) from error
     try:
-        page.write_text(html, encoding="utf-8")
+        if page.is_symlink():
+            raise UserError(f"{page} is a link, which a run of others may lead anywhere; name another with --out")
+        write(page, html.encode(errors="backslashreplace"))
     except OSError as error:
         raise UserError(f"cannot write {page} ({error.strerror}); name another with --out") from error
-    typer.echo(page)
+    opt.say(page)

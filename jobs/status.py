@@ -2,7 +2,7 @@
 
 import typer
 
-from saltern.jobs.options import AsJson, RunFolder
+from saltern.jobs.options import AsJson, RunFolder, say
 
 
 def status(run: RunFolder, as_json: AsJson = False) -> None:
@@ -28,18 +28,18 @@ def status(run: RunFolder, as_json: AsJson = False) -> None:
         jobs = {EXTRACT: progress.method, ATTACK: f"attack guided by {progress.method}"}
         rows = ", ".join(f"{count:,} {name}" for name, count in progress.rows.items()) or "none"
         job = jobs.get(progress.job, progress.job)
-        typer.echo(f"{run}: {job} of {progress.model}, fingerprint {progress.fingerprint}")
-        typer.echo(f"{progress.done} of {progress.shards} shards done, {progress.samples:,} samples; rows: {rows}")
+        say(f"{run}: {job} of {progress.model}, fingerprint {progress.fingerprint}")
+        say(f"{progress.done} of {progress.shards} shards done, {progress.samples:,} samples; rows: {rows}")
         if attacked:
-            typer.echo(in_words(attacked))
+            say(in_words(attacked))
         for reason, count in progress.reasons.items():
-            typer.echo(f"{count:,} rows {reason}")
+            say(f"{count:,} rows {reason}")
         if progress.problem:
-            typer.echo(f"FAILED: {progress.problem}")
+            say(f"FAILED: {progress.problem}")
         if progress.warning:
-            typer.echo(f"WARNING: {progress.warning}")
+            say(f"WARNING: {progress.warning}")
         for shard, reason in progress.invalid.items():
-            typer.echo(f"{shard}: not done, although it has a receipt: {reason}; the same command makes it again")
+            say(f"{shard}: not done, although it has a receipt: {reason}; the same command makes it again")
         for shard, reason in progress.failures.items():
-            typer.echo(f"{shard}: {reason}")
+            say(f"{shard}: {reason}")
     raise typer.Exit(1 if progress.failures or progress.invalid or progress.problem else 0)

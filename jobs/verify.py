@@ -33,15 +33,15 @@ def verify(
         typer.echo(json.dumps(asdict(verdict), indent=1))
     else:
         for finding in verdict.findings:
-            typer.echo(f"{finding.shard}: {finding.reason}")
+            opt.say(f"{finding.shard}: {finding.reason}")
         for reason, count in verdict.reasons.items():
-            typer.echo(f"{count:,} rows {reason}")
+            opt.say(f"{count:,} rows {reason}")
         if verdict.warning:
-            typer.echo(f"WARNING: {verdict.warning}")
+            opt.say(f"WARNING: {verdict.warning}")
         for reason, (count, first) in verdict.unproven.items():
-            typer.echo(f"NOT PROVEN: the keys of {count:,} shards (the first is {first}): {reason}")
+            opt.say(f"NOT PROVEN: the keys of {count:,} shards (the first is {first}): {reason}")
         word = f"{len(verdict.findings)} problems" if verdict.findings else "no problems"
-        typer.echo(
+        opt.say(
             f"{word}: {verdict.done} of {verdict.shards} shards done, {verdict.samples:,} samples, "
             f"{verdict.rows:,} rows; {verdict.recounted} tars counted again"
         )

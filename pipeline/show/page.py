@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from saltern.schemas.errors import printable
 from saltern.schemas.saliency import OK
 
 Number = int | float | None
@@ -83,9 +84,15 @@ def _template() -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=StrictUndefined,
+        finalize=_visible,
     )
     environment.filters |= {"attribute_name": _attribute_name, "base64": _base64, "digest": _digest}
     return environment.get_template("page.html")
+
+
+def _visible(value: object) -> object:
+    """Return text with control and bidi characters escaped."""
+    return printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def _attribute_name(name: str) -> str:
