@@ -28,9 +28,10 @@ def show(
 
     With several runs, each image has the maps of all runs side by side.
     """
+    import uuid
+
     from saltern.pipeline.runs.reader import open_run
     from saltern.pipeline.show.sheet import comparison, contact_sheet
-    from saltern.pipeline.storage.files import write
     from saltern.schemas.errors import ShardError, UserError
 
     opened = [open_run(run, shards or []) for run in runs]
@@ -39,10 +40,15 @@ def show(
         html = contact_sheet(opened[0], sort, limit) if len(runs) == 1 else comparison(opened, sort, limit)
     except ShardError as error:
         raise UserError(str(error)) from error
+    if page.is_symlink():
+        raise UserError(f"{page} is a link, which may lead anywhere; name another file with --out")
+    unfinished = page.with_name(f".{uuid.uuid4().hex}")
     try:
-        if page.is_symlink():
-            raise UserError(f"{page} is a link, which a run of others may lead anywhere; name another with --out")
-        write(page, html.encode(errors="backslashreplace"))
+        with open(unfinished, "x", encoding="utf-8", errors="backslashreplace") as stream:  # x follows no link
+            stream.write(html)
+        unfinished.replace(page)
     except OSError as error:
         raise UserError(f"cannot write {page} ({error.strerror}); name another with --out") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
     opt.say(page)

@@ -7,6 +7,8 @@ from typing import Any
 from saltern.pipeline.shards.samples import Sample
 from saltern.schemas.saliency import Box
 
+_FAR = 2**31  # pixels; no image has such a side
+
 
 @dataclass(frozen=True)
 class Annotation:
@@ -27,17 +29,18 @@ def read_annotation(sample: Sample) -> Annotation | None:
     """
     try:
         content = json.loads(sample.members.get("json", b"{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"its json member is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError("its json member is not an object")
     boxes = content.get("boxes") or []
     if not isinstance(boxes, list):
-        raise ValueError(f"its boxes are not a list: {boxes!r}")
+        raise ValueError(f"its boxes are not a list: {boxes!r:.80}")
     if not boxes:
         return None
     height, width = content.get("height"), content.get("width")
-    size = (height, width) if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0 else None
+    sides = all(isinstance(side, int) and 0 < side < _FAR for side in (height, width))
+    size = (height, width) if sides else None
     return Annotation([_half_open(box) for box in boxes], size)
 
 
@@ -45,15 +48,15 @@ def _half_open(box: object) -> Box:
     """Return an inclusive box as a half-open one. Raise ValueError if it is not a box."""
     if isinstance(box, list) and len(box) == 4 and all(isinstance(edge, int | float) for edge in box):
         x0, y0, x1, y1 = box
-        if all(float(edge).is_integer() for edge in box) and x0 <= x1 and y0 <= y1:
+        if all(abs(edge) < _FAR and float(edge).is_integer() for edge in box) and x0 <= x1 and y0 <= y1:
             return int(x0), int(y0), int(x1) + 1, int(y1) + 1
-    raise ValueError(f"{box!r} is not a box: x0, y0, x1, y1 in whole pixels, x0 <= x1, y0 <= y1")
+    raise ValueError(f"{repr(box)[:80]} is not a box: x0, y0, x1, y1 in whole pixels, x0 <= x1, y0 <= y1")
 
 
 def extra(sample: Sample) -> dict[str, Any]:
     """Return the sample's json member; {} if it is missing or not a JSON object."""
     try:
         content = json.loads(sample.members.get("json", b"{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -74,9 +74,9 @@ def given_boxes(sample: Sample | None, row: Row) -> list[DrawnBox]:
     boxes = [] if sample is None else extra(sample).get("boxes", [])
     try:
         ends = [[float(x0), float(y0), float(x1) + 1, float(y1) + 1] for x0, y0, x1, y1 in boxes]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return []  # not a list of boxes
-    return [_box(GIVEN, box, row) for box in ends if row.image_width]
+    return [_box(GIVEN, box, row) for box in ends if row.image_width and all(abs(end) < 2**31 for end in box)]
 
 
 def found_boxes(row: Row) -> list[DrawnBox]:

@@ -1,0 +1,108 @@
+"""What others' data, names and permissions do to the read-only commands: one line, and no escape sequence."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from commands import call, refused
+from made_run import make_run
+
+from saltern.pipeline.storage.store import Store
+from saltern.schemas.errors import UserError
+from saltern.schemas.receipt import Failure
+
+ESCAPE = "\x1b[2J\u202e"
+
+
+def test_control_characters_of_names_and_errors_are_escaped(tmp_path: Path) -> None:
+    made = make_run(tmp_path, shards=1)
+    (made.path / "receipts/part0/train.json").unlink()
+    record = made.path / "failures/part0/train.json"
+    record.parent.mkdir(parents=True)
+    record.write_bytes(Failure("part0/train", "data", f"bad {ESCAPE}", 1).to_json())
+    for command in ("status", "verify"):
+        said = call(command, made.path).stdout
+        assert "bad \\x1b[2J\\u202e" in said
+        assert "\x1b" not in said
+    assert "\\x1b[2J\\u202e" in refused(call("status", f"{tmp_path}/{ESCAPE}"))
+
+
+@pytest.mark.parametrize(
+    "value", ["[" * 100_000, '{"boxes": [[0, 0, 1e60, 1e60]], "name": "\\ud800"}', '{"boxes": [[9' + "9" * 400 + "]]}"]
+)
+def test_hostile_json_of_samples_is_shown_and_counted(tmp_path: Path, value: str) -> None:
+    made = make_run(tmp_path, shards=1, samples=2, json=value.encode())
+    assert call("show", made.path).returncode == 0
+    assert "none of the 2 samples has boxes" in refused(call("evaluate", made.path))
+
+
+def test_control_characters_of_class_names_do_not_reach_the_page(tmp_path: Path) -> None:
+    made = make_run(tmp_path, shards=1, json=json.dumps({"name": f"cat{ESCAPE}"}).encode(), class_names=[ESCAPE] * 10)
+    assert call("show", made.path).returncode == 0
+    page = (made.path / "show.html").read_text()
+    assert "cat\\x1b[2J\\u202e" in page
+    assert "\x1b" not in page
+    assert "\u202e" not in page
+
+
+def test_show_writes_through_no_link(tmp_path: Path) -> None:
+    made = make_run(tmp_path, shards=1)
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (made.path / "show.html").symlink_to(victim)
+    assert "is a link" in refused(call("show", made.path))
+    assert victim.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["run.json", "receipts/part0/train.json"])
+@pytest.mark.parametrize("command", ["status", "verify", "show", "evaluate"])
+def test_a_file_that_may_not_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str
+) -> None:
+    made = make_run(tmp_path, shards=1)
+    read = Path.read_bytes
+
+    def forbidden(path: Path) -> bytes:
+        if str(path).endswith(name):
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    assert f"{made.path}/{name}: Permission denied" in refused(call(command, made.path))
+
+
+def test_a_folder_that_may_not_be_listed_and_a_file_in_its_place_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").write_text("")
+    with pytest.raises(UserError, match="data/ is a file, where a folder should be"):
+        Store(str(tmp_path)).listing("data", "")
+
+    def forbidden(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    with pytest.raises(UserError, match="receipts.*: Permission denied"):
+        Store(str(tmp_path)).listing("receipts", "")
+
+
+def test_verify_says_which_tars_were_not_compared_and_takes_their_new_place(tmp_path: Path) -> None:
+    made = make_run(tmp_path, shards=2)
+    (tmp_path / "shards").rename(tmp_path / "new")
+    gone = call("verify", made.path)
+    assert gone.returncode == 0
+    assert "NOT PROVEN: the keys of 2 shards" in gone.stdout
+    assert "0 tars counted again" in gone.stdout
+    found = call("verify", made.path, "--shards", tmp_path / "new")
+    assert "NOT PROVEN" not in found.stdout
+    assert "2 tars counted again" in found.stdout
+
+
+def test_status_notices_a_data_file_that_is_missing(tmp_path: Path) -> None:
+    made = make_run(tmp_path, shards=2)
+    made.data(1).unlink()
+    said = call("status", made.path)
+    assert said.returncode == 1
+    assert "1 of 2 shards done" in said.stdout
+    assert "part1/train: not done, although it has a receipt: its data file is missing" in said.stdout
