@@ -83,7 +83,7 @@ def test_a_folder_that_may_not_be_listed_and_a_file_in_its_place_are_named(
         raise PermissionError(13, "Permission denied", path)
 
     monkeypatch.setattr(os, "scandir", forbidden)
-    with pytest.raises(UserError, match="receipts.*: Permission denied"):
+    with pytest.raises(UserError, match=r"receipts.*: Permission denied"):
         Store(str(tmp_path)).listing("receipts", "")
 
 
