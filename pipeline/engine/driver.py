@@ -170,8 +170,7 @@ class Driver:
         """Take the results of finished publications."""
         for future in [future for future in self._publishing if future.done()]:
             shard, _ = self._publishing.pop(future)
-            error = future.exception()
-            if error is not None:
+            if (error := future.exception()) is not None:
                 self._judge(shard, error)
                 continue
             self.state.outcome.add(future.result())

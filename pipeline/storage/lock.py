@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from pyarrow import fs
 
 from saltern.pipeline.storage.store import Store
-from saltern.schemas.errors import OutputError, UserError
+from saltern.schemas.errors import OutputError, UserError, printable
 
 LOCK = ".lock"
 CLAIM = "_claim-"  # Arrow's and Spark's readers skip names with this prefix
@@ -180,7 +180,9 @@ class _Claim:
 
 def _refusal(store: Store, owner: bytes) -> UserError:
     it = _parse(owner)
-    who = f"host {it['host']}, process {it['pid']}, since {it['since']}" if it else "its process is not known"
+    who = "its process is not known"
+    if it:
+        who = printable(f"host {it['host']}, process {it['pid']}, since {it['since']}")
     return UserError(
         f"{store.path}: another command is writing this run ({who}): wait until it ends, stop it, or give another --out"
     )
