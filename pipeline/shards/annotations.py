@@ -39,8 +39,8 @@ def read_annotation(sample: Sample) -> Annotation | None:
     if not boxes:
         return None
     height, width = content.get("height"), content.get("width")
-    sides = all(isinstance(side, int) and 0 < side < _FAR for side in (height, width))
-    size = (height, width) if sides else None
+    given = isinstance(height, int) and isinstance(width, int) and 0 < min(height, width) <= max(height, width) < _FAR
+    size = (int(height), int(width)) if given else None
     return Annotation([_half_open(box) for box in boxes], size)
 
 

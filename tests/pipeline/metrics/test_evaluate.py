@@ -250,7 +250,7 @@ def test_wrong_calls(tmp_path: Path) -> None:
 def test_a_run_that_cannot_be_written_to(tmp_path: Path) -> None:
     made = make_run(tmp_path, shards=1, json=inclusive((10, 10, 40, 40)))
     (made.path / "metrics").write_bytes(b"in the way")
-    with pytest.raises(UserError, match="the results cannot be written there"):
+    with pytest.raises(UserError, match=r"run/metrics/ is a file, where a folder should be"):
         evaluate(str(made.path))
 
 
