@@ -65,7 +65,7 @@ def methods(
     for name in only or ():
         find(name)
     bench = collect(MethodsBench, ctx, device=pick_device(device), only=only or ())
-    report = _report(out / "methods", bench, f"{model}, batch {batch_size}, float32, 224 x 224")
+    report = _report(out / "methods", bench, f"{model}, batch {batch_size}, float32")
     _print(report, report.follow("cases", measure(bench, _say), as_table))
 
 

@@ -30,7 +30,7 @@ def extract(
     label_member: opt.LabelMember = None,
     resize: opt.Resize = None,
     crop: opt.Crop = None,
-    squash: opt.Squash = False,
+    squash: opt.Squash = None,
     mean: opt.Mean = None,
     std: opt.Std = None,
     out: opt.Out,

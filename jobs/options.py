@@ -47,7 +47,10 @@ LabelMember = Annotated[
 ]
 Resize = Annotated[int | None, inputs("Shorter side before the crop, in pixels; default: the weights'.", min=1)]
 Crop = Annotated[int | None, inputs("Side of the network's input, in pixels; default: the weights'.", min=1)]
-Squash = Annotated[bool, inputs("Resize whole images to the crop's size, without cropping.", "--squash")]
+Squash = Annotated[
+    bool | None,
+    inputs("Resize whole images to the crop's size, without cropping; default: the weights'.", "--squash/--no-squash"),
+]
 Mean = Annotated[
     str | None,
     inputs("Mean of RGB in 0..1, to normalise by; default: the weights'.", metavar="R,G,B", callback=_RGB),

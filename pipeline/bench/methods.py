@@ -113,11 +113,12 @@ def _measure(case: Case, bench: MethodsBench) -> dict[str, Any]:
 
 
 def _problem(case: Case, bench: MethodsBench, layout: torch.memory_format) -> Problem:
-    model = classifiers.load(case.model or bench.model, "none").model.to(bench.device).to(memory_format=layout)
+    classifier = classifiers.load(case.model or bench.model, "none")
+    model, side = classifier.model.to(bench.device).to(memory_format=layout), classifier.preprocess.crop
     batch = min(case.batch or bench.batch_size, bench.batch_size)
     draw = torch.Generator().manual_seed(0)
-    x_BCHW = torch.randn(batch, 3, 224, 224, generator=draw).to(bench.device).contiguous(memory_format=layout)
-    target_B = torch.randint(1000, (batch,), generator=draw).to(bench.device)
+    x_BCHW = torch.randn(batch, 3, side, side, generator=draw).to(bench.device).contiguous(memory_format=layout)
+    target_B = torch.randint(classifier.classes, (batch,), generator=draw).to(bench.device)
     return Problem(model, build(case.method, model, layer=case.layer, **case.options), x_BCHW, target_B)
 
 

@@ -175,12 +175,18 @@ class Storage:
 def load_method(config: MethodConfig, device: torch.device) -> tuple[nn.Module, Method]:
     """Load the run's model, and build its method on it."""
     model = load_model(config, device)
-    return model, build(config.method, model, layer=next(iter(config.layer), None), **config.options)
+    return model, build(
+        config.method,
+        model,
+        layer=next(iter(config.layer), None),
+        input_side=config.preprocess.crop,
+        **config.options,
+    )
 
 
 def load_model(config: RunConfig, device: torch.device) -> nn.Module:
     """Load the run's model onto the device. Raises UserError if the weights here are not the run's."""
-    classifier = classifiers.load(config.model, config.weights, seed=config.seed)
+    classifier = classifiers.load(config.model, config.weights, seed=config.seed, side=config.preprocess.crop)
     if classifier.digest != config.weights_digest:
         raise UserError(
             f"the weights of {config.model} on {socket.gethostname()} are not the run's "

@@ -9,14 +9,16 @@ from typing import Any
 
 from saltern import __version__
 from saltern.pipeline.extract.labels import AUTO, Numbers, choose_labels
+from saltern.pipeline.extract.tryout import is_proven, try_extract
 from saltern.pipeline.machine import see_own_modules, torch_threads
-from saltern.pipeline.methods import build, find
+from saltern.pipeline.methods import Method, build, find
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.models.classifiers import Classifier
+from saltern.pipeline.models.presets import adapt
 from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.samples import list_keys
 from saltern.schemas.choices import MapDtype, MapSize, Precision, check_choice
-from saltern.schemas.config import ExtractConfig, Preprocess, RunConfig
+from saltern.schemas.config import ExtractConfig, RunConfig
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.rules import Rule, Target
 from saltern.schemas.run import Run, Shard
@@ -37,7 +39,7 @@ class MethodRequest:
     options: dict[str, Any] = field(default_factory=dict)  # of the method
     resize: int | None = None
     crop: int | None = None
-    squash: bool = False
+    squash: bool | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     seed: int = 0
@@ -77,9 +79,9 @@ def resolve(request: ExtractRequest, existing: Run | None, device: str, workers:
             check_choice(f"--{key.replace('_', '-')}", getattr(request, key), choices)
     rule = Rule.parse(request.discretize)
     shards, hints = wanted_shards(request)
-    classifier = load_classifier(request.model, request.weights, request.seed)
+    classifier = load_classifier(request.model, request.weights, request.seed, request.crop)
     target = Target.parse(request.target, classifier.classes)
-    fields = method_fields(request, classifier, existing, device, workers)
+    fields, method = method_fields(request, classifier, existing, device, workers)
     labels, remarks = _labels(request, existing, shards, classifier, needed=target.kind == "label")
     fields["map_dtype"] = request.map_dtype or ("uint8" if request.map_size == "input" else fields["map_dtype"])
     config = ExtractConfig(
@@ -93,6 +95,9 @@ def resolve(request: ExtractRequest, existing: Run | None, device: str, workers:
         image_member=_member("--image-member", request.image_member),
         label_member=_member("--label-member", request.label_member),
     )
+    if not is_proven(config, existing):
+        try_extract(method, config, device)
+    method.close()
     return new_run(config, shards, classifier.class_names), hints + remarks
 
 
@@ -152,25 +157,31 @@ def reading() -> Iterator[None]:
         raise UserError(f"a shard cannot be read: {error}") from error
 
 
-def load_classifier(model: str, weights: str, seed: int) -> Classifier:
-    """Load the classifier that the user named; modules in the current folder can be imported."""
+def load_classifier(model: str, weights: str, seed: int, side: int | None) -> Classifier:
+    """Load the classifier that the user named, for images of `side` pixels; None = that of the weights."""
     see_own_modules()
-    return classifiers.load(model, weights, seed=seed)
+    return classifiers.load(model, weights, seed=seed, side=side)
 
 
 def method_fields(
     request: MethodRequest, classifier: Classifier, existing: Run | None, device: str, workers: int
-) -> dict[str, Any]:
-    """Return the fields of the request's MethodConfig, with the method's own map dtype."""
-    method = build(request.method, classifier.model, layer=request.layer, **request.options)
-    method.close()
+) -> tuple[dict[str, Any], Method]:
+    """Return the fields of the request's MethodConfig, with the method's own map dtype, and the method."""
+    preprocess = adapt(
+        classifier.preset,
+        resize=request.resize,
+        crop=request.crop,
+        squash=request.squash,
+        mean=request.mean,
+        std=request.std,
+    )
+    method = build(request.method, classifier.model, layer=request.layer, input_side=preprocess.crop, **request.options)
     if len(method.layer) > 1:
         raise UserError(f"{request.method} was built on {len(method.layer)} layers; a run stores one map: give --layer")
-    preprocess = _preprocess(request, classifier.preprocess)
     pinned = pin(request.batch_size, request.torch_threads, existing, device, workers)
     if min(pinned.values()) < 1:
         raise UserError("--batch-size must be at least 1")
-    return {
+    fields = {
         **model_fields(classifier, request.model, request.weights, request.seed),
         **pinned,
         "preprocess": preprocess,
@@ -180,6 +191,7 @@ def method_fields(
         "map_dtype": method.default_map_dtype,
         "limit": request.limit,
     }
+    return fields, method
 
 
 def model_fields(classifier: Classifier, model: str, weights: str, seed: int) -> dict[str, Any]:
@@ -219,22 +231,3 @@ def new_run(config: RunConfig, shards: list[Shard], class_names: list[str] | Non
     installed = {name: version(name) for name in ("torch", "torchvision", "pyarrow", "pillow", "numpy")}
     versions = {"saltern": __version__, **installed}
     return Run(config, shards, versions, config.fingerprint(), class_names)
-
-
-def _preprocess(request: MethodRequest, usual: Preprocess) -> Preprocess:
-    for key in ("mean", "std"):
-        if getattr(request, key) and len(getattr(request, key)) != 3:
-            raise UserError(f"--{key} takes three numbers, for R,G,B")
-    wanted = replace(
-        usual,
-        resize=request.resize or usual.resize,
-        crop=request.crop or usual.crop,
-        squash=request.squash,
-        mean=tuple(request.mean or usual.mean),
-        std=tuple(request.std or usual.std),
-    )
-    if wanted.crop < 1 or (not wanted.squash and wanted.resize < wanted.crop):
-        raise UserError(f"--resize {wanted.resize} is smaller than --crop {wanted.crop}: the crop would be padded")
-    if min(wanted.std) <= 0:
-        raise UserError("--std: each number must be larger than 0")
-    return wanted

@@ -10,13 +10,16 @@ from saltern.pipeline.masknet.stages import watch
 from saltern.schemas.errors import UserError
 
 
-def restrict(model: nn.Module, classes: Sequence[int]) -> None:
+def restrict(model: nn.Module, classes: Sequence[int], side: int | None = None) -> None:
     """Restrict a model to the logits of some classes, in the given order; in place.
+
+    Args:
+        side: of the images to come, pixels; None = as of `probe`.
 
     Raises:
         UserError: no classes, a repeated class, a class out of range, or a model whose last layer is not linear.
     """
-    name, head = _head(model)
+    name, head = _head(model, side)
     if not classes or len(set(classes)) < len(classes):
         raise UserError("the classes to train on must be at least one, each given once")
     wrong = [number for number in classes if not 0 <= number < head.out_features]
@@ -33,14 +36,14 @@ def restrict(model: nn.Module, classes: Sequence[int]) -> None:
     setattr(model.get_submodule(parent), leaf, kept)
 
 
-def _head(model: nn.Module) -> tuple[str, nn.Linear]:
+def _head(model: nn.Module, side: int | None) -> tuple[str, nn.Linear]:
     given: dict[str, tuple[nn.Linear, Tensor]] = {}
 
     def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
         if type(module) is nn.Linear:
             given[name] = (module, output)
 
-    logits_BK = watch(model, note)
+    logits_BK = watch(model, note, side)
     for name, (head, output) in given.items():
         if output.shape == logits_BK.shape and torch.equal(output, logits_BK):
             return name, head

@@ -4,12 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from saltern.pipeline.models.layers import probe
 from saltern.pipeline.models.passes import logits_of
-from saltern.pipeline.naming import brief
+from saltern.pipeline.models.probe import probe, watched
 from saltern.schemas.errors import UserError
 
 STRIDES = (4, 8, 16, 32)
@@ -34,17 +32,23 @@ class _Ran:
     is_block: bool
 
 
-def find_stages(model: nn.Module) -> Stages:
-    """Find the taps of a model by running it once on its own image size, in eval mode.
+def find_stages(model: nn.Module, side: int | None = None) -> Stages:
+    """Find the taps of a model by running it once, in eval mode.
 
     A block is a module that holds a convolution and makes the grid at most twice as coarse; modules inside a block are
     ignored. A stage ends with the last block at its stride, or with the last layer if it has no block (VGG). The stem
     ends with the first block or layer at stride 4: for ResNet the taps are maxpool, layer1, layer2, layer3, layer4.
 
+    Args:
+        side: of the images to come, pixels, for a model that takes no others.
+
     Raises:
         UserError: the model has no grid at one of the strides 4, 8, 16 and 32, or does not run.
     """
-    ran = _trunk(_record(model))
+    try:  # strides are plain at 224 pixels; at a small side, a grid of one cell can be a pooled one
+        ran = _trunk(_record(model, None))
+    except UserError:
+        ran = _trunk(_record(model, side))
     taps = [module for module in ran if module.stride == STRIDES[0]][:1]
     for stride in STRIDES:
         at_stride = [module for module in ran if module.stride == stride]
@@ -57,9 +61,9 @@ def find_stages(model: nn.Module) -> Stages:
     return Stages(tuple(tap.name for tap in taps), tuple(tap.channels for tap in taps))
 
 
-def _record(model: nn.Module) -> list[_Ran]:
+def _record(model: nn.Module, side: int | None) -> list[_Ran]:
     ran: list[_Ran] = []
-    side = probe(model).shape[-1]
+    pixels = probe(model, side).shape[-1]
 
     def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
         pooled = isinstance(module, nn.AdaptiveAvgPool2d)  # its grid does not depend on the image's size
@@ -68,37 +72,31 @@ def _record(model: nn.Module) -> list[_Ran]:
             inner = [part for part in module.modules() if part is not module]
             is_block = any(isinstance(part, nn.Conv2d) for part in inner) and not isinstance(module, nn.Conv2d)
             after = output.shape[2]
-            ran.append(_Ran(name, output.shape[1], side / after, given.shape[2] / after, is_block))
+            ran.append(_Ran(name, output.shape[1], pixels / after, given.shape[2] / after, is_block))
 
-    watch(model, note)
+    watch(model, note, side)
     return ran
 
 
-def watch(model: nn.Module, note: Callable[[str, nn.Module, Any, Any], None]) -> Tensor:
+def watch(model: nn.Module, note: Callable[[str, nn.Module, Any, Any], None], side: int | None = None) -> Tensor:
     """Return the logits of a model for one fixed random image, in eval mode; the model stays as it was.
 
     Args:
         note: called for each module that runs, with its name, the module, its arguments and its output.
+        side: of the image, pixels; None = as of `probe`.
 
     Raises:
-        UserError: the model fails on an image of its own size.
+        UserError: the model fails on an image of this size.
     """
 
     def noting(name: str) -> Callable[[nn.Module, Any, Any], None]:
         return lambda module, args, output: note(name, module, args, output)
 
-    x_BCHW = probe(model)[:1]
     modes = {module: module.training for module in model.modules()}
-    handles = [module.register_forward_hook(noting(name)) for name, module in model.named_modules() if name]
     try:
-        with torch.no_grad():
-            return logits_of(model.eval()(x_BCHW))
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-        size = " x ".join(map(str, x_BCHW.shape[2:]))
-        raise UserError(f"{type(model).__name__} fails on a {size} image ({brief(error)})") from error
+        notes = {module: noting(name) for name, module in model.named_modules() if name}
+        return logits_of(watched(model.eval(), probe(model, side)[:1], notes))
     finally:
-        for handle in handles:
-            handle.remove()
         for module, mode in modes.items():
             module.training = mode
 

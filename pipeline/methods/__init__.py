@@ -61,16 +61,24 @@ def find(name: str) -> type[Method]:
     return _METHODS[name]
 
 
-def build(name: str, model: nn.Module, *, layer: str | Sequence[str] | None = None, **options: Any) -> Method:
+def build(
+    name: str,
+    model: nn.Module,
+    *,
+    layer: str | Sequence[str] | None = None,
+    input_side: int | None = None,
+    **options: Any,
+) -> Method:
     """Return a method that is ready for batches; it is also a context manager.
 
     Args:
         name: as for `find`.
         model: returns logits (B, K), on its device; left as it was.
         layer: target layer by dotted name; several if the method allows it; None = the model's default.
+        input_side: pixels of the square images to come; None = the model's `image_size`, or 224.
         options: of the method; texts are read as JSON.
 
     Raises:
         UserError: an unknown method, layer or option, or a model that the method cannot explain.
     """
-    return find(name)(model, layer=layer, **options)
+    return find(name)(model, layer=layer, input_side=input_side, **options)

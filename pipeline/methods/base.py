@@ -42,6 +42,7 @@ class Method:
     Args:
         model: returns logits (B, K); run in eval mode, on its device.
         layer: target layer by dotted name, or several if the method allows it; None = the model's default.
+        input_side: pixels of the square images to come; None = the model's `image_size`, or 224.
         given: the options.
 
     Raises:
@@ -59,18 +60,26 @@ class Method:
     model: nn.Module
     layer: list[str]  # target layers by dotted name; empty if the method has none
     options: dict[str, Any]  # all of them, as JSON values
+    input_side: int | None  # pixels of the square images to come; None = unknown
     last: Last  # set by the first call
     seed_B: Tensor  # int64, on the device: of the current call
 
-    def __init__(self, model: nn.Module, *, layer: str | Sequence[str] | None = None, **given: Any) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layer: str | Sequence[str] | None = None,
+        input_side: int | None = None,
+        **given: Any,
+    ) -> None:
+        self.model, self.input_side = model, input_side
         self.options = self.complete(given)
         for name, value in self.options.items():
             setattr(self, name, value)
         if not self.layered and layer:
             raise UserError(f"{self.title()} has no target layer; leave out layer={layer!r}")
         with frozen(model):
-            self.layer = layers.resolve(model, layer) if self.layered else []
+            self.layer = layers.resolve(model, layer, input_side) if self.layered else []
             if len(self.layer) > 1 and not self.many_layers:
                 raise UserError(f"{self.title()} takes one layer, not {len(self.layer)}")
             self.prepare()

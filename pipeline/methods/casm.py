@@ -56,8 +56,8 @@ class CASM(Method):
         like = next(self.model.parameters())
         classifier = copy.deepcopy(self.model).requires_grad_(False)
         if self._classes is not None:
-            restrict(classifier, self._classes)
-        stages = find_stages(classifier)
+            restrict(classifier, self._classes, self.input_side)
+        stages = find_stages(classifier, self.input_side)
         encoder = copy.deepcopy(classifier) if "encoder" in checkpoint.tree else None
         decoder = Decoder(stages.channels).to(like.device, like.dtype).requires_grad_(False).eval()
         source = f"{checkpoint.folder} (trained on {checkpoint.config['model']})"

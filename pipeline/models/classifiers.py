@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.parameter import is_lazy
 
+from saltern.pipeline.models import presets
+from saltern.pipeline.models.presets import Preset
+from saltern.pipeline.models.probe import count_classes
 from saltern.pipeline.models.weights import SUFFIXES, digest, fit, read
 from saltern.pipeline.naming import brief, import_object, install_hint, nearest
 from saltern.schemas.config import Preprocess
@@ -23,10 +27,15 @@ class Classifier:
     """A loaded model, and the facts that a run needs about it."""
 
     model: nn.Module  # eval, CPU, float32
-    preprocess: Preprocess
+    preset: Preset  # of the weights
     digest: str  # sha256 over the state dict, hex
     classes: int  # number of logits
     class_names: list[str] | None  # in the order of the logits; None = unknown
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """The preprocessing of the weights."""
+        return self.preset.preprocess
 
 
 def available_models() -> list[str]:
@@ -40,7 +49,7 @@ def _torchvision_models() -> list[str]:
     return list(torchvision.models.list_models(module=torchvision.models))
 
 
-def load(name: str, weights: str = "DEFAULT", *, seed: int = 0) -> Classifier:
+def load(name: str, weights: str = "DEFAULT", *, seed: int = 0, side: int | None = None) -> Classifier:
     """Load a classifier that methods can explain.
 
     Args:
@@ -49,9 +58,11 @@ def load(name: str, weights: str = "DEFAULT", *, seed: int = 0) -> Classifier:
         weights: DEFAULT = the pretrained weights of the library, or those that the factory made; none = random from
             seed; a torchvision weights name (IMAGENET1K_V2); or a .pth, .pt or .safetensors file with a state dict.
         seed: of random weights; the global generator stays as it was.
+        side: of the input, pixels, at which the classes are counted; None = that of the weights.
 
     Raises:
-        UserError: an unknown model or weights, a file that does not fit, a missing package, a failed download.
+        UserError: an unknown model or weights, a file that does not fit, a missing package, a failed download; a model
+            that fails at this size or returns no logits.
     """
     path = Path(weights) if weights.endswith(SUFFIXES) or Path(weights).is_file() else None
     source = "none" if path else weights
@@ -61,16 +72,16 @@ def load(name: str, weights: str = "DEFAULT", *, seed: int = 0) -> Classifier:
     model = loaded.model.float().eval()
     if path:
         fit(model, read(path), str(path), _AUXILIARY.get(name, ()))
-    classes = loaded.classes or _count_classes(model, loaded.preprocess.crop)
+    classes = loaded.classes or count_classes(model, side or loaded.preset.preprocess.crop)
     names = loaded.class_names if weights != "none" else None
     names = names if names and len(names) == classes else None
-    return Classifier(model, loaded.preprocess, digest(model), classes, names)
+    return Classifier(model, loaded.preset, digest(model), classes, names)
 
 
 @dataclass
 class _Loaded:
     model: nn.Module
-    preprocess: Preprocess
+    preset: Preset
     classes: int | None = None  # None = unknown before a forward pass
     class_names: list[str] | None = None
 
@@ -96,21 +107,13 @@ def _torchvision(name: str, weights: str, path: Path | None) -> _Loaded:
         known = ", ".join(["none", "FILE", *enum.__members__])
         raise UserError(f"unknown weights {weights!r} of {name}; {nearest(weights, enum.__members__)}known: {known}")
     member = enum.DEFAULT if weights == "none" else enum[weights]
-    preset = member.transforms()
-    preprocess = Preprocess(
-        preset.resize_size[0],
-        preset.crop_size[0],
-        False,
-        preset.interpolation.value,
-        tuple(preset.mean),
-        tuple(preset.std),
-    )
+    preset = presets.of_torchvision(member.transforms())
     options: dict[str, Any] = {}
     if weights == "none" and name in _AUXILIARY:
         # A file is assumed to hold torchvision's weights, which need the input rescaled inside the model.
         options = {"aux_logits": False, "init_weights": path is None, "transform_input": path is not None}
     if weights == "none" and name.startswith("vit_"):
-        options = {"image_size": preprocess.crop}
+        options = {"image_size": preset.preprocess.crop}
     build = torchvision.models.get_model_builder(name)
     if weights == "none":
         model = build(weights=None, **options)
@@ -120,7 +123,7 @@ def _torchvision(name: str, weights: str, path: Path | None) -> _Loaded:
         setattr(model, prefix.removesuffix("."), None)
     if name in _AUXILIARY:
         model.aux_logits = False
-    return _Loaded(model, preprocess, len(member.meta["categories"]), list(member.meta["categories"]))
+    return _Loaded(model, preset, len(member.meta["categories"]), list(member.meta["categories"]))
 
 
 def _lite(name: str, weights: str, path: Path | None) -> _Loaded:
@@ -140,9 +143,9 @@ def _lite(name: str, weights: str, path: Path | None) -> _Loaded:
         fit(model, read(packaged), str(packaged))
     side = _LITE[name]
     half = (127 / 255,) * 3
-    preprocess = Preprocess(side * 256 // 224, side, mean=half, std=(128 / 255,) * 3)
+    preset = Preset(Preprocess(side * 256 // 224, side, mean=half, std=(128 / 255,) * 3))
     names = torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"]  # the same 1,000 classes in the same order
-    return _Loaded(model, preprocess, 1000, list(names))
+    return _Loaded(model, preset, 1000, list(names))
 
 
 def _timm(name: str, weights: str) -> _Loaded:
@@ -155,17 +158,7 @@ def _timm(name: str, weights: str) -> _Loaded:
         raise UserError(f"timm has no model {name!r}; {nearest(name, timm.list_models())}see timm.list_models()")
     pretrained = weights == "DEFAULT"
     model = _downloaded(lambda: timm.create_model(name, pretrained=pretrained), f"weights of timm:{name}")
-    config = timm.data.resolve_model_data_config(model)
-    side = int(config["input_size"][-1])
-    preprocess = Preprocess(
-        int(side / config["crop_pct"]),
-        side,
-        config["crop_mode"] == "squash",
-        config["interpolation"] if config["interpolation"] in ("bilinear", "bicubic") else "bicubic",
-        tuple(config["mean"]),
-        tuple(config["std"]),
-    )
-    return _Loaded(model, preprocess)
+    return _Loaded(model, presets.of_timm(timm.data.resolve_model_data_config(model)))
 
 
 def _factory(spec: str, weights: str) -> _Loaded:
@@ -173,7 +166,11 @@ def _factory(spec: str, weights: str) -> _Loaded:
     model = import_object(spec)()
     if not isinstance(model, nn.Module):
         raise UserError(f"{spec} returns {type(model).__name__}, not a torch.nn.Module")
-    return _Loaded(model.cpu(), Preprocess())
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UserError(f"{spec} returns TorchScript, which shows no layers; return the module before torch.jit.script")
+    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+        raise UserError(f"{spec} has lazy layers without weights; run an image through the model in the factory")
+    return _Loaded(model.cpu(), Preset(Preprocess()))
 
 
 def _only_default(name: str, weights: str) -> None:
@@ -186,17 +183,3 @@ def _downloaded(build: Callable[[], nn.Module], what: str) -> nn.Module:
         return build()
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot get {what} ({brief(error)}); pass a local file: --weights FILE.pth") from error
-
-
-def _count_classes(model: nn.Module, side: int) -> int:
-    try:
-        with torch.no_grad():
-            output = model(torch.zeros(1, 3, side, side))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        heads = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        if heads:  # the model needs another input size
-            return heads[-1].out_features
-        raise UserError(f"{type(model).__name__} fails on a {side} x {side} image ({brief(error)})") from error
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        raise UserError(f"{type(model).__name__} must return logits of shape (batch, classes); wrap it in a factory")
-    return output.shape[1]

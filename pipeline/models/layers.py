@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from saltern.pipeline.naming import brief, nearest
+from saltern.pipeline.models.probe import probe, watched
+from saltern.pipeline.naming import nearest
 from saltern.schemas.errors import UserError
 
 # The layer before global pooling, by torchvision class.
@@ -27,7 +27,7 @@ _LAST_STAGE = {
 }
 
 
-def resolve(model: nn.Module, layer: str | Sequence[str] | None) -> list[str]:
+def resolve(model: nn.Module, layer: str | Sequence[str] | None, side: int | None = None) -> list[str]:
     """Return the checked dotted names of target layers; the model's default if none is given. Raises UserError."""
     names = [layer] if isinstance(layer, str) else list(layer or ())
     known = dict(model.named_modules())
@@ -38,15 +38,16 @@ def resolve(model: nn.Module, layer: str | Sequence[str] | None) -> list[str]:
             raise UserError(f"{_kind(model)} has no layer {name!r}; {hint}its layers: {parts}, and their parts (a.b)")
     if len(set(names)) < len(names):
         raise UserError(f"a layer is given twice: {', '.join(names)}")
-    return names or [default_layer(model)]
+    return names or [default_layer(model, side)]
 
 
-def default_layer(model: nn.Module) -> str:
+def default_layer(model: nn.Module, side: int | None = None) -> str:
     """Return the last layer with a grid: the output of the last stage, before global pooling.
 
     VGG and AlexNet: the last activation before the last max pooling (14 x 14 and 13 x 13 at 224), as in the paper on
     Grad-CAM. Transformers with a class token: the first norm of the last block, because the patches do not reach the
-    logits after it. A model that is not from torchvision is run once to find it. Raises UserError if it has none.
+    logits after it. A model that is not from torchvision is run once, on images of `side` pixels, to find it. Raises
+    UserError if it has none.
     """
     family = next(
         (kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("torchvision.models")), ""
@@ -58,16 +59,7 @@ def default_layer(model: nn.Module) -> str:
         return _last_first_norm(model, known)
     if family == "MaxVit":
         return [name for name in known if name.startswith("blocks.") and name.count(".") == 1][-1]
-    return _LAST_STAGE[family] if family in _LAST_STAGE else _last_grid(model, known)
-
-
-def probe(model: nn.Module) -> Tensor:
-    """Return two fixed random images on the model's device, at its `image_size` or at 224 pixels."""
-    size = getattr(model, "image_size", 224)
-    size = size if isinstance(size, int) else 224
-    x_BCHW = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    weight = next(model.parameters(), None)
-    return x_BCHW if weight is None else x_BCHW.to(weight.device, weight.dtype)
+    return _LAST_STAGE[family] if family in _LAST_STAGE else _last_grid(model, known, side)
 
 
 def _last_first_norm(model: nn.Module, known: dict[str, nn.Module]) -> str:
@@ -79,7 +71,7 @@ def _last_first_norm(model: nn.Module, known: dict[str, nn.Module]) -> str:
     return norms[-1]
 
 
-def _last_grid(model: nn.Module, known: dict[str, nn.Module]) -> str:
+def _last_grid(model: nn.Module, known: dict[str, nn.Module], side: int | None) -> str:
     grids: list[tuple[str, int]] = []  # name and number of dimensions
 
     def note(name: str) -> Any:
@@ -89,17 +81,7 @@ def _last_grid(model: nn.Module, known: dict[str, nn.Module]) -> str:
 
         return hook
 
-    handles = [module.register_forward_hook(note(name)) for name, module in known.items() if name]
-    try:
-        with torch.no_grad():
-            model(probe(model))
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-        raise UserError(
-            f"{_kind(model)} fails on a 224 x 224 probe ({brief(error)}); name the target layer (layer=)"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
+    watched(model, probe(model, side), {module: note(name) for name, module in known.items() if name})
     if not grids:
         raise UserError(f"{_kind(model)} has no layer with a grid (N, K, h, w); name the target layer (layer=)")
     name, dimensions = grids[-1]

@@ -22,6 +22,7 @@ from saltern.pipeline.extract.request import (
     wanted_shards,
 )
 from saltern.pipeline.extract.task import STATUSES, Explained, Item, Pending, assemble
+from saltern.pipeline.extract.tryout import is_proven, try_gradient, try_method
 from saltern.pipeline.maps.discretize import upsample
 from saltern.pipeline.methods import find
 from saltern.pipeline.models.passes import frozen, logits_of
@@ -65,9 +66,13 @@ def plan(request: AttackRequest, existing: Run | None, device: str, workers: int
         raise UserError(f"--guide {request.method} explains no class; give one that does, as cameras or grad-cam")
     _check(request.pgd)
     shards, hints = wanted_shards(request)
-    classifier = load_classifier(request.model, request.weights, request.seed)
-    fields = method_fields(request, classifier, existing, device, workers)
+    classifier = load_classifier(request.model, request.weights, request.seed, request.crop)
+    fields, method = method_fields(request, classifier, existing, device, workers)
     config = AttackConfig(**fields, pgd=request.pgd, save_images=request.save_images)
+    if not is_proven(config, existing):
+        try_gradient(method.model, config.preprocess.crop)
+        try_method(method, config)
+    method.close()
     return new_run(config, shards, classifier.class_names), hints
 
 

@@ -20,7 +20,9 @@ from saltern.pipeline.engine.conduct import Job
 from saltern.pipeline.extract.extraction import load_model
 from saltern.pipeline.extract.request import load_classifier, model_fields, new_run, pin
 from saltern.pipeline.extract.task import device_losses, out_of_memory
+from saltern.pipeline.extract.tryout import is_proven, try_gradient
 from saltern.pipeline.models.passes import frozen, logits_of
+from saltern.pipeline.models.presets import adapt
 from saltern.pipeline.runs.datafile import data_schema
 from saltern.pipeline.runs.manifest import picture_name
 from saltern.pipeline.runs.outlet import Made, Outlet, Spec, Tally
@@ -65,15 +67,18 @@ def plan(request: VisualizeRequest, existing: Run | None, device: str, workers: 
     check_choice("--init", how.init, FirstImage)
     if how.steps < 1 or how.step_size <= 0 or how.weight < 0:
         raise UserError("--steps must be at least 1, --step-size larger than 0, --lambda at least 0")
-    classifier = load_classifier(request.model, request.weights, request.seed)
+    classifier = load_classifier(request.model, request.weights, request.seed, request.crop)
     targets = parse_classes(request.classes, classifier.classes)
-    usual = classifier.preprocess
+    usual = classifier.preset.preprocess
+    chosen = adapt(classifier.preset, crop=request.crop, squash=True if request.crop else None)  # no image is cropped
     config = VisualizeConfig(
         **model_fields(classifier, request.model, request.weights, request.seed),
         **pin(request.batch_size, request.torch_threads, existing, device, workers, BATCH_SIZE),
-        preprocess=replace(usual, crop=request.crop or usual.crop, squash=False),
+        preprocess=replace(chosen, squash=usual.squash),
         ascent=how,
     )
+    if not is_proven(config, existing):
+        try_gradient(classifier.model, config.preprocess.crop)
     size = config.batch_size
     shards = [_shard(number, targets[at : at + size]) for number, at in enumerate(range(0, len(targets), size))]
     return new_run(config, shards, classifier.class_names), []

@@ -43,6 +43,7 @@ class Training:
         average: replaces tensors by their means over the ranks: gradients, running statistics of BatchNorm, and
             measurements. All ranks must have batches of one size. They call it equally often, as the plan of a step
             is the same on each.
+        side: of the images, pixels, for a classifier that takes no others.
 
     Raises:
         UserError: the classifier has no stages.
@@ -55,11 +56,12 @@ class Training:
         *,
         rank: int = 0,
         average: Average = lambda tensors: None,
+        side: int | None = None,
     ) -> None:
         self.hyperparameters, self.classifier, self.steps_done = hyperparameters, classifier, 0
         self._rank, self._average, self._trained = rank, average, hyperparameters.thinning.trained
         self.device = next(classifier.parameters()).device
-        stages = find_stages(classifier)
+        stages = find_stages(classifier, side)
         self._trunk = Trunk(classifier, stages.names)
         draw = torch.Generator().manual_seed(hyperparameters.seed)
         self.decoder = Decoder(stages.channels, draw, hyperparameters.init_scale).to(self.device)

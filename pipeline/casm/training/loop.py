@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.data.batches import Batches
 from saltern.pipeline.casm.training.journal import Journal
-from saltern.pipeline.casm.training.plan import TrainingPlan
+from saltern.pipeline.casm.training.plan import TrainingPlan, preprocess_of
 from saltern.pipeline.casm.training.ranks import Ranks
 from saltern.pipeline.casm.watch import curves
 from saltern.pipeline.casm.watch.validation import Validation
@@ -23,7 +23,6 @@ from saltern.pipeline.machine import available_memory, exact, see_own_modules
 from saltern.pipeline.masknet.checkpoint import Checkpoints
 from saltern.pipeline.masknet.head import restrict
 from saltern.pipeline.models import classifiers
-from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import ShardError, UserError
 
 _GB = 1e9
@@ -97,10 +96,8 @@ class _Loop:
 
     def _validated(self) -> Validation:
         config, ranks = self._plan.config, self._ranks
-        mean, std = tuple(config["mean"]), tuple(config["std"])
-        preprocess = Preprocess(config["resize"], config["side"], False, config["interpolation"], mean, std)
         validation = Validation(
-            self._plan.val, self._plan.root, preprocess, config["classes"] or range(config["model_classes"]),
+            self._plan.val, self._plan.root, preprocess_of(config), config["classes"] or range(config["model_classes"]),
             max(1, config["batch_size"] // ranks.world), self._plan.threads,
             ranks.rank, ranks.world, ranks.average, self._say, self._plan.val_labels,
         )  # fmt: skip
@@ -148,19 +145,19 @@ class _Silent:
 def _training(plan: TrainingPlan, ranks: Ranks) -> Training:
     see_own_modules()
     config, hyperparameters = plan.config, plan.hyperparameters
-    classifier = classifiers.load(config["model"], plan.weights, seed=hyperparameters.seed)
+    classifier = classifiers.load(config["model"], plan.weights, seed=hyperparameters.seed, side=config["side"])
     if classifier.digest != config["weights_digest"]:
         raise UserError(f"the weights {plan.weights} of rank {ranks.rank} differ from those of the driver")
     model = classifier.model
     if config["classes"] is not None:
-        restrict(model, config["classes"])
+        restrict(model, config["classes"], config["side"])
     # Statistics over the whole batch, as one device computes them. torch has SyncBatchNorm only for CUDA.
     synchronised = ranks.world > 1 and ranks.device.type == "cuda" and hyperparameters.batch_norm == "train"
     if synchronised:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     # Convolutions are faster in channels_last: depthwise ones take half the time on CPUs.
     model = model.to(ranks.device).to(memory_format=torch.channels_last)
-    training = Training(model, hyperparameters, rank=ranks.rank, average=ranks.average)
+    training = Training(model, hyperparameters, rank=ranks.rank, average=ranks.average, side=config["side"])
     if synchronised:
         # In place: the modules are replaced, their weights are kept.
         nn.SyncBatchNorm.convert_sync_batchnorm(training.decoder)  # type: ignore[no-untyped-call]

@@ -1,21 +1,29 @@
 """Turn a request into a plan: fill in the defaults, and find every error before the training starts."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
+from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.data.batches import MIN_CROP
 from saltern.pipeline.casm.data.index import Index, make_index
 from saltern.pipeline.extract.labels import AUTO, Numbers, choose_labels
 from saltern.pipeline.extract.request import absolute
+from saltern.pipeline.extract.tryout import one_line
 from saltern.pipeline.machine import cores, see_own_modules, torch_threads
 from saltern.pipeline.masknet.checkpoint import Checkpoint
 from saltern.pipeline.masknet.head import restrict
 from saltern.pipeline.masknet.stages import find_stages
 from saltern.pipeline.models import classifiers
+from saltern.pipeline.models.presets import Preset, adapt
+from saltern.pipeline.models.probe import probe
 from saltern.pipeline.shards.expand import expand
+from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
 from saltern.schemas.run import Shard
 
@@ -84,16 +92,17 @@ def make_plan(
     val, val_hints = expand(request.val) if request.val else ([], [])
     for hint in (*hints, *val_hints):
         say(hint)
-    classifier = classifiers.load(request.model, request.weights, seed=request.hyperparameters.seed)
+    classifier = classifiers.load(request.model, request.weights, seed=request.hyperparameters.seed, side=request.side)
+    how = preprocessing(classifier.preset, request.side)
     if request.classes is not None:
-        restrict(classifier.model, request.classes)
-    find_stages(classifier.model)
+        restrict(classifier.model, request.classes, how.crop)
+    find_stages(classifier.model, how.crop)
     labels, val_labels = (_labels(request, files, classifier, existing, say) for files in (shards, val))
     index = make_index(shards, classifier.classes, request.classes, labels)
     steps_per_epoch = request.steps_per_epoch or -(-len(index) // (SHARE * request.batch_size))
     hyperparameters = replace(request.hyperparameters, steps=request.epochs * steps_per_epoch)
     config = {
-        **_config(request, classifier, hyperparameters),
+        **_config(request, classifier, how, hyperparameters),
         "checkpoint_every": request.checkpoint_every or steps_per_epoch,
         "samples": len(index),
         "shards": [[shard.name, shard.size] for shard in shards],
@@ -103,7 +112,9 @@ def make_plan(
         "labels": None if labels is None else {str(given): labels[given] for given in sorted(labels)},
     }
     root = Path(request.out).absolute()
-    if existing is not None:
+    if existing is None:
+        _try_step(classifier, hyperparameters, how.crop)
+    else:
         config = _resumed_config(existing, config, root, say)
     threads = request.decode_threads or max(1, min(cores() // request.workers, 16))
     return TrainingPlan(
@@ -141,11 +152,37 @@ def _check(request: TrainRequest) -> None:
         raise UserError(f"--min-crop {request.min_crop}: it is a share of the image, more than 0 and at most 1")
 
 
+def _try_step(classifier: classifiers.Classifier, hyperparameters: Hyperparameters, side: int) -> None:
+    """Do one step with a copy of the classifier on two random images of the run's size. Raises UserError."""
+    copied = copy.deepcopy(classifier.model)
+    x_BCHW = probe(copied, side)
+    with one_line(copied, x_BCHW):
+        first = replace(hyperparameters, pool_size=1, precision="fp32", share_encoder=True)
+        Training(copied, first, side=side).step(x_BCHW, torch.zeros(len(x_BCHW), dtype=torch.long))
+
+
+def preprocessing(preset: Preset, side: int | None) -> Preprocess:
+    """Return the preprocessing of validation images; with a side, the whole shorter side of each is used."""
+    squash = preset.preprocess.squash and not preset.unusual
+    return adapt(preset, crop=side, resize=None if squash else side)
+
+
+def preprocess_of(config: Mapping[str, Any]) -> Preprocess:
+    """Return the preprocessing in the config of a checkpoint; those of 0.1 have no squash."""
+    return Preprocess(
+        resize=config["resize"],
+        crop=config["side"],
+        squash=config.get("squash", False),
+        interpolation=config["interpolation"],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+    )
+
+
 def _config(
-    request: TrainRequest, classifier: classifiers.Classifier, hyperparameters: Hyperparameters
+    request: TrainRequest, classifier: classifiers.Classifier, how: Preprocess, hyperparameters: Hyperparameters
 ) -> dict[str, Any]:
     """Return the config, as JSON: a resumed training must repeat it, and users of the masks can read it."""
-    usual = classifier.preprocess
     return {
         "model": request.model,
         "weights_digest": classifier.digest,
@@ -154,12 +191,13 @@ def _config(
         "settings": {**asdict(hyperparameters), "thinning": hyperparameters.thinning.name},
         "steps": hyperparameters.steps,
         "batch_size": request.batch_size,
-        "resize": request.side or usual.resize,  # of validation images, as in extract
-        "side": request.side or usual.crop,
-        "interpolation": usual.interpolation,
+        "resize": how.resize,  # of validation images, as in extract
+        "side": how.crop,
+        "squash": how.squash,  # of validation images
+        "interpolation": how.interpolation,
         "min_crop": request.min_crop,
-        "mean": list(usual.mean),
-        "std": list(usual.std),
+        "mean": list(how.mean),
+        "std": list(how.std),
     }
 
 
@@ -171,7 +209,8 @@ def _resumed_config(
     Raises:
         UserError: the two differ in more than `_FREE`.
     """
-    old, new = ({**held, **held["settings"], "settings": None} for held in (existing.config, config))
+    held = {"squash": False, **existing.config}  # absent from checkpoints of 0.1
+    old, new = ({**each, **each["settings"], "settings": None} for each in (held, config))
     if differing := differences(old, new):
         raise UserError(
             f"{root} holds a training under another config: {differing}. Resume with the old options, or give another "

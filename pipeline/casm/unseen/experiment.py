@@ -174,7 +174,8 @@ def _extract(request: TrainRequest, val: Sequence[str], training: Path, run: Pat
         result = extract(
             val, run, model=request.model, weights=request.weights, method="casm",
             options={"checkpoint": str(training)}, labels=request.labels,
-            resize=request.side, crop=request.side,  # all of a square image, so that no box is cropped away
+            # All of a square image, so that no box is cropped away.
+            resize=request.side, crop=request.side, squash=None if request.side is None else False,
             precision=request.hyperparameters.precision, seed=request.hyperparameters.seed,
             address=request.address, workers=request.workers if request.workers > 1 else None,
             gpus_per_worker=request.gpus_per_worker, device=request.device,

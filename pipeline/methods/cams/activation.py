@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from saltern.pipeline.methods.base import Maps, Method, safe_divide, weighted_sum
-from saltern.pipeline.models.layers import probe
 from saltern.pipeline.models.passes import full_precision, pick_target
+from saltern.pipeline.models.probe import probe
 from saltern.pipeline.models.taps import Taps
 from saltern.schemas.errors import UserError
 
@@ -147,7 +147,7 @@ class CAM(Method):
     def prepare(self) -> None:
         self._taps = Taps(self.model, self.layer)
         heads = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
-        x_BCHW = probe(self.model)
+        x_BCHW = probe(self.model, self.input_side)
         with torch.no_grad(), full_precision(x_BCHW.device):
             logits_BK, outputs = self._taps.forward(x_BCHW)
             A_BKhw = self._taps.grid(0, outputs[0], x_BCHW.shape[2:])

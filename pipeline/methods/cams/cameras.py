@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from saltern.pipeline.methods.base import Maps, Method
 from saltern.pipeline.methods.cams import upsampled
-from saltern.pipeline.models.layers import probe
 from saltern.pipeline.models.passes import full_precision, logits_of, pick_target
+from saltern.pipeline.models.probe import probe
 from saltern.pipeline.models.taps import Taps
 from saltern.pipeline.naming import brief
 from saltern.schemas.errors import UserError
@@ -55,7 +55,7 @@ class CAMERAS(Method):
             self._check_other_size()
 
     def _check_other_size(self) -> None:
-        x_BCHW = probe(self.model)[:1]
+        x_BCHW = probe(self.model, self.input_side)[:1]
         side = x_BCHW.shape[2] + _STEP
         try:
             with torch.no_grad():

@@ -23,8 +23,8 @@ from saltern.pipeline.methods.functions import (
 )
 from saltern.pipeline.methods.gradients.gradient import Gradient, pixel_gradient
 from saltern.pipeline.models.interception import Interception, Swap, check_visible
-from saltern.pipeline.models.layers import probe
 from saltern.pipeline.models.passes import full_precision, pick_target
+from saltern.pipeline.models.probe import probe
 from saltern.pipeline.models.taps import Taps
 from saltern.schemas.errors import UserError
 
@@ -80,7 +80,7 @@ class Rectified(Gradient):
         self._swaps = _swaps(self._rule, self.title())
         try:
             with torch.no_grad():
-                self.forward(probe(self.model))
+                self.forward(probe(self.model, self.input_side))
         except (RuntimeError, ValueError, TypeError, AssertionError):
             pass  # a model for images of another shape is checked on its first batch
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from saltern.pipeline.methods.base import Maps, Method, weighted_sum
 from saltern.pipeline.methods.relevance.propagation import Propagation
 from saltern.pipeline.methods.relevance.rules import RELEVANCE_CAM, composite
-from saltern.pipeline.models.layers import probe
 from saltern.pipeline.models.passes import full_precision, logits_of, pick_target
+from saltern.pipeline.models.probe import probe
 from saltern.pipeline.models.taps import Taps
 from saltern.schemas.errors import UserError
 

@@ -1,0 +1,73 @@
+"""One Preprocess goes through every job: each of its fields reaches the config of each job, and the pixels."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import making
+import pytest
+
+from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
+from saltern.pipeline.casm.training.plan import TrainRequest, make_plan, preprocess_of
+from saltern.pipeline.extract.request import ExtractRequest, resolve
+from saltern.pipeline.models import classifiers
+from saltern.pipeline.models.presets import Preset
+from saltern.pipeline.synthesis.attack import AttackRequest
+from saltern.pipeline.synthesis.attack import plan as plan_attack
+from saltern.pipeline.synthesis.visualize import VisualizeRequest
+from saltern.pipeline.synthesis.visualize import plan as plan_visualize
+from saltern.schemas.config import Preprocess
+
+BASE = Preprocess(40, 32, False, "bilinear", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+OTHER = {
+    "resize": 48, "crop": 24, "squash": True, "interpolation": "bicubic", "mean": (0.1, 0.2, 0.3),
+    "std": (0.3, 0.2, 0.1),
+}  # fmt: skip
+PRESETS = [BASE, *(replace(BASE, **{name: value}) for name, value in OTHER.items())]
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> str:
+    return str(making.write_shard(tmp_path / "in" / "a.tar", 6))
+
+
+def of_extract(shards):
+    request = ExtractRequest([shards], "making:tiny", "grad-cam", layer="body", torch_threads=1)
+    return resolve(request, None, "cpu", 1)[0].config.preprocess
+
+
+def of_attack(shards):
+    request = AttackRequest([shards], "making:tiny", "grad-cam", layer="body", torch_threads=1)
+    return plan_attack(request, None, "cpu", 1)[0].config.preprocess
+
+
+def of_visualize(shards):
+    return plan_visualize(VisualizeRequest("0", "making:tiny"), None, "cpu", 1)[0].config.preprocess
+
+
+def of_training(shards):
+    import casm_toys  # noqa: F401 - the factory below
+
+    request = TrainRequest([shards], "unused", "making:tiny", Hyperparameters())
+    return preprocess_of(make_plan(request, "cpu", None, lambda text: None).config)
+
+
+JOBS = [of_extract, of_attack, of_visualize, of_training]
+
+
+def test_the_changed_values_are_those_of_all_fields():
+    assert set(OTHER) == {field.name for field in fields(Preprocess)}
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=["base", *OTHER])
+@pytest.mark.parametrize("job", JOBS)
+def test_each_field_of_a_preset_reaches_the_config_of_each_job(job, preset, shards, monkeypatch):
+    monkeypatch.setattr(classifiers, "_factory", lambda spec, weights: classifiers._Loaded(made(job), Preset(preset)))
+    assert job(shards) == preset
+
+
+def made(job):
+    if job is of_training:
+        from casm_toys import net
+
+        return net()
+    return making.tiny()

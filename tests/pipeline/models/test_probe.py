@@ -1,0 +1,50 @@
+"""Models as people bring them: counted at the run's size, or refused in one line that says what to bring instead."""
+
+import pytest
+import torch
+
+from saltern.pipeline.models.classifiers import load
+from saltern.schemas.errors import UserError
+
+REFUSED = {
+    "Probabilities": "returns probabilities.*output.log()",
+    "OneLogit": r"returns 1 logit.*torch\.cat\(\[torch\.zeros_like\(z\), z\], 1\)",
+    "Headless": "no classifier head: its logits come from ReLU",
+    "Backbone": "no classifier head .num_classes is 0",
+    "Dict": "must return logits of shape .batch, classes., not dict; wrap it in a factory",
+    "Pair": "not tuple; wrap it",
+    "Data": "not Out; wrap it",
+    "Nothing": "not NoneType; wrap it",
+    "Keyword": r"TypeError: .*forward must take the image alone",
+    "TwoInputs": "TypeError: .*metadata.*forward must take the image alone",
+    "Slip": r"AttributeError: .*missing.*module\.py:\d+",
+    "Grey": "fails on a 32 x 32 image .*channels",
+    "NonSquare": "fails on a 32 x 32 image .*give the size that it takes",
+    "Lazy": "lazy layers without weights; run an image through the model in the factory",
+    "scripted": "returns TorchScript, which shows no layers; return the module before torch.jit.script",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_without_logits_of_an_image_is_refused_in_one_line(name):
+    with pytest.raises(UserError, match=REFUSED[name]) as caught:
+        load(f"odd_models:{name}", side=32)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["frozen", "training", "half", "parallel", "Nan"])
+def test_models_in_another_state_are_taken(name):
+    assert load(f"odd_models:{name}", side=32).classes == 5
+
+
+def test_classes_are_counted_at_the_runs_own_size_and_not_guessed_from_a_linear_module():
+    assert load("odd_models:Small", side=64).classes == 10
+    with pytest.raises(UserError, match=r"fails on a 224 x 224 image .*give the size that it takes"):
+        load("odd_models:Small")
+
+
+def test_sigmoid_of_one_logit_is_the_softmax_of_the_two_that_the_message_names():
+    z = torch.tensor([[0.3], [-2.0]])
+    torch.testing.assert_close(torch.cat([torch.zeros_like(z), z], 1).softmax(1)[:, 1:], z.sigmoid())
+    p = torch.tensor([[0.2, 0.8]])
+    torch.testing.assert_close(p.log().softmax(1), p)
