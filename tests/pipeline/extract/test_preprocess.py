@@ -3,14 +3,20 @@
 from dataclasses import fields, replace
 from pathlib import Path
 
+import casm_toys
 import making
 import pytest
+import torch
+from extracting import extract
 
 from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.training.plan import TrainRequest, make_plan, preprocess_of
+from saltern.pipeline.extract.explain import Explainer
 from saltern.pipeline.extract.request import ExtractRequest, resolve
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.models.presets import Preset
+from saltern.pipeline.runs.dataset import SaliencyDataset
+from saltern.pipeline.shards.decode import decode
 from saltern.pipeline.synthesis.attack import AttackRequest
 from saltern.pipeline.synthesis.attack import plan as plan_attack
 from saltern.pipeline.synthesis.visualize import VisualizeRequest
@@ -22,6 +28,7 @@ OTHER = {
     "resize": 48, "crop": 24, "squash": True, "interpolation": "bicubic", "mean": (0.1, 0.2, 0.3),
     "std": (0.3, 0.2, 0.1),
 }  # fmt: skip
+NORMALISE = Explainer._normalise
 PRESETS = [BASE, *(replace(BASE, **{name: value}) for name, value in OTHER.items())]
 
 
@@ -45,8 +52,6 @@ def of_visualize(shards):
 
 
 def of_training(shards):
-    import casm_toys  # noqa: F401 - the factory below
-
     request = TrainRequest([shards], "unused", "making:tiny", Hyperparameters())
     return preprocess_of(make_plan(request, "cpu", None, lambda text: None).config)
 
@@ -61,13 +66,29 @@ def test_the_changed_values_are_those_of_all_fields():
 @pytest.mark.parametrize("preset", PRESETS, ids=["base", *OTHER])
 @pytest.mark.parametrize("job", JOBS)
 def test_each_field_of_a_preset_reaches_the_config_of_each_job(job, preset, shards, monkeypatch):
-    monkeypatch.setattr(classifiers, "_factory", lambda spec, weights: classifiers._Loaded(made(job), Preset(preset)))
+    model = casm_toys.small() if job is of_training else making.tiny()
+    monkeypatch.setattr(classifiers, "_factory", lambda spec, weights: classifiers._Loaded(model, Preset(preset)))
     assert job(shards) == preset
 
 
-def made(job):
-    if job is of_training:
-        from casm_toys import net
-
-        return net()
-    return making.tiny()
+@pytest.mark.parametrize("preset", PRESETS, ids=["base", *OTHER])
+def test_each_field_of_a_preset_decides_the_rows_of_a_run_and_the_images_of_its_dataset(
+    preset, shards, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        classifiers, "_factory", lambda spec, weights: classifiers._Loaded(making.tiny(), Preset(preset))
+    )
+    given = []
+    monkeypatch.setattr(
+        Explainer, "_normalise", lambda self, pixels: given.append((self, pixels)) or NORMALISE(self, pixels)
+    )
+    assert extract(shards, tmp_path / "run", resize=None, crop=None, target="top1") == 0
+    explain = given[-1][0]
+    decoded = decode(making.picture(0), preset).pixels_HWC
+    full = next(pixels for _, pixels in given if len(pixels) > 1)
+    assert torch.equal(full[0], torch.from_numpy(decoded))
+    normalised = (torch.from_numpy(decoded).permute(2, 0, 1) / 255 - explain._mean) / explain._std
+    assert explain._mean.flatten().tolist() == pytest.approx(list(preset.mean))
+    torch.testing.assert_close(NORMALISE(explain, full)[0], normalised)
+    item = next(iter(SaliencyDataset(str(tmp_path / "run"))))
+    assert torch.equal(item["image"], torch.from_numpy(decoded).permute(2, 0, 1))
