@@ -86,9 +86,8 @@ def casm(
 ) -> None:
     """Compare CASM's training step to its passes, with random weights, and two workers to one. Half an hour."""
     from saltern.pipeline.bench.casm import CasmBench, as_table, measure
-    from saltern.pipeline.machine import pick_device, see_own_modules
+    from saltern.pipeline.machine import pick_device
 
-    see_own_modules()
     names = {"thinnings": [str(name) for name in thinning]} if thinning else {}
     bench = collect(CasmBench, ctx, device=pick_device(device), **names)
     report = _report(out / "casm", bench, f"{model}, batch {batch_size}")

@@ -8,11 +8,11 @@ import contextlib
 import ctypes
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from saltern.schemas import choices
 from saltern.schemas.errors import UserError
 
 # glibc's malloc keeps freed memory for the next batch, which saves most page faults. Use a single arena: glibc trims
@@ -37,16 +37,18 @@ def torch_threads(device: str, workers: int) -> int:
     return max(1, cores() // workers) if device == "cpu" else 1
 
 
-def see_own_modules() -> None:
-    """Make modules in the current folder importable, for `package.module:factory`."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+def check_device(device: str) -> None:
+    """Raise UserError if the device is none that every job supports."""
+    if device.startswith("cuda:"):
+        raise UserError(f"--device {device}: choose a GPU by CUDA_VISIBLE_DEVICES={device[5:]}, and give --device cuda")
+    choices.check_choice("--device", device, choices.Device)
 
 
 def pick_device(device: str) -> str:
-    """Return cpu or cuda; `auto` is cuda if this machine has it. Raises UserError for cuda without a CUDA device."""
+    """Return cpu or cuda; `auto` is cuda if this machine has it. Raises UserError for any other or absent device."""
     import torch
 
+    check_device(device)
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise UserError("--device cuda, but no CUDA device is visible; --device cpu runs without one")

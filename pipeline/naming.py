@@ -2,10 +2,14 @@
 
 import difflib
 import importlib
+import os
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 from saltern.schemas.errors import UserError
+
+MODULES = "SALTERN_MODULES"  # environment variable of workers: the folder where the user called Saltern
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -25,7 +29,14 @@ def install_hint(extra: str) -> str:
 
 
 def import_object(spec: str) -> Any:
-    """Return the object that `package.module:name` names. Raises UserError if there is no such module or name."""
+    """Return the object that `package.module:name` names. Raises UserError if there is no such module or name.
+
+    Only for such names, the folder where the user called Saltern is searched, after all others. A file there that is
+    named like a package must not run in its place.
+    """
+    folder = os.environ.get(MODULES) or os.getcwd()
+    if folder not in sys.path:
+        sys.path.append(folder)
     module_name, _, name = spec.partition(":")
     try:
         module = importlib.import_module(module_name)

@@ -6,14 +6,17 @@ import itertools
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
+from ray.job_config import JobConfig
 
-from saltern.pipeline import machine
+from saltern.pipeline import machine, naming
 from saltern.pipeline.engine.pool import Died, Done, Event, Factory, Raised, Ready, ShardProcessor
 from saltern.pipeline.runs.outlet import Made
 from saltern.schemas.errors import UserError
@@ -40,7 +43,9 @@ def join_cluster(address: str | None) -> dict[str, float]:
             local["_temp_dir"] = _private_folder()
     try:
         if not ray.is_initialized():  # an earlier job of this process may have joined
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+            job = JobConfig()
+            job._py_driver_sys_path = _WithoutCurrent()
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, job_config=job, **local)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = str(error).strip().splitlines()[0]
         if address is None:
@@ -49,6 +54,16 @@ def join_cluster(address: str | None) -> dict[str, float]:
             f"no Ray cluster at {address}: {reason}. Check --address, and RAY_AUTH_MODE=token with the cluster's token"
         ) from error
     return {name: float(value) for name, value in ray.cluster_resources().items()}  # type: ignore[no-untyped-call]
+
+
+class _WithoutCurrent(list[str]):
+    """The folders that Ray puts first in its workers' paths, without the current one.
+
+    Ray adds it whether or not this process has it, and a file there that is named like a package would run.
+    """
+
+    def extend(self, folders: Iterable[str]) -> None:
+        super().extend(folder for folder in folders if folder != os.getcwd() or folder in sys.path)
 
 
 def _private_folder() -> str:
@@ -116,10 +131,12 @@ class RayPool:
         factory: builds a processor; travels to the actor.
         gpus, cpus: of each actor; fractions allowed.
         torch_threads: of each actor.
-        import_paths: put before the actor's own, for modules of the user.
+        import_paths: put before the actor's own.
     """
 
-    def __init__(self, factory: Factory, *, gpus: float, cpus: float, torch_threads: int, import_paths: list[str]):
+    def __init__(
+        self, factory: Factory, *, gpus: float, cpus: float, torch_threads: int, import_paths: Sequence[str] = ()
+    ):
         self._factory = factory
         # An actor that requests more cores than any node has would wait for ever.
         available = [node.get("CPU", 0.0) for node in _alive().values() if node.get("GPU", 0.0) >= gpus]
@@ -128,6 +145,7 @@ class RayPool:
             **machine.ENVIRONMENT,
             "OMP_NUM_THREADS": str(torch_threads),
             "PYTHONPATH": os.pathsep.join([*import_paths, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+            naming.MODULES: os.getcwd(),
         }
         self._actor = ray.remote(_Worker).options(
             num_gpus=gpus,

@@ -8,7 +8,7 @@ import torch
 
 from saltern.pipeline.engine.local import LocalPool
 from saltern.pipeline.engine.pool import Factory, Pool
-from saltern.pipeline.machine import pick_device
+from saltern.pipeline.machine import check_device, pick_device
 from saltern.schemas import choices
 from saltern.schemas.errors import UserError
 
@@ -37,10 +37,13 @@ def select_engine(
         UserError: the options contradict each other, or are not possible on this machine.
     """
     choices.check_choice("--engine", engine, choices.Engine)
+    check_device(device)
     if engine == "local" and (address or (workers or 1) > 1):
         raise UserError("--engine local is one worker in this process; --address and --workers need --engine ray")
     why = "as requested" if engine != "auto" else _reason_for_ray(device, address, workers)
     if engine == "local" or why is None:
+        if gpus_per_worker is not None:
+            raise UserError("--gpus-per-worker has no effect in the local engine; give --engine ray, or leave it out")
         return Engine(False, pick_device(device), 1, 0.0, why or "one device and no cluster")
     address = address or os.environ.get("RAY_ADDRESS")
     if address is None:
@@ -51,6 +54,8 @@ def select_engine(
     resources = join_cluster(address)
     if device == "auto":
         device = "cuda" if resources.get("GPU") else "cpu"
+    if device == "cpu" and gpus_per_worker:
+        raise UserError(f"--gpus-per-worker {gpus_per_worker:g} has no effect on cpu; leave it out")
     gpus = float(device == "cuda") if gpus_per_worker is None else gpus_per_worker
     return Engine(True, device, workers or max(1, int(resources.get("GPU", 0.0) / gpus) if gpus else 1), gpus, why)
 
@@ -93,4 +98,4 @@ def make_pool(engine: Engine, factory: Factory, decode_threads: int, torch_threa
     from saltern.pipeline.engine.actors import RayPool
 
     cpus = decode_threads if engine.gpus else torch_threads
-    return RayPool(factory, gpus=engine.gpus, cpus=cpus, torch_threads=torch_threads, import_paths=[os.getcwd()])
+    return RayPool(factory, gpus=engine.gpus, cpus=cpus, torch_threads=torch_threads)

@@ -10,7 +10,7 @@ from typing import Any
 from saltern import __version__
 from saltern.pipeline.extract.labels import AUTO, Numbers, choose_labels
 from saltern.pipeline.extract.tryout import is_proven, try_extract
-from saltern.pipeline.machine import see_own_modules, torch_threads
+from saltern.pipeline.machine import torch_threads
 from saltern.pipeline.methods import Method, build, find
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.models.classifiers import Classifier
@@ -159,7 +159,6 @@ def reading() -> Iterator[None]:
 
 def load_classifier(model: str, weights: str, seed: int, side: int | None) -> Classifier:
     """Load the classifier that the user named, for images of `side` pixels; None = that of the weights."""
-    see_own_modules()
     return classifiers.load(model, weights, seed=seed, side=side)
 
 

@@ -16,7 +16,8 @@ from saltern.pipeline.masknet.network import Decoder, Trunk
 from saltern.pipeline.masknet.stages import find_stages
 from saltern.pipeline.methods.base import Maps, Method
 from saltern.pipeline.models.weights import fit
-from saltern.schemas.errors import UserError
+from saltern.pipeline.naming import brief
+from saltern.schemas.errors import UserError, printable
 
 _ABSENT = -1e4  # logit of a class outside the training; fits 16 bits
 
@@ -43,6 +44,15 @@ class CASM(Method):
                 "casm needs a trained mask network: --checkpoint DIR (-O checkpoint=DIR), of `saltern train-casm`"
             )
         checkpoint = open_checkpoint(Path(self.checkpoint))
+        try:
+            self._use(checkpoint)
+        except UserError:
+            raise
+        except Exception as error:  # a damaged state has anything in any place
+            reason = printable(f"{type(error).__name__}: {brief(error)}")
+            raise UserError(f"the checkpoint {checkpoint.folder} is damaged ({reason})") from error
+
+    def _use(self, checkpoint: Checkpoint) -> None:
         if self.digest not in ("", checkpoint.digest):
             raise UserError(f"{checkpoint.folder} is not the requested checkpoint (digest {self.digest[:12]}...)")
         # Store the path of this checkpoint, so that all workers of a run use it even if the training continues.

@@ -19,7 +19,7 @@ from saltern.pipeline.casm.training.plan import TrainingPlan, preprocess_of
 from saltern.pipeline.casm.training.ranks import Ranks
 from saltern.pipeline.casm.watch import curves
 from saltern.pipeline.casm.watch.validation import Validation
-from saltern.pipeline.machine import available_memory, exact, see_own_modules
+from saltern.pipeline.machine import available_memory, exact
 from saltern.pipeline.masknet.checkpoint import Checkpoints
 from saltern.pipeline.masknet.head import restrict
 from saltern.pipeline.models import classifiers
@@ -143,7 +143,6 @@ class _Silent:
 
 
 def _training(plan: TrainingPlan, ranks: Ranks) -> Training:
-    see_own_modules()
     config, hyperparameters = plan.config, plan.hyperparameters
     classifier = classifiers.load(config["model"], plan.weights, seed=hyperparameters.seed, side=config["side"])
     if classifier.digest != config["weights_digest"]:

@@ -15,7 +15,7 @@ from saltern.pipeline.casm.data.index import Index, make_index
 from saltern.pipeline.extract.labels import AUTO, Numbers, choose_labels
 from saltern.pipeline.extract.request import absolute
 from saltern.pipeline.extract.tryout import one_line
-from saltern.pipeline.machine import cores, see_own_modules, torch_threads
+from saltern.pipeline.machine import cores, torch_threads
 from saltern.pipeline.masknet.checkpoint import Checkpoint
 from saltern.pipeline.masknet.head import restrict
 from saltern.pipeline.masknet.stages import find_stages
@@ -87,7 +87,6 @@ def make_plan(
         UserError: the request cannot be met, or differs from the existing training.
     """
     _check(request)
-    see_own_modules()
     shards, hints = expand(request.shards)
     val, val_hints = expand(request.val) if request.val else ([], [])
     for hint in (*hints, *val_hints):

@@ -16,7 +16,7 @@ from ray.train import RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Empty, Queue
 
-from saltern.pipeline import machine
+from saltern.pipeline import machine, naming
 from saltern.pipeline.casm.training.loop import describe_checkpoint, locked
 from saltern.pipeline.casm.training.plan import TrainingPlan, TrainRequest, make_plan
 from saltern.pipeline.casm.training.ray_rank import train_rank
@@ -115,7 +115,7 @@ def _environment(plan: TrainingPlan) -> dict[str, str]:
         **machine.ENVIRONMENT,
         "OMP_NUM_THREADS": str(plan.config["torch_threads"]),
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+        naming.MODULES: os.getcwd(),
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
     }
 
