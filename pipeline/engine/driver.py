@@ -306,9 +306,8 @@ class Driver:
         self._book.failed(failure)
         self._say(f"{failure.shard}: {failure.kind}: {failure.reason}")
         if self._max_failed is not None and len(failures) > self._max_failed:
-            self.state.outcome.stopped = (
-                f"{len(failures)} shards have failed, --max-failed-shards is {self._max_failed}"
-            )
+            limit = f"--max-failed-shards is {self._max_failed}"
+            self.state.outcome.stopped = f"{len(failures)} shards have failed, {limit}"
 
     def _replace(self, worker: int, reason: str) -> list[Shard]:
         """Replace a lost worker. Return the shards that it had in flight."""
