@@ -39,8 +39,9 @@ def read_annotation(sample: Sample) -> Annotation | None:
     if not boxes:
         return None
     height, width = content.get("height"), content.get("width")
-    given = isinstance(height, int) and isinstance(width, int) and 0 < min(height, width) <= max(height, width) < _FAR
-    size = (int(height), int(width)) if given else None
+    size = None
+    if isinstance(height, int) and isinstance(width, int) and 0 < min(height, width) <= max(height, width) < _FAR:
+        size = height, width
     return Annotation([_half_open(box) for box in boxes], size)
 
 
