@@ -77,6 +77,8 @@ def resolve(request: ExtractRequest, existing: Run | None, device: str, workers:
     for key, choices in _CHOICES.items():
         if getattr(request, key) is not None:
             check_choice(f"--{key.replace('_', '-')}", getattr(request, key), choices)
+    if not request.save_map and (request.map_dtype or request.map_size != "native"):
+        raise UserError("--map-dtype and --map-size have no effect with --no-map; leave one of them out")
     rule = Rule.parse(request.discretize)
     shards, hints = wanted_shards(request)
     classifier = load_classifier(request.model, request.weights, request.seed, request.crop)

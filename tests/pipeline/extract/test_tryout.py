@@ -39,6 +39,7 @@ def content(folder: Path) -> dict[str, bytes]:
         ({"layer": "head"}, "which is no grid at 32 x 32 pixels; layers that fit: "),
         ({"crop": 8}, "1 x 1 cell"),
         ({"method": "cam", "layer": "body.0"}, "cam needs a linear head"),
+        ({"save_map": False, "map_dtype": "float16"}, "no effect with --no-map"),
         ({"weights": "absent.pth"}, "no weights file"),
         ({"mean": (123.675, 116.28, 103.53)}, "divide values for 0..255 by 255"),
         ({"method": f"{__name__}:Broken", "layer": None}, r"ZeroDivisionError: a slip; .*test_tryout\.py:\d+"),

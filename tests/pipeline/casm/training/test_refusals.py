@@ -8,8 +8,8 @@ from casm_toys import CutError, files, interrupt, quiet, request
 from making import picture, write_tar
 
 from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
-from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS
+from saltern.pipeline.casm.data.batches import Batches
 from saltern.pipeline.casm.training import loop
 from saltern.pipeline.casm.training.train import train
 from saltern.schemas.errors import UserError
@@ -17,7 +17,7 @@ from saltern.schemas.errors import UserError
 
 def refused(wanted, match: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Training, "step", lambda *args: pytest.fail("work was started"))
+        patch.setattr(Batches, "run", lambda *args: pytest.fail("work was started"))
         with pytest.raises(UserError, match=match):
             train(wanted, quiet)
 
