@@ -37,7 +37,7 @@ ROOMS: dict[str, set[str]] = {
     "show": _RUNS,
     "synthesis": {"extract", "show", "engine", *_RUNS, *_MODELS, *_BASE},
     "casm": {"extract", "metrics", "show", "engine", "tables", *_RUNS, *_MODELS, *_BASE},
-    "submit": {"naming"},
+    "submit": {"naming", "storage"},
     "bench": {"casm", "extract", "engine", "tables", *_RUNS, *_MODELS, *_BASE},
 }
 HEAVY = ("torch", "ray", "pyarrow", "webdataset", "numpy")

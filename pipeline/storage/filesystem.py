@@ -8,6 +8,8 @@ from pyarrow import fs
 
 from saltern.schemas.errors import UserError
 
+_URL = re.compile(r"(\w[\w+.-]*)://|pipe:")
+
 CONNECT_S = 10.0
 STALLED_S = 20.0  # without a byte
 REQUESTS = 5  # attempts at one request to S3
@@ -20,18 +22,33 @@ def filesystem(url: str) -> tuple[fs.FileSystem, str]:
         UserError: the URL is none of these, or the bucket is not accessible.
         OSError: the network fails.
     """
-    match = re.fullmatch(r"(?:(\w[\w+.-]*)://|(pipe):)([^/]*)/?(.*)", url, re.DOTALL)
-    if match is None:
+    check_url(url)
+    if _URL.match(url) is None:
         return fs.LocalFileSystem(), url
-    scheme, _, host, path = match.groups()
-    if scheme not in ("s3", "gs"):
+    scheme, _, rest = url.partition("://")
+    host, _, path = rest.partition("/")
+    return _bucket(scheme, host), f"{host.removeprefix('anonymous@')}/{path}".rstrip("/")
+
+
+def check_url(url: str) -> None:
+    """Check that a URL names a bucket and holds no credentials. Local paths pass.
+
+    Raises:
+        UserError: it does not. The message repeats no credentials.
+    """
+    match = _URL.match(url)
+    if match is None:
+        return
+    scheme, host = match[1], url[match.end() :].partition("/")[0].removeprefix("anonymous@")
+    if ":" in host or "@" in host:
         raise UserError(
-            f"{url}: give a local path, an s3:// or a gs:// URL; anything else must be downloaded or mounted"
+            "write s3://BUCKET/PATH or a local path; credentials come from the environment, not from the URL"
         )
-    user, _, bucket = host.rpartition("@")
-    if not bucket or user not in ("", "anonymous"):
-        raise UserError(f"write {scheme}://BUCKET/PATH; credentials come from the environment, never from the URL")
-    return _bucket(scheme, host), f"{bucket}/{path}".rstrip("/")
+    if scheme not in ("s3", "gs") or not host:
+        raise UserError(
+            f"{url.partition('?')[0]}: give a local path, an s3:// or a gs:// URL; anything else must be downloaded or "
+            "mounted"
+        )
 
 
 @lru_cache(maxsize=64)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from saltern.pipeline.storage.filesystem import check_url
 from saltern.schemas.errors import UserError
 
 MAX_BYTES = 1_000_000  # of one input file, or of the user's package
@@ -92,6 +93,7 @@ class _Staging:
         return self._add_list(value) if value.startswith("@") else self._make_absolute(value)
 
     def _make_absolute(self, path: str) -> str:
+        check_url(path)
         if "://" in path or os.path.isabs(path):
             return path
         self.absolute.append(os.path.normpath(self.cwd / path))
@@ -101,6 +103,8 @@ class _Staging:
         """Copy a list of shards, one per line; relative lines start from `cwd`, so they are made absolute."""
         lines = [line.strip() for line in self._read(value[1:]).decode().splitlines()]
         lines = [line for line in lines if line and not line.startswith("#")]
+        for line in lines:
+            check_url(line)
         paths = [line if "://" in line else os.path.normpath(self.cwd / line) for line in lines]
         return "@" + self._add(value[1:], "".join(f"{path}\n" for path in paths).encode())
 

@@ -47,6 +47,13 @@ def test_only_our_packages_travel(tmp_path: Path, here: Path) -> None:
     assert sum(path.stat().st_size for path in folder.rglob("*")) < 2_000_000
 
 
+@pytest.mark.parametrize(("name", "flag"), [("shards", None), ("out", "--out"), ("val", "--val")])
+def test_credentials_do_not_travel(tmp_path: Path, here: Path, name: str, flag: str | None) -> None:
+    with pytest.raises(UserError, match="credentials come from the environment") as refused:
+        sent(tmp_path, here, Word(name, flag, "s3://AKIA:SECRET@bucket/x"))
+    assert "SECRET" not in str(refused.value)
+
+
 def test_the_version_that_travels(tmp_path: Path, here: Path) -> None:
     """The job reads it from the code that travels, whatever is installed there."""
     _, folder = sent(tmp_path, here)
