@@ -251,6 +251,8 @@ def test_a_run_that_names_no_job_is_an_extraction(tmp_path: Path) -> None:
     marked = {name: value for name, value in made["config"].items() if name not in UNMARKED}
     raw = json.dumps({"schema_version": 1, **marked}, sort_keys=True)
     assert made["fingerprint"] == hashlib.sha256(raw.encode()).hexdigest()[:16]
+    del made["seal"]
+    made["versions"]["saltern"] = "0.1.0"
     (tmp_path / "run/run.json").write_text(json.dumps(made))
     before = (tmp_path / "run/receipts/part-000000.json").read_bytes()
     assert conduct(extraction(request), settings).code == 0
@@ -266,7 +268,7 @@ def test_bad_samples_keep_a_row(tmp_path: Path) -> None:
         ("last", {"jpg": picture(2), "cls": "words"}),
     ]
     write_tar(tmp_path / "in/a.tar", samples)
-    assert attack(tmp_path / "in", tmp_path / "run", {"batch_size": 2}, save_images=False) == 0
+    assert attack(tmp_path / "in", tmp_path / "run", {"batch_size": 2}, save_images=False) == 1  # less than half are ok
     found = rows(tmp_path / "run")
     statuses = [row["status"] for row in found]
     assert statuses[1:4] == ["decode_failed", "missing_image", "duplicate_key"]

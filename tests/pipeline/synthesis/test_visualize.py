@@ -146,7 +146,7 @@ def test_a_resume_does_the_rest_alone_and_writes_the_same(tmp_path: Path) -> Non
 
 
 def test_an_ascent_that_runs_away_is_flagged(tmp_path: Path) -> None:
-    assert visualize(tmp_path / "run", classes="1", steps=60, step_size=1e3, weight=10.0) == 0
+    assert visualize(tmp_path / "run", classes="1", steps=60, step_size=1e3, weight=10.0) == 1
     (row,) = rows(tmp_path / "run")
     assert (row["status"], row["image"]) == ("nonfinite", None)
     assert "smaller --step-size" in row["error"]
