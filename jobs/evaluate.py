@@ -9,7 +9,7 @@ from saltern.jobs import options as opt
 
 def evaluate(
     run: opt.RunFolder,
-    more: Annotated[list[str] | None, typer.Argument(metavar="SHARDS...", hidden=True)] = None,
+    more: opt.MoreShards = None,
     shards: Annotated[
         list[str] | None,
         opt.inputs("Shards of the run to use; default: all, from where it read them.", metavar="SHARDS..."),

@@ -71,6 +71,7 @@ MinCrop = Annotated[float, inputs("Smallest share of an image that a random crop
 Val = Annotated[
     list[str], inputs("Shards with boxes to validate on; repeatable.", metavar="SHARDS", show_default=False)
 ]
+MoreShards = Annotated[list[str] | None, typer.Argument(metavar="SHARDS...", hidden=True)]  # a glob after --shards
 
 # --- Model and method
 

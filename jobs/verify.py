@@ -9,7 +9,7 @@ from saltern.jobs import options as opt
 
 def verify(
     run: opt.RunFolder,
-    more: Annotated[list[str] | None, typer.Argument(metavar="SHARDS...", hidden=True)] = None,
+    more: opt.MoreShards = None,
     shards: Annotated[
         list[str] | None, opt.inputs("Where its shards are now, if they were moved.", metavar="SHARDS...")
     ] = None,

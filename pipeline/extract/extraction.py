@@ -38,7 +38,7 @@ from saltern.schemas.saliency import MISSING_LABEL, NONFINITE, OK, ZERO_MAP
 
 REASONS = {
     ZERO_MAP: "the method gave zeros everywhere",
-    NONFINITE: "the map is not finite, or does not fit the stored dtype",
+    NONFINITE: "the map is not finite, or does not fit the stored dtype; use --precision fp32 and --map-dtype float32",
 }
 
 

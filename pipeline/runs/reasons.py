@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from saltern.schemas.errors import printable
 from saltern.schemas.receipt import Receipt
-from saltern.schemas.saliency import DECODE_FAILED, MISSING_LABEL, NONFINITE, OK, OUT_OF_MEMORY, TOO_LARGE, ZERO_MAP
+from saltern.schemas.saliency import DECODE_FAILED, MISSING_LABEL, OK, OUT_OF_MEMORY, TOO_LARGE, ZERO_MAP
 
 MIN_OK = 0.5  # share of rows; a run with a smaller one is no success
 SHOWN = 8  # reasons of a shard that its receipt keeps, and of a run that are printed
@@ -15,7 +15,6 @@ _FIXES = {
     DECODE_FAILED: "look at these files, or pack their originals again",
     TOO_LARGE: "pack smaller copies of these images",
     MISSING_LABEL: "give labels with --labels FILE, or explain the model's own choice with --target top1",
-    NONFINITE: "use --precision fp32 and --map-dtype float32",
     ZERO_MAP: "try another --layer or --method",
     OUT_OF_MEMORY: "do them again with --retry-failed on a machine or device with more free memory",
 }
