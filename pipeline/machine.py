@@ -117,3 +117,16 @@ def exact(threads: int | None = None) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = tuned
         torch.set_num_threads(before)
+
+
+def process_identity(pid: int) -> list[str] | None:
+    """Return what identifies a live process: the machine's boot, the namespace of its number, and its start.
+
+    None if it has ended, or if this system does not say.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else [boot, os.readlink("/proc/self/ns/pid"), fields[18]]
+    except OSError:
+        return None

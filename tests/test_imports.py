@@ -24,7 +24,7 @@ ROOMS: dict[str, set[str]] = {
     "machine": set(),
     "naming": set(),
     "tables": set(),
-    "storage": set(),
+    "storage": {"machine"},
     "shards": {"storage"},
     "maps": set(),
     "models": _BASE,

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from pyarrow import fs
 
+from saltern.pipeline.machine import process_identity
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.errors import OutputError, UserError, printable
 
@@ -193,7 +194,7 @@ def _me() -> dict[str, Any]:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-        "process": _process(os.getpid()),
+        "process": process_identity(os.getpid()),
     }
 
 
@@ -205,19 +206,9 @@ def _parse(owner: bytes) -> dict[str, Any] | None:
         return None
 
 
-def _process(pid: int) -> list[str] | None:
-    """Return what identifies a live process: the machine's boot, the namespace of its number, and its start."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if state in "ZX" else [boot, os.readlink("/proc/self/ns/pid"), fields[18]]
-    except OSError:
-        return None
-
-
 def _dead(owner: bytes) -> bool:
     """Return whether the owner was a process of this machine that has ended."""
-    it, me = _parse(owner), _process(os.getpid())
+    it, me = _parse(owner), process_identity(os.getpid())
     if it is None or me is None or not isinstance(it["process"], list):
         return False
-    return bool(it["process"][:2] == me[:2] and it["process"] != _process(it["pid"]))
+    return bool(it["process"][:2] == me[:2] and it["process"] != process_identity(it["pid"]))

@@ -180,7 +180,7 @@ def test_the_slurm_script_on_one_node(slurm: dict[str, str], tmp_path: Path) -> 
         info.size = buffer.tell()
         tar.addfile(info, io.BytesIO(buffer.getvalue()))
     words = ["--out", "run", "--model", "resnet18", "--weights", "none", "--method", "grad-cam", "--target", "top1"]
-    command = ["bash", str(SLURM), str(shard), *words, "--crop", "32", "--resize", "32"]
+    command = ["bash", str(SLURM), str(shard), *words, "--crop", "64", "--resize", "64"]
     with (tmp_path / "log").open("wb") as log:
         job = subprocess.Popen(command, cwd=tmp_path, env=slurm, stdout=log, stderr=log, start_new_session=True)
     try:

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ out = sys.argv[sys.argv.index("--out") + 1]
 os.mkdir(out + "/receipts")
 for number, (worker, second) in enumerate(json.loads(sys.argv[1])):
     path = f"{out}/receipts/{number}.json"
-    open(path, "w").write(RECEIPT.replace("WORKER", worker))
+    open(path, "w").write(RECEIPTS[worker])
     os.utime(path, (second, second))
 """
 
@@ -73,8 +74,9 @@ def test_made_pictures_weigh_as_much_as_photographs() -> None:
 def run_of(tmp_path: Path, ends: list[tuple[str, float]]) -> list[str]:
     """Return a command that leaves a receipt of 10 samples for each (worker, second)."""
     seconds = {**dict.fromkeys(PHASES, 0.5), "total": 1.0}
-    receipt = Receipt("s", 1, "f", 10, 10, {"ok": 10}, "0", 1, seconds, "WORKER", 1).to_json().decode()
-    (tmp_path / "run.py").write_text(f"RECEIPT = {receipt!r}\n{RUN}")
+    receipt = Receipt("s", 1, "f", 10, 10, {"ok": 10}, "0", 1, seconds)
+    receipts = {worker: replace(receipt, worker=worker).to_json().decode() for worker, _ in ends}
+    (tmp_path / "run.py").write_text(f"RECEIPTS = {receipts!r}\n{RUN}")
     return [sys.executable, str(tmp_path / "run.py"), json.dumps(ends)]
 
 

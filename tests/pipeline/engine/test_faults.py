@@ -205,7 +205,7 @@ def test_a_lost_node_without_replacement(
     cluster = Cluster(initialize_head=True, head_node_args={**each, **lean})
     try:
         node = cluster.add_node(**each)
-        line = command(shards, out, "--engine", "ray", "--address", cluster.address, "--gpus-per-worker", "1")
+        line = command(shards, out, "--engine", "ray", "--address", cluster.address, "--workers", "2")
         running = start(line)
         until(lambda: workers_of(out) == 2, running)
         cluster.remove_node(node, allow_graceful=False)

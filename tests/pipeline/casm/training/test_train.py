@@ -54,6 +54,7 @@ def test_a_collapse_of_the_masks_is_said_once_in_words(tmp_path):
         for step, area in enumerate(areas):
             measured = torch.zeros(len(MEASURED), dtype=torch.float64)
             measured[place] = area
+            measured[MEASURED.index("right")] = 1.0  # labels that agree with the classifier are not warned of
             watched.add(Log(step, -1, measured, torch.tensor(2.0, dtype=torch.float64), 0.0), torch.tensor(0.0))
         watched.flush()
     above, below = said

@@ -17,6 +17,7 @@ from unseen_toys import SPLIT, STEPS, request, run, write_train, write_val
 from saltern.jobs.main import app
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS
+from saltern.pipeline.casm.data.batches import Batches
 from saltern.pipeline.casm.training.train import TrainRequest
 from saltern.pipeline.casm.unseen import experiment
 from saltern.pipeline.casm.unseen.experiment import TRAININGS, unseen_classes
@@ -194,7 +195,7 @@ def test_an_interrupted_extraction_is_resumed(data, undisturbed, tmp_path, monke
 
 def refused(match: str, wanted: TrainRequest, val: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Training, "step", lambda *args: pytest.fail("a training was begun"))
+        patch.setattr(Batches, "run", lambda *args: pytest.fail("a training was begun"))
         with pytest.raises(UserError, match=match) as error:
             unseen_classes(wanted, [str(val)], quiet)
     assert "\n" not in str(error.value)

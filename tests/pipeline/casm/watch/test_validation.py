@@ -299,6 +299,7 @@ def test_shards_that_cannot_serve_are_refused_at_once(tmp_path):
     shards = expand([str(write_val(tmp_path / "cut", 3))])[0]
     with closing(Path(shards[1].url).open("r+b")) as tar:
         tar.truncate(2000)
+    shards = expand([str(tmp_path / "cut")])[0]
     with pytest.raises(UserError, match=r"--val: a shard is broken: .*val-1"):
         Validation(shards, tmp_path, Preprocess(SIDE, SIDE), **HOW)
     Path(shards[1].url).unlink()

@@ -227,7 +227,7 @@ def test_cam_refuses_a_head_that_tells_nothing(tiny):
 def test_default_layer_is_the_last_stage(name, layer, seen, network):
     model = network(name)
     assert default_layer(model) == layer
-    assert _last_grid(model, dict(model.named_modules())) == seen
+    assert _last_grid(model, dict(model.named_modules()), 224) == seen
 
 
 def test_models_that_no_table_knows_are_probed(tiny, images):
