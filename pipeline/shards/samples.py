@@ -152,7 +152,8 @@ def locate_images(shard: Shard, numbers: Mapping[int, int] | None = None) -> Ite
     """
     with _opened(shard, seekable=True) as tape:
         seen: set[str] = set()
-        for index, group in enumerate(islice(_groups(_members(tape, data_of=frozenset({"cls"}))), shard.take)):
+        members = _members(tape, data_of=frozenset({"cls"}), files=_wanted(_USUAL))
+        for index, group in enumerate(islice(_groups(members), shard.take)):
             image = next((group[ext] for ext in IMAGES if ext in group), None)
             key = storable(next(iter(group.values())).key)
             if image is not None and image.size <= MAX_MEMBER and key not in seen:
@@ -215,17 +216,23 @@ class _Member(NamedTuple):
     offset: int  # of the data in the tar
 
 
-def _members(tape: Tape, *, data_of: frozenset[str] = frozenset()) -> Iterator[_Member]:
-    """Yield the members of samples, with the data of those with these extensions."""
+def _members(
+    tape: Tape, *, data_of: frozenset[str] = frozenset(), files: frozenset[str] = frozenset()
+) -> Iterator[_Member]:
+    """Yield the members of samples, with the data of those with these extensions.
+
+    Links are refused under the extensions `files`, by default those whose data is read, or could be.
+    """
     key, held = "", 0  # the last sample's key, and the bytes of its data
     aside, first = 0, ""  # files that belong to no sample, while no sample was found
+    files = files or data_of or _wanted(_USUAL)
     for name, size, is_link in tape:
         named = split_name(name)
         if named is None:
             if not key:
                 aside, first = aside + 1, first or name
             continue
-        if is_link and named[1] in (data_of or _wanted(_USUAL)):
+        if is_link and named[1] in files:
             raise tape.error(f"{name!r} is a link without data (pack it with `tar -h --hard-dereference`)")
         if named[0] != key:
             key, held = named[0], 0
