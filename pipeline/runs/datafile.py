@@ -85,10 +85,14 @@ def reading_data(store: Store, run: Run, shard: Shard) -> Iterator[pq.ParquetFil
 
 
 def _plausible(run: Run, measured: Mapping[str, Any]) -> bool:
-    shape, quantile = measured.get("map_shape"), measured.get("map_clip_quantile")
-    stored = isinstance(run.config, ExtractConfig) and run.config.save_map
+    if not isinstance(run.config, ExtractConfig):
+        return not measured
+    if len(measured) < len(_MEASURED):
+        return False
+    shape, quantile = measured["map_shape"], measured["map_clip_quantile"]
     sides = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < _SIDE for n in shape)
-    return (sides if stored else shape is None) and (quantile is None or type(quantile) in (int, float))
+    clipped = quantile is None or (type(quantile) in (int, float) and 0 < quantile <= 1)
+    return clipped and (sides if run.config.save_map else shape is None)
 
 
 def _difference(schema: pa.Schema, expected: pa.Schema | None) -> str:

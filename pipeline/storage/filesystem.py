@@ -40,11 +40,11 @@ def check_url(url: str) -> None:
     if match is None:
         return
     scheme, host = match[1], url[match.end() :].partition("/")[0].removeprefix("anonymous@")
-    if ":" in host or "@" in host:
+    if ":" in host or "@" in host or (scheme in ("s3", "gs") and not host):
         raise UserError(
             "write s3://BUCKET/PATH or a local path; credentials come from the environment, not from the URL"
         )
-    if scheme not in ("s3", "gs") or not host:
+    if scheme not in ("s3", "gs"):
         raise UserError(
             f"{url.partition('?')[0]}: give a local path, an s3:// or a gs:// URL; anything else must be downloaded or "
             "mounted"
