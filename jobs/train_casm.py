@@ -7,6 +7,9 @@ import typer
 from saltern.jobs import options as opt
 from saltern.jobs.config import collect
 from saltern.schemas import choices
+from saltern.schemas.errors import UserError
+
+MASK_AREA = 0.5
 
 
 def train_casm(
@@ -32,7 +35,7 @@ def train_casm(
         choices.Score, opt.training("Score of the masked image: its entropy, or its cross-entropy.")
     ] = choices.Score.entropy,
     lam: opt.Lambda = None,
-    mask_area: Annotated[float, opt.training("Mean mask that --lambda auto steers to.")] = 0.5,
+    mask_area: Annotated[float, opt.training("Mean mask that --lambda auto steers to.")] = MASK_AREA,
     tv: Annotated[float, opt.training("Weight of the masks' total variation.", min=0)] = 0.0,
     share_encoder: Annotated[
         bool, opt.training("Make masks from the classifier's own trunk.", "--share-encoder/--no-share-encoder")
@@ -72,6 +75,8 @@ def train_casm(
     from saltern.pipeline.casm.training.train import TrainRequest, train
 
     lam = usual_lambda(model) if ctx.params["lam"] is None else ctx.params["lam"]
+    if lam != "auto" and mask_area != MASK_AREA:
+        raise UserError("--mask-area has no effect without --lambda auto; leave it out")
     hyperparameters = collect(Hyperparameters, ctx, thinning=thinning_named(thinning.value), lam=lam)
     checkpoint = train(collect(TrainRequest, ctx, hyperparameters=hyperparameters, val=val or ()))
     typer.echo(f"{checkpoint} is done; next: saltern extract ... --model {model} --method casm --checkpoint {out}")

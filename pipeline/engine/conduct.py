@@ -45,6 +45,12 @@ class RunOptions:
     shard_timeout_s: float | None = None
     max_failed_shards: int | None = None
 
+    def __post_init__(self) -> None:
+        if not self.out.strip():
+            raise UserError("--out is empty: is a variable of the shell unset?")
+        if self.overwrite and self.retry_failed:
+            raise UserError("--retry-failed has no effect with --overwrite; leave one of them out")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -82,8 +88,6 @@ def conduct(job: Job, options: RunOptions) -> RunResult:
     Raises:
         UserError: the options are invalid or not possible on this machine; nothing was started.
     """
-    if not options.out.strip():
-        raise UserError("--out is empty: is a variable of the shell unset?")
     root = options.out if "://" in options.out else os.path.abspath(options.out)
     store = Store(root)
     engine = select_engine(options.engine, options.device, options.address, options.workers, options.gpus_per_worker)

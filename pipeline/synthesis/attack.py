@@ -77,6 +77,8 @@ def plan(request: AttackRequest, existing: Run | None, device: str, workers: int
 
 
 def _check(how: PGD) -> None:
+    if how.recompute > 0 and how.beta == 0:
+        raise UserError("--recompute has no effect with --beta 0, as the map is not used; leave one of them out")
     if how.steps < 1 or how.recompute < 0 or how.beta < 0 or not 0 < how.step_size <= 1 or not 0 < how.epsilon <= 1:
         raise UserError(
             "--steps must be at least 1, --recompute and --beta at least 0, --step-size and --epsilon above 0 and at "

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from commands import call, refused, start
-from making import TINY, picture, write_shards
+from making import TINY, picture, write_shard, write_shards
 
 COMMANDS = (
     *("pack", "plan", "extract", "attack", "visualize-class", "train-casm", "unseen-classes", "evaluate", "status"),
@@ -133,6 +133,30 @@ def test_wrong_shards_configs_and_runs_are_one_line(tmp_path: Path) -> None:
     ended = call("extract", tmp_path / "in/part-000000.tar", *rest)
     assert ended.returncode == 0
     assert "1 of 3 sibling shards" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            "extract in --out run --model resnet18 --method cam --overwrite --retry-failed",
+            "--retry-failed has no effect",
+        ),
+        (
+            "attack in --out run --model resnet18 --guide cam --weights none --recompute 2 --beta 0",
+            "--recompute has no",
+        ),
+        ("train-casm in --out run --model resnet18 --gpus-per-worker 1", "--gpus-per-worker has no effect"),
+        ("train-casm in --out run --model resnet18 --lambda 3 --mask-area 0.6", "--mask-area has no effect"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, line: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_shard(tmp_path / "in" / "a-0.tar", 2)
+    assert line in refused(call(*words.split()))
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_missing_options_are_said_by_name() -> None:

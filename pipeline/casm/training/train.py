@@ -38,6 +38,8 @@ def train(request: TrainRequest, say: Callable[[str], None] = print_to_stderr) -
         existing = _existing(Checkpoints(Path(request.out)), request, say)
         if request.workers > 1 or address:
             return _train_on_ray(request, existing, address, say)
+        if request.gpus_per_worker is not None:
+            raise UserError("--gpus-per-worker has no effect on one worker in this process; leave it out")
         device = pick_device(request.device)
         plan = make_plan(request, device, existing, say)
         with locked(plan.root, "driver"):
