@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -83,6 +83,15 @@ def _end_session(folder: str) -> None:
 def _alive() -> dict[str, dict[str, float]]:
     """Return the resources of the living nodes, by node."""
     return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def _reaching_cluster() -> Iterator[None]:
+    """Raise ConnectionError, which stops the run with its finished shards, if Ray no longer answers the driver."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        raise ConnectionError(f"the Ray cluster no longer answers: {' '.join(str(error).split())[:200]}") from error
 
 
 def explain(worker: int, shard: Shard | None, error: Exception, *, machine_alive: bool) -> Event:
@@ -163,15 +172,18 @@ class RayPool:
         self._counts: dict[int, dict[str, int]] = {}
         self._asked = -COUNT_EVERY_S
 
+    @_reaching_cluster()
     def start(self) -> int:
         number = next(self._numbers)
         self._actors[number] = self._actor.remote()
         self._calls[self._actors[number].build.remote(self._factory)] = (number, None)
         return number
 
+    @_reaching_cluster()
     def submit(self, worker: int, shard: Shard, earlier: Receipt | None) -> None:
         self._calls[self._actors[worker].process.remote(shard, earlier)] = (worker, shard)
 
+    @_reaching_cluster()
     def wait(self, timeout_s: float) -> list[Event]:
         if not self._calls:  # every remaining shard waits for its next attempt
             time.sleep(timeout_s)

@@ -65,6 +65,22 @@ def test_an_actor_whose_class_cannot_be_imported_is_no_lost_machine() -> None:
     assert "ModuleNotFoundError: No module named 'a'" in str(event.error)
 
 
+def test_a_cluster_that_no_longer_answers_stops_the_run_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*args: object, **options: object) -> None:
+        raise RaySystemError("broken pipe\nof the head")
+
+    pool = RayPool.__new__(RayPool)
+    vars(pool).update(_calls={}, _actors={}, _actor=type("Class", (), {"remote": lost}), _numbers=iter(range(9)))
+    monkeypatch.setattr(RayPool, "close", lambda self: None)
+    monkeypatch.setattr(ray, "wait", lost)
+    outcome = Driver(pool, Notebook()).run([SHARD])
+    assert outcome.stopped is not None
+    assert "the Ray cluster no longer answers: System error: broken pipe of the head" in outcome.stopped
+    pool._calls["ref"] = (0, None)
+    with pytest.raises(ConnectionError, match="no longer answers"):
+        pool.wait(0.0)
+
+
 def test_a_module_that_a_worker_cannot_import_is_named(
     ray_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
