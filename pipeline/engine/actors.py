@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import ray
@@ -140,12 +140,9 @@ class RayPool:
         factory: builds a processor; travels to the actor.
         gpus, cpus: of each actor; fractions allowed.
         torch_threads: of each actor.
-        import_paths: put before the actor's own.
     """
 
-    def __init__(
-        self, factory: Factory, *, gpus: float, cpus: float, torch_threads: int, import_paths: Sequence[str] = ()
-    ):
+    def __init__(self, factory: Factory, *, gpus: float, cpus: float, torch_threads: int):
         self._factory = factory
         # An actor that requests more cores than any node has would wait for ever.
         available = [node.get("CPU", 0.0) for node in _alive().values() if node.get("GPU", 0.0) >= gpus]
@@ -153,7 +150,7 @@ class RayPool:
         environment = {
             **machine.ENVIRONMENT,
             "OMP_NUM_THREADS": str(torch_threads),
-            "PYTHONPATH": os.pathsep.join([*import_paths, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
             naming.MODULES: os.getcwd(),
         }
         self._actor = ray.remote(_Worker).options(

@@ -11,7 +11,7 @@ from saltern.pipeline.extract.task import STATUSES, Pending
 from saltern.pipeline.maps.discretize import discretize, upsample
 from saltern.pipeline.maps.encode import CLIP_QUANTILE, pack_mask, quantise
 from saltern.pipeline.methods import Method
-from saltern.schemas.config import Preprocess
+from saltern.schemas.config import ExtractConfig, Preprocess
 from saltern.schemas.rules import Rule, Target
 from saltern.schemas.saliency import NONFINITE
 
@@ -51,6 +51,21 @@ class Explainer:
         self._map_size, self._map_dtype, self._save_map, self._precision = map_size, map_dtype, save_map, precision
         self._mean = torch.tensor(preprocess.mean, device=device).view(3, 1, 1)
         self._std = torch.tensor(preprocess.std, device=device).view(3, 1, 1)
+
+    @classmethod
+    def of_run(cls, config: ExtractConfig, method: Method, device: torch.device) -> "Explainer":
+        """Return the explainer of an extraction; its method is built on the run's model, which is on `device`."""
+        return cls(
+            method,
+            device,
+            config.preprocess,
+            target=config.target,
+            rule=config.discretize,
+            map_size=config.map_size,
+            map_dtype=config.map_dtype,
+            save_map=config.save_map,
+            precision=config.precision,
+        )
 
     @property
     def clip_quantile(self) -> float | None:

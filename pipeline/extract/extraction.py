@@ -88,17 +88,7 @@ class Extraction:
 
     def __init__(self, spec: Spec, device: torch.device):
         config = self._config = spec.run.config_of(ExtractConfig)
-        self._explain = Explainer(
-            load_method(config, device)[1],
-            device,
-            config.preprocess,
-            target=config.target,
-            rule=config.discretize,
-            map_size=config.map_size,
-            map_dtype=config.map_dtype,
-            save_map=config.save_map,
-            precision=config.precision,
-        )
+        self._explain = Explainer.of_run(config, load_method(config, device)[1], device)
         crop = config.preprocess.crop
         stored = self._explain_grey(crop)
         shape = None if stored is None else (int(stored.shape[1]), int(stored.shape[2]))

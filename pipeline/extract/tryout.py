@@ -5,6 +5,7 @@ Shape suffixes: B batch, C H W the network's input, K classes.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -55,17 +56,8 @@ def try_extract(method: Method, config: ExtractConfig, device: str) -> None:
     try_layers(method, config)
     # More targets would only cost time.
     target = Target.parse("top1", config.classes) if config.target.kind == "top" else config.target
-    explain = Explainer(
-        method,
-        torch.device("cpu"),
-        config.preprocess,
-        target=target,
-        rule=config.discretize,
-        map_size=config.map_size,
-        map_dtype=config.map_dtype,
-        save_map=config.save_map,
-        precision=config.precision if device == "cpu" else "fp32",
-    )
+    precision = config.precision if device == "cpu" else "fp32"
+    explain = Explainer.of_run(replace(config, target=target, precision=precision), method, torch.device("cpu"))
     side = config.preprocess.crop
     pixels_BHWC = torch.randint(256, (1, side, side, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     with one_line(method.model, pixels_BHWC.permute(0, 3, 1, 2)):

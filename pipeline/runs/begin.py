@@ -19,7 +19,7 @@ from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import ATTACK, VISUALIZE
 from saltern.schemas.errors import UserError
 from saltern.schemas.receipt import Failure, Receipt
-from saltern.schemas.run import Run, Shard, classes_of
+from saltern.schemas.run import Run, Shard, classes_of, same_time
 
 WRITTEN = ("data", "receipts", "failures", "metrics", "pictures")  # folders of a run
 _SHEETS = {ATTACK: {"attack.png"}, VISUALIZE: {"pictures.png"}}
@@ -154,13 +154,9 @@ def read_begun(store: Store, run: Run) -> Begun:
     doubtful = {
         shard.name
         for shard in run.shards
-        if shard.name in receipts and _differ(shard.mtime_ns, receipts[shard.name].mtime_ns)
+        if shard.name in receipts and not same_time(shard.mtime_ns, receipts[shard.name].mtime_ns)
     }
     return Begun(receipts, invalid, doubtful, read_failures(store, receipts))
-
-
-def _differ(one: int | None, other: int | None) -> bool:
-    return one is not None and other is not None and one != other
 
 
 def _shard_differences(existing: Sequence[Shard], asked: Sequence[Shard]) -> list[str]:

@@ -10,6 +10,10 @@ from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
+
+from saltern.pipeline.storage import filesystem
+
 BUCKET = "bucket"
 _WRITTEN = datetime(2015, 10, 21, 7, 28, tzinfo=UTC)
 _DATED = {"Last-Modified": format_datetime(_WRITTEN, usegmt=True), "ETag": '"tag"'}
@@ -170,6 +174,29 @@ class _Handler(BaseHTTPRequestHandler):
         dated = {**_DATED, "Last-Modified": format_datetime(self.server.written.get(key, _WRITTEN), usegmt=True)}
         self._answer(206 if wanted else 200, given, {**dated, **ranged}, len(body))
         self.close_connection = self.server.cut
+
+
+def client_of(server: S3) -> dict[str, str]:
+    """Return the environment in which clients use this store."""
+    return {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+
+
+@contextmanager
+def used_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    """Serve a store that the clients of this process use until the block ends."""
+    with s3_server() as server:
+        for name, value in client_of(server).items():
+            monkeypatch.setenv(name, value)
+        filesystem._bucket.cache_clear()
+        yield server
+        filesystem._bucket.cache_clear()
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def test_a_module_that_a_worker_cannot_import_is_named(
     monkeypatch.syspath_prepend(str(tmp_path))
     import only_the_driver_has_it
 
-    pool = RayPool(only_the_driver_has_it.Processor, gpus=0, cpus=1, torch_threads=1, import_paths=[])
+    pool = RayPool(only_the_driver_has_it.Processor, gpus=0, cpus=1, torch_threads=1)
     with pytest.raises(UserError, match=r"cannot load the code.*No module named 'only_the_driver_has_it'"):
         Driver(pool, Notebook()).run(shards("ok"))
     del sys.modules["only_the_driver_has_it"]

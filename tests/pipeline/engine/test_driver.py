@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import toys
-from making import HELPERS
+from making import PYTHONPATH
 from scripted import Notebook, shards
 
 from saltern.pipeline.engine import driver
@@ -24,6 +24,11 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "BACKOFF_S", (0.01, 0.02))
 
 
+@pytest.fixture(autouse=True)
+def helpers_on_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
+
+
 @pytest.fixture
 def local(tmp_path: Path) -> LocalPool:
     return LocalPool(partial(toys.Toy, str(tmp_path)))
@@ -33,8 +38,7 @@ def local(tmp_path: Path) -> LocalPool:
 def actors(tmp_path: Path, ray_address: str) -> Pool:
     from saltern.pipeline.engine.actors import RayPool
 
-    folder = str(HELPERS)
-    return RayPool(partial(toys.Toy, str(tmp_path)), gpus=0, cpus=1, torch_threads=1, import_paths=[folder])
+    return RayPool(partial(toys.Toy, str(tmp_path)), gpus=0, cpus=1, torch_threads=1)
 
 
 @pytest.fixture(params=["local", "actors"])
@@ -141,10 +145,9 @@ def test_a_lost_device_gets_a_new_worker(pool: Pool) -> None:
 def test_an_error_while_building_is_the_users_to_see(ray_address: str) -> None:
     from saltern.pipeline.engine.actors import RayPool
 
-    folder = str(HELPERS)
     for pool in (
         LocalPool(toys.Unbuildable),
-        RayPool(toys.Unbuildable, gpus=0, cpus=1, torch_threads=1, import_paths=[folder]),
+        RayPool(toys.Unbuildable, gpus=0, cpus=1, torch_threads=1),
     ):
         with pytest.raises(ValueError, match="no such model"):
             Driver(pool, Notebook()).run(shards("ok"))
@@ -177,8 +180,7 @@ def test_workers_that_never_stand_stop_the_run(ray_address: str, monkeypatch: py
     from saltern.pipeline.engine.actors import RayPool
 
     monkeypatch.setattr(driver, "STILLBORN", 1)
-    folder = str(HELPERS)
-    pool = RayPool(toys.Stillborn, gpus=0, cpus=1, torch_threads=1, import_paths=[folder])
+    pool = RayPool(toys.Stillborn, gpus=0, cpus=1, torch_threads=1)
     outcome = Driver(pool, Notebook()).run(shards("ok"))
     assert outcome.stopped is not None
     assert "before they are ready" in outcome.stopped

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from forked import Forks
 from making import write_shards
-from s3server import BUCKET, S3, s3_server
+from s3server import BUCKET, S3, client_of, s3_server
 
 pytestmark = pytest.mark.slow
 State = dict[str, bytes]  # files of a run by name
@@ -74,11 +74,7 @@ def server() -> Iterator[S3]:
 def forks(server: S3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     made = Forks(
         tmp_path_factory.mktemp("log") / "log",
-        AWS_ENDPOINT_URL=f"http://127.0.0.1:{server.server_address[1]}",
-        AWS_ACCESS_KEY_ID="key",
-        AWS_SECRET_ACCESS_KEY="secret",  # noqa: S106
-        AWS_DEFAULT_REGION="us-east-1",
-        AWS_EC2_METADATA_DISABLED="true",
+        **client_of(server),
     )
     yield made
     made.close()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from extracting import REQUEST, extract
 from making import HELPERS, files, write_shards
-from s3server import BUCKET, S3, s3_server
+from s3server import BUCKET, S3, used_server
 
 from saltern.pipeline.engine.conduct import RunOptions, conduct
 from saltern.pipeline.extract.extraction import extraction
@@ -16,12 +16,7 @@ from saltern.pipeline.runs.verify import verify
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> object:
-    with s3_server() as server:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with used_server(monkeypatch) as server:
         yield server
 
 

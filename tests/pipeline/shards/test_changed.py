@@ -7,12 +7,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from s3server import S3, s3_server
+from s3server import S3, used_server
 from tars import samples, shard_at, tar_bytes
 
 from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.samples import list_keys, locate_images, read_samples
-from saltern.pipeline.storage import filesystem
 from saltern.schemas.run import Shard, same_time
 
 OLD = tar_bytes(samples(30, b"old" * 40_000))
@@ -21,15 +20,8 @@ NEW = tar_bytes(samples(30, b"new" * 40_000))
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
-    with s3_server() as server:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            monkeypatch.setenv(name, "none")
-        monkeypatch.setenv("AWS_REGION", "us-east-1")
-        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        filesystem._bucket.cache_clear()
+    with used_server(monkeypatch) as server:
         yield server
-        filesystem._bucket.cache_clear()
 
 
 def listed(path: Path, content: bytes = OLD) -> Shard:

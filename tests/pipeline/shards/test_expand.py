@@ -10,13 +10,12 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
-from s3server import S3, s3_server
+from s3server import S3, used_server
 from tars import samples, tar_bytes
 
 from saltern.pipeline.shards import expand as module
 from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.samples import list_keys, read_samples
-from saltern.pipeline.storage import filesystem
 from saltern.schemas.errors import UserError
 
 Touch = Callable[..., None]
@@ -285,15 +284,8 @@ def test_many_flat_names_get_sub_folders(tmp_path: Path, touch: Touch, monkeypat
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
-    with s3_server() as server:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            monkeypatch.setenv(name, "none")
-        monkeypatch.setenv("AWS_REGION", "us-east-1")
-        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        filesystem._bucket.cache_clear()
+    with used_server(monkeypatch) as server:
         yield server
-        filesystem._bucket.cache_clear()
 
 
 def test_patterns_in_an_object_store(store: S3) -> None:

@@ -4,7 +4,7 @@ import threading
 import time
 
 import pytest
-from s3server import BUCKET, s3_server
+from s3server import BUCKET, used_server
 
 from saltern.pipeline.storage import filesystem as module
 
@@ -13,11 +13,7 @@ from saltern.pipeline.storage import filesystem as module
 def test_a_stalled_body_of_s3_ends_in_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STALLED_S", 1.0)
     monkeypatch.setattr(module, "REQUESTS", 1)
-    for name, value in {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "EC2_METADATA_DISABLED": "true"}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    module._bucket.cache_clear()
-    with s3_server() as server:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+    with used_server(monkeypatch) as server:
         server.objects["x"] = b"a" * 100_000
         store, path = module.filesystem(f"s3://{BUCKET}/x")
         with store.open_input_stream(path) as stream:
