@@ -43,6 +43,8 @@ def attack(
         choices.PenaltyNorm, opt.steps("Norm in that penalty: root of the mean square, or of the sum of squares.")
     ] = choices.PenaltyNorm.rms,
     recompute: Annotated[int, opt.steps("Recompute the map every N steps; 0: never.", min=0)] = 0,
+    image_member: opt.ImageMember = None,
+    label_member: opt.LabelMember = None,
     limit: opt.Limit = None,
     resize: opt.Resize = None,
     crop: opt.Crop = None,

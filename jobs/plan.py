@@ -21,6 +21,7 @@ def plan(
     precision: opt.Precision = choices.Precision.fp32,
     map_size: opt.MapSize = choices.MapSize.native,
     map_dtype: opt.MapDtype = None,
+    image_member: opt.ImageMember = None,
     as_json: opt.AsJson = False,
     device: opt.Device = choices.Device.auto,
     batch_size: opt.BatchSize = None,

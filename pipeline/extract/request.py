@@ -46,6 +46,8 @@ class MethodRequest:
     limit: int | None = None  # samples
     batch_size: int | None = None
     torch_threads: int | None = None
+    image_member: str | None = None  # extension
+    label_member: str | None = None  # extension, or json:KEY
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,6 @@ class ExtractRequest(MethodRequest):
     map_dtype: str | None = None  # uint8 | float16 | float32
     save_map: bool = True
     precision: str = "fp32"  # fp32 | bf16 | fp16
-    image_member: str | None = None  # extension
-    label_member: str | None = None  # extension, or json:KEY
     labels: str = AUTO  # auto | as-is | a JSON file from the dataset's classes to the model's
 
 
@@ -94,8 +94,6 @@ def resolve(request: ExtractRequest, existing: Run | None, device: str, workers:
         save_map=request.save_map,
         precision=request.precision,
         labels=labels,
-        image_member=_member("--image-member", request.image_member),
-        label_member=_member("--label-member", request.label_member),
     )
     if not is_proven(config, existing):
         try_extract(method, config, device)
@@ -191,6 +189,8 @@ def method_fields(
         "options": dict(method.options),
         "map_dtype": method.default_map_dtype,
         "limit": request.limit,
+        "image_member": _member("--image-member", request.image_member),
+        "label_member": _member("--label-member", request.label_member),
     }
     return fields, method
 

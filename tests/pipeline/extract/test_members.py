@@ -9,8 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from extracting import REQUEST, extract
 from making import HELPERS, picture, write_tar
+from typer.testing import CliRunner
 
 import saltern
+from saltern.jobs.main import app
 from saltern.pipeline.extract.request import resolve
 from saltern.pipeline.runs.manifest import load_run_folder
 from saltern.pipeline.shards.samples import Sample
@@ -69,6 +71,17 @@ def test_the_options_work_in_the_run_and_its_reader(tmp_path: Path, shard: Path,
     assert extract(shard, out, image_member="image.jpg", label_member=label_member) == 0  # nothing to do
     with pytest.raises(UserError, match=r"label_member: .*there, None requested"):
         extract(shard, out, image_member="image.jpg")
+
+
+def test_attack_and_plan_take_them(tmp_path: Path, shard: Path) -> None:
+    common = ["--model", "making:tiny", "--layer", "body", "--batch-size", "4", "--image-member", "image.jpg"]
+    planned = CliRunner().invoke(app, ["plan", str(shard), *common])
+    assert planned.exit_code == 0, planned.output
+    steps = ["--guide", "grad-cam", "--steps", "1", "--crop", "32", "--label-member", "json:class_id"]
+    out = ["--out", str(tmp_path / "run"), "--engine", "local", "--device", "cpu"]
+    made = CliRunner().invoke(app, ["attack", str(shard), *common, *steps, *out])
+    assert made.exit_code == 0, made.output
+    assert [(row["label"], row["status"]) for row in rows(tmp_path / "run")] == [(i, "ok") for i in range(3)]
 
 
 def test_a_run_without_the_options_keeps_its_fingerprint(tmp_path: Path, shard: Path) -> None:
