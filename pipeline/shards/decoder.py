@@ -1,0 +1,85 @@
+"""Decode batches of image files. The run's decoder is named in its config, as decoders differ in last bits.
+
+Shape suffixes: B batch, H W the crop, C channels (RGB).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from saltern.pipeline.shards.decode import Decoded, DecodeError, decode
+from saltern.schemas.config import Preprocess
+
+
+@dataclass(slots=True)
+class DecodedBatch:
+    """Decoded images, one slot for each file in order. The slots of files with a problem are undefined.
+
+    Pixels on a GPU are complete when the decoder returns. They were allocated on the decoder's stream: the thread that
+    uses them calls `pixels_BHWC.record_stream(torch.cuda.current_stream())` first.
+    """
+
+    pixels_BHWC: Tensor  # noqa: N815 - uint8
+    size_B2: NDArray[np.int32]  # noqa: N815 - height and width of the upright original, pixels
+    geometry_B4: NDArray[np.float64]  # noqa: N815 - as Decoded.geometry
+    problems: dict[int, tuple[str, str]]  # status and reason, by position
+
+
+class Decoder(Protocol):
+    """A decoder, called by several threads on slices of a batch; on a GPU by one thread on whole batches."""
+
+    name: str  # with the version, as the config has it
+    device: torch.device  # of the pixels
+
+    def __call__(self, images: Sequence[bytes]) -> DecodedBatch:
+        """Decode image files. A bad image is a problem in the result, not an error."""
+
+
+def make_decoder(preprocess: Preprocess, choice: str = "auto", device: str = "cpu") -> Decoder:
+    """Return a decoder.
+
+    Args:
+        preprocess: its resize, crop, squash and interpolation are used.
+        choice: auto | cpu | gpu.
+        device: of the worker: cpu | cuda.
+    """
+    return CpuDecoder(preprocess)
+
+
+class CpuDecoder:
+    """A decoder that uses Pillow, one image after the other."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, preprocess: Preprocess):
+        self.name = f"pillow {version('pillow')}"
+        self._preprocess = preprocess
+
+    def __call__(self, images: Sequence[bytes]) -> DecodedBatch:
+        batch = empty_batch(len(images), self._preprocess.crop)
+        pixels_BHWC = batch.pixels_BHWC.numpy()
+        for position, data in enumerate(images):
+            try:
+                decoded = self._decode(data)
+            except DecodeError as error:
+                batch.problems[position] = error.status, error.reason
+                continue
+            pixels_BHWC[position] = decoded.pixels_HWC
+            batch.size_B2[position] = decoded.image_height, decoded.image_width
+            batch.geometry_B4[position] = decoded.geometry
+        return batch
+
+    def _decode(self, data: bytes) -> Decoded:
+        return decode(data, self._preprocess)
+
+
+def empty_batch(number: int, crop: int, device: torch.device | None = None) -> DecodedBatch:
+    """Return a batch of undefined slots."""
+    pixels_BHWC = torch.empty((number, crop, crop, 3), dtype=torch.uint8, device=device)
+    return DecodedBatch(pixels_BHWC, np.zeros((number, 2), np.int32), np.zeros((number, 4)), {})
