@@ -48,6 +48,22 @@ def extract(
 
 
 @app.command()
+def host(
+    ctx: typer.Context,
+    out: Out = Path("bench"),
+    batch_size: Images = 128,
+    rounds: Rounds = 5,
+) -> None:
+    """Measure reading and writing without decoding and method, and the share of Python's lock. About two minutes."""
+    from saltern.pipeline.bench.figures import figures_table
+    from saltern.pipeline.bench.host import HostBench, measure
+
+    bench = collect(HostBench, ctx)
+    report = _report(out / "host", bench, f"batch {batch_size}")
+    _print(report, report.follow("figures", measure(bench), figures_table))
+
+
+@app.command()
 def methods(
     ctx: typer.Context,
     only: Annotated[list[str] | None, opt.model("Method to measure, repeatable; default: all.", metavar="NAME")] = None,

@@ -33,6 +33,7 @@ from saltern.schemas.saliency import OK, OUT_OF_MEMORY
 AHEAD = 2  # batches explained before the oldest is written; as many again are being decoded
 
 Running = Future[list[Pending | None]]
+Decode = Callable[[bytes, Preprocess], Decoded]
 
 
 class Processor:
@@ -41,18 +42,19 @@ class Processor:
     Args:
         spec: of the run.
         task: processes the samples; built in the device's thread.
+        decode: returns an image's pixels, or raises DecodeError.
 
     Raises:
         UserError: the model, its weights or the method are not available here, or the weights are not the run's.
     """
 
-    def __init__(self, spec: Spec, task: Callable[[Spec, torch.device], Task]):
+    def __init__(self, spec: Spec, task: Callable[[Spec, torch.device], Task], decode: Decode = decode):
         self.config = spec.run.config
         config = spec.run.config_of(MethodConfig)
         self._labels, self._members = config.labels, config.members
         self.images: dict[str, int] = {}  # samples handed to a writer, by shard in process, for the progress line
         self._outlet = Outlet(spec)
-        self._retry_failed = spec.retry_failed
+        self._retry_failed, self._decode = spec.retry_failed, decode
         self._device = torch.device(spec.device)
         self._chunk = self.config.batch_size
         cv2.setNumThreads(1)  # OpenCV's threads would compete with ours over small masks
@@ -168,7 +170,7 @@ class Processor:
         if problem is not None or sample.image is None:
             sample.release()
             return Item(sample, problem=problem)
-        return Item(sample, self._decoders.submit(_decode, sample, self.config.preprocess))
+        return Item(sample, self._decoders.submit(_timed, self._decode, sample, self.config.preprocess))
 
     def _submit(self, batch: list[Item]) -> Running | None:
         """Start the task on the decoded items, in the device's thread."""
@@ -239,7 +241,7 @@ class Processor:
                     item.decoded, item.problem = None, (OUT_OF_MEMORY, reason)
 
 
-def _decode(sample: Sample, preprocess: Preprocess) -> tuple[Decoded, float]:
+def _timed(decode: Decode, sample: Sample, preprocess: Preprocess) -> tuple[Decoded, float]:
     """Return the decoded image and the seconds. The sample's bytes are not needed any more."""
     since = time.perf_counter()
     try:

@@ -1,0 +1,177 @@
+"""The figures of `saltern bench host`: a run's work on the host, with stand-ins of no cost for decoding and the method.
+
+Shape suffixes: B batch, H W C an image's pixels and channels, h w the grid of a map, K classes.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from saltern.pipeline.bench.figures import Figure
+from saltern.pipeline.bench.workload import Noop, write_shards
+from saltern.pipeline.engine.driver import IN_FLIGHT
+from saltern.pipeline.extract.extraction import Extraction
+from saltern.pipeline.extract.processor import Processor
+from saltern.pipeline.extract.request import ExtractRequest, resolve
+from saltern.pipeline.extract.task import Pending
+from saltern.pipeline.machine import cores
+from saltern.pipeline.methods.base import Maps
+from saltern.pipeline.runs.outlet import Spec
+from saltern.pipeline.shards.decode import Decoded
+from saltern.schemas.config import Preprocess
+from saltern.schemas.run import Run
+
+RATE_GOAL, GIL_GOAL = 12_000.0, 60.0  # images/s of a process; microseconds an image
+_SAMPLES_S = 500  # of py-spy
+
+
+@dataclass(frozen=True)
+class HostBench:
+    """Options of the measurement."""
+
+    batch_size: int = 128
+    rounds: int = 5
+    image_bytes: Sequence[int] = (100_000, 4_000)
+    shards: int = 4  # of a round
+    each: int = 1_000  # samples of a shard
+    seconds: int = 5  # under py-spy
+    sampler: str | None = field(default_factory=lambda: _sampler())  # py-spy's path
+
+
+class Used(NamedTuple):
+    """What one image costs in a round."""
+
+    seconds: float
+    cpu_us: float  # of all threads
+
+
+class Blobs(Noop):
+    """Method that returns smooth 7 x 7 maps, another for each image of a batch, without a forward pass."""
+
+    def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
+        _, logits_BK, target_B = super().compute(x_BCHW, target_B)
+        noise_Bhw = torch.rand(len(x_BCHW), 3, 3, generator=torch.Generator().manual_seed(0))
+        map_B1hw = torch.nn.functional.interpolate(noise_Bhw[:, None], size=(7, 7), mode="bicubic").clamp_min(0)
+        return map_B1hw[:, 0].to(x_BCHW.device), logits_BK, target_B
+
+
+class Still(Extraction):
+    """Task of `extract` that gives each batch the results that it computed once."""
+
+    def __init__(self, spec: Spec, device: torch.device):
+        super().__init__(spec, device)
+        side, batch = spec.run.config.preprocess.crop, spec.run.config.batch_size
+        pixels_BHWC = torch.zeros(batch, side, side, 3, dtype=torch.uint8)
+        ready, self._device = super().__call__(pixels_BHWC, *[torch.zeros(batch, dtype=torch.long)] * 2), device
+        explained, _ = ready.wait()
+        self._columns = {name: torch.from_numpy(column) for name, column in explained.columns.items()}
+
+    def __call__(self, pixels_BHWC: Tensor, label_B: Tensor, seed_B: Tensor) -> Pending:
+        ready = {name: column[: len(pixels_BHWC)] for name, column in self._columns.items()}
+        return Pending(self._device).send({"status": torch.zeros(len(pixels_BHWC), dtype=torch.long), **ready})
+
+
+def measure(bench: HostBench) -> Iterator[Figure]:
+    """Yield the rate, and the time under the GIL, for each size of images."""
+    for size in bench.image_bytes:
+        with TemporaryDirectory(prefix="saltern-bench-") as folder:
+            run = _run(bench, Path(folder, "in"), size)
+            yield from _figures(bench, run, folder, f"images of {size / 1000:g} kB")
+
+
+def _run(bench: HostBench, folder: Path, size: int) -> Run:
+    rng = np.random.default_rng(0)
+    images = [b"\xff\xd8\xff" + rng.bytes(size - 3) for _ in range(16)]
+    shards = write_shards(folder, images, bench.shards, bench.each)
+    request = ExtractRequest(
+        shards=[str(shards)],
+        model="saltern.pipeline.bench.workload:Net",
+        method=f"{__name__}:Blobs",
+        target="top1",
+        batch_size=bench.batch_size,
+        torch_threads=1,
+    )
+    return resolve(request, None, "cpu", 1)[0]
+
+
+def _figures(bench: HostBench, run: Run, folder: str, what: str) -> Iterator[Figure]:
+    processor = Processor(Spec(run, folder, ".", "cpu", cores()), Still, blank)
+    try:
+        _pass(processor, run, folder)  # warm up
+        rounds = [_pass(processor, run, folder) for _ in range(bench.rounds)]
+        rates = [1 / used.seconds for used in rounds]
+        cpu = median(used.cpu_us for used in rounds)
+        note = (
+            f"{cpu:.1f} us of CPU time an image on all {cores()} cores together; the load was {os.getloadavg()[0]:.1f}"
+        )
+        miss = f"all of this CPU time on one core would allow {1e6 / cpu:,.0f}"
+        yield Figure(f"host work, {what}", median(rates), RATE_GOAL, "images/s", True, note, miss, {"images/s": rates})
+        yield _gil(bench, processor, run, folder, f"GIL held an image, {what}")
+    finally:
+        processor.close()
+
+
+def blank(data: bytes, preprocess: Preprocess) -> Decoded:
+    """Return pixels that nobody filled, as of an image of 500 x 375."""
+    return Decoded(_pixels(preprocess.crop), 375, 500, (1.5, 1.5, 80.0, 20.0))
+
+
+@cache
+def _pixels(side: int) -> NDArray[np.uint8]:
+    return np.zeros((side, side, 3), np.uint8)
+
+
+def _pass(processor: Processor, run: Run, folder: str) -> Used:
+    """Process all shards, as many at once as a worker does, and remove the output."""
+    cpu, since = time.process_time(), time.perf_counter()
+    with ThreadPoolExecutor(IN_FLIGHT) as pool:
+        made = list(pool.map(processor.process, run.shards))
+    seconds, cpu = time.perf_counter() - since, time.process_time() - cpu
+    for each in made:
+        for name in each.files.values():
+            Path(folder, name).unlink()
+    images = sum(each.receipt.samples for each in made)
+    return Used(seconds / images, 1e6 * cpu / images)
+
+
+def _gil(bench: HostBench, processor: Processor, run: Run, folder: str, name: str) -> Figure:
+    """Sample which thread holds the GIL while shards are processed."""
+    if bench.sampler is None:
+        return Figure(name, None, GIL_GOAL, "us", False, "py-spy is not installed (pip install py-spy)")
+    with TemporaryDirectory(prefix="saltern-bench-") as report:
+        path = Path(report, "gil.txt")
+        how = ("--gil", "--nonblocking", "--rate", _SAMPLES_S, "--duration", bench.seconds, "--format", "raw")
+        words = [bench.sampler, "record", *map(str, how), "--output", str(path), "--pid", str(os.getpid())]
+        with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as spy:
+            used = []
+            while spy.poll() is None:
+                used.append(_pass(processor, run, folder))
+            said = spy.stderr.read() if spy.stderr else ""
+        if not path.exists():
+            return Figure(name, None, GIL_GOAL, "us", False, f"py-spy failed: {' '.join(said.split())[-200:]}")
+        held = sum(int(line.rpartition(" ")[2]) for line in path.read_text().splitlines())
+    share = held / (_SAMPLES_S * bench.seconds)
+    each = 1e6 * median(one.seconds for one in used)
+    note = f"a thread held it in {share:.0%} of py-spy's samples x {each:.0f} us an image, waits for a core included"
+    miss = f"the load was {os.getloadavg()[0]:.1f} on {cores()} cores"
+    return Figure(name, share * each, GIL_GOAL, "us", False, note, miss)
+
+
+def _sampler() -> str | None:
+    """Return py-spy's path: of this environment, or of the machine."""
+    return shutil.which("py-spy", path=str(Path(sys.executable).parent)) or shutil.which("py-spy")
