@@ -97,7 +97,9 @@ Options = Annotated[
     list[str] | None,
     model("Option of the method; repeatable.", "--option", "-O", metavar="KEY=VALUE", callback=parse_options),
 ]
-Precision = Annotated[choices.Precision, model("Dtype of the passes; bf16 and fp16 by autocast, channels last.")]
+Precision = Annotated[
+    choices.Precision, model("Arithmetic of the passes; tf32 rounds inside a GPU only; bf16 and fp16: autocast.")
+]
 Seed = Annotated[int, model("Seed of random weights and of everything else that is random.")]
 
 # --- Output
@@ -169,5 +171,6 @@ Epochs = Annotated[int, training("Epochs; learning rates fall to a tenth after e
 StepsPerEpoch = Annotated[int | None, training("Steps of an epoch; default: a fifth of the data.", min=1)]
 TrainingBatchSize = Annotated[int, training("Images of a step, over all workers.", "--batch-size", min=1)]
 TrainingPrecision = Annotated[
-    choices.TrainingPrecision, training("Dtype of the passes; bf16 by autocast.", "--precision")
+    choices.TrainingPrecision,
+    training("Arithmetic of the passes; tf32 rounds inside a GPU only; bf16: autocast.", "--precision"),
 ]

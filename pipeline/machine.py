@@ -1,4 +1,4 @@
-"""This process and its machine: cores, device, signals, memory, repeatable arithmetic.
+"""This process and its machine: cores, device, signals, memory.
 
 Linux has calls that macOS lacks (CPU affinity, /proc, control groups, glibc's mallopt); without them each function
 falls back or does nothing.
@@ -20,7 +20,12 @@ from saltern.schemas.errors import UserError
 _KEPT = 2**31 - 1  # bytes that may stay free at the end of the heap
 _MALLOPT = {"M_ARENA_MAX": (-8, 1), "M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, _KEPT)}
 # The same settings for a process that is about to start.
-ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(_KEPT)}
+ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(_KEPT),
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # matrix products on a GPU repeat to the bit
+}
 
 
 def cores() -> int:
@@ -90,33 +95,6 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for parameter, value in _MALLOPT.values():
             mallopt(parameter, value)
-
-
-@contextlib.contextmanager
-def exact(threads: int | None = None) -> Iterator[None]:
-    """Use arithmetic that repeats to the bit, and restore torch's settings afterwards.
-
-    Args:
-        threads: torch's threads, which decide the order of sums on a CPU; None keeps their number.
-    """
-    import torch
-
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn = torch.is_deterministic_algorithms_warn_only_enabled()
-    tuned, before = torch.backends.cudnn.benchmark, torch.get_num_threads()
-    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # otherwise matrix products on CUDA do not repeat
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time, and no code reads it
-    torch.backends.cudnn.benchmark = False
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn)
-        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
-        torch.backends.cudnn.benchmark = tuned
-        torch.set_num_threads(before)
 
 
 def process_identity(pid: int) -> list[str] | None:

@@ -14,7 +14,7 @@ def check_choice(option: str, value: str, choices: type[StrEnum]) -> None:
 # Execution
 Engine = StrEnum("Engine", "auto local ray")
 Device = StrEnum("Device", "auto cpu cuda")
-Precision = StrEnum("Precision", "fp32 bf16 fp16")
+Precision = StrEnum("Precision", "fp32 tf32 bf16 fp16")
 
 # Stored maps
 MapSize = StrEnum("MapSize", "native input")  # the method's own grid, or the network's input
@@ -31,4 +31,4 @@ Score = StrEnum("Score", "entropy classification")
 ClassifierLoss = StrEnum("ClassifierLoss", "sequential sum")
 BatchNorm = StrEnum("BatchNorm", "train eval")
 PoolDraw = StrEnum("PoolDraw", {"shared": "shared", "per_rank": "per-rank"})
-TrainingPrecision = StrEnum("TrainingPrecision", "fp32 bf16")
+TrainingPrecision = StrEnum("TrainingPrecision", "fp32 tf32 bf16")

@@ -82,7 +82,7 @@ class RunConfig:
     weights_digest: str  # sha256 of the state dict
     classes: int  # logits of the model
     preprocess: Preprocess
-    precision: str = "fp32"  # fp32 | bf16 | fp16
+    precision: str = "fp32"  # fp32 | tf32 | bf16 | fp16
     seed: int = 0
     batch_size: int
     torch_threads: int  # of each worker

@@ -16,7 +16,7 @@ from saltern.pipeline.bench.figures import against_goal, compare, peak_bytes
 from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS, Thinning, thinning_named
-from saltern.pipeline.machine import exact
+from saltern.pipeline.device import arithmetic
 from saltern.pipeline.masknet.network import Decoder, Trunk
 from saltern.pipeline.masknet.stages import find_stages
 from saltern.pipeline.models import classifiers
@@ -94,7 +94,7 @@ def _measure(kind: Kind, precision: str, bench: CasmBench) -> dict[str, Any]:
     x_BCHW = torch.randn(batch, 3, side, side, generator=draw)
     x_BCHW = x_BCHW.to(bench.device, memory_format=torch.channels_last)
     label_B = torch.randint(classifier.classes, (batch,), generator=draw).to(bench.device)
-    with exact():  # as train-casm does
+    with arithmetic(precision):  # as train-casm does
         sides = Sides(model, kind, precision, x_BCHW, label_B)
         calls = {"step": sides.step, "limit": sides.limit, "optimisers": sides.optimisers}
         times = compare(calls, batch, bench.device, bench.rounds)

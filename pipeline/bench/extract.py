@@ -18,6 +18,7 @@ from saltern.pipeline.bench import footprint
 from saltern.pipeline.bench.commands import RunRate, measure_run
 from saltern.pipeline.bench.figures import Figure, by_turns, ratio
 from saltern.pipeline.bench.workload import ExtractBench, make_images, read_images, write_shards
+from saltern.pipeline.device import arithmetic
 from saltern.pipeline.extract.explain import AUTOCAST
 from saltern.pipeline.machine import cores
 from saltern.pipeline.methods import build
@@ -111,7 +112,7 @@ def method_alone(bench: ExtractBench, torch_threads: int) -> float:
 
     def explain(batches: int) -> float:
         since = time.perf_counter()
-        with torch.autocast(bench.device, dtype, dtype is not None):
+        with arithmetic(bench.precision), torch.autocast(bench.device, dtype, dtype is not None):
             for _ in range(batches):
                 method(x_BCHW)
         if bench.device == "cuda":

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from saltern.pipeline.bench.figures import against_goal, compare, peak_bytes
 from saltern.pipeline.bench.peers import Problem, peers_of
+from saltern.pipeline.device import arithmetic
 from saltern.pipeline.methods import build
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.models.passes import frozen
@@ -89,10 +90,12 @@ def _measure(case: Case, bench: MethodsBench) -> dict[str, Any]:
     problem = _problem(case, bench, torch.contiguous_format)
     batch = len(problem.x_BCHW)
     calls = _calls(case, problem) | {name: partial(peer, problem) for name, peer in peers_of(case.method).items()}
-    fp32 = compare(calls, batch, bench.device, bench.rounds)
-    peak = {name: peak_bytes(call, bench.device) / 1e6 / batch for name, call in calls.items()}
+    with arithmetic("fp32"):
+        fp32 = compare(calls, batch, bench.device, bench.rounds)
+        peak = {name: peak_bytes(call, bench.device) / 1e6 / batch for name, call in calls.items()}
     calls = _calls(case, _problem(case, bench, torch.channels_last), torch.bfloat16)
-    bf16 = compare(calls, batch, bench.device, bench.rounds)
+    with arithmetic("bf16"):
+        bf16 = compare(calls, batch, bench.device, bench.rounds)
     ours = fp32["saltern"].ms
     return {
         "method": case.method,

@@ -30,7 +30,7 @@ class Explainer:
         map_size: native (the method's grid) | input (upsampled to the network's input).
         map_dtype: uint8 | float16 | float32, as stored.
         save_map: whether maps are stored.
-        precision: fp32 | bf16 | fp16, of the model's passes.
+        precision: fp32 | tf32 | bf16 | fp16, of the model's passes.
     """
 
     def __init__(

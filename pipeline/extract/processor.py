@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from saltern.pipeline.device import arithmetic
 from saltern.pipeline.extract.task import Explained, Item, Pending, Task, device_losses, out_of_memory
 from saltern.pipeline.runs.manifest import data_name
 from saltern.pipeline.runs.outlet import Made, Outlet, Spec, Tally
@@ -49,8 +50,7 @@ class Processor:
     """
 
     def __init__(self, spec: Spec, task: Callable[[Spec, torch.device], Task], decode: Decode = decode):
-        self.config = spec.run.config
-        config = spec.run.config_of(MethodConfig)
+        config = self.config = spec.run.config_of(MethodConfig)
         self._labels, self._members = config.labels, config.members
         self.images: dict[str, int] = {}  # samples handed to a writer, by shard in process, for the progress line
         self._outlet = Outlet(spec)
@@ -63,7 +63,7 @@ class Processor:
         self._compute = ThreadPoolExecutor(
             1, "saltern-device", lambda: torch.set_num_threads(self.config.torch_threads)
         )
-        self._task = self._compute.submit(task, spec, self._device).result()
+        self._task = self._compute.submit(self._build, task, spec).result()
 
     def process(self, shard: Shard, earlier: Receipt | None = None) -> Made:
         """Process one shard into the scratch folder.
@@ -90,6 +90,14 @@ class Processor:
         self._decoders.shutdown()
         self._compute.submit(self._release).result()
         self._compute.shutdown()
+
+    def _build(self, task: Callable[[Spec, torch.device], Task], spec: Spec) -> Task:
+        with self._arithmetic(), device_losses():
+            return task(spec, self._device)
+
+    def _arithmetic(self) -> contextlib.AbstractContextManager[None]:
+        config = self.config
+        return arithmetic(config.precision, deterministic=False, what=f"{config.method} of {config.model}")
 
     def _release(self) -> None:
         self._task.close()
@@ -196,7 +204,7 @@ class Processor:
         while True:
             try:
                 parts = zip(*(torch.split(tensor, self._chunk) for tensor in inputs), strict=True)
-                with device_losses():
+                with self._arithmetic(), device_losses():
                     return [self._part(*part) for part in parts]
             except RuntimeError as error:
                 if self._chunk == 1 or not out_of_memory(error):

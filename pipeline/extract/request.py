@@ -59,7 +59,7 @@ class ExtractRequest(MethodRequest):
     map_size: str = "native"  # native | input
     map_dtype: str | None = None  # uint8 | float16 | float32
     save_map: bool = True
-    precision: str = "fp32"  # fp32 | bf16 | fp16
+    precision: str = "fp32"  # fp32 | tf32 | bf16 | fp16
     labels: str = AUTO  # auto | as-is | a JSON file from the dataset's classes to the model's
 
 

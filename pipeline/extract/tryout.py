@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from saltern.pipeline.extract.explain import Explainer
+from saltern.pipeline.extract.explain import AUTOCAST, Explainer
 from saltern.pipeline.extract.task import out_of_memory
 from saltern.pipeline.methods import Method
 from saltern.pipeline.models.grids import check_layers
@@ -62,7 +62,7 @@ def try_extract(method: Method, config: ExtractConfig, device: str) -> None:
     pixels_BHWC = torch.randint(256, (1, side, side, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     with one_line(method.model, pixels_BHWC.permute(0, 3, 1, 2)):
         explain(pixels_BHWC, torch.zeros(1, dtype=torch.long)).wait()
-    if config.precision == "fp32" and not method.last.logits_BK.isfinite().all():
+    if config.precision not in AUTOCAST and not method.last.logits_BK.isfinite().all():
         raise UserError(f"{config.model} gives logits that are not finite for a random image; check its weights")
 
 

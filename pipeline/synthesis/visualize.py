@@ -7,6 +7,7 @@ import io
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from saltern.pipeline.device import arithmetic
 from saltern.pipeline.engine.conduct import Job
 from saltern.pipeline.extract.extraction import load_model
 from saltern.pipeline.extract.request import load_classifier, model_fields, new_run, pin
@@ -125,7 +127,7 @@ class Visualizer:
         # torch keeps a thread count for each calling thread: set it in the one that computes.
         threads = self._config.torch_threads
         self._compute = ThreadPoolExecutor(1, "saltern-device", lambda: torch.set_num_threads(threads))
-        self._model = self._compute.submit(load_model, self._config, self._device).result()
+        self._model = self._compute.submit(self._load).result()
         self._schema = data_schema(spec.run, {})
 
     def process(self, shard: Shard, earlier: Receipt | None = None) -> Made:
@@ -159,6 +161,13 @@ class Visualizer:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _load(self) -> nn.Module:
+        with self._arithmetic(), device_losses():
+            return load_model(self._config, self._device)
+
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        return arithmetic(self._config.precision, deterministic=False, what=f"the ascent of {self._config.model}")
+
     def _ascend(self, targets: list[int]) -> tuple[Peak, float]:
         since = time.perf_counter()
         target_B, config = torch.tensor(targets), self._config
@@ -169,7 +178,7 @@ class Visualizer:
             return logits_of(self._model(image_BCHW))
 
         try:
-            with device_losses(), torch.enable_grad(), frozen(self._model):
+            with self._arithmetic(), device_losses(), torch.enable_grad(), frozen(self._model):
                 peak = ascend(logits, first_BCHW.to(self._device), target_B.to(self._device), config.ascent)
                 return peak.to_host(), time.perf_counter() - since
         except RuntimeError as error:

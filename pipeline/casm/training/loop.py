@@ -19,7 +19,8 @@ from saltern.pipeline.casm.training.plan import TrainingPlan, preprocess_of
 from saltern.pipeline.casm.training.ranks import Ranks
 from saltern.pipeline.casm.watch import curves
 from saltern.pipeline.casm.watch.validation import Validation
-from saltern.pipeline.machine import available_memory, exact
+from saltern.pipeline.device import arithmetic
+from saltern.pipeline.machine import available_memory
 from saltern.pipeline.masknet.checkpoint import Checkpoints
 from saltern.pipeline.masknet.head import restrict
 from saltern.pipeline.models import classifiers
@@ -40,7 +41,14 @@ def run(plan: TrainingPlan, ranks: Ranks, say: Callable[[str], None]) -> Path:
     """
     say = say if ranks.rank == 0 else lambda text: None
     with contextlib.ExitStack() as held:
-        held.enter_context(exact(plan.config["torch_threads"]))
+        held.enter_context(
+            arithmetic(
+                plan.hyperparameters.precision,
+                threads=plan.config["torch_threads"],
+                what=f"training on {plan.config['model']}",
+                fix="train on another classifier",
+            )
+        )
         if ranks.rank == 0:
             held.enter_context(locked(plan.root, "writer", _WRITER_WAIT_S))
         return _Loop(plan, ranks, say).run()
