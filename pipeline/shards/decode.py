@@ -63,12 +63,23 @@ def decode(data: bytes, preprocess: Preprocess) -> Decoded:
     """
     image = decode_image(data)
     width, height = image.size
-    geometry = _geometry(width, height, preprocess)
+    geometry = geometry_of(width, height, preprocess)
+    bounds, box = window(width, height, geometry, preprocess.crop)
     try:
-        small = _resample(image, geometry, preprocess.crop, INTERPOLATIONS[preprocess.interpolation])
-        return Decoded(np.array(small), height, width, geometry)
+        return Decoded(np.array(_resize(image.crop(bounds), box, preprocess)), height, width, geometry)
     except MemoryError as error:
         raise _no_memory(data) from error
+
+
+def from_pixels(pixels_HWC: NDArray[np.uint8], preprocess: Preprocess) -> Decoded:
+    """Return the input of an image that is decoded already, RGB and contiguous, as `decode` resamples it."""
+    height, width, _ = pixels_HWC.shape
+    geometry = geometry_of(width, height, preprocess)
+    (left, top, right, bottom), box = window(width, height, geometry, preprocess.crop)
+    start, stride = 3 * (top * width + left), 3 * width
+    size = right - left, bottom - top
+    cut = Image.frombuffer("RGB", size, pixels_HWC.reshape(-1)[start:], "raw", "RGB", stride, 1)
+    return Decoded(np.array(_resize(cut, box, preprocess)), height, width, geometry)
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -149,7 +160,7 @@ def _no_memory(data: bytes) -> DecodeError:
     return DecodeError(OUT_OF_MEMORY, f"the machine has no memory left to decode the image ({len(data)} bytes)")
 
 
-def _geometry(width: int, height: int, preprocess: Preprocess) -> tuple[float, float, float, float]:
+def geometry_of(width: int, height: int, preprocess: Preprocess) -> tuple[float, float, float, float]:
     """Return scale and offset of the crop in the original; size and offset are rounded as torchvision does."""
     crop, resize = preprocess.crop, max(preprocess.resize, preprocess.crop)
     if preprocess.squash:
@@ -162,20 +173,25 @@ def _geometry(width: int, height: int, preprocess: Preprocess) -> tuple[float, f
     return scale_x, scale_y, left * scale_x, top * scale_y
 
 
-def _resample(
-    image: Image.Image, geometry: tuple[float, float, float, float], crop: int, how: Image.Resampling
-) -> Image.Image:
-    """Resample the crop's region to crop x crop.
+def window(
+    width: int, height: int, geometry: tuple[float, float, float, float], crop: int
+) -> tuple[tuple[int, int, int, int], tuple[float, float, float, float]]:
+    """Return the bounds in the original of the pixels that the crop reads, and the crop's box within them.
 
-    The region is cut out first, with the margin that the filter reads. Pillow stores a box as float32, which is more
-    precise near zero, and chooses the order of its two passes by the shape of the image, not of the box.
+    Both are left, top, right, bottom. The bounds have the margin that the filter reads. They are cut out first, as
+    Pillow stores a box as float32, which is more precise near zero, and chooses the order of its two passes by the
+    shape of the image, not of the box.
     """
-    (scale_x, scale_y, x0, y0), (width, height) = geometry, image.size
+    scale_x, scale_y, x0, y0 = geometry
     x1, y1 = min(x0 + scale_x * crop, width), min(y0 + scale_y * crop, height)
     margin_x, margin_y = 3 * max(scale_x, 1), 3 * max(scale_y, 1)
     left, top = max(int(x0 - margin_x), 0), max(int(y0 - margin_y), 0)
-    cut = image.crop((left, top, min(math.ceil(x1 + margin_x), width), min(math.ceil(y1 + margin_y), height)))
-    return cut.resize((crop, crop), how, (x0 - left, y0 - top, x1 - left, y1 - top))
+    bounds = left, top, min(math.ceil(x1 + margin_x), width), min(math.ceil(y1 + margin_y), height)
+    return bounds, (x0 - left, y0 - top, x1 - left, y1 - top)
+
+
+def _resize(cut: Image.Image, box: tuple[float, float, float, float], preprocess: Preprocess) -> Image.Image:
+    return cut.resize((preprocess.crop, preprocess.crop), INTERPOLATIONS[preprocess.interpolation], box)
 
 
 def _check_size(size: tuple[int, int], limit: int) -> None:

@@ -3,18 +3,26 @@
 Shape suffixes: B batch, H W the crop, C channels (RGB).
 """
 
-from collections.abc import Sequence
+import contextlib
+import importlib
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saltern.pipeline.shards.decode import Decoded, DecodeError, decode
+from saltern.pipeline.shards.decode import MAX_PIXELS, Decoded, DecodeError, decode, from_pixels
+from saltern.pipeline.shards.jpeg import plain_frame
 from saltern.schemas.config import Preprocess
+
+with warnings.catch_warnings():  # torch says once that bytes cannot be written to; nothing here does
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"once", dtype=torch.uint8)
 
 
 @dataclass(slots=True)
@@ -49,17 +57,31 @@ def make_decoder(preprocess: Preprocess, choice: str = "auto", device: str = "cp
         choice: auto | cpu | gpu.
         device: of the worker: cpu | cuda.
     """
-    return CpuDecoder(preprocess)
+    return CpuDecoder(preprocess, decode_jpeg())
+
+
+def decode_jpeg() -> Callable[..., Any] | None:
+    """Return torchcodec's function; None if it is not installed, or not for this torch."""
+    try:
+        return importlib.import_module("torchcodec.decoders").decode_jpeg  # type: ignore[no-any-return]
+    except (ImportError, OSError, RuntimeError):
+        return None
 
 
 class CpuDecoder:
-    """A decoder that uses Pillow, one image after the other."""
+    """A decoder of one image after the other. Its pixels are Pillow's.
+
+    Args:
+        preprocess: its resize, crop, squash and interpolation are used.
+        plain: decodes plain JPEG files faster, as torchcodec's decode_jpeg does; None: Pillow decodes them too.
+    """
 
     device = torch.device("cpu")
 
-    def __init__(self, preprocess: Preprocess):
-        self.name = f"pillow {version('pillow')}"
-        self._preprocess = preprocess
+    def __init__(self, preprocess: Preprocess, plain: Callable[..., Any] | None = None):
+        package = "pillow" if plain is None else "torchcodec"
+        self.name = f"{package} {version(package)}"
+        self._preprocess, self._plain = preprocess, plain
 
     def __call__(self, images: Sequence[bytes]) -> DecodedBatch:
         batch = empty_batch(len(images), self._preprocess.crop)
@@ -76,7 +98,17 @@ class CpuDecoder:
         return batch
 
     def _decode(self, data: bytes) -> Decoded:
+        frame = None if self._plain is None else plain_frame(data)
+        if self._plain is not None and frame is not None and frame.height * frame.width <= MAX_PIXELS:
+            with contextlib.suppress(RuntimeError, MemoryError):  # Pillow decodes it, or says what is wrong
+                pixels_CHW: Tensor = self._plain(as_tensor(data), mode="RGB")
+                return from_pixels(pixels_CHW.permute(1, 2, 0).contiguous().numpy(), self._preprocess)
         return decode(data, self._preprocess)
+
+
+def as_tensor(data: bytes) -> Tensor:
+    """Return the bytes as a tensor, without a copy. It must not be written to."""
+    return torch.frombuffer(data, dtype=torch.uint8)
 
 
 def empty_batch(number: int, crop: int, device: torch.device | None = None) -> DecodedBatch:
