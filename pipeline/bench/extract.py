@@ -109,6 +109,8 @@ def method_alone(bench: ExtractBench, torch_threads: int) -> float:
     layout = torch.contiguous_format if dtype is None else torch.channels_last
     method = build(bench.method, classifier.model.to(bench.device).to(memory_format=layout))
     x_BCHW = torch.randn(bench.batch, 3, side, side).to(bench.device).contiguous(memory_format=layout)
+    if dtype is not None:
+        method.halve(x_BCHW[:1], dtype)
 
     def explain(batches: int) -> float:
         since = time.perf_counter()

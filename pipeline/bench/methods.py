@@ -93,7 +93,9 @@ def _measure(case: Case, bench: MethodsBench) -> dict[str, Any]:
     with arithmetic("fp32"):
         fp32 = compare(calls, batch, bench.device, bench.rounds)
         peak = {name: peak_bytes(call, bench.device) / 1e6 / batch for name, call in calls.items()}
-    calls = _calls(case, _problem(case, bench, torch.channels_last), torch.bfloat16)
+    problem = _problem(case, bench, torch.channels_last)
+    problem.method.halve(problem.x_BCHW[:1], torch.bfloat16)
+    calls = _calls(case, problem, torch.bfloat16)
     with arithmetic("bf16"):
         bf16 = compare(calls, batch, bench.device, bench.rounds)
     ours = fp32["saltern"].ms

@@ -10,7 +10,7 @@ from torch import Tensor
 from saltern.pipeline.extract.task import STATUSES, Pending
 from saltern.pipeline.maps.discretize import discretize, upsample
 from saltern.pipeline.maps.encode import CLIP_QUANTILE, pack_mask, quantise
-from saltern.pipeline.methods import Method
+from saltern.pipeline.methods import Method, available
 from saltern.schemas.config import ExtractConfig, Preprocess
 from saltern.schemas.rules import Rule, Target
 from saltern.schemas.saliency import NONFINITE
@@ -50,6 +50,9 @@ class Explainer:
         self._side, self._target, self._rule = preprocess.crop, target, rule
         self._map_size, self._map_dtype, self._save_map, self._precision = map_size, map_dtype, save_map, precision
         self._mean = torch.tensor(preprocess.mean, device=device).view(3, 1, 1)
+        if precision in AUTOCAST and type(method) in available().values():  # another method may use weights as it likes
+            x_BCHW = torch.zeros(1, 3, self._side, self._side, device=device)
+            method.halve(x_BCHW.contiguous(memory_format=torch.channels_last), AUTOCAST[precision])
         self._std = torch.tensor(preprocess.std, device=device).view(3, 1, 1)
 
     @classmethod

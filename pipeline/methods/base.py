@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from saltern.pipeline.methods import options
 from saltern.pipeline.methods.options import OptionSpec
 from saltern.pipeline.models import layers
+from saltern.pipeline.models.halves import cast_once
 from saltern.pipeline.models.passes import frozen
 from saltern.schemas.errors import UserError
 
@@ -146,6 +147,24 @@ class Method:
         zero_B = torch.stack([~map_Bhw.any(2).any(1) for map_Bhw in maps]).any(0) & ~nonfinite_B
         self.last = Last(logits_BK, None if target_B is None else target_B.detach(), zero_B, nonfinite_B)
         return maps[0] if len(maps) == 1 else maps
+
+    def halve(self, x_BCHW: Tensor, dtype: torch.dtype) -> None:
+        """Cast once the weights that autocast would cast at every call. From then on, call the method under autocast.
+
+        Args:
+            x_BCHW: any images, float32, on the device.
+            dtype: bfloat16 | float16.
+        """
+        with torch.no_grad(), frozen(self.model), torch.autocast(x_BCHW.device.type, dtype):
+            cast_once(self.networks(), lambda: self.passes(x_BCHW.clone()))
+
+    def networks(self) -> Sequence[nn.Module]:
+        """Return the networks that the method runs."""
+        return [self.model]
+
+    def passes(self, x_BCHW: Tensor) -> None:
+        """Run all networks once."""
+        self.model(x_BCHW)
 
     def close(self) -> None:
         """Release what the method holds on the device."""

@@ -4,11 +4,12 @@ Shape suffixes: B batch, C H W the network's input, K classes, h w the decoder's
 """
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saltern.pipeline.masknet.checkpoint import Checkpoint, open_checkpoint
 from saltern.pipeline.masknet.head import restrict
@@ -84,6 +85,13 @@ class CASM(Method):
                 taps = self._encoder(x_BCHW)[1]
             mask_B1hw = self._decoder(taps)
             return mask_B1hw[:, 0], self._widened(logits_BK), None
+
+    def networks(self) -> Sequence[nn.Module]:
+        trunks = [trunk.model for trunk in (self._trunk, self._encoder) if trunk is not None]
+        return [*trunks, self._decoder]
+
+    def passes(self, x_BCHW: Tensor) -> None:
+        self.compute(x_BCHW, None)
 
     def _widened(self, logits_BK: Tensor) -> Tensor:
         """Return logits for all classes of the model; the trained classifier may know only some of them."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saltern.pipeline.methods.base import Maps, Method, safe_divide, weighted_sum
+from saltern.pipeline.models.halves import full_of
 from saltern.pipeline.models.passes import full_precision, pick_target
 from saltern.pipeline.models.probe import probe
 from saltern.pipeline.models.taps import Taps
@@ -165,7 +166,8 @@ class CAM(Method):
         target_B = pick_target(logits_BK, target_B)
         with full_precision(x_BCHW.device):
             A_BKhw = self._taps.grid(0, outputs[0], x_BCHW.shape[2:])
-            map_Bhw = weighted_sum(self._head.weight[target_B].float(), A_BKhw.relu() if self._rectified else A_BKhw)
+            weight_BK = full_of(self._head.weight)[target_B].float()
+            map_Bhw = weighted_sum(weight_BK, A_BKhw.relu() if self._rectified else A_BKhw)
         return map_Bhw, logits_BK, target_B
 
 

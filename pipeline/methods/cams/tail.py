@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from saltern.pipeline.models.halves import full_of, full_weights
 from saltern.pipeline.models.passes import full_precision, logits_of
 from saltern.pipeline.models.taps import tensor_of, with_tensor
 from saltern.schemas.errors import UserError
@@ -72,7 +73,7 @@ class Recording:
 
     def __init__(self, tail: Tail, x_BCHW: Tensor) -> None:
         self._tail, self._x_BCHW = tail, x_BCHW.clone()
-        weight = next(tail.model.parameters(), None)
+        weight = full_of(next(tail.model.parameters(), None))
         autocast = weight is not None and torch.is_autocast_enabled(x_BCHW.device.type)
         self._dtype = weight.dtype if weight is not None and autocast else None
         calls, self.logits_BK = self._record(x_BCHW)
@@ -134,7 +135,7 @@ class Recording:
         return self.logits(self.output.clone())
 
     def _repeat(self, records: Sequence[Any]) -> Tensor:
-        with full_precision(self._x_BCHW.device), _returning(self._modules, records):
+        with full_precision(self._x_BCHW.device), full_weights(self._tail.model), _returning(self._modules, records):
             return logits_of(self._tail.model(self._cast(self._x_BCHW.clone())))
 
     def _cast(self, value: Any) -> Any:

@@ -7,6 +7,7 @@ gradients to the dtype of the values.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from saltern.pipeline.methods.relevance.marks import (
     widened,
 )
 from saltern.pipeline.methods.relevance.rules import Convolution, Linear, LinearRule, Rules
+from saltern.pipeline.models.halves import full_of
 from saltern.pipeline.models.interception import Interception, check_visible
 from saltern.pipeline.models.passes import full_precision
 from saltern.schemas.errors import UserError
@@ -195,8 +197,10 @@ class Propagation:
         def operation(x: Tensor) -> Tensor:
             return layer.apply(_narrowed(x, layer.weight), layer.weight, layer.bias)
 
-        out = _step(operation, lambda: _bound(rule, layer, x), x)
-        return set_mark(out, source=(layer, x) if self._rules.merge and x.requires_grad else None)
+        # Relevance is float32, so its rules take the weights as they were before a cast.
+        full = replace(layer, weight=full_of(layer.weight), bias=full_of(layer.bias))
+        out = _step(operation, lambda: _bound(rule, full, x), x)
+        return set_mark(out, source=(full, x) if self._rules.merge and x.requires_grad else None)
 
     def _batch_norm(
         self,
