@@ -117,6 +117,8 @@ def _run(ask: dict[str, Any]) -> int:
 def main() -> None:
     import extracting  # noqa: F401
     import odd_methods  # noqa: F401
+    import pandas  # noqa: F401  (pyarrow imports it for the first column, which takes longer than a run)
+    import pyarrow.compute  # noqa: F401
     import torch
 
     torch.set_num_threads(1)
