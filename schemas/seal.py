@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 _END = b',\n "seal": "%s"\n}'
+_PLAIN = {str, int, float, bool, types.NoneType}
 
 T = TypeVar("T")
 
@@ -73,14 +74,23 @@ def _checks(kind: Any) -> tuple[dict[str, Callable[[Any], bool]], set[str]]:
 
 def _check(hint: Any) -> Callable[[Any], bool]:
     """Return a function that tells whether a value of JSON has the type of a field."""
+    if kinds := _plain(hint):
+        return lambda value: type(value) in kinds
     if isinstance(hint, types.UnionType):
         either = [_check(one) for one in get_args(hint)]
         return lambda value: any(one(value) for one in either)
     if get_origin(hint) is dict:
-        each = _check(get_args(hint)[1])
-        return lambda value: isinstance(value, dict) and all(map(each, value.values()))
+        each = _plain(get_args(hint)[1])
+        return lambda value: type(value) is dict and each.issuperset(map(type, value.values()))
     if get_origin(hint) is list:
         every = _check(get_args(hint)[0])
-        return lambda value: isinstance(value, list) and all(map(every, value))
-    kinds = (int, float) if hint is float else hint
-    return lambda value: isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))
+        return lambda value: type(value) is list and all(map(every, value))
+    return lambda value: isinstance(value, hint)
+
+
+def _plain(hint: Any) -> frozenset[type]:
+    """Return the types that values of JSON have for a field of plain values, of which a float may be an int."""
+    kinds = set(get_args(hint)) if isinstance(hint, types.UnionType) else {hint}
+    if not kinds <= _PLAIN:
+        return frozenset()
+    return frozenset(kinds | {int} if float in kinds else kinds)

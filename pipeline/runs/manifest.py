@@ -59,7 +59,7 @@ def read_receipts(store: Store, run: Run) -> dict[str, Receipt]:
 
 def judge_receipts(store: Store, run: Run) -> tuple[dict[str, Receipt], dict[str, str]]:
     """Return the receipts that hold for this run and its tars' sizes, and why the others do not, by shard name."""
-    shards = {shard.name: shard for shard in run.shards}
+    shards, sealed = {shard.name: shard for shard in run.shards}, run.sealed
     receipts: dict[str, Receipt] = {}
     invalid: dict[str, str] = {}
     for name, raw in store.read_all("receipts"):
@@ -67,7 +67,7 @@ def judge_receipts(store: Store, run: Run) -> tuple[dict[str, Receipt], dict[str
         if shard is None:
             continue
         try:
-            receipt = Receipt.from_json(raw, sealed=run.sealed)
+            receipt = Receipt.from_json(raw, sealed=sealed)
         except ValueError as error:
             invalid[shard.name] = f"its receipt is damaged ({error})"
             continue

@@ -32,11 +32,12 @@ class Store:
 
     def read(self, name: str) -> bytes | None:
         """Return the file's bytes; None if it does not exist."""
+        path = self.full(name)
         try:
             if self.local:
-                with named(self.full(name)):
-                    return Path(self.full(name)).read_bytes()
-            with self.fs.open_input_stream(self.full(name)) as stream:
+                with named(path), open(path, "rb") as file:
+                    return file.read()
+            with self.fs.open_input_stream(path) as stream:
                 content: bytes = stream.read()
                 return content
         except (FileNotFoundError, NotADirectoryError):

@@ -1,5 +1,6 @@
 """run.json, receipts, resume."""
 
+import hashlib
 import json
 import resource
 from dataclasses import replace
@@ -163,9 +164,11 @@ def test_a_hundred_thousand_done_shards_resume(store: Store) -> None:
     run = make_run(100_000)
     folder = Path(store.full("receipts"))
     folder.mkdir(parents=True)
-    receipt = make_receipt(run, run.shards[0])
+    body, _ = make_receipt(run, run.shards[0]).to_json().split(b',\n "seal"')
     for shard in run.shards:
-        (folder / f"{shard.name}.json").write_bytes(replace(receipt, shard=shard.name).to_json())
+        raw = body.replace(b"s000000", shard.name.encode())
+        with open(folder / f"{shard.name}.json", "wb") as file:
+            file.write(raw + b',\n "seal": "' + hashlib.sha256(raw).hexdigest().encode() + b'"\n}')
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begin(store, run)
     receipts = read_receipts(store, begin(store, run))
