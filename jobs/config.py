@@ -30,9 +30,19 @@ def collect(kind: type[T], ctx: typer.Context, **more: Any) -> T:
         ctx: the command's context.
         more: fields that differ from the parameters; they take precedence.
     """
+    return kind(**{**_parameters(kind, ctx), **more})
+
+
+def given(kind: type[T], ctx: typer.Context) -> dict[str, Any]:
+    """Return the fields of a config dataclass that the user gave, on the command line or in a --config file."""
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    left_out = {name for name, source in sources.items() if source is None or source.name == "DEFAULT"}
+    return {name: value for name, value in _parameters(kind, ctx).items() if name not in left_out}
+
+
+def _parameters(kind: type[T], ctx: typer.Context) -> dict[str, Any]:
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    given = {name: _plain(value) for name, value in ctx.params.items() if name in names}
-    return kind(**{**given, **more})
+    return {name: _plain(value) for name, value in ctx.params.items() if name in names}
 
 
 def _plain(value: Any) -> Any:

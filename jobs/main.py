@@ -23,7 +23,7 @@ from saltern.jobs.unseen_classes import unseen_classes
 from saltern.jobs.verify import verify
 from saltern.jobs.visualize_class import visualize_class
 from saltern.pipeline.machine import keep_memory
-from saltern.schemas.errors import UserError, printable
+from saltern.schemas.errors import CollapseError, UserError, printable
 
 EXIT_CODES = (
     "Exit codes: 0 everything is done; 1 some shards failed, less than half of the rows are ok, or a check failed; "
@@ -76,6 +76,8 @@ def main() -> None:
     keep_memory()
     try:
         code = app(prog_name="saltern", standalone_mode=False)
+    except CollapseError as error:
+        _fail(1, str(error))
     except UserError as error:
         _fail(2, str(error))
     except _UsageError as error:

@@ -160,12 +160,15 @@ Thinning = Annotated[
 Lambda = Annotated[
     str | None,
     training(
-        "Weight of the penalty on a mask's size; auto steers to --mask-area; default: the published value for "
-        "resnet50, else auto.",
+        "Weight of the penalty on a mask's size; auto steers to --mask-area; default: that of --preset.",
         "--lambda",
         metavar="NUMBER|auto",
         callback=convert(to_lambda, "a number or auto"),
     ),
+]
+TrainingPreset = Annotated[
+    choices.TrainingPreset,
+    training("Defaults of the options below: those that keep every training alive, or the paper's.", "--preset"),
 ]
 Epochs = Annotated[int, training("Epochs; learning rates fall to a tenth after each third.", min=1)]
 StepsPerEpoch = Annotated[int | None, training("Steps of an epoch; default: a fifth of the data.", min=1)]

@@ -1,15 +1,29 @@
 """saltern train-casm: train a mask network that does not depend on a single classifier."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from saltern.jobs import options as opt
-from saltern.jobs.config import collect
+from saltern.jobs.config import collect, given
 from saltern.schemas import choices
 from saltern.schemas.errors import UserError
 
+if TYPE_CHECKING:
+    from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
+
 MASK_AREA = 0.5
+
+
+def hyperparameters_of(
+    ctx: typer.Context, preset: choices.TrainingPreset, thinning: choices.ThinningName
+) -> "Hyperparameters":
+    """Return the preset's hyperparameters, replaced by those that the user gave."""
+    from saltern.pipeline.casm.algorithm.hyperparameters import PRESETS, Hyperparameters
+    from saltern.pipeline.casm.algorithm.thinning import thinning_named
+
+    chosen = {**PRESETS[preset.value], **given(Hyperparameters, ctx), "thinning": thinning_named(thinning.value)}
+    return Hyperparameters(**chosen)
 
 
 def train_casm(
@@ -25,6 +39,7 @@ def train_casm(
     min_crop: opt.MinCrop = 0.08,
     val: opt.Val = None,
     out: opt.OutFolder,
+    preset: opt.TrainingPreset = choices.TrainingPreset.steady,
     thinning: opt.Thinning = choices.ThinningName.L100,
     pool_size: Annotated[int, opt.training("Past classifiers in the pool, at most.", min=1)] = 30,
     pool_half: Annotated[bool, opt.training("Keep the pool's weights in 16 bits.", "--pool-half")] = False,
@@ -33,25 +48,24 @@ def train_casm(
     ] = choices.PoolDraw.shared,
     score: Annotated[
         choices.Score, opt.training("Score of the masked image: its entropy, or its cross-entropy.")
-    ] = choices.Score.entropy,
+    ] = choices.Score.classification,
     lam: opt.Lambda = None,
     mask_area: Annotated[float, opt.training("Mean mask that --lambda auto steers to.")] = MASK_AREA,
-    tv: Annotated[float, opt.training("Weight of the masks' total variation.", min=0)] = 0.0,
+    tv: Annotated[float, opt.training("Weight of the masks' total variation.", min=0)] = 8.0,
     share_encoder: Annotated[
         bool, opt.training("Make masks from the classifier's own trunk.", "--share-encoder/--no-share-encoder")
     ] = True,
-    init_scale: Annotated[float, opt.training("Factor on the mask network's last weights at the start.", min=0)] = 1.0,
     classifier_loss: Annotated[
         choices.ClassifierLoss, opt.training("Learn clean, then masked images, or from the sum of both losses (eq. 8).")
     ] = choices.ClassifierLoss.sequential,
     batch_norm: Annotated[
         choices.BatchNorm, opt.training("Batch statistics while training, or running statistics everywhere (eval).")
-    ] = choices.BatchNorm.train,
+    ] = choices.BatchNorm.eval,
     epochs: opt.Epochs = 60,
     steps_per_epoch: opt.StepsPerEpoch = None,
     batch_size: opt.TrainingBatchSize = 128,
-    lr_classifier: Annotated[float, opt.training("Learning rate of the classifier's SGD.", min=0)] = 1e-3,
-    lr_mask: Annotated[float, opt.training("Learning rate of the mask network's Adam.", min=0)] = 1e-3,
+    lr_classifier: Annotated[float, opt.training("Learning rate of the classifier's SGD.", min=0)] = 2e-4,
+    lr_mask: Annotated[float, opt.training("Learning rate of the mask network's Adam.", min=0)] = 3e-4,
     weight_decay: Annotated[float, opt.training("Weight decay of both.", min=0)] = 1e-4,
     precision: opt.TrainingPrecision = choices.TrainingPrecision.fp32,
     device: opt.Device = choices.Device.auto,
@@ -70,13 +84,10 @@ def train_casm(
     With --val, measures LE and F1 and writes a page of masks after each epoch. A training that was stopped at any
     moment and is resumed with --resume ends with the same weights, bit for bit.
     """
-    from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters, usual_lambda
-    from saltern.pipeline.casm.algorithm.thinning import thinning_named
     from saltern.pipeline.casm.training.train import TrainRequest, train
 
-    lam = usual_lambda(model) if ctx.params["lam"] is None else ctx.params["lam"]
-    if lam != "auto" and mask_area != MASK_AREA:
+    hyperparameters = hyperparameters_of(ctx, preset, thinning)
+    if hyperparameters.lam != "auto" and mask_area != MASK_AREA:
         raise UserError("--mask-area has no effect without --lambda auto; leave it out")
-    hyperparameters = collect(Hyperparameters, ctx, thinning=thinning_named(thinning.value), lam=lam)
     checkpoint = train(collect(TrainRequest, ctx, hyperparameters=hyperparameters, val=val or ()))
     typer.echo(f"{checkpoint} is done; next: saltern extract ... --model {model} --method casm --checkpoint {out}")

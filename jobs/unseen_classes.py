@@ -4,6 +4,7 @@ import typer
 
 from saltern.jobs import options as opt
 from saltern.jobs.config import collect
+from saltern.jobs.train_casm import hyperparameters_of
 from saltern.schemas import choices
 
 
@@ -21,6 +22,7 @@ def unseen_classes(
     val: opt.Val,
     out: opt.OutFolder,
     as_json: opt.AsJson = False,
+    preset: opt.TrainingPreset = choices.TrainingPreset.steady,
     thinning: opt.Thinning = choices.ThinningName.L,
     lam: opt.Lambda = None,
     epochs: opt.Epochs = 60,
@@ -38,13 +40,10 @@ def unseen_classes(
     """
     import json
 
-    from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters, usual_lambda
-    from saltern.pipeline.casm.algorithm.thinning import thinning_named
     from saltern.pipeline.casm.training.train import TrainRequest
     from saltern.pipeline.casm.unseen.experiment import unseen_classes as experiment
 
-    lam = usual_lambda(model) if ctx.params["lam"] is None else ctx.params["lam"]
-    hyperparameters = collect(Hyperparameters, ctx, thinning=thinning_named(thinning.value), lam=lam)
+    hyperparameters = hyperparameters_of(ctx, preset, thinning)
     try:
         result = experiment(collect(TrainRequest, ctx, hyperparameters=hyperparameters, val=()), val)
     except KeyboardInterrupt:

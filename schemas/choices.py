@@ -27,6 +27,7 @@ FirstImage = StrEnum("FirstImage", "zero noise")
 
 # train-casm
 ThinningName = StrEnum("ThinningName", {"F": "F", "L": "L", "FL": "FL", "L1000": "L1000", "L100": "L100"})
+TrainingPreset = StrEnum("TrainingPreset", "steady published")
 Score = StrEnum("Score", "entropy classification")
 ClassifierLoss = StrEnum("ClassifierLoss", "sequential sum")
 BatchNorm = StrEnum("BatchNorm", "train eval")

@@ -19,6 +19,10 @@ class UserError(Exception):
     """A wrong call. The message is one line with the cause and the fix; the command prints it and exits with 2."""
 
 
+class CollapseError(UserError):
+    """A training whose masks collapse again and again. The command exits with 1."""
+
+
 class ShardError(Exception):
     """A shard that cannot be read at all (cut, or not a tar). The shard fails with this reason and is not retried."""
 

@@ -28,7 +28,7 @@ CLASSES = "visualize-class --model making:tiny --classes 0-2 --out {old}/classes
 TRAIN = (
     "train-casm {old}/casm-shards --out {out} --model casm_toys:small --epochs 3 --steps-per-epoch 2 --batch-size 4 "
     "--side 64 --checkpoint-every 2 --device cpu --decode-threads 2 --thinning L --lambda auto --pool-size 3 "
-    "--lr-classifier 0.01 --seed 5"
+    "--lr-classifier 0.01 --seed 5 --preset published"
 )
 
 

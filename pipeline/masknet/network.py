@@ -82,6 +82,10 @@ class Decoder(nn.Module):
 
     def forward(self, taps: Sequence[Tensor]) -> Tensor:
         """Return mask_B1hw, float32, in [0, 1], on the stem's grid: a quarter of the input's side; 1 = removed."""
+        return self.logits(taps).sigmoid()
+
+    def logits(self, taps: Sequence[Tensor]) -> Tensor:
+        """Return the mask before the sigmoid, float32."""
         grid = taps[0].shape[2:]
         resized = [
             F.interpolate(stage(tap), size=grid, mode="bilinear", align_corners=False)
@@ -89,7 +93,7 @@ class Decoder(nn.Module):
         ]
         # Half precision would round masks near 1 to 1, where the sigmoid has no slope.
         logits_B1hw: Tensor = self.last(torch.cat([taps[0], *resized], 1))
-        return logits_B1hw.float().sigmoid()
+        return logits_B1hw.float()
 
 
 def enlarge(mask_B1hw: Tensor, image: Sequence[int]) -> Tensor:

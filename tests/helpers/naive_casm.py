@@ -26,12 +26,13 @@ class NaiveCasm:
         decoder: conv1..conv4, gamma1.., beta1.., last, bias: leaf tensors.
         save_every: None: only the first snapshot.
         fault: one deliberate error: "late", "or", "alias".
+        pull: (weight, wanted area) of the pull on the mean logit; None: as published.
     """
 
-    def __init__(self, net, decoder, name, score, save_every, pool_size, lr_f, lr_m, fault=""):
+    def __init__(self, net, decoder, name, score, save_every, pool_size, lr_f, lr_m, fault="", pull=None):
         self.net, self.decoder, self.score, self.save_every, self.pool_size = net, decoder, score, save_every, pool_size
         self.trained, self.hp, lambdas = TABLE[name]
-        self.lam, self.lr_f, self.lr_m, self.fault = lambdas[score], lr_f, lr_m, fault
+        self.lam, self.lr_f, self.lr_m, self.fault, self.pull = lambdas[score], lr_f, lr_m, fault, pull
         self.pool, self.iteration, self.replaced = [], 0, []
         self.velocity = {}
         self.adam = {key: (torch.zeros_like(value), torch.zeros_like(value)) for key, value in decoder.items()}
@@ -115,6 +116,10 @@ class NaiveCasm:
             score = score + (-(h if right else 0 * h) if self.score == "entropy" else p[labels[n]].log()) / len(x)
             confused += q / len(x)
         loss = size + score
+        if self.pull is not None:
+            weight, area = self.pull
+            mean = (m.log() - (1 - m).log()).sum() / m.numel()
+            loss = loss + weight * (mean - (math.log(area) - math.log(1 - area))) ** 2
         if self.fault == "late" and self.trained and member < 0:
             self.sgd(masked)
         gradients = torch.autograd.grad(loss, list(self.decoder.values()), retain_graph=True)

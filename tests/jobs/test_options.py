@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from saltern.jobs.config import to_classes
 from saltern.jobs.main import app
+from saltern.pipeline.casm.algorithm.hyperparameters import PRESETS, Hyperparameters
 
 GROUP: Any = typer.main.get_command(app)
 COMMANDS: dict[str, Any] = {
@@ -75,7 +76,6 @@ def test_each_option_is_declared_once() -> None:
 
 def requests() -> dict[str, tuple[tuple[type, ...], set[str]]]:
     """Return the dataclasses that a command's parameters become, and the parameters that the command reads itself."""
-    from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
     from saltern.pipeline.casm.training.train import TrainRequest
     from saltern.pipeline.engine.conduct import RunOptions
     from saltern.pipeline.extract.request import ExtractRequest
@@ -87,8 +87,8 @@ def requests() -> dict[str, tuple[tuple[type, ...], set[str]]]:
         "attack": ((ExtractRequest, PGD, RunOptions), {"config", "guide", "save_images"}),
         "visualize-class": ((VisualizeRequest, RunOptions), {"batch_size"}),
         "plan": ((ExtractRequest,), {"as_json", "device", "workers"}),
-        "train-casm": ((TrainRequest, Hyperparameters), {"config"}),
-        "unseen-classes": ((TrainRequest, Hyperparameters), {"as_json"}),
+        "train-casm": ((TrainRequest, Hyperparameters), {"config", "preset", "lam"}),
+        "unseen-classes": ((TrainRequest, Hyperparameters), {"as_json", "preset", "lam"}),
     }
 
 
@@ -98,6 +98,8 @@ def test_every_option_is_a_field_with_the_same_default() -> None:
         known = {field.name: field.default for kind in kinds for field in fields(kind)}
         for default in filter(is_dataclass, tuple(known.values())):
             known |= asdict(default)
+        if Hyperparameters in kinds:
+            known |= PRESETS["steady"]
         options = signature(COMMANDS[name])
         assert set(options) - set(known) == own - set(known), name
         for option, parameter in options.items():

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS, Thinning
 from saltern.schemas import choices
@@ -17,12 +17,13 @@ class Hyperparameters:
     score: str = "entropy"
     lam: float | Literal["auto"] | None = None  # weight of the size penalty; None: the published one
     mask_area: float = 0.5  # mean mask, in (0, 1), that "auto" steers to
+    pull: float = 0.0  # weight of (mean logit of the masks - logit of mask_area)^2, with lambda "auto"
     pool_size: int = 30
     pool_half: bool = False  # the pool's weights in 16 bits
     pool_draw: str = "shared"  # one pool member for all ranks, or one for each; the coin is always shared
     classifier_loss: str = "sequential"  # clean, then masked; "sum": half of each in one step (eq. 8)
     share_encoder: bool = True  # False: train a second trunk with the decoder; it starts as a copy of the classifier
-    init_scale: float = 1.0  # factor on the last convolution's first weights; below 1, masks do not start saturated
+    init_scale: float = 1.0  # factor on the last convolution's first weights; with 1, first masks are nearly binary
     tv: float = 0.0  # weight of the total variation of the masks
     batch_norm: str = "train"  # "eval": running statistics everywhere, so that the number of ranks has no effect
     precision: str = "fp32"
@@ -37,7 +38,7 @@ class Hyperparameters:
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
             choices.check_choice(name, getattr(self, name), allowed)
-        for name in ("init_scale", "tv", "lr_classifier", "momentum", "lr_mask", "weight_decay"):
+        for name in ("pull", "init_scale", "tv", "lr_classifier", "momentum", "lr_mask", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name}={getattr(self, name)} must be 0 or more, and finite")
         if not 0 < self.mask_area < 1:
@@ -50,6 +51,11 @@ class Hyperparameters:
     def start_lambda(self) -> float:
         """Return lambda at the first step."""
         return self.thinning.lambda_for(self.score) if self.lam in (None, "auto") else float(self.lam)
+
+    @property
+    def pulling(self) -> float:
+        """The weight of the pull; 0 if lambda is fixed, as only "auto" has a wanted area."""
+        return self.pull if self.lam == "auto" else 0.0
 
     def rate(self, step: int) -> float:
         """Return the factor on both learning rates at a step (from 0)."""
@@ -65,6 +71,17 @@ _CHOICES = {
 }
 
 
-def usual_lambda(model: str) -> Literal["auto"] | None:
-    """Return the default lambda of a classifier. The published value was tuned on ResNet-50 and fits no other."""
-    return None if model == "resnet50" else "auto"
+# The published values were tuned for ResNet-50 on ImageNet. With others, or in small batches, most trainings collapse.
+PRESETS: dict[str, dict[str, Any]] = {
+    "steady": {
+        "lam": "auto",
+        "pull": 1.0,
+        "init_scale": 0.01,
+        "tv": 8.0,
+        "batch_norm": "eval",
+        "score": "classification",
+        "lr_classifier": 2e-4,
+        "lr_mask": 3e-4,
+    },
+    "published": {},  # the defaults of Hyperparameters
+}

@@ -4,6 +4,7 @@ Shape suffixes: B batch, K classes, H W the network's input, h w the decoder's g
 """
 # ruff: noqa: N815  (fields carry a shape suffix)
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,22 @@ def mask_terms(
     area_B = mask_B1HW.float().mean((1, 2, 3))
     gain = (entropy(logits_BK) * right_B).mean() if score == "entropy" else F.cross_entropy(logits_BK, label_B)
     return MaskTerms(-gain, F.relu(confused_B.float() - area_B).mean(), area_B, confused_B)
+
+
+def pull(mean: Tensor, shared: Tensor, area: float) -> Tensor:
+    """Return (shared - logit(area))^2, which holds the masks' mean logit at the logit of their wanted area.
+
+    The published loss has no such term. There, once the sigmoid saturates, neither the score nor the size penalty has a
+    gradient, and masks that left nothing or everything stay so. This term acts on the logits, so its gradient grows
+    with the distance.
+
+    Args:
+        mean: of the logits over the batch; takes the gradient.
+        shared: its mean over all ranks, without gradient. The average of the ranks' gradients is that of one process.
+        area: wanted mean mask, in (0, 1).
+    """
+    offset = shared - math.log(area / (1 - area))
+    return offset.square() + 2 * offset * (mean - mean.detach())
 
 
 def entropy(logits_BK: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saltern.pipeline.casm.algorithm.collapse import SLOWER
 from saltern.pipeline.casm.algorithm.control import Lambda
 from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.algorithm.log import Log, measure
-from saltern.pipeline.casm.algorithm.losses import mask_terms, total_variation
+from saltern.pipeline.casm.algorithm.losses import mask_terms, pull, total_variation
 from saltern.pipeline.casm.algorithm.pool import Confuser, Pool
 from saltern.pipeline.casm.algorithm.thinning import Plan, plan, repeatable
 from saltern.pipeline.masknet.network import Decoder, Trunk, enlarge
@@ -59,6 +60,7 @@ class Training:
         side: int | None = None,
     ) -> None:
         self.hyperparameters, self.classifier, self.steps_done = hyperparameters, classifier, 0
+        self.setbacks = 0  # collapses before; each made the mask network's learning rate smaller
         self._rank, self._average, self._trained = rank, average, hyperparameters.thinning.trained
         self.device = next(classifier.parameters()).device
         stages = find_stages(classifier, side)
@@ -97,13 +99,16 @@ class Training:
             if todo.slot is not None:
                 self._average(self._statistics)  # so that all ranks have the same pool
                 self.pool.add(self.classifier, self.steps_done, todo.slot)
-            mask_B1hw = self._mask(x_BCHW, clean.taps)
+            logits_B1hw = self._mask_logits(x_BCHW, clean.taps)
+            mask_B1hw = logits_B1hw.sigmoid()
             mask_B1HW = enlarge(mask_B1hw, x_BCHW.shape[2:])
             masked_logits_BK = self._classify_masked(x_BCHW * (1 - mask_B1HW), todo.member)
             masked_loss = F.cross_entropy(masked_logits_BK, label_B)
             terms = mask_terms(masked_logits_BK, label_B, clean.right_B, mask_B1HW, hyperparameters.score)
             variation = total_variation(mask_B1hw)
+            pulled = self._pull(logits_B1hw)
             mask_loss = terms.loss(self._lambda.value.float()) + hyperparameters.tv * variation
+            mask_loss = mask_loss + hyperparameters.pulling * pulled
             # The mask's gradient comes first: it passes through weights that the classifier's step changes.
             current = self._trained and todo.member < 0
             self._gradient(mask_loss, self._mask_weights, keep_graph=current)
@@ -113,9 +118,10 @@ class Training:
                 self._descend(masked_loss)
             nn.utils.clip_grad_norm_(self._mask_weights, hyperparameters.clip)
             self._adam.step()
-        measured = measure(clean.loss, clean.right_B, masked_loss, terms, variation)
+        measured = measure(clean.loss, clean.right_B, masked_loss, terms, variation, pulled)
         self._average([measured, *self._statistics])
-        log = Log(self.steps_done, todo.member, measured, self._lambda.value, hyperparameters.tv)
+        weights = hyperparameters.tv, hyperparameters.pulling
+        log = Log(self.steps_done, todo.member, measured, self._lambda.value, *weights)
         self._lambda.observe(log.area())
         self.steps_done += 1
         self._prefetch()
@@ -138,7 +144,7 @@ class Training:
                 network.eval()
         with self._autocast():
             logits_BK, taps = self._trunk(x_BCHW)
-        return logits_BK.float(), self._mask(x_BCHW, taps)
+        return logits_BK.float(), self._mask_logits(x_BCHW, taps).sigmoid()
 
     def masks(self, x_BCHW: Tensor) -> Tensor:
         """Return mask_B1hw of `predict`."""
@@ -152,6 +158,7 @@ class Training:
         """
         return {
             "steps_done": self.steps_done,
+            "setbacks": self.setbacks,
             **{name: part.state_dict() for name, part in self._parts()},
             "pool_manifest": self.pool.manifest(),
             **({"pool": self.pool.state_dict()} if pool else {}),
@@ -166,7 +173,7 @@ class Training:
         self.pool.load_state_dict(state["pool"], state["pool_manifest"])
         for name, part in self._parts():
             part.load_state_dict(state[name])
-        self.steps_done = state["steps_done"]
+        self.steps_done, self.setbacks = state["steps_done"], state.get("setbacks", 0)  # absent in 0.1
 
     def _parts(self) -> Iterator[tuple[str, Any]]:
         yield from (("classifier", self.classifier), ("decoder", self.decoder), ("lambda", self._lambda))
@@ -195,7 +202,7 @@ class Training:
         factor = self.hyperparameters.rate(self.steps_done)
         for optimiser, rate in (
             (self._sgd, self.hyperparameters.lr_classifier),
-            (self._adam, self.hyperparameters.lr_mask),
+            (self._adam, self.hyperparameters.lr_mask * SLOWER**self.setbacks),
         ):
             for group in optimiser.param_groups:
                 group["lr"] = rate * factor
@@ -205,10 +212,17 @@ class Training:
             logits_BK, taps = self._trunk(x_BCHW)
         return _Clean(F.cross_entropy(logits_BK.float(), label_B), logits_BK.argmax(1) == label_B, taps)
 
-    def _mask(self, x_BCHW: Tensor, taps: list[Tensor]) -> Tensor:
+    def _mask_logits(self, x_BCHW: Tensor, taps: list[Tensor]) -> Tensor:
         with self._autocast():
-            mask_B1hw: Tensor = self.decoder(taps if self._own is None else self._own(x_BCHW)[1])
-        return mask_B1hw
+            return self.decoder.logits(taps if self._own is None else self._own(x_BCHW)[1])
+
+    def _pull(self, logits_B1hw: Tensor) -> Tensor:
+        if not self.hyperparameters.pulling:
+            return logits_B1hw.new_zeros(())
+        mean = logits_B1hw.mean()
+        shared = mean.detach().clone()
+        self._average([shared])
+        return pull(mean, shared, self.hyperparameters.mask_area)
 
     def _classify_masked(self, masked_BCHW: Tensor, member: int) -> Tensor:
         """Return float32 logits_BK of the masked images, of a pool member or the current classifier (-1)."""

@@ -1,4 +1,4 @@
-"""The log of a training: one line per step in DIR/log.jsonl, its speed, its progress, and a warning of a collapse.
+"""The log of a training: one line per step in DIR/log.jsonl, its speed, and its progress.
 
 log.jsonl holds only what follows from the seed, so that the log of a resumed training is the same to the bit. Times
 are in speed.jsonl.
@@ -8,7 +8,6 @@ import json
 import math
 import os
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,11 +21,6 @@ from saltern.schemas.errors import UserError
 
 EVERY = 20  # steps between two readings of the device, each of which waits for it
 SAID_EVERY_S = 10.0
-WINDOW = 50  # steps over which the mean mask is watched
-LOW, HIGH = 0.02, 0.98  # mean masks beyond which they have collapsed
-
-_TOO_HIGH = "lambda may be too high: lower --lambda, or use --lambda auto; with auto: lower --tv or --lr-mask"
-_TOO_LOW = "lambda may be too low: raise --lambda, or use --lambda auto; with auto: lower --lr-mask"
 
 
 class Journal:
@@ -49,10 +43,8 @@ class Journal:
         _cut(root / "speed.jsonl", start)
         self._log, self._speed = ((root / name).open("a") for name in ("log.jsonl", "speed.jsonl"))
         self._waiting: list[tuple[Log, Tensor]] = []
-        self._areas: deque[float] = deque(maxlen=WINDOW)
         self._classes, self._compared = classes, 0 if start == 0 else SAMPLES  # samples whose label was compared
         self._right = 0.0  # of them
-        self._collapsed = ""  # "nothing" or "everything" once the warning was printed
         self._began = self._read = self._said = time.monotonic()
 
     def __enter__(self) -> "Journal":
@@ -85,7 +77,6 @@ class Journal:
                     f"step {log.step}: a loss is not finite; train in another folder with lower rates "
                     "(--lr-classifier, --lr-mask)"
                 )
-            self._watch(line["mask_mean"], log.step)
             self._compare(line["right"])
         now, count, last = time.monotonic(), len(self._waiting), self._waiting[-1][0].step
         rate = count * self._batch_size / max(now - self._read, 1e-9)
@@ -106,21 +97,6 @@ class Journal:
             f"ETA {clock((self._total - done) * pace)} | mask loss {line['mask_loss']:.3f}, mean mask "
             f"{line['mask_mean']:.2f}, lambda {line['lambda']:.3g}, right {line['right']:.2f}"
         )
-
-    def _watch(self, area: float, step: int) -> None:
-        """Warn once if the mean mask over the window is almost 0 or almost 1."""
-        self._areas.append(area)
-        mean = sum(self._areas) / len(self._areas)
-        if len(self._areas) < WINDOW or LOW <= mean <= HIGH:
-            self._collapsed = ""
-            return
-        what, fix = ("nothing", _TOO_HIGH) if mean < LOW else ("everything", _TOO_LOW)
-        if what != self._collapsed:
-            self._say(
-                f"warning: over the last {WINDOW} steps (to step {step}) the mean mask is {mean:.3f}: masks collapse "
-                f"and take out {what}. {fix}"
-            )
-        self._collapsed = what
 
     def _compare(self, right: float) -> None:
         """Warn if the classifier is right about the first samples no more often than by chance."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from saltern.pipeline.casm.algorithm.collapse import DEAD, SETBACKS, SLOWER, Collapse, Watch
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.data.batches import Batches
 from saltern.pipeline.casm.training.journal import Journal
@@ -24,7 +25,7 @@ from saltern.pipeline.machine import available_memory
 from saltern.pipeline.masknet.checkpoint import Checkpoints
 from saltern.pipeline.masknet.head import restrict
 from saltern.pipeline.models import classifiers
-from saltern.schemas.errors import ShardError, UserError
+from saltern.schemas.errors import CollapseError, ShardError, UserError
 
 _GB = 1e9
 _WRITER_WAIT_S = 60  # for the rank 0 of a dead driver, until its cluster has ended it
@@ -40,6 +41,7 @@ def run(plan: TrainingPlan, ranks: Ranks, say: Callable[[str], None]) -> Path:
         KeyboardInterrupt: the message names the complete checkpoint.
     """
     say = say if ranks.rank == 0 else lambda text: None
+    setbacks = 0
     with contextlib.ExitStack() as held:
         held.enter_context(
             arithmetic(
@@ -51,13 +53,36 @@ def run(plan: TrainingPlan, ranks: Ranks, say: Callable[[str], None]) -> Path:
         )
         if ranks.rank == 0:
             held.enter_context(locked(plan.root, "writer", _WRITER_WAIT_S))
-        return _Loop(plan, ranks, say).run()
+        while True:
+            loop = _Loop(plan, ranks, say, setbacks)
+            try:
+                return loop.run()
+            except Collapse as collapse:
+                setbacks = loop.setbacks + 1
+                say(_setback(collapse, plan, setbacks))
+                del loop  # before the next one takes memory
+
+
+def _setback(collapse: Collapse, plan: TrainingPlan, setbacks: int) -> str:
+    """Describe a collapse from which the training recovers. Raises CollapseError if there were too many before it."""
+    hyperparameters = plan.hyperparameters
+    found = f"masks collapsed: they have taken out {collapse.what} for {DEAD} steps, up to step {collapse.step:,}"
+    if setbacks <= SETBACKS:
+        factor = SLOWER**setbacks
+        return f"warning: {found}; back to the last healthy checkpoint, with {factor:g} x --lr-mask"
+    fix = f"lower --lr-mask ({hyperparameters.lr_mask:g}) or --tv ({hyperparameters.tv:g}), or raise --batch-size"
+    if hyperparameters.lam != "auto":
+        way = "lower" if collapse.what == "nothing" else "raise"
+        fix = f"{way} --lambda ({hyperparameters.start_lambda():g}), or use --lambda auto with --preset steady"
+    raise CollapseError(
+        f"{found}, again after {SETBACKS} repetitions with a smaller step; {fix}, and give another --out"
+    )
 
 
 class _Loop:
-    def __init__(self, plan: TrainingPlan, ranks: Ranks, say: Callable[[str], None]) -> None:
+    def __init__(self, plan: TrainingPlan, ranks: Ranks, say: Callable[[str], None], setbacks: int) -> None:
         self._plan, self._ranks, self._say = plan, ranks, say
-        self._training = _training(plan, ranks)
+        self._training = build(plan, ranks)
         _check_memory(self._training, ranks.on_machine, say)
         self._checkpoints = Checkpoints(plan.root)
         newest = self._checkpoints.newest(say)
@@ -65,20 +90,23 @@ class _Loop:
             self._training.load_state_dict(newest.state())
             self._checkpoints.known(self._training.pool.members)
             say(f"resumes at step {newest.step:,} of {plan.config['steps']:,}")
+        self._training.setbacks = max(setbacks, self._training.setbacks)
+        self._watch = Watch()
         self._start = self._training.steps_done
         ranks.agree("the step to resume at", self._start, newest.digest if newest else None)
         self._last = plan.root / "checkpoints" / str(self._start)
         self._validation = self._validated() if plan.val else None
 
+    @property
+    def setbacks(self) -> int:
+        """Collapses so far."""
+        return self._training.setbacks
+
     def run(self) -> Path:
-        """Do the steps, and return the last checkpoint."""
+        """Do the steps, and return the last checkpoint. Raises Collapse."""
         plan, training = self._plan, self._training
         steps, batch_size = plan.config["steps"], plan.config["batch_size"]
-        batches = Batches(
-            plan.index, batch_size, plan.config["side"], plan.config["interpolation"], plan.config["min_crop"],
-            plan.hyperparameters.seed, plan.threads, self._ranks.rank, self._ranks.world,
-        )  # fmt: skip
-        mean, std = (torch.tensor(plan.config[key], device=training.device).view(3, 1, 1) for key in ("mean", "std"))
+        batches, normalise = batches_of(plan, self._ranks), Normalise(plan, training.device)
         writes = self._ranks.rank == 0
         classes = len(plan.config["classes"] or range(plan.config["model_classes"]))
         try:
@@ -89,9 +117,10 @@ class _Loop:
                 else _Silent() as journal,
             ):
                 for batch in stream:
-                    x_BCHW = _normalised(batch.pixels_BHWC, mean, std)
+                    x_BCHW = normalise(batch.pixels_BHWC)
                     log = training.step(x_BCHW, batch.label_B.to(training.device, non_blocking=True))
                     journal.add(log, self._total(batch.damaged))
+                    self._watch.add(log.step, log.area())
                     self._validate_and_save(training.steps_done, journal)
         except KeyboardInterrupt:
             self._say(f"interrupted at step {training.steps_done:,}; {describe_checkpoint(self._last)}")
@@ -118,9 +147,10 @@ class _Loop:
         saves = step % self._plan.config["checkpoint_every"] == 0 or step == self._plan.config["steps"]
         if validates or saves:
             journal.flush()
+            self._watch.read(step - 1)
         if validates and self._validation is not None:
             self._validation(self._training)
-        if saves:
+        if saves and (self._watch.healthy or step == self._plan.config["steps"]):
             self._save()
 
     def _save(self) -> None:
@@ -150,7 +180,8 @@ class _Silent:
     def flush(self) -> None: ...
 
 
-def _training(plan: TrainingPlan, ranks: Ranks) -> Training:
+def build(plan: TrainingPlan, ranks: Ranks) -> Training:
+    """Return the state of a training at its start. Raises UserError if the weights differ from the plan's."""
     config, hyperparameters = plan.config, plan.hyperparameters
     classifier = classifiers.load(config["model"], plan.weights, seed=hyperparameters.seed, side=config["side"])
     if classifier.digest != config["weights_digest"]:
@@ -224,7 +255,23 @@ def describe_checkpoint(last: Path) -> str:
     return f"the checkpoint of step {int(last.name):,} is complete: the same command with --resume continues from it"
 
 
-def _normalised(pixels_BHWC: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    pixels_BHWC = pixels_BHWC.pin_memory() if mean.is_cuda else pixels_BHWC
-    x_BCHW = pixels_BHWC.to(mean.device, non_blocking=True).permute(0, 3, 1, 2).float()  # stays channels_last
-    return x_BCHW.div_(255).sub_(mean).div_(std)
+def batches_of(plan: TrainingPlan, ranks: Ranks) -> Batches:
+    """Return the batches of a rank."""
+    config = plan.config
+    return Batches(
+        plan.index, config["batch_size"], config["side"], config["interpolation"], config["min_crop"],
+        plan.hyperparameters.seed, plan.threads, ranks.rank, ranks.world,
+    )  # fmt: skip
+
+
+class Normalise:
+    """Moves pixels to the device and normalises them."""
+
+    def __init__(self, plan: TrainingPlan, device: torch.device) -> None:
+        self._mean, self._std = (torch.tensor(plan.config[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
+
+    def __call__(self, pixels_BHWC: Tensor) -> Tensor:
+        """Return x_BCHW, float32, in the order of channels_last."""
+        pixels_BHWC = pixels_BHWC.pin_memory() if self._mean.is_cuda else pixels_BHWC
+        x_BCHW = pixels_BHWC.to(self._mean.device, non_blocking=True).permute(0, 3, 1, 2).float()
+        return x_BCHW.div_(255).sub_(self._mean).div_(self._std)

@@ -208,7 +208,7 @@ def _resumed_config(
     Raises:
         UserError: the two differ in more than `_FREE`.
     """
-    held = {"squash": False, **existing.config}  # absent from checkpoints of 0.1
+    held = {"squash": False, "pull": 0.0, **existing.config}  # absent from checkpoints of 0.1
     old, new = ({**each, **each["settings"], "settings": None} for each in (held, config))
     if differing := differences(old, new):
         raise UserError(

@@ -6,14 +6,14 @@ from typing import Any
 import ray
 import ray.train.torch
 
-from saltern.schemas.errors import UserError
+from saltern.schemas.errors import CollapseError, UserError
 
 
 def train_rank(config: dict[str, Any]) -> None:
     """Train as one rank. Errors that another attempt cannot fix go to the driver as notes: kind and text.
 
-    Kinds: said; user, a UserError; code, another error that the machines did not cause. A note is a plain tuple: for a
-    class of this module, the process of the queue would import torch.
+    Kinds: said; collapse, a CollapseError; user, another UserError; code, another error that the machines did not
+    cause. A note is a plain tuple: for a class of this module, the process of the queue would import torch.
     """
     from saltern.pipeline.casm.training.loop import run
     from saltern.pipeline.casm.training.ranks import Ranks
@@ -23,6 +23,9 @@ def train_rank(config: dict[str, Any]) -> None:
         device = ray.train.torch.get_device()
         ranks = Ranks(device, context.get_world_rank(), context.get_world_size(), context.get_local_world_size())
         run(ray.get(config["plan"]), ranks, lambda text: queue.put(("said", text)))
+    except CollapseError as error:
+        queue.put(("collapse", str(error)))
+        raise
     except UserError as error:
         queue.put(("user", str(error)))
         raise

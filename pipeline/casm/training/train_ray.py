@@ -21,7 +21,7 @@ from saltern.pipeline.casm.training.loop import describe_checkpoint, locked
 from saltern.pipeline.casm.training.plan import TrainingPlan, TrainRequest, make_plan
 from saltern.pipeline.casm.training.ray_rank import train_rank
 from saltern.pipeline.masknet.checkpoint import Checkpoint, Checkpoints
-from saltern.schemas.errors import UserError
+from saltern.schemas.errors import CollapseError, UserError
 
 ATTEMPTS = 3  # deaths from one checkpoint to the next that end a training
 _POLL_S = 0.5
@@ -147,6 +147,8 @@ def _fit(trainer: TorchTrainer, queue: Queue, root: Path, say: Callable[[str], N
     finally:
         over.set()
         listener.join()
+    if "collapse" in errors:
+        raise CollapseError(errors["collapse"])
     if "user" in errors:
         raise UserError(errors["user"])
     if "code" in errors:

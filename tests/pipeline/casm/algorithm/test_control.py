@@ -2,11 +2,15 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from saltern.pipeline.casm.algorithm.control import Lambda
+from saltern.pipeline.casm.algorithm.hyperparameters import PRESETS, Hyperparameters
+from saltern.pipeline.casm.algorithm.step import Training
+from saltern.pipeline.casm.algorithm.thinning import THINNINGS
 
 CPU = torch.device("cpu")
 
@@ -86,6 +90,21 @@ def test_comes_back_from_a_collapse():
     for _ in range(400):
         lam.observe(torch.tensor(0.9))
     assert float(lam.value) > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("extreme", "area"), [(0.01, 0.5), (0.99, 0.5), (0.99, 0.3)])
+def test_masks_come_back_from_an_extreme(staged, batches, extreme, area):
+    """A toy network whose first masks are nearly all 0 or 1: in band within 60 steps, and no swings afterwards."""
+    thinning = replace(THINNINGS["L100"], save_every=10)
+    training = Training(staged(), Hyperparameters(thinning, **PRESETS["steady"], mask_area=area, pool_size=5))
+    with torch.no_grad():
+        training.decoder.last.bias.fill_(math.log(extreme / (1 - extreme)))
+    data = batches(40, 8)
+    areas = [training.step(*data[step % 40]).floats()["mask_mean"] for step in range(360)]
+    assert areas[0] == pytest.approx(extreme, abs=0.02)
+    means = [sum(areas[step : step + 20]) / 20 for step in range(60, 360, 20)]  # single batches of 8 differ by 0.2
+    assert max(abs(mean - area) for mean in means) < 0.15
 
 
 def test_fixed_stays():

@@ -8,7 +8,8 @@ import pytest
 import torch
 from naive_casm import NaiveCasm
 
-from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters, usual_lambda
+from saltern.pipeline.casm.algorithm.control import Lambda
+from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS, draws, plan, thinning_named
 from saltern.schemas.errors import UserError
@@ -26,7 +27,7 @@ def hyperparameters(name="L100", **options):
     return Hyperparameters(thinning=thinning(name), **(defaults | options))
 
 
-def naive(net, training, name, score, fault=""):
+def naive(net, training, name, score, fault="", pull=None):
     state = {key: value.clone() for key, value in training.decoder.state_dict().items()}
     weights = {}
     for i in range(4):
@@ -34,7 +35,7 @@ def naive(net, training, name, score, fault=""):
         weights |= {f"{short}{i + 1}": state[f"stages.{i}.{long}"].requires_grad_() for short, long in parts}
     weights |= {"last": state["last.weight"].requires_grad_(), "bias": state["last.bias"].requires_grad_()}
     every = thinning(name).save_every
-    return NaiveCasm(net, weights, name, score, every, 2, training.hyperparameters.lr_classifier, 0.001, fault)
+    return NaiveCasm(net, weights, name, score, every, 2, training.hyperparameters.lr_classifier, 0.001, fault, pull)
 
 
 def deviation(training, slow):
@@ -73,6 +74,24 @@ def test_agrees_with_the_naive_one(staged, batches, name, score):
             torch.testing.assert_close(member.state[key], value, rtol=1e-4, atol=1e-5)
     planned = [plan(training.hyperparameters.thinning, 2, SEED, step) for step in range(6)]
     assert [found["member"] for found, _ in lines] == [todo.member for todo in planned]
+
+
+@pytest.mark.parametrize("area", [0.3, 0.5])
+def test_the_pull_agrees_with_the_naive_one(staged, batches, area, monkeypatch):
+    monkeypatch.setattr(Lambda, "observe", lambda self, area: None)  # the naive one has a fixed lambda
+    training = Training(staged(), hyperparameters(lam="auto", pull=2.0, mask_area=area, init_scale=0.05))
+    slow = naive(staged(), training, "L100", "entropy", pull=(2.0, area))
+    for step, (x_BCHW, label_B) in enumerate(batches(6)):
+        expected = slow.step(x_BCHW, label_B, *draws(SEED, step))
+        found = training.step(x_BCHW, label_B).floats()
+        assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        assert found["pull_term"] > 0
+    assert deviation(training, slow) < 1e-4
+
+
+def test_a_fixed_lambda_has_no_pull(staged, batches):
+    found = Training(staged(), hyperparameters(lam=3.0, pull=2.0)).step(*batches(1)[0]).floats()
+    assert found["pull_term"] == 0
 
 
 def test_the_comparison_covers_what_it_should(staged, batches):
@@ -171,7 +190,7 @@ def two_ranks(staged, chosen, data):
 
 @pytest.mark.parametrize("mode", ["sequential", "sum"])
 def test_two_ranks_are_one(staged, batches, mode):
-    chosen = hyperparameters(batch_norm="eval", classifier_loss=mode, lam="auto")
+    chosen = hyperparameters(batch_norm="eval", classifier_loss=mode, lam="auto", pull=1.0)
     data = batches(6)
     alone = Training(staged(), chosen)
     expected = [alone.step(*batch).floats() for batch in data]
@@ -253,8 +272,6 @@ def test_published_lambdas():
     for name, (entropy, classification) in table.items():
         assert Hyperparameters(thinning=thinning_named(name)).start_lambda() == entropy
         assert Hyperparameters(thinning=thinning_named(name), score="classification").start_lambda() == classification
-    assert usual_lambda("resnet50") is None
-    assert usual_lambda("efficientnet_lite0") == "auto"
 
 
 @pytest.mark.parametrize(

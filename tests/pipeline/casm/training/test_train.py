@@ -6,8 +6,6 @@ from casm_toys import Small, files, log_lines, small
 from typer.testing import CliRunner
 
 from saltern.jobs.main import app
-from saltern.pipeline.casm.algorithm.log import MEASURED, Log
-from saltern.pipeline.casm.training import journal
 from saltern.pipeline.masknet import checkpoint
 
 
@@ -44,24 +42,6 @@ def tensors_in(value):
     elif isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:
             yield from tensors_in(item)
-
-
-def test_a_collapse_of_the_masks_is_said_once_in_words(tmp_path):
-    said: list[str] = []
-    place = MEASURED.index("mask_mean")
-    areas = [0.9, 0.99] * 30 + [0.995] * 60 + [0.5] * 10 + [0.01] * 60
-    with journal.Journal(tmp_path, 0, 300, 4, said.append, 5) as watched:
-        for step, area in enumerate(areas):
-            measured = torch.zeros(len(MEASURED), dtype=torch.float64)
-            measured[place] = area
-            measured[MEASURED.index("right")] = 1.0  # labels that agree with the classifier are not warned of
-            watched.add(Log(step, -1, measured, torch.tensor(2.0, dtype=torch.float64), 0.0), torch.tensor(0.0))
-        watched.flush()
-    above, below = said
-    assert "the mean mask is 0.98" in above
-    assert "take out everything. lambda may be too low: raise --lambda" in above
-    assert "take out nothing. lambda may be too high: lower --lambda" in below
-    assert [line["mask_mean"] for line in log_lines(tmp_path)] == areas
 
 
 def test_the_command_trains_and_extract_takes_its_folder(shards, tmp_path):
