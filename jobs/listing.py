@@ -9,7 +9,11 @@ from saltern.jobs.options import AsJson
 if TYPE_CHECKING:
     from saltern.pipeline.methods.options import OptionSpec
 
-OTHER_METHODS = "captum:NAME runs an attribution of captum (extra `captum`), package.module:Class a method of your own."
+OTHER_METHODS = (
+    "captum:NAME runs an attribution of captum (extra `captum`), package.module:Class a method of your own.\n"
+    "For --target top:N, the methods of the table share their forward passes; captum's and your own run N times, "
+    "unless yours has compute_each."
+)
 OTHER_MODELS = "timm:NAME loads a model of timm (extra `timm`), package.module:factory a model of your own."
 
 
@@ -26,6 +30,7 @@ def methods(as_json: AsJson = False) -> None:
                 "name": name,
                 "summary": kind.summary(),
                 "cost": kind.cost,
+                "shares_forward": kind.shares_forward(),  # between the targets of top:N
                 "options": [spec._asdict() for spec in kind.option_specs()],
             }
             for name, kind in kinds.items()

@@ -10,7 +10,8 @@ from torch import Tensor
 from saltern.pipeline.extract.task import STATUSES, Pending
 from saltern.pipeline.maps.discretize import discretize, upsample
 from saltern.pipeline.maps.encode import CLIP_QUANTILE, pack_mask, quantise
-from saltern.pipeline.methods import Method, available
+from saltern.pipeline.methods import Last, Method, available
+from saltern.pipeline.methods.base import Maps
 from saltern.schemas.config import ExtractConfig, Preprocess
 from saltern.schemas.rules import Rule, Target
 from saltern.schemas.saliency import NONFINITE
@@ -93,9 +94,10 @@ class Explainer:
         label_B = label_B.to(self.device, non_blocking=True)
         seed_B = None if seed_B is None else seed_B.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, AUTOCAST.get(self._precision), self._precision in AUTOCAST):
-            maps_Bhw, targets_B, logits_BK = self._maps(x_BCHW, label_B, seed_B)
+            found = self.method.explain(x_BCHW, self._chosen(label_B), seed_B, self.rows_each)
+        logits_BK = self.method.last.logits_BK
         probability_BK = logits_BK.float().softmax(1)
-        parts = [self._columns(*made, probability_BK) for made in zip(maps_Bhw, targets_B, strict=True)]
+        parts = [self._columns(maps, last, probability_BK) for maps, last in found]
         for part in parts:
             part["predicted"] = logits_BK.argmax(1)
         # Row order: sample by sample, the targets of a sample adjacent.
@@ -107,30 +109,15 @@ class Explainer:
         x_BCHW = pixels_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout)
         return x_BCHW.div_(255).sub_(self._mean).div_(self._std)  # in place: a third of the time on a CPU
 
-    def _maps(
-        self, x_BCHW: Tensor, label_B: Tensor, seed_B: Tensor | None
-    ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], list[Tensor | None], Tensor]:
-        """Return the maps of each target, as (map_Bhw, zero_B, nonfinite_B) and target_B, and the logits."""
-        number = self._target.number
-        fixed = {"label": label_B, "class": torch.full_like(label_B, number)}
-        target_B: Tensor | None = fixed.get(self._target.kind)
-        maps, targets = [self._map(x_BCHW, target_B, seed_B)], [self.method.last.target_B]
-        logits_BK = self.method.last.logits_BK
-        if self.rows_each > 1:
-            top_BR = logits_BK.topk(number, 1).indices
-            targets += top_BR.unbind(1)[1:]
-            maps += [self._map(x_BCHW, target, seed_B) for target in targets[1:]]
-        return maps, targets, logits_BK
+    def _chosen(self, label_B: Tensor) -> Tensor | None:
+        """Return the class of each sample that the user chose, None if the model does."""
+        kind, number = self._target.kind, self._target.number
+        chosen = {"label": label_B, "class": torch.full_like(label_B, number)}.get(kind)
+        return chosen if self.method.needs_target else None
 
-    def _map(self, x_BCHW: Tensor, target_B: Tensor | None, seed_B: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        map_Bhw = self.method(x_BCHW, target_B if self.method.needs_target else None, seed_B)
+    def _columns(self, map_Bhw: Maps, last: Last, probability_BK: Tensor) -> dict[str, Tensor]:
         assert isinstance(map_Bhw, Tensor)  # noqa: S101 - a run's method has one layer
-        return map_Bhw, self.method.last.zero_B, self.method.last.nonfinite_B
-
-    def _columns(
-        self, made: tuple[Tensor, Tensor, Tensor], target_B: Tensor | None, probability_BK: Tensor
-    ) -> dict[str, Tensor]:
-        map_Bhw, zero_B, nonfinite_B = made
+        target_B, zero_B, nonfinite_B = last.target_B, last.zero_B, last.nonfinite_B
         map_BHW = upsample(map_Bhw, (self._side, self._side))
         mask_BHW, threshold_B = discretize(map_BHW, self._rule)
         usable_B = ~(zero_B | nonfinite_B)

@@ -20,6 +20,7 @@ from saltern.pipeline.models.passes import frozen
 from saltern.schemas.errors import UserError
 
 Maps = Tensor | tuple[Tensor, ...]
+Each = tuple[Sequence[Maps], Tensor, Sequence[Tensor | None]]  # maps of each target, logits_BK, each target_B
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ class Method:
 
     A subclass declares its options as public class attributes with a type and a default,
     `steps: Annotated[int, "Points on the path."] = 32`, overrides the traits below that differ, and implements
-    `compute`. `prepare` makes the data that every call needs. Outside of a call the model stays as it was: hooks, the
-    parameters' requires_grad and training flags change only inside a call and are restored, also after an error.
+    `compute`, or `compute_each` if several targets can share their forward passes. `prepare` makes the data that every
+    call needs. Outside of a call the model stays as it was: hooks, the parameters' requires_grad and training flags
+    change only inside a call and are restored, also after an error.
 
     Args:
         model: returns logits (B, K); run in eval mode, on its device.
@@ -120,6 +122,22 @@ class Method:
         """
         raise NotImplementedError
 
+    def compute_each(self, x_BCHW: Tensor, target_B: Tensor | None, number: int) -> Each:
+        """Return what `compute` does for the given target, or for each of the `number` most probable classes."""
+        maps, logits_BK, first_B = self.compute(x_BCHW, target_B)
+        rest = logits_BK.detach().topk(number, 1).indices.unbind(1)[1:] if number > 1 else ()
+        return [maps, *(self.compute(x_BCHW.detach(), other_B)[0] for other_B in rest)], logits_BK, [first_B, *rest]
+
+    @classmethod
+    def shares_forward(cls) -> bool:
+        """Return whether several targets share their forward passes; otherwise each target has its own."""
+        for kind in cls.__mro__:
+            if "compute_each" in vars(kind):
+                return kind is not Method
+            if "compute" in vars(kind):  # of a subclass of a method that shares
+                break
+        return False
+
     def __call__(self, x_BCHW: Tensor, target_B: Tensor | None = None, seed_B: Tensor | None = None) -> Maps:
         """Return the raw maps of a batch.
 
@@ -131,22 +149,39 @@ class Method:
         Returns:
             map_Bhw float32 on the device; for several layers a tuple of them, in the order of `layer`.
         """
+        return self.explain(x_BCHW, target_B, seed_B)[0][0]
+
+    def explain(
+        self, x_BCHW: Tensor, target_B: Tensor | None = None, seed_B: Tensor | None = None, number: int = 1
+    ) -> list[tuple[Maps, Last]]:
+        """Return the maps of several targets, each with its further results; `last` is that of the first.
+
+        Args:
+            x_BCHW, target_B, seed_B: as for a call.
+            number: of targets, the most probable classes; more than 1 only if no target is given.
+        """
         _check(x_BCHW, target_B, seed_B)
         zeros = torch.zeros(len(x_BCHW), dtype=torch.int64, device=x_BCHW.device)
         self.seed_B = zeros if seed_B is None else seed_B.to(x_BCHW.device)
         with torch.inference_mode(False), torch.enable_grad(), frozen(self.model):
             # A tensor made under inference mode cannot take part in a gradient.
             x_BCHW = x_BCHW.clone() if x_BCHW.is_inference() else x_BCHW.detach()
-            raw, logits_BK, target_B = self.compute(x_BCHW, target_B)
+            each = type(self).compute_each if self.shares_forward() else Method.compute_each
+            raw, logits_BK, targets = each(self, x_BCHW, target_B, number)
         logits_BK = logits_BK.detach()
+        found = [self._checked(maps, logits_BK, target_B) for maps, target_B in zip(raw, targets, strict=True)]
+        self.last = found[0][1]
+        return found
+
+    def _checked(self, raw: Maps, logits_BK: Tensor, target_B: Tensor | None) -> tuple[Maps, Last]:
         maps = tuple(map_Bhw.detach().float() for map_Bhw in (raw if isinstance(raw, tuple) else (raw,)))
         nonfinite_B = ~logits_BK.isfinite().all(1)
         for map_Bhw in maps:
             nonfinite_B = nonfinite_B | ~map_Bhw.isfinite().all(2).all(1)
         maps = tuple(map_Bhw.masked_fill(nonfinite_B[:, None, None], 0) for map_Bhw in maps)
         zero_B = torch.stack([~map_Bhw.any(2).any(1) for map_Bhw in maps]).any(0) & ~nonfinite_B
-        self.last = Last(logits_BK, None if target_B is None else target_B.detach(), zero_B, nonfinite_B)
-        return maps[0] if len(maps) == 1 else maps
+        last = Last(logits_BK, None if target_B is None else target_B.detach(), zero_B, nonfinite_B)
+        return maps[0] if len(maps) == 1 else maps, last
 
     def halve(self, x_BCHW: Tensor, dtype: torch.dtype) -> None:
         """Cast once the weights that autocast would cast at every call. From then on, call the method under autocast.

@@ -41,14 +41,34 @@ def pick_target(logits_BK: Tensor, target_B: Tensor | None) -> Tensor:
     return target_B
 
 
-def score_gradients(logits_BK: Tensor, target_B: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """Return dz_c / d input, with each sample's own target c; None for an input that the logits do not depend on."""
+def pick_targets(logits_BK: Tensor, target_B: Tensor | None, number: int) -> list[Tensor]:
+    """Return each sample's given class as `pick_target` does, or its `number` most probable classes."""
+    first_B = pick_target(logits_BK, target_B)
+    return [first_B] if number == 1 else [first_B, *logits_BK.detach().topk(number, 1).indices.unbind(1)[1:]]
+
+
+def gradients_of_each(
+    logits_BK: Tensor, targets: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> Iterator[tuple[Tensor | None, ...]]:
+    """Yield the gradients of `score_gradients` for each of the targets, by as many backward passes of one graph."""
+    for left, target_B in zip(reversed(range(len(targets))), targets, strict=True):
+        yield score_gradients(logits_BK, target_B, inputs, keep=left > 0)
+
+
+def score_gradients(
+    logits_BK: Tensor, target_B: Tensor, inputs: Sequence[Tensor], *, keep: bool = False
+) -> tuple[Tensor | None, ...]:
+    """Return dz_c / d input, with each sample's own target c; None for an input that the logits do not depend on.
+
+    Args:
+        keep: the graph, for another backward pass.
+    """
     if not logits_BK.requires_grad:
         return (None,) * len(inputs)
     # In eval mode samples do not mix, so the gradient of the sum holds that of each sample.
     score = logits_BK.float().gather(1, target_B[:, None]).sum()
     with full_precision(logits_BK.device):
-        return torch.autograd.grad(score, inputs, allow_unused=True)
+        return torch.autograd.grad(score, inputs, allow_unused=True, retain_graph=keep)
 
 
 @contextmanager

@@ -3,12 +3,12 @@
 Shape suffixes: B batch, C H W the network's input, K channels of a layer (classes of logits), h w its grid, T tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from saltern.pipeline.models.passes import logits_of, score_gradients
+from saltern.pipeline.models.passes import gradients_of_each, logits_of
 from saltern.schemas.errors import UserError
 
 _MAX_PREFIX = 16  # class and register tokens before the patches
@@ -75,9 +75,15 @@ class Taps:
 
         return keep
 
-    def gradients(self, logits_BK: Tensor, target_B: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """Return dz_c / d output of every layer. Raises UserError if the logits do not depend on a layer."""
-        return self.all_reached(score_gradients(logits_BK, target_B, outputs))
+    def gradients(
+        self, logits_BK: Tensor, targets: Sequence[Tensor], outputs: Sequence[Tensor]
+    ) -> Iterator[list[Tensor]]:
+        """Yield dz_c / d output of every layer for each of the targets.
+
+        Raises:
+            UserError: the logits do not depend on a layer.
+        """
+        return map(self.all_reached, gradients_of_each(logits_BK, targets, outputs))
 
     def all_reached(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         """Return the gradients of all layers. Raises UserError if one is None: the logits ignore its layer."""

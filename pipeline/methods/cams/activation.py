@@ -9,9 +9,9 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from saltern.pipeline.methods.base import Maps, Method, safe_divide, weighted_sum
+from saltern.pipeline.methods.base import Each, Maps, Method, safe_divide, weighted_sum
 from saltern.pipeline.models.halves import full_of
-from saltern.pipeline.models.passes import full_precision, pick_target
+from saltern.pipeline.models.passes import full_precision, pick_targets
 from saltern.pipeline.models.probe import probe
 from saltern.pipeline.models.taps import Taps
 from saltern.schemas.errors import UserError
@@ -31,17 +31,19 @@ class GradientCAM(Method):
         """Return map_Bhw from the float32 activations and gradients of one layer."""
         raise NotImplementedError
 
-    def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
+    def compute_each(self, x_BCHW: Tensor, target_B: Tensor | None, number: int) -> Each:
         logits_BK, outputs = self._taps.forward(x_BCHW, differentiable=True)
-        target_B = pick_target(logits_BK, target_B)
-        gradients = self._taps.gradients(logits_BK, target_B, outputs)
+        targets = pick_targets(logits_BK, target_B, number)
+        each = self._taps.gradients(logits_BK, targets, outputs)
+        return [self._combined(outputs, gradients, x_BCHW) for gradients in each], logits_BK, targets
+
+    def _combined(self, outputs: list[Tensor], gradients: list[Tensor], x_BCHW: Tensor) -> Maps:
         image = x_BCHW.shape[2:]
         with full_precision(x_BCHW.device), torch.no_grad():
-            maps = tuple(
+            return tuple(
                 self.combine(self._taps.grid(index, output, image), self._taps.grid(index, gradient, image))
                 for index, (output, gradient) in enumerate(zip(outputs, gradients, strict=True))
             )
-        return maps, logits_BK, target_B
 
 
 class GradCAM(GradientCAM):
@@ -161,14 +163,15 @@ class CAM(Method):
             f"with layer {self.layer[0]!r} has none; use grad-cam"
         )
 
-    def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
+    def compute_each(self, x_BCHW: Tensor, target_B: Tensor | None, number: int) -> Each:
         logits_BK, outputs = self._taps.forward(x_BCHW)
-        target_B = pick_target(logits_BK, target_B)
+        targets = pick_targets(logits_BK, target_B, number)
         with full_precision(x_BCHW.device):
             A_BKhw = self._taps.grid(0, outputs[0], x_BCHW.shape[2:])
-            weight_BK = full_of(self._head.weight)[target_B].float()
-            map_Bhw = weighted_sum(weight_BK, A_BKhw.relu() if self._rectified else A_BKhw)
-        return map_Bhw, logits_BK, target_B
+            A_BKhw = A_BKhw.relu() if self._rectified else A_BKhw
+            weight_KK = full_of(self._head.weight)
+            maps = [weighted_sum(weight_KK[target].float(), A_BKhw) for target in targets]
+        return maps, logits_BK, targets
 
 
 def first_component(A_BKhw: Tensor) -> Tensor:

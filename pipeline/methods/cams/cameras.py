@@ -3,23 +3,33 @@
 Shape suffixes: B batch, C H W the network's input, K channels, h w the layer's grid, N cells of the grids of all sizes,
 T sizes.
 """
+# ruff: noqa: N815  (fields carry a shape suffix)
 
-import itertools
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from saltern.pipeline.methods.base import Maps, Method
+from saltern.pipeline.methods.base import Each, Method
 from saltern.pipeline.methods.cams import upsampled
-from saltern.pipeline.models.passes import full_precision, logits_of, pick_target
+from saltern.pipeline.models.passes import full_precision, logits_of, pick_targets
 from saltern.pipeline.models.probe import probe
 from saltern.pipeline.models.taps import Taps
 from saltern.pipeline.naming import brief
 from saltern.schemas.errors import UserError
 
 _STEP, _END = 100, 1000  # pixels: increment of the sizes, and their exclusive end
+
+
+class _Pass(NamedTuple):
+    """The results of one size of the images."""
+
+    logits_BK: Tensor
+    A_BKhw: Tensor
+    gradients: list[Tensor]  # (B, K, h, w) of each target
+    targets: list[Tensor]  # int64 (B)
 
 
 class CAMERAS(Method):
@@ -68,38 +78,45 @@ class CAMERAS(Method):
                 f"{side} x {side} ({brief(error)}); use grad-cam, or one size: sizes=[{side - _STEP}]"
             ) from error
 
-    def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
+    def compute_each(self, x_BCHW: Tensor, target_B: Tensor | None, number: int) -> Each:
         image = (x_BCHW.shape[2], x_BCHW.shape[3])
         first = min(image)
         sizes = self.sizes or list(range(first, max(first + 1, _END), _STEP))
-        passes = [self._pass(x_BCHW, target_B, None)]
-        passes += [self._pass(x_BCHW, target_B, (size / first)) for size in sizes[1:]]
-        logits_BK = passes[0][0]
-        top1_BT = torch.stack([pick_target(logits, target_B) for logits, _, _ in passes], 1)
-        counts_BT = (top1_BT == top1_BT[:, :1]).float()
-        share_BT = counts_BT / counts_BT.sum(1, keepdim=True)
-        with full_precision(x_BCHW.device), torch.no_grad():
-            A_BNK = _cells([A for _, A, _ in passes], share_BT)
-            G_BNK = _cells([G for _, _, G in passes], share_BT)
-            grids = tuple((A.shape[2], A.shape[3]) for _, A, _ in passes)
-            size = (round(image[0] * sizes[0] / first), round(image[1] * sizes[0] / first))
-            map_BHW = upsampled.product(A_BNK, G_BNK, self._plan(grids, size, A_BNK)).relu()
-        return map_BHW, logits_BK, top1_BT[:, 0]
+        passes = [self._pass(x_BCHW, target_B, number, (), None)]
+        rest = passes[0].targets[1:]
+        passes += [self._pass(x_BCHW, target_B, 1, rest, size / first) for size in sizes[1:]]
+        grids = tuple((size.A_BKhw.shape[2], size.A_BKhw.shape[3]) for size in passes)
+        output = (round(image[0] * sizes[0] / first), round(image[1] * sizes[0] / first))
+        maps = []
+        for index in range(number):
+            target_BT = torch.stack([size.targets[index] for size in passes], 1)
+            counts_BT = (target_BT == target_BT[:, :1]).float()
+            share_BT = counts_BT / counts_BT.sum(1, keepdim=True)
+            with full_precision(x_BCHW.device), torch.no_grad():
+                A_BNK = _cells([size.A_BKhw for size in passes], share_BT)
+                G_BNK = _cells([size.gradients[index] for size in passes], share_BT)
+                maps.append(upsampled.product(A_BNK, G_BNK, self._plan(grids, output, A_BNK)).relu())
+        return maps, passes[0].logits_BK, passes[0].targets
 
-    def _pass(self, x_BCHW: Tensor, target_B: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits, activations and gradients (B, K, h, w) at one size of the image, computed in chunks."""
+    def _pass(
+        self, x_BCHW: Tensor, target_B: Tensor | None, number: int, rest: Sequence[Tensor], scale: float | None
+    ) -> _Pass:
+        """Explain one size of the image, in chunks: the target or the `number` best classes, then the rest."""
         count = max(1, int(self.chunk / (scale or 1) ** 2))
-        targets = itertools.repeat(None) if target_B is None else torch.split(target_B, count)
         parts = []
-        for x_bCHW, target_b in zip(torch.split(x_BCHW, count), targets, strict=False):
-            x_bCHW = x_bCHW if scale is None else self._resized(x_bCHW, scale)
+        for start in range(0, len(x_BCHW), count):
+            chunk = slice(start, start + count)
+            x_bCHW = x_BCHW[chunk] if scale is None else self._resized(x_BCHW[chunk], scale)
             logits_bK, outputs = self._taps.forward(x_bCHW, differentiable=True)
-            gradients = self._taps.gradients(logits_bK, pick_target(logits_bK, target_b), outputs)
+            targets = pick_targets(logits_bK, None if target_B is None else target_B[chunk], number)
+            targets += [other_B[chunk] for other_B in rest]
             image = x_bCHW.shape[2:]
-            A_bKhw, G_bKhw = (self._taps.grid(0, values, image) for values in (*outputs, *gradients))
-            parts.append((logits_bK.detach(), A_bKhw, G_bKhw))
-        logits_BK, A_BKhw, G_BKhw = (torch.cat(values) for values in zip(*parts, strict=True))
-        return logits_BK, A_BKhw, G_BKhw
+            each = self._taps.gradients(logits_bK, targets, outputs)
+            gradients = [self._taps.grid(0, gradient, image) for (gradient,) in each]
+            parts.append((logits_bK.detach(), self._taps.grid(0, outputs[0], image), *gradients, *targets))
+        logits_BK, A_BKhw, *others = (torch.cat(values) for values in zip(*parts, strict=True))
+        half = len(others) // 2
+        return _Pass(logits_BK, A_BKhw, others[:half], others[half:])
 
     def _resized(self, x_BCHW: Tensor, scale: float) -> Tensor:
         size = (round(x_BCHW.shape[2] * scale), round(x_BCHW.shape[3] * scale))

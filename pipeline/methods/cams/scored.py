@@ -1,18 +1,19 @@
 """CAMs without gradients: one forward pass for each channel, which masks the image or is set to zero.
 
-Shape suffixes: B batch, C H W the network's input, K channels, h w the layer's grid, N images of one pass.
+Shape suffixes: B batch, C H W the network's input, K channels, h w the layer's grid, N images of one pass,
+R rows: one for each target and image.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saltern.pipeline.methods.base import Maps, Method, safe_divide, weighted_sum
+from saltern.pipeline.methods.base import Each, Method, safe_divide, weighted_sum
 from saltern.pipeline.methods.cams.tail import Tail
-from saltern.pipeline.models.passes import full_precision, logits_of, pick_target
+from saltern.pipeline.models.passes import full_precision, logits_of, pick_targets
 from saltern.pipeline.models.taps import Taps
 from saltern.schemas.errors import UserError
 
@@ -49,17 +50,18 @@ class ScoreCAM(ScoredCAM):
         super().prepare()
         self._taps = Taps(self.model, self.layer)
 
-    def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
+    def compute_each(self, x_BCHW: Tensor, target_B: Tensor | None, number: int) -> Each:
         logits_BK, (output,) = self._taps.forward(x_BCHW)
-        target_B = pick_target(logits_BK, target_B)
+        targets = pick_targets(logits_BK, target_B, number)
         A_BKhw = self._taps.grid(0, output, x_BCHW.shape[2:])
         groups = self.groups(A_BKhw.shape[1], len(x_BCHW))
-        score_BK = torch.cat([self._scores(x_BCHW, A_BKhw[:, group], target_B) for group in groups], 1)
+        parts = [self._scores(x_BCHW, A_BKhw[:, group], targets) for group in groups]
         with full_precision(x_BCHW.device):
-            return weighted_sum(score_BK.softmax(1), A_BKhw).relu(), logits_BK, target_B
+            scores = [torch.cat(of_target, 1) for of_target in zip(*parts, strict=True)]
+            return [weighted_sum(score_BK.softmax(1), A_BKhw).relu() for score_BK in scores], logits_BK, targets
 
-    def _scores(self, x_BCHW: Tensor, A_BGhw: Tensor, target_B: Tensor) -> Tensor:
-        """Return the logits of the targets under each mask of a group of G channels, float32 (B, G)."""
+    def _scores(self, x_BCHW: Tensor, A_BGhw: Tensor, targets: Sequence[Tensor]) -> list[Tensor]:
+        """Return the logits of each target under each mask of a group of G channels, float32 (B, G)."""
         with full_precision(x_BCHW.device):
             mask_BGHW = F.interpolate(A_BGhw, x_BCHW.shape[2:], mode="bilinear", align_corners=False)
             low_BG11, high_BG11 = mask_BGHW.amin((2, 3), keepdim=True), mask_BGHW.amax((2, 3), keepdim=True)
@@ -67,7 +69,8 @@ class ScoreCAM(ScoredCAM):
         masked_NCHW = (x_BCHW[:, None] * mask_BGHW[:, :, None]).flatten(0, 1)
         group = A_BGhw.shape[1]
         logits_NK = logits_of(self.model(masked_NCHW))
-        return logits_NK.gather(1, target_B.repeat_interleave(group)[:, None]).view(-1, group).float()
+        index = [target_B.repeat_interleave(group)[:, None] for target_B in targets]
+        return [logits_NK.gather(1, index_N1).view(-1, group).float() for index_N1 in index]
 
 
 class AblationCAM(ScoredCAM):
@@ -85,9 +88,9 @@ class AblationCAM(ScoredCAM):
         self._taps = Taps(self.model, self.layer)
         self._tail = Tail(self.model, self.layer[0])
 
-    def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
+    def compute_each(self, x_BCHW: Tensor, target_B: Tensor | None, number: int) -> Each:
         recording, image = self._tail.record(x_BCHW), x_BCHW.shape[2:]
-        target_B = pick_target(recording.logits_BK, target_B)
+        targets = pick_targets(recording.logits_BK, target_B, number)
         output = recording.output
         A_BKhw = self._taps.grid(0, output, image)
         channel_K = torch.arange(A_BKhw.shape[1], device=output.device)
@@ -95,17 +98,18 @@ class AblationCAM(ScoredCAM):
         channel = channel_K.view([-1 if axis == dimension else 1 for axis in range(output.ndim)])
 
         def without(number: Tensor) -> Tensor:
-            return _score(recording.logits(output.where(channel != number, 0)), target_B)
+            return _scores(recording.logits(output.where(channel != number, 0)), targets)
 
-        score_B1 = _score(recording.baseline_BK, target_B)[:, None]
+        score_R1 = _scores(recording.baseline_BK, targets)[:, None]
         groups = self.groups(len(channel_K), len(x_BCHW))
-        left_BK = torch.cat([self._tail.each(without, channel_K[group]) for group in groups], 1)
-        weight_BK = safe_divide(score_B1 - left_BK, score_B1)
+        left_RK = torch.cat([self._tail.each(without, channel_K[group]) for group in groups], 1)
+        weight_RK = safe_divide(score_R1 - left_RK, score_R1).float()
         with full_precision(x_BCHW.device):
-            return weighted_sum(weight_BK.float(), A_BKhw).relu(), recording.logits_BK, target_B
+            weights = torch.split(weight_RK, len(x_BCHW))
+            return [weighted_sum(weight_BK, A_BKhw).relu() for weight_BK in weights], recording.logits_BK, targets
 
 
-def _score(logits_BK: Tensor, target_B: Tensor) -> Tensor:
-    """Return the logits of the targets, score_B, float32 at least: their differences are small."""
-    score_B = logits_BK.gather(1, target_B[:, None])[:, 0]
-    return score_B.to(torch.promote_types(score_B.dtype, torch.float32))
+def _scores(logits_BK: Tensor, targets: Sequence[Tensor]) -> Tensor:
+    """Return the logits of the targets, score_R, target by target, float32 at least: their differences are small."""
+    score_R = torch.cat([logits_BK.gather(1, target_B[:, None])[:, 0] for target_B in targets])
+    return score_R.to(torch.promote_types(score_R.dtype, torch.float32))

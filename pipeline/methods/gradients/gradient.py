@@ -3,12 +3,13 @@
 Shape suffixes: B batch, C H W the network's input, K classes.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
 from torch import Tensor
 
-from saltern.pipeline.methods.base import Maps, Method
-from saltern.pipeline.models.passes import logits_of, pick_target, score_gradients
+from saltern.pipeline.methods.base import Each, Method
+from saltern.pipeline.models.passes import gradients_of_each, logits_of, pick_targets
 from saltern.schemas.errors import UserError
 
 Reduce = Annotated[Literal["max", "sum", "l2"], "How the channels are combined; l2 = root of the sum of squares."]
@@ -26,11 +27,12 @@ class Gradient(Method):
     reduce: Reduce = "max"
     value: Value = "abs"
 
-    def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
+    def compute_each(self, x_BCHW: Tensor, target_B: Tensor | None, number: int) -> Each:
         logits_BK = self.forward(x_BCHW.requires_grad_())
-        target_B = pick_target(logits_BK, target_B)
-        values_BCHW = self.weighed(pixel_gradient(logits_BK, target_B, x_BCHW).float(), x_BCHW.detach())
-        return self.reduced(values_BCHW), logits_BK, target_B
+        targets = pick_targets(logits_BK, target_B, number)
+        each = pixel_gradients(logits_BK, targets, x_BCHW)
+        maps = [self.reduced(self.weighed(gradient.float(), x_BCHW.detach())) for gradient in each]
+        return maps, logits_BK, targets
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return logits_BK that can be differentiated."""
@@ -62,9 +64,13 @@ class InputXGradient(Gradient):
         return gradient_BCHW * x_BCHW
 
 
-def pixel_gradient(logits_BK: Tensor, target_B: Tensor, x_BCHW: Tensor) -> Tensor:
-    """Return dz_c/dx of every sample, in the dtype of x. Raises UserError if the model cuts the gradient."""
-    (gradient_BCHW,) = score_gradients(logits_BK, target_B, [x_BCHW])
-    if gradient_BCHW is None:
-        raise UserError("the logits do not depend on the pixels: the model cuts the gradient")
-    return gradient_BCHW
+def pixel_gradients(logits_BK: Tensor, targets: Sequence[Tensor], x_BCHW: Tensor) -> Iterator[Tensor]:
+    """Yield dz_c/dx of every sample for each of the targets, in the dtype of x.
+
+    Raises:
+        UserError: the model cuts the gradient.
+    """
+    for (gradient_BCHW,) in gradients_of_each(logits_BK, targets, [x_BCHW]):
+        if gradient_BCHW is None:
+            raise UserError("the logits do not depend on the pixels: the model cuts the gradient")
+        yield gradient_BCHW

@@ -3,14 +3,15 @@
 Shape suffixes: B batch, S windows, C H W the network's input, K classes, h w the windows' grid.
 """
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from saltern.pipeline.methods.base import Maps, Method
+from saltern.pipeline.methods.base import Each, Method
 from saltern.pipeline.methods.gradients.paths import groups
-from saltern.pipeline.models.passes import full_precision, logits_of, pick_target
+from saltern.pipeline.models.passes import full_precision, logits_of, pick_targets
 from saltern.schemas.errors import UserError
 
 
@@ -40,33 +41,34 @@ class Occlusion(Method):
                 "pixels between windows would have no value"
             )
 
-    def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
+    def compute_each(self, x_BCHW: Tensor, target_B: Tensor | None, number: int) -> Each:
         with torch.no_grad():
             logits_BK = logits_of(self.model(x_BCHW.clone()))  # an in-place first layer would change the image
-            target_B = pick_target(logits_BK, target_B)
+            targets = pick_targets(logits_BK, target_B, number)
             rows, columns = (self._starts(size) for size in x_BCHW.shape[2:])
             windows = [(top, left) for top in rows for left in columns]
-            left_SB = torch.cat(
-                [
-                    self._scores(x_BCHW, target_B, windows[which.start : which.stop])
-                    for which in groups(len(windows), self.chunk, len(x_BCHW))
-                ]
-            )
-            drop_SB = _scores_of(logits_BK, target_B) - left_SB
-            map_BHW = self._spread(drop_SB.view(len(rows), len(columns), -1), x_BCHW)
-        return map_BHW, logits_BK, target_B
+            parts = [
+                self._scores(x_BCHW, targets, windows[which.start : which.stop])
+                for which in groups(len(windows), self.chunk, len(x_BCHW))
+            ]
+            maps = []
+            for target, left in zip(targets, zip(*parts, strict=True), strict=True):
+                drop_SB = _scores_of(logits_BK, target) - torch.cat(left)
+                maps.append(self._spread(drop_SB.view(len(rows), len(columns), -1), x_BCHW))
+        return maps, logits_BK, targets
 
     def _starts(self, size: int) -> range:
         steps = -(-max(0, size - self.window) // self.stride)
         return range(0, steps * self.stride + 1, self.stride)
 
-    def _scores(self, x_BCHW: Tensor, target_B: Tensor, windows: list[tuple[int, int]]) -> Tensor:
-        """Return the logits of the targets with each window filled, score_SB."""
+    def _scores(self, x_BCHW: Tensor, targets: Sequence[Tensor], windows: list[tuple[int, int]]) -> list[Tensor]:
+        """Return the logits of each target with each window filled, score_SB."""
         filled = torch.cat([x_BCHW] * len(windows))  # preserves the memory layout
         for filled_BCHW, (top, left) in zip(torch.split(filled, len(x_BCHW)), windows, strict=True):
             filled_BCHW[:, :, top : top + self.window, left : left + self.window] = self.fill
         logits_NK = logits_of(self.model(filled))
-        return _scores_of(logits_NK, target_B.repeat(len(windows))).view(len(windows), -1)
+        repeated = [target_B.repeat(len(windows)) for target_B in targets]
+        return [_scores_of(logits_NK, target_N).view(len(windows), -1) for target_N in repeated]
 
     def _spread(self, drop_hwB: Tensor, x_BCHW: Tensor) -> Tensor:
         """Return map_BHW, the mean drop over the windows on each pixel. Windows are rows times columns."""

@@ -3,16 +3,17 @@
 Shape suffixes: B batch, S points of an image, C H W the network's input, K classes, N elements of an image.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from saltern.pipeline.methods.base import Maps
-from saltern.pipeline.methods.gradients.gradient import Gradient, Reduce, Value, pixel_gradient
+from saltern.pipeline.methods.base import Each
+from saltern.pipeline.methods.gradients.gradient import Gradient, Reduce, Value, pixel_gradients
 from saltern.pipeline.methods.gradients.noise import gaussian
-from saltern.pipeline.models.passes import full_precision, pick_target
+from saltern.pipeline.models.passes import full_precision, pick_targets
 from saltern.schemas.errors import UserError
 
 
@@ -30,26 +31,27 @@ class Averaged(Gradient):
         """Return points_SBCHW in the dtype of x, and their weights: weight_S, float32, or one number for all."""
         raise NotImplementedError
 
-    def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
+    def compute_each(self, x_BCHW: Tensor, target_B: Tensor | None, number: int) -> Each:
         with torch.no_grad():
             logits_BK = self.forward(x_BCHW)
-        target_B = pick_target(logits_BK, target_B)
-        mean_BCHW = torch.zeros_like(x_BCHW, dtype=torch.float32)
+        targets = pick_targets(logits_BK, target_B, number)
+        means = [torch.zeros_like(x_BCHW, dtype=torch.float32) for _ in targets]
         for which in groups(self._count, self.chunk, len(x_BCHW)):
-            mean_BCHW += self._part(x_BCHW, target_B, which)
-        return self.reduced(self.weighed(mean_BCHW, x_BCHW)), logits_BK, target_B
+            for mean_BCHW, part_BCHW in zip(means, self._parts(x_BCHW, targets, which), strict=True):
+                mean_BCHW += part_BCHW
+        return [self.reduced(self.weighed(mean_BCHW, x_BCHW)) for mean_BCHW in means], logits_BK, targets
 
-    def _part(self, x_BCHW: Tensor, target_B: Tensor, which: range) -> Tensor:
+    def _parts(self, x_BCHW: Tensor, targets: Sequence[Tensor], which: range) -> Iterator[Tensor]:
+        """Yield the share of some points in the mean gradient of each target."""
         with torch.no_grad(), full_precision(x_BCHW.device):
             points_SBCHW, weight_S = self.points(x_BCHW, which)
             layout = torch.contiguous_format if x_BCHW.is_contiguous() else torch.channels_last
             flat = points_SBCHW.flatten(0, 1).contiguous(memory_format=layout)
         flat.requires_grad_()
-        gradient = pixel_gradient(self.forward(flat), target_B.repeat(len(which)), flat).float()
-        gradient_SBCHW = gradient.view(points_SBCHW.shape)
+        repeated = [target_B.repeat(len(which)) for target_B in targets]
         weight = weight_S if isinstance(weight_S, float) else weight_S.view(-1, 1, 1, 1, 1)
-        mean_BCHW: Tensor = (gradient_SBCHW * weight).sum(0)
-        return mean_BCHW
+        for gradient in pixel_gradients(self.forward(flat), repeated, flat):
+            yield (gradient.float().view(points_SBCHW.shape) * weight).sum(0)
 
 
 class SmoothGrad(Averaged):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saltern.pipeline.methods.base import Maps, weighted_sum
+from saltern.pipeline.methods.base import Each, weighted_sum
 from saltern.pipeline.methods.functions import (
     CLAMPS,
     OTHER_ACTIVATIONS,
@@ -21,9 +21,9 @@ from saltern.pipeline.methods.functions import (
     bounds,
     works_in_place,
 )
-from saltern.pipeline.methods.gradients.gradient import Gradient, pixel_gradient
+from saltern.pipeline.methods.gradients.gradient import Gradient, pixel_gradients
 from saltern.pipeline.models.interception import Interception, Swap, check_visible
-from saltern.pipeline.models.passes import full_precision, pick_target
+from saltern.pipeline.models.passes import full_precision, pick_targets
 from saltern.pipeline.models.probe import probe
 from saltern.pipeline.models.taps import Taps
 from saltern.schemas.errors import UserError
@@ -135,15 +135,18 @@ class GuidedGradCAM(Rectified):
         self._taps = Taps(self.model, self.layer)
         super().prepare()
 
-    def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
+    def compute_each(self, x_BCHW: Tensor, target_B: Tensor | None, number: int) -> Each:
         self._rule.clipped = True
         x_BCHW.requires_grad_()
         logits_BK, outputs = self._swapped(lambda: self._taps.forward(x_BCHW, differentiable=True))
-        target_B = pick_target(logits_BK, target_B)
-        cam_BHW = self._cam(logits_BK, target_B, outputs[0], x_BCHW)
+        targets = pick_targets(logits_BK, target_B, number)
+        cams = [self._cam(logits_BK, target, outputs[0], x_BCHW) for target in targets]
         self._rule.clipped = True
-        guided_BCHW = pixel_gradient(logits_BK, target_B, x_BCHW).float()
-        return self.reduced(guided_BCHW * cam_BHW[:, None]), logits_BK, target_B
+        guided = pixel_gradients(logits_BK, targets, x_BCHW)
+        maps = [
+            self.reduced(gradient.float() * cam_BHW[:, None]) for gradient, cam_BHW in zip(guided, cams, strict=True)
+        ]
+        return maps, logits_BK, targets
 
     def _cam(self, logits_BK: Tensor, target_B: Tensor, output: Tensor, x_BCHW: Tensor) -> Tensor:
         self._rule.clipped = False  # both backward passes use the same graph

@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from saltern.pipeline.methods.base import Maps, Method, weighted_sum
+from saltern.pipeline.methods.base import Each, Maps, Method, weighted_sum
 from saltern.pipeline.methods.relevance.propagation import Propagation
 from saltern.pipeline.methods.relevance.rules import RELEVANCE_CAM, composite
-from saltern.pipeline.models.passes import full_precision, logits_of, pick_target
+from saltern.pipeline.models.passes import full_precision, logits_of, pick_targets
 from saltern.pipeline.models.probe import probe
 from saltern.pipeline.models.taps import Taps
 from saltern.schemas.errors import UserError
@@ -104,15 +104,16 @@ class PixelRelevance(Method):
         with self._propagation.interception(copy_BCHW):
             return logits_of(self.model(copy_BCHW)), wide_BCHW
 
-    def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
+    def compute_each(self, x_BCHW: Tensor, target_B: Tensor | None, number: int) -> Each:
         logits_BK, wide_BCHW = self._forward(x_BCHW)
         self._propagation.check(logits_BK)
-        target_B = pick_target(logits_BK, target_B)
-        start_BK = _start(self._initial(), logits_BK, target_B)
+        targets = pick_targets(logits_BK, target_B, number)
         if not logits_BK.requires_grad:
             raise UserError(f"{self.title()}: the logits of {type(self.model).__name__} do not depend on the image")
-        (R_BCHW,) = torch.autograd.grad(logits_BK, wide_BCHW, start_BK)
-        return R_BCHW.sum(1), _as_ran(logits_BK, x_BCHW), target_B
+        starts = [_start(self._initial(), logits_BK, target) for target in targets]
+        each = self._propagation.relevance(logits_BK, [wide_BCHW], starts)
+        maps = [R_BCHW.sum(1) for (R_BCHW,) in each if R_BCHW is not None]
+        return maps, _as_ran(logits_BK, x_BCHW), targets
 
 
 class LRP(PixelRelevance):
@@ -173,25 +174,22 @@ class RelevanceCAM(Method):
         with self._propagation.interception(x_BCHW):
             return self._taps.forward(x_BCHW, differentiable=True)
 
-    def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
+    def compute_each(self, x_BCHW: Tensor, target_B: Tensor | None, number: int) -> Each:
         logits_BK, outputs = self._forward(x_BCHW)
         self._propagation.check(logits_BK)
-        target_B = pick_target(logits_BK, target_B)
-        start_BK = _start(_INITIAL[self.init], logits_BK, target_B)
-        relevance = self._relevance(logits_BK, outputs, start_BK)
+        targets = pick_targets(logits_BK, target_B, number)
+        starts = [_start(_INITIAL[self.init], logits_BK, target) for target in targets]
+        each = self._propagation.relevance(logits_BK, outputs, starts)
+        maps = [self._combined(outputs, self._taps.all_reached(relevance), x_BCHW) for relevance in each]
+        return maps, _as_ran(logits_BK, x_BCHW), targets
+
+    def _combined(self, outputs: list[Tensor], relevance: list[Tensor], x_BCHW: Tensor) -> Maps:
         image = x_BCHW.shape[2:]
         with full_precision(x_BCHW.device), torch.no_grad():
-            maps = tuple(
+            return tuple(
                 weighted_sum(self._taps.grid(index, R, image).mean((2, 3)), self._taps.grid(index, A, image))
                 for index, (A, R) in enumerate(zip(outputs, relevance, strict=True))
             )
-        return maps, _as_ran(logits_BK, x_BCHW), target_B
-
-    def _relevance(self, logits_BK: Tensor, outputs: list[Tensor], start_BK: Tensor) -> list[Tensor]:
-        relevance: tuple[Tensor | None, ...] = (None,) * len(outputs)
-        if logits_BK.requires_grad:
-            relevance = torch.autograd.grad(logits_BK, outputs, start_BK, allow_unused=True)
-        return self._taps.all_reached(relevance)
 
 
 def _try_out(model: torch.nn.Module, forward: Callable[[Tensor], None]) -> None:

@@ -6,7 +6,7 @@ Tensors on the path of relevance are float32 or float64 whatever dtype operation
 gradients to the dtype of the values.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,43 +28,15 @@ from saltern.pipeline.methods.relevance.marks import (
     widened,
 )
 from saltern.pipeline.methods.relevance.rules import Convolution, Linear, LinearRule, Rules
+from saltern.pipeline.methods.relevance.steps import Flow, Step
 from saltern.pipeline.models.halves import full_of
 from saltern.pipeline.models.interception import Interception, check_visible
-from saltern.pipeline.models.passes import full_precision
 from saltern.schemas.errors import UserError
 
 
 def _narrowed(tensor: Tensor, like: Tensor) -> Tensor:
     # Autocast does its own casts.
     return tensor if torch.is_autocast_enabled(tensor.device.type) else tensor.to(like.dtype)
-
-
-class Step(torch.autograd.Function):
-    """An operation whose backward is a rule: `rule(R)` returns the relevance of each input."""
-
-    @staticmethod
-    def forward(ctx: Any, operation: Callable[..., Tensor], rule: Callable[[Tensor], Any], *inputs: Tensor) -> Tensor:
-        ctx.rule = rule
-        version = inputs[0]._version
-        out = operation(*inputs)
-        if out is inputs[0] and out._version != version:
-            ctx.mark_dirty(out)
-            return out
-        return widened(out.view_as(out) if out is inputs[0] else out)
-
-    @staticmethod
-    def backward(ctx: Any, *R: Tensor) -> tuple[Tensor | None, ...]:
-        rule, ctx.rule = ctx.rule, None
-        with full_precision(R[0].device), torch.no_grad():
-            relevance = rule(widened(R[0]))
-        return None, None, *(relevance if isinstance(relevance, tuple) else (relevance,))
-
-
-def _step(operation: Callable[..., Tensor], rule: Callable[[], Callable[[Tensor], Any]], *inputs: Tensor) -> Tensor:
-    """Run an operation, as a `Step` if relevance passes it. Only then is its rule built, which may hold values."""
-    if not any(tensor.requires_grad for tensor in inputs):
-        return operation(*inputs)
-    return Step.apply(operation, rule(), *inputs)  # type: ignore[no-any-return]
 
 
 def _unchanged(R: Tensor) -> Tensor:
@@ -83,7 +55,7 @@ class Propagation:
 
     def __init__(self, model: nn.Module, rules: Rules, method: str, advice: str) -> None:
         check_visible(model, method)
-        self._rules, self._checked = rules, False
+        self._rules, self._checked, self._flow = rules, False, Flow()
         self._refusal = f"{method} has no rule for {{}} in {type(model).__name__}; {advice}"
         handlers: list[tuple[frozenset[Any], Any]] = [
             (kinds.ACTIVATIONS, self._activation),
@@ -130,6 +102,25 @@ class Propagation:
             if name not in kinds.NODES:
                 raise UserError(self._refusal.format(f"the operation {name}"))
             todo += [following for following, _ in node.next_functions]
+
+    def relevance(
+        self, logits_BK: Tensor, inputs: Sequence[Tensor], starts: Sequence[Tensor]
+    ) -> Iterator[tuple[Tensor | None, ...]]:
+        """Yield the relevance of the inputs for each relevance of the logits; None for an input that gets none."""
+        for left, start_BK in zip(reversed(range(len(starts))), starts, strict=True):
+            self._flow.again = left > 0
+            if logits_BK.requires_grad:
+                yield torch.autograd.grad(logits_BK, inputs, start_BK, allow_unused=True, retain_graph=left > 0)
+            else:
+                yield (None,) * len(inputs)
+
+    def _step(
+        self, operation: Callable[..., Tensor], rule: Callable[[], Callable[[Tensor], Any]], *inputs: Tensor
+    ) -> Tensor:
+        """Run an operation, as a `Step` if relevance passes it. Only then is its rule built, which may hold values."""
+        if not any(tensor.requires_grad for tensor in inputs):
+            return operation(*inputs)
+        return Step.apply(operation, rule(), self._flow, *inputs)  # type: ignore[no-any-return]
 
     def _otherwise(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = list(tensors_in([*args, *kwargs.values()]))
@@ -199,7 +190,7 @@ class Propagation:
 
         # Relevance is float32, so its rules take the weights as they were before a cast.
         full = replace(layer, weight=full_of(layer.weight), bias=full_of(layer.bias))
-        out = _step(operation, lambda: _bound(rule, full, x), x)
+        out = self._step(operation, lambda: _bound(rule, full, x), x)
         return set_mark(out, source=(full, x) if self._rules.merge and x.requires_grad else None)
 
     def _batch_norm(
@@ -219,14 +210,14 @@ class Propagation:
 
         source = mark.source if (mark := mark_of(input)) is not None else None
         if source is None or training or running_mean is None or running_var is None:
-            return set_mark(_step(operation, lambda: _unchanged, input))
+            return set_mark(self._step(operation, lambda: _unchanged, input))
         layer, x = source
         folded = layer.folded(running_mean, running_var, weight, bias, eps)
         rule = self._rules.linear if type(layer) is Linear else self._rules.convolution
         if (mark := mark_of(x)) is not None and mark.image and isinstance(layer, Convolution):
             rule = self._rules.first
         # The value is that of BatchNorm; relevance passes the layer and its BatchNorm in one step.
-        return set_mark(_step(lambda _: operation(input.detach()), lambda: _bound(rule, folded, x), x))
+        return set_mark(self._step(lambda _: operation(input.detach()), lambda: _bound(rule, folded, x), x))
 
     def _activation(self, function: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if any(depends(value) for value in (*args, *kwargs.values())):
@@ -239,7 +230,7 @@ class Propagation:
             nonnegative = False
         if works_in_place(function, args, kwargs):
             about_to_change(x)
-        out = _step(lambda x: function(x, *args, **kwargs), lambda: _unchanged, x)
+        out = self._step(lambda x: function(x, *args, **kwargs), lambda: _unchanged, x)
         return set_mark(out, nonnegative=nonnegative)
 
     def _pool(self, function: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -251,7 +242,7 @@ class Propagation:
             held, clamp = hold(x), function in kinds.ADAPTIVE_POOLS
             return lambda R: self._rules.pool(operation, held.get(), clamp, R)
 
-        return set_mark(_step(operation, rule, x), nonnegative=shared_marks([x])["nonnegative"])
+        return set_mark(self._step(operation, rule, x), nonnegative=shared_marks([x])["nonnegative"])
 
     def _add(self, function: Any, x: Any, other: Any, *, alpha: float = 1, out: None = None) -> Tensor:
         if not (depends(x) and depends(other)):
@@ -267,7 +258,7 @@ class Propagation:
         def rule() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
             return lambda R: self._rules.add(held[0].get(), held[1].get(), R)
 
-        return set_mark(_step(function, rule, x, other), nonnegative=nonnegative)
+        return set_mark(self._step(function, rule, x, other), nonnegative=nonnegative)
 
     def _scale(self, function: Any, x: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Run arithmetic of constants and one value that depends on the image."""
@@ -287,7 +278,7 @@ class Propagation:
 
         image = shared_marks([changing])["image"]
         shape = changing.shape
-        out = _step(operation, lambda: lambda R: R.sum_to_size(shape), changing)
+        out = self._step(operation, lambda: lambda R: R.sum_to_size(shape), changing)
         return set_mark(out, image=image)
 
     def _concatenate(self, function: Any, tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -299,7 +290,7 @@ class Propagation:
                 part * (value.get() != 0) for part, value in zip(torch.split(R, sizes, dim), held, strict=True)
             )
 
-        out = _step(lambda *parts: function(parts, *args, **kwargs), rule, *tensors)
+        out = self._step(lambda *parts: function(parts, *args, **kwargs), rule, *tensors)
         return set_mark(out, **shared_marks(tensors))
 
 
