@@ -59,6 +59,7 @@ def attack(
     gpus_per_worker: opt.GpusPerWorker = None,
     device: opt.Device = choices.Device.auto,
     batch_size: opt.BatchSize = None,
+    decode: opt.Decode = choices.Decode.auto,
     decode_threads: opt.DecodeThreads = None,
     retry_failed: opt.RetryFailed = False,
     shard_timeout_s: opt.ShardTimeout = None,

@@ -131,6 +131,9 @@ GpusPerWorker = Annotated[
 ]
 Device = Annotated[choices.Device, execution("Device that computes; auto takes a GPU if one is visible.")]
 BatchSize = Annotated[int | None, execution("Images in a batch; default: 16 on a CPU, 128 on a GPU.", min=1)]
+Decode = Annotated[
+    choices.Decode, execution("Where JPEG files are decoded; auto: on the GPU that computes, if there is one.")
+]
 DecodeThreads = Annotated[
     int | None, execution("Threads of each worker that decode images; default: one for each core, at most 16.", min=1)
 ]

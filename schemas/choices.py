@@ -14,6 +14,7 @@ def check_choice(option: str, value: str, choices: type[StrEnum]) -> None:
 # Execution
 Engine = StrEnum("Engine", "auto local ray")
 Device = StrEnum("Device", "auto cpu cuda")
+Decode = StrEnum("Decode", "auto cpu gpu")
 Precision = StrEnum("Precision", "fp32 tf32 bf16 fp16")
 
 # Stored maps

@@ -17,15 +17,17 @@ PINNED = ("batch_size", "torch_threads")
 # The digest identifies the weights, wherever they were loaded from.
 UNMARKED = ("weights", *PINNED)
 EXTRACT, ATTACK, VISUALIZE = "extract", "attack", "visualize-class"
+PILLOW = "pillow"  # of any version: it decoded the images of older runs
 # The keys of a config in run.json, in their order, each with the value stored by a job that does not use the key.
 _STORED: dict[str, Any] = {
     "model": "", "weights": "", "weights_digest": "", "classes": 0, "method": "", "layer": [], "options": {},
     "target": "", "discretize": "", "map_size": "", "map_dtype": "", "save_map": False, "resize": 0, "crop": 0,
     "squash": False, "interpolation": "", "mean": [], "std": [], "precision": "fp32", "seed": 0, "limit": None,
     "batch_size": 0, "torch_threads": 0, "job": EXTRACT, "job_options": {}, "labels": None,
-    "image_member": None, "label_member": None,
+    "image_member": None, "label_member": None, "decoder": PILLOW,
 }  # fmt: skip
-_ABSENT = ("labels", "image_member", "label_member")  # only in runs that use them: others keep their fingerprint
+# Only in runs where they have another value than above: others keep their fingerprint.
+_ABSENT = ("labels", "image_member", "label_member", "decoder")
 _OPTIONAL = ("job", "job_options", *_ABSENT)  # runs made when `extract` was the only job have none of them
 
 
@@ -93,7 +95,7 @@ class RunConfig:
         preprocess = asdict(self.preprocess)
         preprocess |= {"mean": list(self.preprocess.mean), "std": list(self.preprocess.std)}
         values = {**_STORED, **own, **preprocess, "job": self.job, **self._to_stored()}
-        return {key: values[key] for key in _STORED if key not in _ABSENT or values[key] is not None}
+        return {key: values[key] for key in _STORED if key not in _ABSENT or values[key] != _STORED[key]}
 
     def _to_stored(self) -> dict[str, Any]:
         """Return the stored keys whose values differ from the fields of the same name."""
@@ -118,7 +120,8 @@ class RunConfig:
         """Return one line for each key that differs; the source of the weights is not compared."""
         mine, theirs = _with_job_options(self), _with_job_options(other)
         return [
-            f"{key}: {_short(mine.get(key))} there, {_short(theirs.get(key))} requested"
+            f"{key}: {_short(mine.get(key, _STORED.get(key)))} there, "
+            f"{_short(theirs.get(key, _STORED.get(key)))} requested"
             for key in {**mine, **theirs}
             if key != "weights" and mine.get(key) != theirs.get(key)
         ]
@@ -136,6 +139,7 @@ class MethodConfig(RunConfig):
     labels: dict[int, int] | None = None  # the model's class for each number in `cls`; None: the same numbers
     image_member: str | None = None  # as in Members
     label_member: str | None = None
+    decoder: str = PILLOW  # with its version, as `torchcodec 0.17.0`
 
     @property
     def members(self) -> Members:

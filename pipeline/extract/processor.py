@@ -24,6 +24,7 @@ from saltern.pipeline.runs.manifest import data_name
 from saltern.pipeline.runs.outlet import Made, Outlet, Spec, Tally
 from saltern.pipeline.runs.writer import ROW_GROUP, Record, ShardWriter, read_records
 from saltern.pipeline.shards.decode import Decoded, decode
+from saltern.pipeline.shards.decoder import make_decoder
 from saltern.pipeline.shards.prefetch import prefetch
 from saltern.pipeline.shards.samples import Sample, content_of, fold, read_samples
 from saltern.schemas.config import MethodConfig, Preprocess
@@ -58,6 +59,7 @@ class Processor:
         self._device = torch.device(spec.device)
         self._chunk = self.config.batch_size
         cv2.setNumThreads(1)  # OpenCV's threads would compete with ours over small masks
+        self._decoder = make_decoder(config.preprocess, config.decoder, spec.device, spec.decode_threads)
         self._decoders = ThreadPoolExecutor(spec.decode_threads, "saltern-decode")
         # torch keeps a thread count for each calling thread: set it in the one that computes.
         self._compute = ThreadPoolExecutor(

@@ -15,10 +15,11 @@ from saltern.pipeline.methods import Method, build, find
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.models.classifiers import Classifier
 from saltern.pipeline.models.presets import adapt
+from saltern.pipeline.shards.decoder import choose_decoder
 from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.samples import list_keys
 from saltern.schemas.choices import MapDtype, MapSize, Precision, check_choice
-from saltern.schemas.config import ExtractConfig, RunConfig
+from saltern.schemas.config import ExtractConfig, MethodConfig, RunConfig
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.rules import Rule, Target
 from saltern.schemas.run import Run, Shard
@@ -48,6 +49,7 @@ class MethodRequest:
     torch_threads: int | None = None
     image_member: str | None = None  # extension
     label_member: str | None = None  # extension, or json:KEY
+    decode: str = "auto"  # auto | cpu | gpu
 
 
 @dataclass(frozen=True)
@@ -189,10 +191,15 @@ def method_fields(
         "options": dict(method.options),
         "map_dtype": method.default_map_dtype,
         "limit": request.limit,
+        "decoder": choose_decoder(request.decode, device, _decoder(existing)),
         "image_member": _member("--image-member", request.image_member),
         "label_member": _member("--label-member", request.label_member),
     }
     return fields, method
+
+
+def _decoder(existing: Run | None) -> str | None:
+    return existing.config.decoder if existing and isinstance(existing.config, MethodConfig) else None
 
 
 def model_fields(classifier: Classifier, model: str, weights: str, seed: int) -> dict[str, Any]:

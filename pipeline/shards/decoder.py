@@ -5,20 +5,28 @@ Shape suffixes: B batch, H W the crop, C channels (RGB).
 
 import contextlib
 import importlib
+import io
+import socket
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from saltern.pipeline.shards.decode import MAX_PIXELS, Decoded, DecodeError, decode, from_pixels
 from saltern.pipeline.shards.jpeg import plain_frame
-from saltern.schemas.config import Preprocess
+from saltern.schemas.choices import Decode, check_choice
+from saltern.schemas.config import PILLOW, Preprocess
+from saltern.schemas.errors import UserError
+
+_NVJPEG = "nvjpeg"  # begins the names of decoders on a GPU
 
 with warnings.catch_warnings():  # torch says once that bytes cannot be written to; nothing here does
     warnings.simplefilter("ignore")
@@ -49,15 +57,84 @@ class Decoder(Protocol):
         """Decode image files. A bad image is a problem in the result, not an error."""
 
 
-def make_decoder(preprocess: Preprocess, choice: str = "auto", device: str = "cpu") -> Decoder:
+def choose_decoder(choice: str, device: str, existing: str | None = None) -> str:
+    """Return the name of the decoder that a run uses.
+
+    Args:
+        choice: auto | cpu | gpu.
+        device: of the workers: cpu | cuda.
+        existing: decoder of the existing run, which keeps it unless the choice excludes it.
+
+    Raises:
+        UserError: the choice is gpu, and the device is none or has no nvJPEG.
+    """
+    check_choice("--decode", choice, Decode)
+    if existing is not None and choice in ("auto", "gpu" if existing.startswith(_NVJPEG) else "cpu"):
+        return existing
+    if choice == "gpu" and device != "cuda":
+        raise UserError("--decode gpu decodes on the GPU that computes: it needs --device cuda")
+    if choice == "cpu" or device != "cuda":
+        return CpuDecoder(Preprocess(), decode_jpeg()).name
+    found = next(iter(nvjpegs()), None)
+    if found is None and choice == "gpu":
+        raise UserError("--decode gpu: no nvJPEG works here; install torchcodec for this torch, or give --decode cpu")
+    return found or choose_decoder("cpu", device)
+
+
+def make_decoder(preprocess: Preprocess, name: str | None = None, device: str = "cpu", threads: int = 1) -> Decoder:
     """Return a decoder.
 
     Args:
         preprocess: its resize, crop, squash and interpolation are used.
-        choice: auto | cpu | gpu.
+        name: as `choose_decoder` gives it; `pillow` is Pillow of any version. None: the best on a CPU.
         device: of the worker: cpu | cuda.
+        threads: of a GPU decoder, for the files that the CPU decodes.
+
+    Raises:
+        UserError: there is no such decoder here.
     """
-    return CpuDecoder(preprocess, decode_jpeg())
+    on_cpu = [CpuDecoder(preprocess, decode_jpeg()), CpuDecoder(preprocess)]
+    for decoder in on_cpu:
+        if name in (None, decoder.name) or (name == PILLOW and decoder is on_cpu[-1]):
+            return decoder
+    gpu = nvjpegs() if device == "cuda" and str(name).startswith(_NVJPEG) else {}
+    if name in gpu:
+        from saltern.pipeline.shards.nvjpeg import GpuDecoder  # imports this file
+
+        return GpuDecoder(on_cpu[0], gpu[name], name, torch.device(device), threads)
+    here = ", ".join([*gpu, *dict.fromkeys(decoder.name for decoder in on_cpu)])
+    raise UserError(
+        f"the run's images are decoded by {name}, and {socket.gethostname()} has {here} on {device}: install that "
+        "version on each machine, or give another --out for a run with another decoder"
+    )
+
+
+def nvjpegs() -> dict[str, Callable[[list[Tensor]], list[Tensor]]]:
+    """Return the functions that call nvJPEG here, by name, the preferred first.
+
+    Each is tried if this machine has a GPU. On others, such as the head of a cluster, those that are installed.
+    """
+    from torchvision.io import ImageReadMode
+    from torchvision.io import decode_jpeg as by_torchvision
+
+    functions: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {}
+    by_torchcodec = decode_jpeg()
+    if by_torchcodec is not None:
+        functions["torchcodec"] = partial(by_torchcodec, mode="RGB", device="cuda")
+    functions["torchvision"] = partial(by_torchvision, mode=ImageReadMode.RGB, device="cuda")
+    return {
+        f"{_NVJPEG} ({package} {version(package)})": function
+        for package, function in functions.items()
+        if not torch.cuda.is_available() or _works(function)
+    }
+
+
+def _works(function: Callable[[list[Tensor]], list[Tensor]]) -> bool:
+    made = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(made, "JPEG")
+    with contextlib.suppress(RuntimeError, NotImplementedError, OSError):
+        return function([as_tensor(made.getvalue())])[0].shape == (3, 16, 16)
+    return False
 
 
 def decode_jpeg() -> Callable[..., Any] | None:
@@ -79,12 +156,12 @@ class CpuDecoder:
     device = torch.device("cpu")
 
     def __init__(self, preprocess: Preprocess, plain: Callable[..., Any] | None = None):
-        package = "pillow" if plain is None else "torchcodec"
+        package = PILLOW if plain is None else "torchcodec"
         self.name = f"{package} {version(package)}"
-        self._preprocess, self._plain = preprocess, plain
+        self.preprocess, self._plain = preprocess, plain
 
     def __call__(self, images: Sequence[bytes]) -> DecodedBatch:
-        batch = empty_batch(len(images), self._preprocess.crop)
+        batch = empty_batch(len(images), self.preprocess.crop)
         pixels_BHWC = batch.pixels_BHWC.numpy()
         for position, data in enumerate(images):
             try:
@@ -102,8 +179,8 @@ class CpuDecoder:
         if self._plain is not None and frame is not None and frame.height * frame.width <= MAX_PIXELS:
             with contextlib.suppress(RuntimeError, MemoryError):  # Pillow decodes it, or says what is wrong
                 pixels_CHW: Tensor = self._plain(as_tensor(data), mode="RGB")
-                return from_pixels(pixels_CHW.permute(1, 2, 0).contiguous().numpy(), self._preprocess)
-        return decode(data, self._preprocess)
+                return from_pixels(pixels_CHW.permute(1, 2, 0).contiguous().numpy(), self.preprocess)
+        return decode(data, self.preprocess)
 
 
 def as_tensor(data: bytes) -> Tensor:

@@ -2,17 +2,19 @@
 
 import re
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-_BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2  # frames of Huffman codes
-_FRAMES = frozenset((_BASELINE, _EXTENDED, _PROGRESSIVE))
+_BASELINE = 0xC0
+_FRAMES = frozenset((_BASELINE, 0xC1, 0xC2))  # with Huffman codes: baseline, extended, progressive
 _SOS, _APP1, _APP2, _APP14 = 0xDA, 0xE1, 0xE2, 0xEE
-_KNOWN = _FRAMES | {0xC4, _SOS, 0xDB, 0xDD, 0xFE} | set(range(0xE0, 0xF0))  # DHT, DQT, DRI, COM, APP0..15
+_DECIDING = _FRAMES | {_APP1, _APP2, _APP14}
+_SKIPPED = {0xC4, 0xDB, 0xDD, 0xFE} | set(range(0xE0, 0xF0)) - _DECIDING  # DHT, DQT, DRI, COM, other APPs
 _EXIF, _ORIENTATION = b"Exif\0\0", 0x0112
 _UNTURNED = ([3, 1, 0], [3, 1, 1])  # type, count and value of the orientation
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')  # as Pillow searches for it
 _SAMPLINGS = (b"\x11", b"\x21", b"\x22")  # of the first component: 4:4:4, 4:2:2, 4:2:0
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # any but those of restarts
+_END = b"\xff\xd9"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,18 @@ class Frame:
 
     height: int  # pixels
     width: int
-    simple: bool  # baseline with usual sampling, grey or YCbCr: every decoder shows the same
+    common: bool  # baseline with usual sampling, grey or YCbCr: every decoder shows the same
+    scan: int  # where the first scan begins, bytes
+
+    def simple(self, data: bytes) -> bool:
+        """Return whether the file is a common one with a single scan that ends at the file's end.
+
+        Decoders that do not report damage need this check, which reads the whole file.
+        """
+        if not self.common or not data.endswith(_END):
+            return False
+        marker = _MARKER.search(data, self.scan)
+        return marker is not None and marker.start() == len(data) - len(_END)
 
 
 def plain_frame(data: bytes) -> Frame | None:
@@ -30,46 +43,46 @@ def plain_frame(data: bytes) -> Frame | None:
     Plain: one frame of 8 bits, Huffman codes, grey or three components, upright by its metadata, and no more images in
     the same file. Only the header is read: the scans may be cut or damaged.
     """
-    segments = list(_header(data))
-    if not segments or segments[-1][0] != _SOS:
-        return None
-    frames = [segment for segment in segments if segment[0] in _FRAMES]
-    metadata = [body for marker, body in segments if marker == _APP1]
-    if (
-        len(frames) != 1
-        or any(marker not in _KNOWN for marker, _ in segments)
-        or sum(body.startswith(_EXIF) for body in metadata) > 1  # Pillow joins them
-        or not all(_upright(body) for body in metadata)
-        or any(marker == _APP2 and body.startswith(b"MPF\0") for marker, body in segments)  # several images
-    ):
-        return None
-    transforms = {body[11:12] for marker, body in segments if marker == _APP14 and body.startswith(b"Adobe")}
-    return _frame(*frames[0], simple=transforms <= {b"\1"})
-
-
-def _header(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield marker and body of the segments up to the first scan, or up to what is not a whole segment."""
-    start, end = 2, len(data)
     if data[:3] != b"\xff\xd8\xff":
-        return
-    while start + 4 <= end and data[start] == 0xFF:
-        marker, length = data[start + 1], int.from_bytes(data[start + 2 : start + 4], "big")
-        if length < 2 or start + 2 + length > end:
-            return
-        yield marker, data[start + 4 : start + 2 + length]
-        if marker == _SOS:
-            return
-        start += 2 + length
-
-
-def _frame(marker: int, body: bytes, *, simple: bool) -> Frame | None:
-    if len(body) < 6:
         return None
+    segments: list[tuple[int, bytes]] = []
+    start, end = 2, len(data) - 4
+    while start <= end and data[start] == 0xFF:
+        marker, after = data[start + 1], start + 2 + (data[start + 2] << 8 | data[start + 3])
+        if after < start + 4 or after > len(data):
+            return None
+        if marker in _DECIDING:
+            segments.append((marker, data[start + 4 : after]))
+        elif marker == _SOS:
+            return _frame(segments, after)
+        elif marker not in _SKIPPED:
+            return None
+        start = after
+    return None
+
+
+def _frame(segments: list[tuple[int, bytes]], scan: int) -> Frame | None:
+    """Return the frame that the segments of a header define, if they make a plain file."""
+    common, metadata, frames = True, 0, []
+    for marker, body in segments:
+        if marker in _FRAMES:
+            frames.append((marker, body))
+        elif marker == _APP1:
+            metadata += body.startswith(_EXIF)
+            if metadata > 1 or not _upright(body):  # Pillow joins several
+                return None
+        elif marker == _APP14:
+            common &= not body.startswith(b"Adobe") or body[11:12] == b"\1"  # YCbCr
+        elif body.startswith(b"MPF\0"):  # several images
+            return None
+    if len(frames) != 1 or len(frames[0][1]) < 6:
+        return None
+    marker, body = frames[0]
     bits, height, width, number = struct.unpack_from(">BHHB", body)
     if bits != 8 or not height or not width or number not in (1, 3) or len(body) != 6 + 3 * number:
         return None
     usual = body[7:8] in _SAMPLINGS and body[10::3] in (b"", b"\x11\x11") and body[6::3] in (b"\1\2\3", body[6:7])
-    return Frame(height, width, simple and usual and marker == _BASELINE)
+    return Frame(height, width, common and usual and marker == _BASELINE, scan)
 
 
 def _upright(body: bytes) -> bool:

@@ -1,0 +1,119 @@
+"""Decode batches of JPEG files on a GPU by nvJPEG; the CPU decodes all other files."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from saltern.pipeline.shards.decode import MAX_PIXELS, geometry_of
+from saltern.pipeline.shards.decoder import CpuDecoder, DecodedBatch, as_tensor, empty_batch
+from saltern.pipeline.shards.jpeg import Frame, plain_frame
+from saltern.pipeline.shards.resample import resample, send
+
+DecodeJpegs = Callable[[list[Tensor]], list[Tensor]]  # RGB, uint8, (C, H, W), on the device; raises RuntimeError
+
+
+class GpuDecoder:
+    """A decoder of whole batches. Each thread that calls it has a stream, and waits for its end.
+
+    Two threads keep the GPU busy: one prepares files and resamples while nvJPEG works for the other.
+
+    Args:
+        rest: decodes on the CPU what nvJPEG does not: other formats, and JPEG files that are not simple or fail.
+        decode_jpegs: nvJPEG's function.
+        name: with the version.
+        device: of the pixels.
+        threads: for `rest`.
+    """
+
+    def __init__(self, rest: CpuDecoder, decode_jpegs: DecodeJpegs, name: str, device: torch.device, threads: int):
+        self.name, self.device = name, device
+        self._preprocess, self._rest, self._decode_jpegs = rest.preprocess, rest, decode_jpegs
+        self._streams = threading.local()
+        self._threads = ThreadPoolExecutor(threads, "saltern-decode-rest")
+
+    def __call__(self, images: Sequence[bytes]) -> DecodedBatch:
+        frames = {position: frame for position, data in enumerate(images) if (frame := _simple_frame(data)) is not None}
+        rest = [position for position in range(len(images)) if position not in frames]
+        running = [self._threads.submit(self._rest, [images[position]]) for position in rest]
+        with self._stream():
+            batch = empty_batch(len(images), self._preprocess.crop, self.device)
+            failed = [position for part in _parts(frames) for position in self._simple(batch, images, part, frames)]
+            running += [self._threads.submit(self._rest, [images[position]]) for position in failed]
+            for position, one in zip(rest + failed, running, strict=True):
+                self._place(batch, position, one.result())
+        return batch
+
+    @contextlib.contextmanager
+    def _stream(self) -> Iterator[None]:
+        """Use this thread's stream, and wait for its end."""
+        if self.device.type != "cuda":
+            yield
+            return
+        if not hasattr(self._streams, "own"):
+            self._streams.own = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._streams.own):
+            yield
+        self._streams.own.synchronize()
+
+    def _simple(
+        self, batch: DecodedBatch, images: Sequence[bytes], positions: list[int], frames: dict[int, Frame]
+    ) -> list[int]:
+        """Decode simple files into their slots. Return the positions that failed, which are found by halving."""
+        sizes = [(frames[position].width, frames[position].height) for position in positions]
+        geometries = [geometry_of(*size, self._preprocess) for size in sizes]
+        try:
+            decoded = self._decode_jpegs([as_tensor(images[position]) for position in positions])
+            pixels_BHWC = resample(decoded, geometries, self._preprocess)
+        except RuntimeError as error:
+            if _lost(error):
+                raise
+            if len(positions) == 1:
+                return positions
+            half = len(positions) // 2
+            return [
+                position
+                for part in (positions[:half], positions[half:])
+                for position in self._simple(batch, images, part, frames)
+            ]
+        batch.pixels_BHWC[send(torch.tensor(positions), self.device)] = pixels_BHWC
+        batch.size_B2[positions] = [(height, width) for width, height in sizes]
+        batch.geometry_B4[positions] = geometries
+        return []
+
+    @staticmethod
+    def _place(batch: DecodedBatch, position: int, one: DecodedBatch) -> None:
+        if one.problems:
+            batch.problems[position] = one.problems[0]
+            return
+        batch.pixels_BHWC[position] = send(one.pixels_BHWC[0], batch.pixels_BHWC.device)
+        batch.size_B2[position], batch.geometry_B4[position] = one.size_B2[0], one.geometry_B4[0]
+
+
+def _simple_frame(data: bytes) -> Frame | None:
+    """Return the frame of a file that nvJPEG decodes as libjpeg does."""
+    frame = plain_frame(data)
+    return frame if frame is not None and frame.height * frame.width <= MAX_PIXELS and frame.simple(data) else None
+
+
+def _parts(frames: dict[int, Frame]) -> Iterator[list[int]]:
+    """Yield the positions in parts whose pixels fit in memory together."""
+    part: list[int] = []
+    pixels = 0
+    for position, frame in frames.items():
+        size = frame.height * frame.width
+        if part and pixels + size > MAX_PIXELS:
+            yield part
+            part, pixels = [], 0
+        part.append(position)
+        pixels += size
+    if part:
+        yield part
+
+
+def _lost(error: RuntimeError) -> bool:
+    """Return whether the error says that the device can no longer be used, by this process or at all."""
+    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
