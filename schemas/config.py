@@ -14,8 +14,8 @@ _SHOWN = 120  # characters of a value in a message
 SCHEMA_VERSION = 1  # of all files in a run's folder
 # run.json keeps these and a resumed run reuses them, as they change last bits. The fingerprint leaves them out.
 PINNED = ("batch_size", "torch_threads")
-# The digest identifies the weights, wherever they were loaded from.
-UNMARKED = ("weights", *PINNED)
+# Digests identify the weights and the checkpoint of a mask network, wherever they were loaded from.
+UNMARKED = ("weights", "checkpoint", *PINNED)
 EXTRACT, ATTACK, VISUALIZE = "extract", "attack", "visualize-class"
 PILLOW = "pillow"  # of any version: it decoded the images of older runs
 # The keys of a config in run.json, in their order, each with the value stored by a job that does not use the key.
@@ -24,10 +24,10 @@ _STORED: dict[str, Any] = {
     "target": "", "discretize": "", "map_size": "", "map_dtype": "", "save_map": False, "resize": 0, "crop": 0,
     "squash": False, "interpolation": "", "mean": [], "std": [], "precision": "fp32", "seed": 0, "limit": None,
     "batch_size": 0, "torch_threads": 0, "job": EXTRACT, "job_options": {}, "labels": None,
-    "image_member": None, "label_member": None, "decoder": PILLOW,
+    "image_member": None, "label_member": None, "decoder": PILLOW, "checkpoint": None,
 }  # fmt: skip
 # Only in runs where they have another value than above: others keep their fingerprint.
-_ABSENT = ("labels", "image_member", "label_member", "decoder")
+_ABSENT = ("labels", "image_member", "label_member", "decoder", "checkpoint")
 _OPTIONAL = ("job", "job_options", *_ABSENT)  # runs made when `extract` was the only job have none of them
 
 
@@ -117,13 +117,13 @@ class RunConfig:
         return {key: value for key, value in self.to_dict().items() if key not in left_out}
 
     def differences(self, other: "RunConfig") -> list[str]:
-        """Return one line for each key that differs; the source of the weights is not compared."""
+        """Return one line for each key that differs; the places of weights and checkpoint are not compared."""
         mine, theirs = _with_job_options(self), _with_job_options(other)
         return [
             f"{key}: {_short(mine.get(key, _STORED.get(key)))} there, "
             f"{_short(theirs.get(key, _STORED.get(key)))} requested"
             for key in {**mine, **theirs}
-            if key != "weights" and mine.get(key) != theirs.get(key)
+            if key not in ("weights", "checkpoint") and mine.get(key) != theirs.get(key)
         ]
 
 
@@ -140,10 +140,16 @@ class MethodConfig(RunConfig):
     image_member: str | None = None  # as in Members
     label_member: str | None = None
     decoder: str = PILLOW  # with its version, as `torchcodec 0.17.0`
+    checkpoint: str | None = None  # of the mask network; its digest is among the options, as both were in 0.1
 
     @property
     def members(self) -> Members:
         return Members(self.image_member, self.label_member)
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """The options to build the method with."""
+        return self.options if self.checkpoint is None else {**self.options, "checkpoint": self.checkpoint}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from saltern.pipeline.extract.task import Explained, Item, Pending, assemble
 from saltern.pipeline.maps.discretize import largest_box
 from saltern.pipeline.maps.encode import unpack_mask
 from saltern.pipeline.maps.frame import to_original
+from saltern.pipeline.masknet.checkpoint import mark_used
 from saltern.pipeline.methods import Method, build
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.runs.agreement import label_doubt
@@ -88,6 +90,8 @@ class Extraction:
 
     def __init__(self, spec: Spec, device: torch.device):
         config = self._config = spec.run.config_of(ExtractConfig)
+        if config.checkpoint is not None:
+            mark_used(Path(config.checkpoint))
         self._explain = Explainer.of_run(config, load_method(config, device)[1], device)
         crop = config.preprocess.crop
         stored = self._explain_grey(crop)
@@ -170,7 +174,7 @@ def load_method(config: MethodConfig, device: torch.device) -> tuple[nn.Module, 
         model,
         layer=next(iter(config.layer), None),
         input_side=config.preprocess.crop,
-        **config.options,
+        **config.method_options,
     )
 
 

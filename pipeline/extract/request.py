@@ -176,19 +176,26 @@ def method_fields(
         mean=request.mean,
         std=request.std,
     )
-    method = build(request.method, classifier.model, layer=request.layer, input_side=preprocess.crop, **request.options)
+    held = _held_options(request, existing)
+    options = dict(request.options)
+    if "checkpoint" in options and "digest" in held:  # that of the run, also if the training has newer ones
+        options.setdefault("digest", held["digest"])
+    method = build(request.method, classifier.model, layer=request.layer, input_side=preprocess.crop, **options)
     if len(method.layer) > 1:
         raise UserError(f"{request.method} was built on {len(method.layer)} layers; a run stores one map: give --layer")
     pinned = pin(request.batch_size, request.torch_threads, existing, device, workers)
     if min(pinned.values()) < 1:
         raise UserError("--batch-size must be at least 1")
+    options = dict(method.options)
+    checkpoint = None if "checkpoint" in held else options.pop("checkpoint", None)
     fields = {
         **model_fields(classifier, request.model, request.weights, request.seed),
         **pinned,
         "preprocess": preprocess,
         "method": request.method,
         "layer": list(method.layer),
-        "options": dict(method.options),
+        "options": options,
+        "checkpoint": checkpoint,
         "map_dtype": method.default_map_dtype,
         "limit": request.limit,
         "decoder": choose_decoder(request.decode, device, _decoder(existing)),
@@ -200,6 +207,12 @@ def method_fields(
 
 def _decoder(existing: Run | None) -> str | None:
     return existing.config.decoder if existing and isinstance(existing.config, MethodConfig) else None
+
+
+def _held_options(request: MethodRequest, existing: Run | None) -> Mapping[str, Any]:
+    """Return the existing run's options of the requested method."""
+    config = existing.config if existing else None
+    return config.options if isinstance(config, MethodConfig) and config.method == request.method else {}
 
 
 def model_fields(classifier: Classifier, model: str, weights: str, seed: int) -> dict[str, Any]:

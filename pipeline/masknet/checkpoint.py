@@ -5,6 +5,7 @@ step and digest of each member; the members have files of their own. A checkpoin
 complete, after the pool files that it names.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -26,17 +27,30 @@ from saltern.schemas.errors import UserError
 
 FORMAT = 1
 KEPT = 2  # checkpoints; older ones are removed, with the pool files that no kept checkpoint names
-_TENSORS, _REST, _UNFINISHED = "tensors.safetensors", "state.json", ".unfinished-"
+_TENSORS, _REST, _UNFINISHED, _USED = "tensors.safetensors", "state.json", ".unfinished-", "used-by-a-run"
 
 
-def open_checkpoint(path: Path) -> "Checkpoint":
-    """Return a checkpoint by its own folder, or the newest below `path`. Raises UserError if there is none."""
+def open_checkpoint(path: Path, digest: str = "") -> "Checkpoint":
+    """Return a checkpoint by its own folder, or one of the training in `path`: that of the digest, else the newest.
+
+    Raises:
+        UserError: there is none.
+    """
     if (path / _REST).is_file():
         return _open(path)
+    wanted = [folder for folder in _folders(path / "checkpoints") if digest and _digest(folder) == digest]
+    if wanted:
+        return _open(wanted[0])
     checkpoint = Checkpoints(path).newest() if path.is_dir() else None
     if checkpoint is None:
         raise UserError(f"{path} holds no checkpoint; `saltern train-casm SHARDS --out {path}` makes one")
     return checkpoint
+
+
+def mark_used(folder: Path) -> None:
+    """Mark a checkpoint as used by a run, so that a training that continues does not remove it."""
+    with contextlib.suppress(OSError):  # a training cannot remove it from a folder that takes no files
+        (folder / _USED).touch()
 
 
 @dataclass(frozen=True)
@@ -127,7 +141,7 @@ class Checkpoints:
 
     def _clear(self) -> None:
         folders = _folders(self.root / "checkpoints")
-        for folder in folders[:-KEPT]:
+        for folder in [folder for folder in folders[:-KEPT] if not (folder / _USED).exists()]:
             folder.rename(folder.with_name(f"{_UNFINISHED}{folder.name}"))  # a kill must not leave half of one
         for unfinished in (self.root / "checkpoints").glob(f"{_UNFINISHED}*"):
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -151,6 +165,14 @@ def _open(folder: Path) -> Checkpoint:
     if not complete:
         raise UserError(f"the checkpoint {folder} is damaged ({_TENSORS} has changed since it was written)")
     return checkpoint
+
+
+def _digest(folder: Path) -> str:
+    """Return the digest of a checkpoint; "" if it is incomplete."""
+    try:
+        return hashlib.sha256((folder / _REST).read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def _folders(parent: Path) -> list[Path]:

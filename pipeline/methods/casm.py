@@ -44,7 +44,7 @@ class CASM(Method):
             raise UserError(
                 "casm needs a trained mask network: --checkpoint DIR (-O checkpoint=DIR), of `saltern train-casm`"
             )
-        checkpoint = open_checkpoint(Path(self.checkpoint))
+        checkpoint = open_checkpoint(Path(self.checkpoint), self.digest)
         try:
             self._use(checkpoint)
         except UserError:
@@ -55,7 +55,10 @@ class CASM(Method):
 
     def _use(self, checkpoint: Checkpoint) -> None:
         if self.digest not in ("", checkpoint.digest):
-            raise UserError(f"{checkpoint.folder} is not the requested checkpoint (digest {self.digest[:12]}...)")
+            raise UserError(
+                f"{self.checkpoint} does not hold the requested checkpoint, of digest {self.digest[:12]}...; give the "
+                "folder of a copy of it as --checkpoint, or another --out for one of the checkpoints that are there"
+            )
         # Store the path of this checkpoint, so that all workers of a run use it even if the training continues.
         self.checkpoint, self.digest = str(checkpoint.folder), checkpoint.digest
         self.options.update(checkpoint=self.checkpoint, digest=self.digest)

@@ -110,7 +110,7 @@ def begin(store: Store, run: Run, *, overwrite: bool = False) -> Run:
                 f"{store.path} holds a run with another config: {'; '.join(differing)}. "
                 "Use the old settings, choose another --out, or replace the run with --overwrite"
             )
-        run = replace(existing, shards=run.shards)
+        run = replace(existing, config=run.config, shards=run.shards)  # weights may have another place now
     elif existing is not None:
         remove_run(store, existing, run)
     if run != existing:

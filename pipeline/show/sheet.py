@@ -232,7 +232,7 @@ def _in_short(run: SaliencyRun) -> str:
 
 def _options(run: SaliencyRun, length: int | None = None) -> str:
     """Return the method's options. Values longer than `length` are cut to their end, where files and digests differ."""
-    shown = {name: str(value) for name, value in run.config.options.items()}
+    shown = {name: str(value) for name, value in run.config.method_options.items()}
     if length is not None:
         shown = {name: text if len(text) <= length else f"...{text[-length:]}" for name, text in shown.items()}
     return ", ".join(f"{name}={value}" for name, value in shown.items())

@@ -1,13 +1,14 @@
 """The masks of a training, by the method and by an extraction."""
 
 import json
+import shutil
 from functools import partial
 
 import casm_toys
 import pyarrow.parquet as pq
 import pytest
 import torch
-from casm_toys import SIDE, quiet, request, small
+from casm_toys import SIDE, CutError, files, interrupt, quiet, request, small
 
 from saltern.pipeline import methods
 from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
@@ -19,6 +20,7 @@ from saltern.pipeline.extract.extraction import Extraction
 from saltern.pipeline.extract.processor import Processor
 from saltern.pipeline.extract.request import ExtractRequest, resolve
 from saltern.pipeline.masknet import checkpoint
+from saltern.pipeline.runs.manifest import load_run_folder
 from saltern.schemas.errors import UserError
 
 
@@ -52,7 +54,7 @@ def test_wrong_checkpoints_are_refused(undisturbed, tmp_path):
             methods.build("casm", small(), checkpoint=str(path))
     with pytest.raises(UserError, match=r"trained on casm_toys:small\) does not fit Small; of another shape"):
         methods.build("casm", casm_toys.other(), checkpoint=str(undisturbed))
-    with pytest.raises(UserError, match="is not the requested checkpoint"):
+    with pytest.raises(UserError, match="does not hold the requested checkpoint"):
         methods.build("casm", small(), checkpoint=str(undisturbed), digest="0" * 64)
 
 
@@ -86,3 +88,35 @@ def test_extract_gives_rows_without_target(undisturbed, shards, tmp_path):
     assert {(row["map_height"], row["map_width"]) for row in rows} == {(16, 16)}
     config = json.loads((tmp_path / "run/run.json").read_text())["config"]
     assert config["options"]["digest"] == checkpoint.open_checkpoint(undisturbed).digest
+
+
+def test_a_moved_or_continued_training_leaves_its_runs_resumable(shards, tmp_path):
+    casm, out = tmp_path / "casm", tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, 6)
+        with pytest.raises(CutError):
+            train(request(shards, casm), quiet)
+
+    def run(folder):
+        wanted = ExtractRequest(
+            [str(shards)], "casm_toys:small", "casm", options={"checkpoint": str(folder)}, resize=SIDE, crop=SIDE
+        )
+        return conduct(
+            Job(lambda *args: resolve(wanted, *args), partial(Processor, task=Extraction)),
+            RunOptions(out=str(out), engine="local", device="cpu"),
+        ).code
+
+    assert run(casm) == 0
+    _, first = load_run_folder(str(out))
+    before = files(out / "data")
+    for name in ("data/0.parquet", "receipts/0.json"):
+        (out / name).unlink()
+    train(request(shards, casm, resume=True), quiet)
+    assert sorted(path.name for path in (casm / "checkpoints").iterdir()) == ["16", "18", "4"]
+    casm.rename(tmp_path / "moved")
+    assert run(tmp_path / "moved") == 0
+    assert files(out / "data") == before
+    assert load_run_folder(str(out))[1].fingerprint == first.fingerprint
+    shutil.rmtree(tmp_path / "moved/checkpoints/4")
+    with pytest.raises(UserError, match=r"does not hold the requested checkpoint, of digest"):
+        run(tmp_path / "moved")
