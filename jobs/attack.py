@@ -22,6 +22,7 @@ def attack(
     weights: opt.Weights = "DEFAULT",
     layer: opt.Layer = None,
     options: opt.Options = None,
+    deterministic: opt.Deterministic = None,
     seed: opt.Seed = 0,
     steps: opt.Steps = 80,
     step_size: Annotated[

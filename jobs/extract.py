@@ -24,6 +24,7 @@ def extract(
     target: Annotated[str, opt.model("Class to explain: label, top1, top:N or class:ID.")] = "label",
     labels: opt.Labels = "auto",
     precision: opt.Precision = choices.Precision.fp32,
+    deterministic: opt.Deterministic = None,
     seed: opt.Seed = 0,
     limit: opt.Limit = None,
     image_member: opt.ImageMember = None,

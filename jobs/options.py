@@ -100,6 +100,13 @@ Options = Annotated[
 Precision = Annotated[
     choices.Precision, model("Arithmetic of the passes; tf32 rounds inside a GPU only; bf16 and fp16: autocast.")
 ]
+Deterministic = Annotated[
+    bool | None,
+    model(
+        "Use operations that repeat to the bit on a GPU, and refuse a method that has none; default: yes.",
+        "--deterministic/--no-deterministic",
+    ),
+]
 Seed = Annotated[int, model("Seed of random weights and of everything else that is random.")]
 
 # --- Output

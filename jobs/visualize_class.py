@@ -17,6 +17,7 @@ def visualize_class(
         str, opt.inputs("Classes as numbers and ranges (243,281,0-9), @FILE of them, or all.", show_default=False)
     ],
     weights: opt.Weights = "DEFAULT",
+    deterministic: opt.Deterministic = None,
     seed: opt.Seed = 0,
     steps: opt.Steps = 200,
     step_size: Annotated[float, opt.steps("Factor on the gradient in one step.")] = 1.0,

@@ -13,7 +13,7 @@ from saltern.schemas.rules import Rule, Target
 _SHOWN = 120  # characters of a value in a message
 SCHEMA_VERSION = 1  # of all files in a run's folder
 # run.json keeps these and a resumed run reuses them, as they change last bits. The fingerprint leaves them out.
-PINNED = ("batch_size", "torch_threads")
+PINNED = ("batch_size", "torch_threads", "deterministic")
 # Digests identify the weights and the checkpoint of a mask network, wherever they were loaded from.
 UNMARKED = ("weights", "checkpoint", *PINNED)
 EXTRACT, ATTACK, VISUALIZE = "extract", "attack", "visualize-class"
@@ -24,10 +24,10 @@ _STORED: dict[str, Any] = {
     "target": "", "discretize": "", "map_size": "", "map_dtype": "", "save_map": False, "resize": 0, "crop": 0,
     "squash": False, "interpolation": "", "mean": [], "std": [], "precision": "fp32", "seed": 0, "limit": None,
     "batch_size": 0, "torch_threads": 0, "job": EXTRACT, "job_options": {}, "labels": None,
-    "image_member": None, "label_member": None, "decoder": PILLOW, "checkpoint": None,
+    "image_member": None, "label_member": None, "decoder": PILLOW, "checkpoint": None, "deterministic": False,
 }  # fmt: skip
 # Only in runs where they have another value than above: others keep their fingerprint.
-_ABSENT = ("labels", "image_member", "label_member", "decoder", "checkpoint")
+_ABSENT = ("labels", "image_member", "label_member", "decoder", "checkpoint", "deterministic")
 _OPTIONAL = ("job", "job_options", *_ABSENT)  # runs made when `extract` was the only job have none of them
 
 
@@ -88,6 +88,7 @@ class RunConfig:
     seed: int = 0
     batch_size: int
     torch_threads: int  # of each worker
+    deterministic: bool = False  # operations that repeat to the bit; older runs had others on a GPU
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as run.json stores it: flat, JSON values only, the same keys for every job."""
@@ -245,5 +246,5 @@ def _short(value: object) -> str:
 
 
 def _with_job_options(config: RunConfig) -> dict[str, Any]:
-    stored = config.to_dict()
+    stored = {**_STORED, **config.to_dict()}
     return {**stored, **stored.pop("job_options")}

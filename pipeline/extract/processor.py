@@ -99,7 +99,9 @@ class Processor:
 
     def _arithmetic(self) -> contextlib.AbstractContextManager[None]:
         config = self.config
-        return arithmetic(config.precision, deterministic=False, what=f"{config.method} of {config.model}")
+        return arithmetic(
+            config.precision, deterministic=config.deterministic, what=f"{config.method} of {config.model}"
+        )
 
     def _release(self) -> None:
         self._task.close()

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Protocol
 
 from saltern import __version__
 from saltern.pipeline.extract.labels import AUTO, Numbers, choose_labels
@@ -47,6 +47,7 @@ class MethodRequest:
     limit: int | None = None  # samples
     batch_size: int | None = None
     torch_threads: int | None = None
+    deterministic: bool | None = None
     image_member: str | None = None  # extension
     label_member: str | None = None  # extension, or json:KEY
     decode: str = "auto"  # auto | cpu | gpu
@@ -183,8 +184,8 @@ def method_fields(
     method = build(request.method, classifier.model, layer=request.layer, input_side=preprocess.crop, **options)
     if len(method.layer) > 1:
         raise UserError(f"{request.method} was built on {len(method.layer)} layers; a run stores one map: give --layer")
-    pinned = pin(request.batch_size, request.torch_threads, existing, device, workers)
-    if min(pinned.values()) < 1:
+    pinned = pin(request, existing, device, workers)
+    if pinned["batch_size"] < 1 or pinned["torch_threads"] < 1:
         raise UserError("--batch-size must be at least 1")
     options = dict(method.options)
     checkpoint = None if "checkpoint" in held else options.pop("checkpoint", None)
@@ -231,19 +232,27 @@ def absolute(weights: str) -> str:
     return os.path.abspath(weights) if os.path.isfile(weights) else weights
 
 
+class Pinned(Protocol):
+    """A request's settings that change last bits. None = the existing run's value, or the default."""
+
+    @property
+    def batch_size(self) -> int | None: ...
+    @property
+    def torch_threads(self) -> int | None: ...
+    @property
+    def deterministic(self) -> bool | None: ...
+
+
 def pin(
-    batch_size: int | None,
-    threads: int | None,
-    existing: Run | None,
-    device: str,
-    workers: int,
-    usual: Mapping[str, int] = BATCH_SIZE,
+    request: Pinned, existing: Run | None, device: str, workers: int, usual: Mapping[str, int] = BATCH_SIZE
 ) -> dict[str, Any]:
-    """Return batch size and torch threads: the requested, else the existing run's, else the device's defaults."""
+    """Return the settings that change last bits: the requested, else the existing run's, else the device's defaults."""
     config = existing.config if existing else None
+    chosen = request.deterministic
     return {
-        "batch_size": batch_size or (config.batch_size if config else usual[device]),
-        "torch_threads": threads or (config.torch_threads if config else torch_threads(device, workers)),
+        "batch_size": request.batch_size or (config.batch_size if config else usual[device]),
+        "torch_threads": request.torch_threads or (config.torch_threads if config else torch_threads(device, workers)),
+        "deterministic": chosen if chosen is not None else config.deterministic if config else True,
     }
 
 

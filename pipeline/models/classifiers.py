@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from saltern.pipeline.models import presets
+from saltern.pipeline.models.pools import use_even_pools
 from saltern.pipeline.models.presets import Preset
 from saltern.pipeline.models.probe import count_classes
 from saltern.pipeline.models.weights import SUFFIXES, digest, fit, read
@@ -70,6 +71,7 @@ def load(name: str, weights: str = "DEFAULT", *, seed: int = 0, side: int | None
         torch.manual_seed(seed)
         loaded = _load(name, source, path)
     model = loaded.model.float().eval()
+    use_even_pools(model)
     if path:
         fit(model, read(path), str(path), _AUXILIARY.get(name, ()))
     classes = loaded.classes or count_classes(model, side or loaded.preset.preprocess.crop)

@@ -56,6 +56,7 @@ class VisualizeRequest:
     seed: int = 0
     batch_size: int | None = None
     torch_threads: int | None = None
+    deterministic: bool | None = None
 
 
 def visualizing(request: VisualizeRequest) -> Job:
@@ -75,7 +76,7 @@ def plan(request: VisualizeRequest, existing: Run | None, device: str, workers: 
     chosen = adapt(classifier.preset, crop=request.crop, squash=True if request.crop else None)  # no image is cropped
     config = VisualizeConfig(
         **model_fields(classifier, request.model, request.weights, request.seed),
-        **pin(request.batch_size, request.torch_threads, existing, device, workers, BATCH_SIZE),
+        **pin(request, existing, device, workers, BATCH_SIZE),
         preprocess=replace(chosen, squash=usual.squash),
         ascent=how,
     )
@@ -166,7 +167,10 @@ class Visualizer:
             return load_model(self._config, self._device)
 
     def _arithmetic(self) -> AbstractContextManager[None]:
-        return arithmetic(self._config.precision, deterministic=False, what=f"the ascent of {self._config.model}")
+        config = self._config
+        fix = "give --no-deterministic"
+        what = f"the ascent of {config.model}"
+        return arithmetic(config.precision, deterministic=config.deterministic, what=what, fix=fix)
 
     def _ascend(self, targets: list[int]) -> tuple[Peak, float]:
         since = time.perf_counter()

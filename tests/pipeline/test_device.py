@@ -15,6 +15,7 @@ from making import HELPERS, write_shards
 from saltern.pipeline.casm.training.train import train
 from saltern.pipeline.device import arithmetic
 from saltern.pipeline.engine.conduct import RunOptions, conduct
+from saltern.pipeline.runs.manifest import load_run_folder
 from saltern.pipeline.synthesis.attack import AttackRequest, attacking
 from saltern.pipeline.synthesis.visualize import VisualizeRequest, visualizing
 from saltern.schemas.config import PGD, Ascent
@@ -86,6 +87,22 @@ def test_extract_computes_as_its_precision_says(precision: str, notes: list[watc
     assert {tf32 for tf32, _, on_device, _ in notes if on_device} == {precision == "tf32"}
 
 
+def test_extract_repeats_to_the_bit_unless_told_otherwise(notes: list[watching.Note], tmp_path: Path) -> None:
+    write_shards(tmp_path / "in", 2, 2)
+    for given, kept in ((None, True), (False, False)):
+        out = tmp_path / f"run-{kept}"
+        for again in (given, None):  # a resumed run keeps what it had
+            notes.clear()
+            assert extract(tmp_path / "in", out, model="watching:tiny", deterministic=again) == 0
+            assert {repeats for _, repeats, on_device, _ in notes if on_device} == {kept}
+            next(out.glob("receipts/*.json")).unlink()
+    with pytest.raises(UserError, match="deterministic: False there, True requested"):
+        extract(tmp_path / "in", out, model="watching:tiny", deterministic=True)
+    made = [load_run_folder(str(tmp_path / f"run-{kept}"))[1] for kept in (True, False)]
+    assert made[0].fingerprint == made[1].fingerprint
+    assert [run.config.to_dict().get("deterministic") for run in made] == [True, None]  # as runs of older versions
+
+
 @pytest.mark.parametrize("kind", ["attack", "visualize-class"])
 def test_jobs_without_the_option_compute_in_float32(kind: str, notes: list[watching.Note], tmp_path: Path) -> None:
     write_shards(tmp_path / "in", 1, 2)
@@ -96,7 +113,7 @@ def test_jobs_without_the_option_compute_in_float32(kind: str, notes: list[watch
     else:
         job = visualizing(VisualizeRequest("0,1", "watching:tiny", crop=32, ascent=ascent, torch_threads=1))
     assert conduct(job, RunOptions(str(tmp_path / "run"), device="cpu", engine="local")).code == 0
-    assert {tf32 for tf32, _, on_device, _ in notes if on_device} == {False}
+    assert {(tf32, repeats) for tf32, repeats, on_device, _ in notes if on_device} == {(False, True)}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
