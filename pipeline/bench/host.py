@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -19,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from saltern.pipeline.bench.figures import Figure
@@ -32,7 +30,7 @@ from saltern.pipeline.extract.task import Pending
 from saltern.pipeline.machine import cores
 from saltern.pipeline.methods.base import Maps
 from saltern.pipeline.runs.outlet import Spec
-from saltern.pipeline.shards.decode import Decoded
+from saltern.pipeline.shards.decoder import DecodedBatch, empty_batch
 from saltern.schemas.config import Preprocess
 from saltern.schemas.run import Run
 
@@ -80,14 +78,15 @@ class Still(Extraction):
         ready, self._device = super().__call__(pixels_BHWC, *[torch.zeros(batch, dtype=torch.long)] * 2), device
         explained, _ = ready.wait()
         self._columns = {name: torch.from_numpy(column) for name, column in explained.columns.items()}
+        self._columns["status"] = torch.zeros(batch, dtype=torch.long)
 
     def __call__(self, pixels_BHWC: Tensor, label_B: Tensor, seed_B: Tensor) -> Pending:
         ready = {name: column[: len(pixels_BHWC)] for name, column in self._columns.items()}
-        return Pending(self._device).send({"status": torch.zeros(len(pixels_BHWC), dtype=torch.long), **ready})
+        return Pending(self._device).send(ready)
 
 
 def measure(bench: HostBench) -> Iterator[Figure]:
-    """Yield the rate, and the time under the GIL, for each size of images."""
+    """Yield the rate, and the CPU time under the GIL, for each size of images."""
     for size in bench.image_bytes:
         with TemporaryDirectory(prefix="saltern-bench-") as folder:
             run = _run(bench, Path(folder, "in"), size)
@@ -110,7 +109,7 @@ def _run(bench: HostBench, folder: Path, size: int) -> Run:
 
 
 def _figures(bench: HostBench, run: Run, folder: str, what: str) -> Iterator[Figure]:
-    processor = Processor(Spec(run, folder, ".", "cpu", cores()), Still, blank)
+    processor = Processor(Spec(run, folder, ".", "cpu", cores()), Still, Blank(run.config.preprocess))
     try:
         _pass(processor, run, folder)  # warm up
         rounds = [_pass(processor, run, folder) for _ in range(bench.rounds)]
@@ -121,19 +120,23 @@ def _figures(bench: HostBench, run: Run, folder: str, what: str) -> Iterator[Fig
         )
         miss = f"all of this CPU time on one core would allow {1e6 / cpu:,.0f}"
         yield Figure(f"host work, {what}", median(rates), RATE_GOAL, "images/s", True, note, miss, {"images/s": rates})
-        yield _gil(bench, processor, run, folder, f"GIL held an image, {what}")
+        yield _gil(bench, processor, run, folder, f"CPU time under the GIL an image, {what}")
     finally:
         processor.close()
 
 
-def blank(data: bytes, preprocess: Preprocess) -> Decoded:
-    """Return pixels that nobody filled, as of an image of 500 x 375."""
-    return Decoded(_pixels(preprocess.crop), 375, 500, (1.5, 1.5, 80.0, 20.0))
+class Blank:
+    """Decoder of images of 500 x 375, on a device without memory: it gets whole batches, as that of a GPU."""
 
+    name, device = "blank", torch.device("meta")
 
-@cache
-def _pixels(side: int) -> NDArray[np.uint8]:
-    return np.zeros((side, side, 3), np.uint8)
+    def __init__(self, preprocess: Preprocess):
+        self._crop = preprocess.crop
+
+    def __call__(self, images: Sequence[bytes]) -> DecodedBatch:
+        batch = empty_batch(len(images), self._crop, self.device)
+        batch.size_B2[:], batch.geometry_B4[:] = (375, 500), (1.5, 1.5, 80.0, 20.0)
+        return batch
 
 
 def _pass(processor: Processor, run: Run, folder: str) -> Used:
@@ -150,26 +153,28 @@ def _pass(processor: Processor, run: Run, folder: str) -> Used:
 
 
 def _gil(bench: HostBench, processor: Processor, run: Run, folder: str, name: str) -> Figure:
-    """Sample which thread holds the GIL while shards are processed."""
+    """Sample the threads that run, and those of them that hold the GIL, while shards are processed.
+
+    Other processes that want the cores delay both alike, so their ratio is that of the CPU time.
+    """
     if bench.sampler is None:
         return Figure(name, None, GIL_GOAL, "us", False, "py-spy is not installed (pip install py-spy)")
-    with TemporaryDirectory(prefix="saltern-bench-") as report:
-        path = Path(report, "gil.txt")
-        how = ("--gil", "--nonblocking", "--rate", _SAMPLES_S, "--duration", bench.seconds, "--format", "raw")
-        words = [bench.sampler, "record", *map(str, how), "--output", str(path), "--pid", str(os.getpid())]
+    counts, used = [], list[Used]()
+    for option in ("--gil", "--threads"):
+        path = Path(folder, "samples.txt")
+        how = ("--nonblocking", "--rate", _SAMPLES_S, "--duration", bench.seconds, "--format", "raw", "--output", path)
+        words = [bench.sampler, "record", *map(str, how), option, "--pid", str(os.getpid())]
         with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as spy:
-            used = []
             while spy.poll() is None:
                 used.append(_pass(processor, run, folder))
             said = spy.stderr.read() if spy.stderr else ""
         if not path.exists():
             return Figure(name, None, GIL_GOAL, "us", False, f"py-spy failed: {' '.join(said.split())[-200:]}")
-        held = sum(int(line.rpartition(" ")[2]) for line in path.read_text().splitlines())
-    share = held / (_SAMPLES_S * bench.seconds)
-    each = 1e6 * median(one.seconds for one in used)
-    note = f"a thread held it in {share:.0%} of py-spy's samples x {each:.0f} us an image, waits for a core included"
-    miss = f"the load was {os.getloadavg()[0]:.1f} on {cores()} cores"
-    return Figure(name, share * each, GIL_GOAL, "us", False, note, miss)
+        counts.append(sum(int(line.rpartition(" ")[2]) for line in path.read_text().splitlines()))
+        path.unlink()
+    share, cpu = counts[0] / max(counts[1], 1), median(one.cpu_us for one in used)
+    note = f"{share:.0%} of {cpu:.1f} us of CPU time an image, by py-spy's {counts[0]:,} of {counts[1]:,} samples"
+    return Figure(name, share * cpu, GIL_GOAL, "us", False, note, f"the load was {os.getloadavg()[0]:.1f}")
 
 
 def _sampler() -> str | None:

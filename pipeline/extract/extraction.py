@@ -9,28 +9,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from saltern.pipeline.engine.conduct import Job, RunOptions, RunResult, conduct
+from saltern.pipeline.extract.batch import Batch
 from saltern.pipeline.extract.explain import Explainer
 from saltern.pipeline.extract.processor import Processor
 from saltern.pipeline.extract.request import ExtractRequest, resolve
-from saltern.pipeline.extract.task import Explained, Item, Pending, assemble
-from saltern.pipeline.maps.discretize import largest_box
-from saltern.pipeline.maps.encode import unpack_mask
+from saltern.pipeline.extract.rows import Rows
+from saltern.pipeline.extract.task import STATUSES, Explained, Pending
+from saltern.pipeline.maps.boxes import largest_boxes
+from saltern.pipeline.maps.encode import packed_rows
 from saltern.pipeline.maps.frame import to_original
 from saltern.pipeline.masknet.checkpoint import mark_used
 from saltern.pipeline.methods import Method, build
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.runs.agreement import label_doubt
+from saltern.pipeline.runs.columns import binary, box_lists, numbers
 from saltern.pipeline.runs.datafile import data_schema
 from saltern.pipeline.runs.manifest import read_receipts
 from saltern.pipeline.runs.outlet import Spec
-from saltern.pipeline.runs.writer import Record
 from saltern.pipeline.shards.annotations import extra
-from saltern.pipeline.shards.decode import Decoded
 from saltern.pipeline.shards.samples import Sample
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import ExtractConfig, MethodConfig, RunConfig, check_keys
@@ -98,7 +101,7 @@ class Extraction:
         shape = None if stored is None else (int(stored.shape[1]), int(stored.shape[2]))
         measured = {"map_shape": shape, "map_clip_quantile": self._explain.clip_quantile}
         self.schema = data_schema(spec.run, measured)
-        self._storage = Storage(shape, config.map_dtype == "uint8", (crop, crop))
+        self._rows = Storage(shape, config.map_dtype == "uint8", (crop, crop)).rows(self.schema)
 
     def _explain_grey(self, crop: int) -> NDArray[Any] | None:
         """Return the stored map of a grey image, which has the grid of all maps; None if maps are not stored."""
@@ -108,19 +111,19 @@ class Extraction:
     def __call__(self, pixels_BHWC: Tensor, label_B: Tensor, seed_B: Tensor) -> Pending:
         return self._explain(pixels_BHWC, label_B, seed_B)
 
-    def problem(self, sample: Sample) -> tuple[str, str] | None:
+    def problem(self, sample: Sample, label: int | None) -> tuple[str, str] | None:
         if self._config.target.kind != "label" or not self._explain.method.needs_target:
             return None
-        if sample.label is None:
+        if label is None:
             unmapped = f"class {sample.given} is not in the table of --labels"
             return MISSING_LABEL, _no_label(sample) if sample.given is None else unmapped
         last = self._config.classes - 1
-        if not 0 <= sample.label <= last:
-            return MISSING_LABEL, f"label {sample.label} lies outside the model's classes 0..{last}"
+        if not 0 <= label <= last:
+            return MISSING_LABEL, f"label {label} lies outside the model's classes 0..{last}"
         return None
 
-    def records(self, shard: Shard, batch: list[Item], explained: Explained | None) -> list[Record]:
-        return assemble(shard, batch, explained, self._storage.describe, REASONS, self._explain.rows_each)
+    def rows(self, shard: Shard, batch: Batch, explained: Explained | None) -> pa.RecordBatch:
+        return self._rows(shard, batch, explained)
 
     def close(self) -> None:
         self._explain.method.close()
@@ -144,26 +147,36 @@ class Storage:
     scaled: bool  # uint8: lo and hi belong to the map
     input_shape: tuple[int, int]  # pixels
 
-    def describe(self, decoded: Decoded, columns: dict[str, NDArray[Any]], row: int, status: str) -> Record:
-        """Return the columns of one explained row, except those that every job has."""
-        target = int(columns["target"][row])
-        record: Record = {"predicted": int(columns["predicted"][row])}
-        if target >= 0:
-            record |= {"target": target, "score": float(columns["score"][row])}
-        if status == NONFINITE:
-            return record
+    def rows(self, schema: pa.Schema) -> Rows:
+        """Return the form of an extraction's rows."""
+        return Rows(schema, partial(self._describe, schema), REASONS)
+
+    def _describe(
+        self, schema: pa.Schema, batch: Batch, slot_R: NDArray[np.intp], explained: Explained
+    ) -> dict[str, pa.Array]:
+        """Return the columns of explained rows, except those that every job has."""
+        found, status_R = explained.columns, explained.status_R
+        none_R, agnostic_R = status_R == STATUSES.index(NONFINITE), found["target"] < 0
+
+        def column(name: str, null_R: NDArray[np.bool_] | None = None) -> pa.Array:
+            return numbers(found[name], schema.field(name).type, null_R)
+
+        columns = {"predicted": column("predicted")}
+        columns |= {name: column(name, agnostic_R) for name in ("target", "score")}
         if self.map_shape is not None:
-            height, width = self.map_shape
-            record |= {"map": columns["map"][row].tobytes(), "map_height": height, "map_width": width}
+            columns["map"] = binary(found["map"], schema.field("map").type, none_R)
+            for name, side in zip(("map_height", "map_width"), self.map_shape, strict=True):
+                columns[name] = numbers(np.full(len(none_R), side), pa.int16(), none_R)
             if self.scaled:
-                record |= {"map_lo": float(columns["map_lo"][row]), "map_hi": float(columns["map_hi"][row])}
-        raw = columns["mask"][row].tobytes()
-        box = largest_box(unpack_mask(raw, self.input_shape))
-        boxes = [] if box is None else [to_original(box, decoded.geometry, decoded.image_height, decoded.image_width)]
-        record |= {"mask": raw, "mask_area": float(columns["mask_area"][row]), "boxes": boxes}
-        if status == OK:
-            record["mask_threshold"] = float(columns["mask_threshold"][row])
-        return record
+                columns |= {name: column(name, none_R) for name in ("map_lo", "map_hi")}
+        box_R4 = largest_boxes(packed_rows(found["mask"], self.input_shape))
+        original_R4 = to_original(box_R4, batch.geometry_D4[slot_R], batch.size_D2[slot_R])
+        return columns | {
+            "mask": binary(found["mask"], pa.binary(), none_R),
+            "mask_area": column("mask_area", none_R),
+            "mask_threshold": column("mask_threshold", status_R != STATUSES.index(OK)),
+            "boxes": box_lists(original_R4, box_R4[:, 2] == 0, none_R),
+        }
 
 
 def load_method(config: MethodConfig, device: torch.device) -> tuple[nn.Module, Method]:

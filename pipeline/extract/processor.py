@@ -6,36 +6,35 @@ thread that owns the device (so that a batch's bits do not depend on what else r
 
 import contextlib
 import hashlib
-import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
-import cv2
-import numpy as np
 import pyarrow as pa
 import torch
 
 from saltern.pipeline.device import arithmetic
-from saltern.pipeline.extract.task import Explained, Item, Pending, Task, device_losses, out_of_memory
+from saltern.pipeline.extract.batch import Batch, Piece, regroup
+from saltern.pipeline.extract.task import Explained, Pending, Task, device_losses, out_of_memory
 from saltern.pipeline.runs.manifest import data_name
 from saltern.pipeline.runs.outlet import Made, Outlet, Spec, Tally
-from saltern.pipeline.runs.writer import ROW_GROUP, Record, ShardWriter, read_records
-from saltern.pipeline.shards.decode import Decoded, decode
-from saltern.pipeline.shards.decoder import make_decoder
+from saltern.pipeline.runs.writer import ROW_GROUP, ShardWriter, read_rows
+from saltern.pipeline.shards.decoder import Decoder, make_decoder
 from saltern.pipeline.shards.prefetch import prefetch
 from saltern.pipeline.shards.samples import Sample, content_of, fold, read_samples
-from saltern.schemas.config import MethodConfig, Preprocess
+from saltern.schemas.config import MethodConfig
 from saltern.schemas.receipt import Receipt
 from saltern.schemas.run import Shard
 from saltern.schemas.saliency import OK, OUT_OF_MEMORY
 
 AHEAD = 2  # batches explained before the oldest is written; as many again are being decoded
 
+_PIECE_IMAGES, _PIECE_BYTES = 16, 2**25  # that a thread decodes at once, at most
+
 Running = Future[list[Pending | None]]
-Decode = Callable[[bytes, Preprocess], Decoded]
+Kept = dict[int, pa.RecordBatch]  # rows of an earlier run, by the index of their sample
 
 
 class Processor:
@@ -44,23 +43,27 @@ class Processor:
     Args:
         spec: of the run.
         task: processes the samples; built in the device's thread.
-        decode: returns an image's pixels, or raises DecodeError.
+        decoder: replaces that of the run.
 
     Raises:
         UserError: the model, its weights or the method are not available here, or the weights are not the run's.
     """
 
-    def __init__(self, spec: Spec, task: Callable[[Spec, torch.device], Task], decode: Decode = decode):
+    def __init__(self, spec: Spec, task: Callable[[Spec, torch.device], Task], decoder: Decoder | None = None):
         config = self.config = spec.run.config_of(MethodConfig)
         self._labels, self._members = config.labels, config.members
         self.images: dict[str, int] = {}  # samples handed to a writer, by shard in process, for the progress line
         self._outlet = Outlet(spec)
-        self._retry_failed, self._decode = spec.retry_failed, decode
+        self._retry_failed = spec.retry_failed
         self._device = torch.device(spec.device)
         self._chunk = self.config.batch_size
-        cv2.setNumThreads(1)  # OpenCV's threads would compete with ours over small masks
-        self._decoder = make_decoder(config.preprocess, config.decoder, spec.device, spec.decode_threads)
-        self._decoders = ThreadPoolExecutor(spec.decode_threads, "saltern-decode")
+        self._decoder = decoder or make_decoder(config.preprocess, config.decoder, spec.device, spec.decode_threads)
+        on_host = self._decoder.device.type == "cpu"
+        threads, ahead = spec.decode_threads if on_host else AHEAD, AHEAD * config.batch_size
+        self._decoders = ThreadPoolExecutor(threads, "saltern-decode")
+        # All threads have work before a batch is complete.
+        self._piece = max(1, min(_PIECE_IMAGES, ahead // (2 * threads))) if on_host else config.batch_size
+        self._depth = -(-ahead // self._piece)
         # torch keeps a thread count for each calling thread: set it in the one that computes.
         self._compute = ThreadPoolExecutor(
             1, "saltern-device", lambda: torch.set_num_threads(self.config.torch_threads)
@@ -115,16 +118,16 @@ class Processor:
         if not (self._retry_failed and earlier.failed):
             same = content_of(shard, named=self._members, as_listed=True) == earlier.content
             return Made(replace(earlier, mtime_ns=shard.mtime_ns), {}) if same else self._make(shard, {})
-        made = self._make(shard, self._ok_records(shard, earlier))
+        made = self._make(shard, self._ok_rows(shard, earlier))
         return made if made.receipt.content == earlier.content else self._make(shard, {})
 
-    def _make(self, shard: Shard, kept: dict[int, list[Record]]) -> Made:
+    def _make(self, shard: Shard, kept: Kept) -> Made:
         tally = Tally()
         with (
             self._outlet.open(self._task.schema, tally) as writer,
             contextlib.closing(self._batches(shard, kept, tally)) as batches,
         ):
-            pending: deque[tuple[list[Item], Running | None]] = deque()
+            pending: deque[tuple[Batch, Running | None]] = deque()
             for batch in batches:
                 pending.append((batch, self._submit(batch)))
                 if len(pending) > AHEAD:
@@ -133,70 +136,69 @@ class Processor:
                 self._write(writer, shard, *pending.popleft(), tally)
             return self._outlet.close(shard, writer, tally, min(self._chunk, self.config.batch_size))
 
-    def _ok_records(self, shard: Shard, earlier: Receipt) -> dict[int, list[Record]]:
-        """Return the existing records of the samples whose records are all ok, by the sample's index.
+    def _ok_rows(self, shard: Shard, earlier: Receipt) -> Kept:
+        """Return the existing rows of the samples whose rows are all ok, by the sample's index.
 
         There are none if the data file is not the receipt's, or if the receipt does not tell what the tar held.
         """
         raw = self._outlet.store.read(data_name(shard.name))
         if raw is None or earlier.content is None or hashlib.sha256(raw).hexdigest() != earlier.digest:
             return {}
-        records = read_records(pa.BufferReader(raw))
-        return {index: own for index, own in records.items() if all(record["status"] == OK for record in own)}
+        found = read_rows(pa.BufferReader(raw), self._task.schema)
+        return {index: own for index, own in found.items() if set(own["status"].to_pylist()) == {OK}}
 
-    def _batches(self, shard: Shard, kept: dict[int, list[Record]], tally: Tally) -> Generator[list[Item], None, None]:
-        """Yield decoded items in shard order. Every batch but the last has `batch_size` images, whatever the timing."""
-        batch: list[Item] = []
-        decoded = 0
-        depth, longest = AHEAD * self.config.batch_size, max(ROW_GROUP, self.config.batch_size)
-        read = prefetch(lambda: self._items(shard, kept, tally), depth, lambda item: item.sample.size)
-        with contextlib.closing(read) as items:
-            for item in items:
-                tally.seconds["decode"] += item.wait()
-                batch.append(item)
-                decoded += item.decoded is not None
-                if decoded == self.config.batch_size or len(batch) == longest:
-                    yield batch
-                    batch, decoded = [], 0
-        if batch:
-            yield batch
+    def _batches(self, shard: Shard, kept: Kept, tally: Tally) -> Generator[Batch, None, None]:
+        """Yield decoded batches in shard order. Every one but the last has `batch_size` images, whatever the timing."""
 
-    def _items(self, shard: Shard, kept: dict[int, list[Record]], tally: Tally) -> Iterator[Item]:
+        def decoded(pieces: Iterable[Piece]) -> Iterator[Batch]:
+            for piece in pieces:
+                batch, seconds = piece.wait()
+                tally.seconds["decode"] += seconds
+                yield batch
+
+        read = prefetch(lambda: self._pieces(shard, kept, tally), self._depth, lambda piece: piece.size)
+        with contextlib.closing(read) as pieces:
+            size = self.config.batch_size
+            yield from regroup(decoded(pieces), size, max(ROW_GROUP, size))
+
+    def _pieces(self, shard: Shard, kept: Kept, tally: Tally) -> Iterator[Piece]:
         """Yield samples as they are read, and start to decode them. Runs in the reader's thread."""
         samples = read_samples(shard, self._labels, named=self._members, as_listed=True)
         tally.content = 0
         while True:
             with tally.phase("read"):
-                sample = next(samples, None)
-                if sample is None:
-                    return
-                tally.content = fold(tally.content, sample)
-            yield self._item(sample, kept)
+                piece = Piece()
+                for sample in samples:
+                    tally.content = fold(tally.content, sample)
+                    self._add(piece, sample, kept)
+                    if len(piece.images) == self._piece or len(piece) == ROW_GROUP or piece.size >= _PIECE_BYTES:
+                        break
+            if not len(piece):
+                return
+            yield piece.start(self._decoders, self._decoder)
 
-    def _item(self, sample: Sample, kept: dict[int, list[Record]]) -> Item:
-        own = kept.get(sample.index, [])
-        if own and all(record["key"] == sample.key for record in own):
-            sample.release()
-            return Item(sample, kept=own)
-        problem = sample.problem or self._task.problem(sample)
-        if problem is not None or sample.image is None:
-            sample.release()
-            return Item(sample, problem=problem)
-        return Item(sample, self._decoders.submit(_timed, self._decode, sample, self.config.preprocess))
+    def _add(self, piece: Piece, sample: Sample, kept: Kept) -> None:
+        """Add a sample to a piece. Of one that is not decoded, the piece holds no bytes."""
+        label, own, image = sample.label, kept.get(sample.index), sample.image
+        if own is not None and set(own["key"].to_pylist()) == {sample.key}:
+            piece.kept[piece.add(sample.key, sample.index, label)] = own
+            return
+        problem = sample.problem or self._task.problem(sample, label)
+        if problem is None:
+            piece.add(sample.key, sample.index, label, image)
+        else:
+            piece.problems[piece.add(sample.key, sample.index, label)] = problem
 
-    def _submit(self, batch: list[Item]) -> Running | None:
-        """Start the task on the decoded items, in the device's thread."""
-        pixels = [item.decoded.pixels_HWC for item in batch if item.decoded is not None]
-        if not pixels:
+    def _submit(self, batch: Batch) -> Running | None:
+        """Start the task on the decoded samples, in the device's thread."""
+        pixels_DHWC, batch.pixels_DHWC = batch.pixels_DHWC, None
+        if pixels_DHWC is None:
             return None
-        samples = [item.sample for item in batch if item.decoded is not None]
-        inputs = [
-            torch.from_numpy(np.stack(pixels)),
-            torch.tensor([-1 if sample.label is None else sample.label for sample in samples]),
-            torch.tensor([zlib.crc32(f"{self.config.seed}/{sample.key}".encode()) for sample in samples]),
-        ]
+        labels = [-1 if label is None else label for label in map(batch.labels.__getitem__, batch.decoded)]
+        seeds = [zlib.crc32(f"{self.config.seed}/{batch.keys[at]}".encode()) for at in batch.decoded]
+        inputs = [pixels_DHWC, torch.tensor(labels), torch.tensor(seeds)]
         if self._device.type == "cuda":
-            inputs = [tensor.pin_memory() for tensor in inputs]
+            inputs = [tensor if tensor.is_cuda else tensor.pin_memory() for tensor in inputs]
         return self._compute.submit(self._run, *inputs)
 
     def _run(self, *inputs: torch.Tensor) -> list[Pending | None]:
@@ -225,9 +227,7 @@ class Processor:
             torch.cuda.empty_cache()
             return None
 
-    def _write(
-        self, writer: ShardWriter, shard: Shard, batch: list[Item], running: Running | None, tally: Tally
-    ) -> None:
+    def _write(self, writer: ShardWriter, shard: Shard, batch: Batch, running: Running | None, tally: Tally) -> None:
         explained = None
         if running is not None:
             with device_losses():
@@ -237,27 +237,14 @@ class Processor:
             tally.seconds["compute"] += sum(seconds for _, seconds in fitting)
             explained = Explained.concatenate([part for part, _ in fitting]) if fitting else None
         with self._outlet.writing(tally):
-            records = self._task.records(shard, batch, explained)
-            writer.write(records)
-        tally.count(len(batch), records)
+            rows = self._task.rows(shard, batch, explained)
+            writer.write(rows)
+        tally.count(len(batch), rows)
         self.images[shard.name] += len(batch)
 
-    def _refuse(self, batch: list[Item], parts: Sequence[object]) -> None:
+    def _refuse(self, batch: Batch, parts: Sequence[object]) -> None:
         """Give the images that did not fit in memory their status. Each was a part of its batch."""
         if None in parts:
             side = self.config.preprocess.crop
             reason = f"one image of {side} x {side} does not fit in the memory of {self._device}"
-            decoded = (item for item in batch if item.decoded is not None)
-            for item, part in zip(list(decoded), parts, strict=True):
-                if part is None:
-                    item.decoded, item.problem = None, (OUT_OF_MEMORY, reason)
-
-
-def _timed(decode: Decode, sample: Sample, preprocess: Preprocess) -> tuple[Decoded, float]:
-    """Return the decoded image and the seconds. The sample's bytes are not needed any more."""
-    since = time.perf_counter()
-    try:
-        decoded = decode(sample.image or b"", preprocess)
-    finally:
-        sample.release()
-    return decoded, time.perf_counter() - since
+            batch.refuse([slot for slot, part in enumerate(parts) if part is None], (OUT_OF_MEMORY, reason))

@@ -5,12 +5,13 @@ Shape suffixes: B batch, H W the network's input, h w a map's grid, N pixels, L 
 
 from collections.abc import Callable
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from saltern.pipeline.maps.boxes import largest_boxes
 from saltern.schemas.rules import Rule
 
 
@@ -40,23 +41,10 @@ def upsample(map_Bhw: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(map_Bhw[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
-def largest_box(mask_HW: np.ndarray) -> tuple[int, int, int, int] | None:
-    """Return the tight box of the largest 4-connected component of a bool (H, W) mask.
-
-    Returns:
-        x0, y0, x1, y1 in pixels, half-open; None for an empty mask. Of equally large components, the first in
-        raster order counts.
-    """
-    x, y, width, height = cv2.boundingRect(mask_HW.view(np.uint8))
-    if not width:
-        return None
-    inside_HW = mask_HW[y : y + height, x : x + width].view(np.uint8)
-    count, label_HW = cv2.connectedComponents(inside_HW, connectivity=4)
-    if count > 2:  # count sizes only if needed: it takes longer than labelling
-        largest = 1 + np.bincount(label_HW.ravel())[1:].argmax()
-        left, top, width, height = cv2.boundingRect((label_HW == largest).view(np.uint8))
-        x, y = x + left, y + top
-    return x, y, x + width, y + height
+def largest_box(mask_HW: NDArray[np.bool_]) -> tuple[int, int, int, int] | None:
+    """Return the tight box of the largest 4-connected component of a mask, as `largest_boxes`; None if it is empty."""
+    x0, y0, x1, y1 = largest_boxes(np.packbits(mask_HW[None], axis=2))[0].tolist()
+    return (x0, y0, x1, y1) if x1 else None
 
 
 def _mean(unit_BHW: Tensor, alpha: float) -> Tensor:

@@ -57,8 +57,22 @@ def pack_mask(mask_BHW: Tensor) -> Tensor:
     return ((bits_BN.view(torch.int64) * _GATHER) >> 56).to(torch.uint8)
 
 
+def unpack_masks(packed_BN: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[np.bool_]:
+    """Return packed bits as bool (B, height, width): the inverse of `pack_mask`."""
+    bits_BN = np.unpackbits(packed_BN, axis=1, count=shape[0] * shape[1])
+    mask_BHW: NDArray[np.bool_] = bits_BN.reshape(-1, *shape).view(np.bool_)
+    return mask_BHW
+
+
+def packed_rows(packed_BN: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[np.uint8]:
+    """Return packed masks with each row packed, and filled up, by itself: (B, height, bytes of a row)."""
+    if shape[1] % 8 == 0:
+        return packed_BN.reshape(len(packed_BN), shape[0], -1)
+    return np.packbits(unpack_masks(packed_BN, shape), axis=2)
+
+
 def unpack_mask(raw: bytes, shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """Return packed bits as a bool (height, width) array: the inverse of `pack_mask`.
+    """Return the packed bits of one mask as a bool (height, width) array.
 
     Raises:
         ValueError: the number of bytes does not fit the shape.
@@ -66,4 +80,5 @@ def unpack_mask(raw: bytes, shape: tuple[int, int]) -> NDArray[np.bool_]:
     count = shape[0] * shape[1]
     if len(raw) != -(-count // 8):  # numpy would cut or fill it without an error
         raise ValueError(f"{len(raw)} bytes are not a packed mask of {shape[0]} x {shape[1]} pixels")
-    return np.unpackbits(np.frombuffer(raw, np.uint8), count=count).reshape(shape).astype(np.bool_)
+    mask_HW: NDArray[np.bool_] = unpack_masks(np.frombuffer(raw, np.uint8)[None], shape)[0]
+    return mask_HW

@@ -1,4 +1,7 @@
-"""Place maps and boxes of the network's input in the original image."""
+"""Place maps and boxes of the network's input in the original image.
+
+Shape suffixes: R rows, h w a map's grid, H W the network's input, Y X pixels of the original.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,21 +16,21 @@ Numbers = NDArray[np.floating[Any]]
 
 
 def to_original(
-    box: tuple[int, int, int, int], geometry: tuple[float, float, float, float], height: int, width: int
-) -> list[int]:
-    """Convert a box from input pixels to the original's pixels: rounded, inside the image, at least one pixel.
+    box_R4: NDArray[Any], geometry_R4: NDArray[np.float64], size_R2: NDArray[np.int32]
+) -> NDArray[np.int64]:
+    """Convert boxes from input pixels to the original's pixels: rounded, inside the image, at least one pixel.
 
     Args:
-        box: x0, y0, x1, y1, half-open, pixels of the network's input.
-        geometry: scale x, scale y, offset x, offset y (see saltern.schemas.saliency).
-        height, width: of the upright original, pixels.
+        box_R4: x0, y0, x1, y1, half-open, pixels of the network's input.
+        geometry_R4: scale x, scale y, offset x, offset y (see saltern.schemas.saliency).
+        size_R2: height and width of the upright original, pixels.
     """
-    scale_x, scale_y, offset_x, offset_y = geometry
-    x0 = min(max(round(offset_x + scale_x * box[0]), 0), width - 1)
-    y0 = min(max(round(offset_y + scale_y * box[1]), 0), height - 1)
-    x1 = min(max(round(offset_x + scale_x * box[2]), x0 + 1), width)
-    y1 = min(max(round(offset_y + scale_y * box[3]), y0 + 1), height)
-    return [x0, y0, x1, y1]
+    scale_R4, offset_R4 = geometry_R4[:, [0, 1, 0, 1]], geometry_R4[:, [2, 3, 2, 3]]
+    edge_R4 = np.rint(offset_R4 + scale_R4 * box_R4).astype(np.int64)
+    last_R2 = size_R2[:, ::-1]
+    begin_R2 = edge_R4[:, :2].clip(0, last_R2 - 1)
+    end_R2 = np.minimum(np.maximum(edge_R4[:, 2:], begin_R2 + 1), last_R2)
+    return np.concatenate([begin_R2, end_R2], 1)
 
 
 def whole_image(height: int, width: int) -> Box:

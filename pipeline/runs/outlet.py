@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from saltern.pipeline.runs.manifest import data_name
 from saltern.pipeline.runs.reasons import Reasons
-from saltern.pipeline.runs.writer import Record, ShardWriter
+from saltern.pipeline.runs.writer import ShardWriter
 from saltern.pipeline.storage.session import own_folder
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.errors import OutputError
@@ -62,12 +63,18 @@ class Tally:
         finally:
             self.seconds[name] += time.perf_counter() - since
 
-    def count(self, samples: int, records: list[Record]) -> None:
+    def count(self, samples: int, rows: pa.RecordBatch) -> None:
+        """Add samples and their rows."""
         self.samples += samples
-        self.statuses.update(record["status"] for record in records)
-        for record in records:
-            if record["status"] != OK:
-                self.reasons.add(f"{record['status']}: {record.get('error')}")
+        if pc.all(pc.equal(rows["status"], OK)).as_py():
+            self.statuses[OK] += rows.num_rows
+            return
+        table = pa.table({"status": rows["status"], "error": rows["error"]})
+        counted = table.group_by(table.column_names, use_threads=False).aggregate([([], "count_all")])
+        for row in counted.to_pylist():
+            self.statuses[row["status"]] += row["count_all"]
+            if row["status"] != OK:
+                self.reasons.add(f"{row['status']}: {row['error']}", row["count_all"])
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from saltern.pipeline.maps.discretize import upsample
 from saltern.pipeline.maps.encode import dequantise, unpack_mask
 from saltern.pipeline.maps.frame import over_frame
+from saltern.pipeline.runs.columns import Record
 from saltern.pipeline.runs.datafile import reading, reading_data
 from saltern.pipeline.runs.manifest import data_name, load_run_folder, read_receipts
 from saltern.pipeline.runs.places import move, readable
-from saltern.pipeline.runs.writer import Record
 from saltern.pipeline.shards.samples import Sample, read_samples
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import EXTRACT, ExtractConfig

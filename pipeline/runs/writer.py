@@ -1,21 +1,19 @@
-"""Write records into one Parquet file in the scratch folder, row group by row group, so that memory stays constant."""
+"""Write rows into one Parquet file in the scratch folder, row group by row group, so that memory stays constant."""
 
 import contextlib
 import hashlib
 import uuid
-from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from saltern.pipeline.storage.files import fsync
 
 ROW_GROUP = 512  # rows; 512 float16 maps of 224 x 224 take 50 MB
-
-Record = dict[str, Any]  # one row by column name; a column that is absent is null
 
 
 class Written(NamedTuple):
@@ -33,7 +31,7 @@ class ShardWriter:
     def __init__(self, scratch: Path, schema: pa.Schema):
         self._path = scratch / f"{uuid.uuid4().hex}.parquet"
         self._schema = schema
-        self._records: list[Record] = []
+        self._held: list[pa.RecordBatch] = []  # less than a row group
         self._count = 0
         # Every map, mask and picture differs, so a dictionary or statistics of them would only cost.
         plain = [field.name for field in schema if _is_bytes(field.type)]
@@ -49,22 +47,24 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def write(self, records: Iterable[Record]) -> None:
-        """Add records; full row groups are written at once."""
-        self._records.extend(records)
-        while len(self._records) >= ROW_GROUP:
-            self._flush(ROW_GROUP)
+    def write(self, rows: pa.RecordBatch) -> None:
+        """Add rows; full row groups are written at once."""
+        self._held.append(rows)
+        if sum(held.num_rows for held in self._held) >= ROW_GROUP:
+            rows = pa.concat_batches(self._held)
+            while rows.num_rows >= ROW_GROUP:
+                self._flush(rows.slice(0, ROW_GROUP))
+                rows = rows.slice(ROW_GROUP)
+            self._held = [rows]
 
-    def _flush(self, count: int) -> None:
-        records, self._records = self._records[:count], self._records[count:]
-        columns = [pa.array([record.get(field.name) for record in records], field.type) for field in self._schema]
-        self._file.write_batch(pa.record_batch(columns, schema=self._schema), row_group_size=count)
-        self._count += count
+    def _flush(self, group: pa.RecordBatch) -> None:
+        self._file.write_batch(group, row_group_size=ROW_GROUP)
+        self._count += group.num_rows
 
     def close(self) -> Written:
         """Finish the file and read its footer back."""
-        if self._records:
-            self._flush(len(self._records))
+        if any(held.num_rows for held in self._held):
+            self._flush(pa.concat_batches(self._held))
         self._file.close()
         rows = pq.read_metadata(self._path).num_rows
         if rows != self._count:
@@ -84,12 +84,21 @@ class ShardWriter:
             self._path.unlink(missing_ok=True)
 
 
-def read_records(path: Path | pa.BufferReader) -> dict[int, list[Record]]:
-    """Return the records of a data file by the index of their sample."""
-    records: dict[int, list[Record]] = {}
-    for record in pq.read_table(path).to_pylist():
-        records.setdefault(record["index"], []).append(record)
-    return records
+def read_rows(source: Path | pa.BufferReader, schema: pa.Schema) -> dict[int, pa.RecordBatch]:
+    """Return the rows of a data file, in the form of `schema`, by the index of their sample."""
+    table = pq.read_table(source).combine_chunks()
+    arrays = [
+        table[field.name].cast(field.type).combine_chunks()
+        if field.name in table.column_names
+        else pa.nulls(table.num_rows, field.type)
+        for field in schema
+    ]
+    every, found = pa.record_batch(arrays, schema=schema), dict[int, pa.RecordBatch]()
+    index_R = table["index"].to_numpy()
+    first = np.flatnonzero(np.diff(index_R, prepend=-1))
+    for start, stop in zip(first.tolist(), [*first[1:].tolist(), len(index_R)], strict=False):
+        found[int(index_R[start])] = every.slice(start, stop - start)
+    return found
 
 
 def _is_bytes(kind: pa.DataType) -> bool:

@@ -5,6 +5,7 @@ second archive in the same file. Samples would be lost without a message.
 """
 
 import gzip
+import io
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -27,9 +28,10 @@ _COMPRESSED = {
     b"PK\3\4": "zip; unpack it with `unzip`, and pack its images with `saltern pack`",
 }
 _PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
-_EXTENSIONS = (*_PAX, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-_LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
-_DATALESS = (*_LINKS, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
+_EXTENSIONS = {*_PAX, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
+_LINKS = {tarfile.LNKTYPE, tarfile.SYMTYPE}
+_FILES = {*tarfile.REGULAR_TYPES, *_LINKS}
+_DATALESS = {*_LINKS, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE}
 _KNOWN = {*tarfile.REGULAR_TYPES, *_EXTENSIONS, *_DATALESS, b"D", b"V"}  # folders and labels of volumes by GNU tar
 
 
@@ -46,7 +48,7 @@ class Tape:
 
     Args:
         url: the shard's URL, for messages.
-        source: stream of the tar's bytes, decompressed.
+        source: stream of the tar's bytes, decompressed, whose `read` returns less only at the end.
         total: number of these bytes; None if it is not known.
         seekable: skip data that nobody reads by seeking. Needs `total`.
     """
@@ -69,7 +71,8 @@ class Tape:
                 name = extended.get("path", b"").decode("utf-8", "surrogateescape") or name
                 if extended.get("size", b"%d" % size) != b"%d" % size:
                     raise self.error("a tar header that cannot be followed, as it gives two sizes,")
-            self._check(name, kind, size)
+            if kind != tarfile.REGTYPE or size < 0:
+                self._check(name, kind, size)
             padded = 0 if kind in _DATALESS else -(-size // BLOCK) * BLOCK
             self.position += BLOCK
             end = self.position + padded
@@ -79,9 +82,10 @@ class Tape:
                 extended |= self._extension(kind, self.read(size))
             else:
                 self._member, extended = name, {}
-                if kind in tarfile.REGULAR_TYPES or kind in _LINKS:
+                if kind in _FILES:
                     yield Entry(name, size, kind in _LINKS)
-            self._skip_to(end)
+            if self.position < end:
+                self._skip_to(end)
         if extended:
             raise self.error("the tar ends before the member of a long name")
 
@@ -94,7 +98,7 @@ class Tape:
         return data
 
     def _skip_to(self, position: int) -> None:
-        if self._seekable and self.position < position:
+        if self._seekable:
             self._source.seek(position)
             self.position = position
         while self.position < position:
@@ -104,8 +108,6 @@ class Tape:
         """Return `size` bytes, fewer only at the end of the stream."""
         try:
             data: bytes = self._source.read(size)
-            while len(data) < size and (more := self._source.read(size - len(data))):
-                data += more
         except EOFError as error:
             raise self.error("the gzip stream is cut; its tar ends") from error
         except (zlib.error, gzip.BadGzipFile) as error:
@@ -117,7 +119,7 @@ class Tape:
         block = self._fetch(BLOCK)
         if len(block) < BLOCK:
             raise self._cut(block)
-        if block.count(0) < BLOCK:
+        if block[0] or block.count(0) < BLOCK:
             return block
         self._check_end()
         return b""
@@ -221,13 +223,15 @@ def _pax_records(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _parse(block: bytes) -> tuple[str, bytes, int]:
-    """Return name, type and size of a header. A plain file takes a third of the time that tarfile takes.
+    """Return name, type and size of a header. A plain file takes a fifth of the time that tarfile takes.
 
     Raises:
         tarfile.HeaderError, ValueError: the block is not a header.
     """
     try:
-        plain = int(block[148:154], 8) == sum(block) - sum(block[148:156]) + 8 * ord(" ")
+        # Adler-32 begins with the sum, plus 1, of the bytes modulo 65521, which the sum of half a block cannot reach.
+        halves = (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2
+        plain = int(block[148:154], 8) == halves - sum(block[148:156]) + 8 * ord(" ")
         size = int(block[124:136].rstrip(b"\0"), 8)
     except ValueError:
         plain = False
@@ -238,20 +242,30 @@ def _parse(block: bytes) -> tuple[str, bytes, int]:
     return info.name, info.type, info.size
 
 
-class Source:
+class Source(io.RawIOBase):
     """A stream of known length. An early end is a broken connection, which can be tried again."""
 
     def __init__(self, stream: Any, url: str, size: int) -> None:
+        super().__init__()
         self._stream, self._url, self._size = stream, url, size
         self._at = 0
 
-    def read(self, size: int = -1) -> bytes:
-        data: bytes = self._stream.read(None if size < 0 else size)
-        self._at += len(data)
-        if not data and size and self._at < self._size:
-            raise ConnectionError(f"{self._url}: the stream ended at byte {self._at} of {self._size}")
-        return data
+    def readable(self) -> bool:
+        return True
 
-    def seek(self, position: int) -> None:
-        self._stream.seek(position)
-        self._at = position
+    def readinto(self, buffer: Any) -> int:
+        count: int = self._stream.readinto(buffer)
+        self._at += count
+        if not count and len(buffer) and self._at < self._size:
+            raise ConnectionError(f"{self._url}: the stream ended at byte {self._at} of {self._size}")
+        return count
+
+    def seekable(self) -> bool:
+        return bool(self._stream.seekable())
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        self._at = self._stream.seek(position, whence)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at

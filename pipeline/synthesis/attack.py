@@ -5,13 +5,16 @@ Shape suffixes: B batch, C H W the network's input, K classes.
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from saltern.pipeline.engine.conduct import Job
+from saltern.pipeline.extract.batch import Batch
 from saltern.pipeline.extract.extraction import load_method
 from saltern.pipeline.extract.processor import Processor
 from saltern.pipeline.extract.request import (
@@ -21,15 +24,15 @@ from saltern.pipeline.extract.request import (
     new_run,
     wanted_shards,
 )
-from saltern.pipeline.extract.task import STATUSES, Explained, Item, Pending, assemble
+from saltern.pipeline.extract.rows import Rows
+from saltern.pipeline.extract.task import STATUSES, Explained, Pending
 from saltern.pipeline.extract.tryout import is_proven, try_gradient, try_method
 from saltern.pipeline.maps.discretize import upsample
 from saltern.pipeline.methods import find
 from saltern.pipeline.models.passes import frozen, logits_of
+from saltern.pipeline.runs.columns import numbers
 from saltern.pipeline.runs.datafile import data_schema
 from saltern.pipeline.runs.outlet import Spec
-from saltern.pipeline.runs.writer import Record
-from saltern.pipeline.shards.decode import Decoded
 from saltern.pipeline.shards.samples import Sample
 from saltern.pipeline.show.grid import png
 from saltern.pipeline.synthesis.attack_report import close
@@ -165,22 +168,28 @@ class Attack:
             image=((image_BCHW + p_BCHW) * 255).round().to(torch.uint8).permute(0, 2, 3, 1),
         )
 
-    def problem(self, sample: Sample) -> None:
+    def problem(self, sample: Sample, label: int | None) -> None:
         """Return None: the attacked class is the model's own, so no label is needed."""
 
-    def records(self, shard: Shard, batch: list[Item], explained: Explained | None) -> list[Record]:
-        return assemble(shard, batch, explained, _describe, _REASONS)
+    def rows(self, shard: Shard, batch: Batch, explained: Explained | None) -> pa.RecordBatch:
+        return Rows(self.schema, partial(_describe, self.schema), _REASONS)(shard, batch, explained)
 
     def close(self) -> None:
         self._method.close()
 
 
-def _describe(decoded: Decoded, columns: dict[str, NDArray[Any]], row: int, status: str) -> Record:
-    """Return the columns of one attacked image; pictures as PNG."""
-    if status == NONFINITE:
-        return {}
-    record: Record = {
-        name: png(column[row]) if column[row].ndim else column[row].item() for name, column in columns.items()
-    }
-    plain = record["plain_norm"]
-    return {**record, "norm_reduction": 1 - record["guided_norm"] / plain if plain else None}
+def _describe(schema: pa.Schema, batch: Batch, slot_R: NDArray[np.intp], explained: Explained) -> dict[str, pa.Array]:
+    """Return the columns of attacked images; pictures as PNG."""
+    none_R = explained.status_R == STATUSES.index(NONFINITE)
+    columns = {}
+    for name, values in explained.columns.items():
+        if values.ndim == 1:
+            columns[name] = numbers(values, schema.field(name).type, none_R)
+        else:
+            pictures = [None if none else png(each) for each, none in zip(values, none_R, strict=True)]
+            columns[name] = pa.array(pictures, pa.binary())
+    plain_R, guided_R = (explained.columns[f"{side}_norm"].astype(np.float64) for side in SIDES)
+    still_R = plain_R == 0
+    reduction_R = 1 - guided_R / np.where(still_R, 1, plain_R)
+    columns["norm_reduction"] = numbers(reduction_R.astype(np.float32), pa.float32(), none_R | still_R)
+    return columns

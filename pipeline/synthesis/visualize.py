@@ -25,11 +25,11 @@ from saltern.pipeline.extract.task import device_losses, out_of_memory
 from saltern.pipeline.extract.tryout import is_proven, try_gradient
 from saltern.pipeline.models.passes import frozen, logits_of
 from saltern.pipeline.models.presets import adapt
+from saltern.pipeline.runs.columns import Record, from_records
 from saltern.pipeline.runs.datafile import data_schema
 from saltern.pipeline.runs.manifest import picture_name
 from saltern.pipeline.runs.outlet import Made, Outlet, Spec, Tally
 from saltern.pipeline.runs.reader import read_columns
-from saltern.pipeline.runs.writer import Record
 from saltern.pipeline.show.grid import png, publish_grid
 from saltern.pipeline.storage.store import Store
 from saltern.pipeline.synthesis.ascend import Peak, ascend, start
@@ -145,13 +145,14 @@ class Visualizer:
             tally.seconds["compute"] += seconds
             with self._outlet.writing(tally):
                 records = self._records(shard, peak)
-                writer.write(records)
+                rows = from_records(records, self._schema)
+                writer.write(rows)
             pictures = {
                 picture_name(record["target"], self._run.class_names): self._outlet.add(record["image"], tally)
                 for record in records
                 if "image" in record
             }
-            tally.count(len(records), records)
+            tally.count(len(records), rows)
             made = self._outlet.close(shard, writer, tally, self._config.batch_size, pictures)
         return made
 

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 from making import Members, picture, write_tar
+from naive_rows import original_box
 from numpy.typing import NDArray
 
 from saltern.pipeline.maps.discretize import discretize, largest_box, upsample
 from saltern.pipeline.maps.encode import pack_mask, quantise
-from saltern.pipeline.maps.frame import to_original
+from saltern.pipeline.runs.columns import Record, from_records
 from saltern.pipeline.runs.datafile import data_schema
 from saltern.pipeline.runs.manifest import data_name, receipt_name
-from saltern.pipeline.runs.writer import Record, ShardWriter
+from saltern.pipeline.runs.writer import ShardWriter
 from saltern.pipeline.shards.decode import decode
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import ExtractConfig, config_from_dict
@@ -118,7 +119,7 @@ def _row(made: Made, shard: str, key: str, index: int, target: int, grid: tuple[
         "target": (index + target) % 10, "score": 1 / (1 + index + target),
         "mask": pack_mask(mask_1HW).numpy().tobytes(), "mask_threshold": float(threshold),
         "mask_area": float(mask_1HW.float().mean()),
-        "boxes": [to_original(box, decoded.geometry, decoded.image_height, decoded.image_width)],
+        "boxes": [original_box(box, decoded.geometry, decoded.image_height, decoded.image_width)],
         "image_height": decoded.image_height, "image_width": decoded.image_width, "geometry": list(decoded.geometry),
         "status": OK,
     }  # fmt: skip
@@ -134,8 +135,9 @@ def write_shard(made: Made, number: int, samples: int, rows: list[Record], grid:
     shard, cfg = made.run.shards[number], made.run.config_of(ExtractConfig)
     measured = {"map_shape": list(grid) if cfg.save_map else None, "map_clip_quantile": None}
     store = Store(str(made.path))
-    with ShardWriter(made.path, data_schema(made.run, measured)) as writer:
-        writer.write(rows)
+    schema = data_schema(made.run, measured)
+    with ShardWriter(made.path, schema) as writer:
+        writer.write(from_records(rows, schema))
         written = writer.close()
     store.move(written.path.name, data_name(shard.name))
     statuses = dict(Counter(row["status"] for row in rows))

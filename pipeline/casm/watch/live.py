@@ -3,6 +3,7 @@
 Shape suffixes: B batch, C H W the network's input, K classes, h w the decoder's grid.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,14 +11,15 @@ import torch
 from torch import Tensor
 
 from saltern.pipeline.casm.algorithm.step import Training
+from saltern.pipeline.extract.batch import Batch
 from saltern.pipeline.extract.explain import Explainer
-from saltern.pipeline.extract.extraction import REASONS, Storage
-from saltern.pipeline.extract.task import Item, assemble
+from saltern.pipeline.extract.extraction import Storage
 from saltern.pipeline.methods import Method
 from saltern.pipeline.runs.reader import Layout, Row
 from saltern.schemas.config import Preprocess
 from saltern.schemas.rules import Rule, Target
 from saltern.schemas.run import Shard
+from saltern.schemas.saliency import table_schema
 
 
 class LiveRows:
@@ -25,7 +27,7 @@ class LiveRows:
 
     Args:
         training: whose networks are used; this changes nothing about its next steps.
-        preprocess: of the pixels in the items.
+        preprocess: of the pixels in the batches.
         class_numbers: the model's numbers of the classes in play, in the order of the logits.
     """
 
@@ -37,23 +39,17 @@ class LiveRows:
         )
         self._class_numbers = np.asarray(class_numbers)
 
-    def __call__(self, shard: Shard, items: Sequence[Item]) -> list[Row]:
-        """Wait for the decoding of the items, and return a row for each."""
-        for item in items:
-            item.wait()
-        pixels = [item.decoded.pixels_HWC for item in items if item.decoded is not None]
+    def __call__(self, shard: Shard, batch: Batch) -> list[Row]:
+        """Return a row for each sample of the batch."""
         explained, grid = None, None
-        if pixels:
-            label_B = torch.zeros(len(pixels), dtype=torch.long)  # not used: masks have no target
-            explained = self._explain(torch.from_numpy(np.stack(pixels)), label_B).wait()[0]
+        if batch.pixels_DHWC is not None:
+            label_D = torch.zeros(len(batch.decoded), dtype=torch.long)  # not used: masks have no target
+            explained = self._explain(batch.pixels_DHWC, label_D).wait()[0]
             columns = explained.columns
             columns["predicted"], grid = self._class_numbers[columns["predicted"]], columns["map"].shape[1:]
-        storage = Storage(grid, True, self._layout.input_shape)
-        records = assemble(shard, items, explained, storage.describe, REASONS)
-        for record in records:
-            if "geometry" in record:  # Parquet stores it as float32
-                record["geometry"] = np.asarray(record["geometry"], np.float32).tolist()
-        return [Row.from_record(self._layout, record) for record in records]
+        schema = table_schema(None if grid is None else math.prod(grid))
+        rows = Storage(grid, True, self._layout.input_shape).rows(schema)(shard, batch, explained)
+        return [Row.from_record(self._layout, record) for record in rows.to_pylist()]
 
 
 class _Live(Method):

@@ -20,12 +20,12 @@ from saltern.pipeline.casm.algorithm.step import Average, Training
 from saltern.pipeline.casm.watch import curves
 from saltern.pipeline.casm.watch.live import LiveRows
 from saltern.pipeline.casm.watch.mask_page import Chosen, mask_page
-from saltern.pipeline.extract.task import Item
+from saltern.pipeline.extract.batch import Batch, Piece, join
 from saltern.pipeline.metrics.evaluate import Mean
 from saltern.pipeline.metrics.judge import AS_IS, Judged
 from saltern.pipeline.runs.reader import Row
 from saltern.pipeline.shards.annotations import read_annotation
-from saltern.pipeline.shards.decode import decode
+from saltern.pipeline.shards.decoder import Decoder, make_decoder
 from saltern.pipeline.shards.prefetch import prefetch
 from saltern.pipeline.shards.samples import Sample, list_keys, read_samples
 from saltern.pipeline.storage.files import write
@@ -35,6 +35,7 @@ from saltern.schemas.run import Shard
 
 LINES = "validation.jsonl"
 AHEAD = 2  # batches decoded before they are needed
+_Batch = tuple[Shard, Sequence[Sample], list[Piece]]  # with its samples
 _MEASURED = ("le", "f1", "top1", "mask", "damaged")  # a mean of each, in [0, 1]
 
 
@@ -81,8 +82,9 @@ class Validation:
             self._decoders() as pool,
             contextlib.closing(prefetch(lambda: self._batches(pool, chosen), AHEAD, _size)) as batches,
         ):
-            for shard, items in batches:
-                _add(means, items, live(shard, items), in_play)
+            for shard, samples, pieces in batches:
+                batch = _joined(pieces)
+                _add(means, samples, batch, live(shard, batch), in_play)
         # All ranks exchange their sums here.
         sums = torch.tensor([astuple(mean) for mean in means.values()], dtype=torch.float64, device=training.device)
         self.average([sums])
@@ -105,13 +107,25 @@ class Validation:
     def _decoders(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self.threads, "saltern-decode")
 
-    def _batches(self, pool: ThreadPoolExecutor, chosen: Chosen) -> Iterator[tuple[Shard, list[Item]]]:
+    def _batches(self, pool: ThreadPoolExecutor, chosen: Chosen) -> Iterator[_Batch]:
         """Yield batches of this rank's samples, each of one shard, while their images are decoded."""
-        numbers = count()
+        numbers, decoder = count(), make_decoder(self.preprocess)
         for shard in self.shards:
             own = self._own(shard, numbers, chosen)
-            while batch := list(islice(own, self.batch_size)):
-                yield shard, [self._item(pool, sample) for sample in batch]
+            while samples := list(islice(own, self.batch_size)):
+                yield shard, samples, self._pieces(pool, decoder, samples)
+
+    def _pieces(self, pool: ThreadPoolExecutor, decoder: Decoder, samples: Sequence[Sample]) -> list[Piece]:
+        """Start to decode samples, a piece of them in each thread."""
+        pieces, each = [], -(-len(samples) // self.threads)
+        for start in range(0, len(samples), each):
+            piece = Piece()
+            for sample in samples[start : start + each]:
+                at = piece.add(sample.key, sample.index, sample.label, None if sample.problem else sample.image)
+                if sample.problem is not None:
+                    piece.problems[at] = sample.problem
+            pieces.append(piece.start(pool, decoder))
+        return pieces
 
     def _own(self, shard: Shard, numbers: Iterator[int], chosen: Chosen) -> Generator[Sample, None, None]:
         for sample in read_samples(shard, self.labels):
@@ -120,17 +134,13 @@ class Validation:
             if next(numbers) % self.world == self.rank:
                 yield sample
 
-    def _item(self, pool: ThreadPoolExecutor, sample: Sample) -> Item:
-        if sample.problem is not None or sample.image is None:
-            return Item(sample, problem=sample.problem)
-        return Item(sample, pool.submit(lambda data: (decode(data, self.preprocess), 0.0), sample.image))
-
     def _write(self, line: dict[str, float], live: LiveRows, chosen: Chosen) -> None:
         step = int(line["step"])
         self._write_lines([*(old for old in curves.read(self.root / LINES) if old["step"] < step), line])
         with self._decoders() as pool:
-            items = [(shard, self._item(pool, sample)) for shard, sample in chosen.samples()]
-            shown = [(item.sample, live(shard, [item])[0]) for shard, item in items]
+            decoder = make_decoder(self.preprocess)
+            started = [(shard, sample, self._pieces(pool, decoder, [sample])) for shard, sample in chosen.samples()]
+            shown = [(sample, live(shard, _joined(pieces))[0]) for shard, sample, pieces in started]
         page = mask_page(line, shown, chosen.names, self.preprocess.mean)
         write(self.root / "masks" / f"{step}.html", page.encode())
         curves.draw(self.root)
@@ -146,12 +156,19 @@ class Validation:
         write(self.root / LINES, "".join(json.dumps(line) + "\n" for line in plain).encode())
 
 
-def _add(means: dict[str, Mean], items: Sequence[Item], rows: Sequence[Row], in_play: frozenset[int]) -> None:
+def _joined(pieces: Sequence[Piece]) -> Batch:
+    """Wait for the pieces of a batch."""
+    return join([piece.wait()[0] for piece in pieces])
+
+
+def _add(
+    means: dict[str, Mean], samples: Sequence[Sample], batch: Batch, rows: Sequence[Row], in_play: frozenset[int]
+) -> None:
     """Judge the rows of a batch, and add the results to the means."""
     judged = Judged(AS_IS)
-    for item, row in zip(items, rows, strict=True):
-        judged.add(item.sample, [row])
-        means["damaged"].add(item.decoded is None)
+    for at, (sample, row) in enumerate(zip(samples, rows, strict=True)):
+        judged.add(sample, [row])
+        means["damaged"].add(at in batch.problems)
         if row.label in in_play:
             means["top1"].add(row.predicted == row.label)
         if row.map_bytes is not None:
@@ -175,8 +192,8 @@ def _line(step: int, means: dict[str, Mean], world: int) -> dict[str, float]:
     }
 
 
-def _size(batch: tuple[Shard, list[Item]]) -> int:
-    return sum(item.sample.size for item in batch[1])
+def _size(batch: _Batch) -> int:
+    return sum(sample.size for sample in batch[1])
 
 
 def _check(shards: Sequence[Shard]) -> None:

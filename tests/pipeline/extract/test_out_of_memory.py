@@ -8,7 +8,7 @@ import pytest
 from extracting import extract
 from images import encoded
 from making import HELPERS, picture, write_tar
-from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 
 from saltern.pipeline.shards.decode import DecodeError, decode
 from saltern.schemas.config import Preprocess
@@ -67,16 +67,16 @@ def test_an_image_is_decoded_a_second_time_when_others_may_have_taken_the_memory
     refusals: int, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = [refusals]
-    load = JpegImageFile.load
+    load = PngImageFile.load
 
-    def load_or_refuse(image: JpegImageFile) -> object:
+    def load_or_refuse(image: PngImageFile) -> object:
         left[0] -= 1
         if left[0] >= 0:
             raise MemoryError
         return load(image)
 
-    shard = write_tar(tmp_path / "in.tar", [("s", {"jpg": picture(1)})])
-    monkeypatch.setattr(JpegImageFile, "load", load_or_refuse)
+    shard = write_tar(tmp_path / "in.tar", [("s", {"png": picture(1, kind="PNG")})])
+    monkeypatch.setattr(PngImageFile, "load", load_or_refuse)
     extract(shard, tmp_path / "run", method="odd_methods:Mean", **SETTINGS)
     assert results(tmp_path / "run", "status") == [status]
 

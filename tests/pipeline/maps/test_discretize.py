@@ -2,18 +2,15 @@
 
 import itertools
 import math
-import random
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage
 from skimage.filters import threshold_otsu
 from torch import Tensor
 
-from saltern.pipeline.maps.discretize import discretize, largest_box, upsample
-from saltern.pipeline.maps.frame import to_original
+from saltern.pipeline.maps.discretize import discretize, upsample
 from saltern.schemas.errors import UserError
 from saltern.schemas.rules import Rule
 
@@ -142,68 +139,6 @@ def test_what_is_no_rule_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(UserError, match="--discretize") as caught:
         Rule.parse(text)
     assert "\n" not in str(caught.value)
-
-
-def box_naive(mask_HW: NDArray[np.bool_]) -> tuple[int, int, int, int] | None:
-    labels, count = ndimage.label(mask_HW)  # 4-connected, numbered in raster order
-    if not count:
-        return None
-    sizes = [int((labels == label).sum()) for label in range(1, count + 1)]
-    ys, xs = np.nonzero(labels == 1 + sizes.index(max(sizes)))
-    return int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
-
-
-@pytest.mark.parametrize("density", [0.02, 0.2, 0.4, 0.55, 0.7, 0.95])
-def test_largest_box_equals_scipy(density: float) -> None:
-    generator = np.random.default_rng(int(density * 100))
-    for height, width in [(1, 1), (1, 40), (17, 1), (8, 8), (23, 31), (64, 64)] * 10:
-        mask_HW = generator.random((height, width)) < density
-        assert largest_box(mask_HW) == box_naive(mask_HW)
-
-
-def test_largest_box_on_small_cases() -> None:
-    assert largest_box(np.zeros((5, 6), bool)) is None
-    assert largest_box(np.ones((5, 6), bool)) == (0, 0, 6, 5)
-    corners = np.eye(4, dtype=bool)  # touching corners do not connect; the first of equals counts
-    assert largest_box(corners) == (0, 0, 1, 1)
-    two = np.zeros((5, 9), bool)
-    two[0, 0:3] = two[4, 4:8] = True
-    assert largest_box(two) == (4, 4, 8, 5)
-    assert largest_box(two.T) == (4, 4, 5, 8)  # a view that is not contiguous
-
-
-def test_to_original_of_an_untouched_image_is_the_box() -> None:
-    for box in itertools.product(range(4), range(4), range(4, 8), range(4, 8)):
-        assert to_original(box, (1.0, 1.0, 0.0, 0.0), 8, 8) == list(box)
-
-
-def test_to_original_follows_a_resize_and_crop() -> None:
-    # 640 x 480, shorter side to 256, centre crop 224: one input pixel is 1.875 original ones.
-    geometry = (1.875, 1.875, 110.0, 30.0)
-    assert to_original((0, 0, 224, 224), geometry, 480, 640) == [110, 30, 530, 450]
-    assert to_original((100, 50, 101, 52), geometry, 480, 640) == [298, 124, 299, 128]
-
-
-def test_to_original_stays_inside_and_never_empties() -> None:
-    source = random.Random(0)
-    for _ in range(3000):
-        height, width, side = source.randint(1, 900), source.randint(1, 900), source.choice([1, 7, 224])
-        scale = min(height, width) / source.randint(side, 2 * side)
-        geometry = (scale, scale, (width - scale * side) / 2, (height - scale * side) / 2)
-        x0, y0 = source.randrange(side), source.randrange(side)
-        box = (x0, y0, source.randint(x0 + 1, side), source.randint(y0 + 1, side))
-        left, top, right, bottom = to_original(box, geometry, height, width)
-        assert 0 <= left < right <= width
-        assert 0 <= top < bottom <= height
-        exact = [geometry[2 + i % 2] + scale * box[i] for i in range(4)]
-        # Within half a pixel, except for smaller boxes, of which one pixel is kept.
-        slack = 0.5 if min(exact[2] - exact[0], exact[3] - exact[1]) >= 1 else 1.5
-        assert all(abs(a - b) <= slack + 1e-6 for a, b in zip((left, top, right, bottom), exact, strict=True))
-
-
-@pytest.mark.parametrize("box", [(0, 0, 1, 1), (6, 6, 7, 7), (0, 0, 7, 7)])
-def test_to_original_on_an_image_of_one_pixel(box: tuple[int, int, int, int]) -> None:
-    assert to_original(box, (1 / 7, 1 / 7, 0.0, 0.0), 1, 1) == [0, 0, 1, 1]
 
 
 def upsample_naive(map_hw: NDArray[np.float64], height: int, width: int) -> NDArray[np.float64]:

@@ -14,11 +14,12 @@ import pytest
 from made_run import CROP, SIZE, Made, make_run, write_shard
 from making import picture, write_tar
 from naive_metrics import HEIGHT, WIDTH, filled, inclusive, naive_f1, naive_iou, naive_mask, some_box
+from naive_rows import original_box
 from pages import members
 from typer.testing import CliRunner
 
 from saltern.jobs.main import app
-from saltern.pipeline.maps.frame import over_frame, to_original
+from saltern.pipeline.maps.frame import over_frame
 from saltern.pipeline.metrics.evaluate import evaluate
 from saltern.pipeline.metrics.judge import COLUMNS
 from saltern.pipeline.metrics.localization import centre_box
@@ -115,7 +116,7 @@ def test_boxes_go_through_the_geometry_of_the_crop(tmp_path: Path) -> None:
     """A true box is hit at the mask's box in the original, and not at the same numbers in input pixels."""
     made = make_run(tmp_path, shards=1, json=BLANK)
     row = next(iter(open_run(str(made.path))))
-    box = to_original((20, 2, 30, 8), tuple(row.geometry), HEIGHT, WIDTH)
+    box = original_box((20, 2, 30, 8), tuple(row.geometry), HEIGHT, WIDTH)
     alter(made, boxes=[box])
     annotate(made, lambda key: inclusive(tuple(box) if key == "s0k0" else (20, 2, 30, 8)))
     evaluate(str(made.path))

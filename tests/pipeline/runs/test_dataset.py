@@ -11,11 +11,11 @@ import pytest
 import torch
 from made_run import CROP, SIZE, make_run
 from making import picture, write_tar
+from naive_rows import original_box
 from torch import distributed
 from torch.utils.data import DataLoader
 
 from saltern.pipeline.maps.discretize import largest_box
-from saltern.pipeline.maps.frame import to_original
 from saltern.pipeline.runs.dataset import SaliencyDataset
 from saltern.pipeline.runs.reader import open_run
 from saltern.pipeline.shards.decode import decode
@@ -51,7 +51,7 @@ def test_items_are_the_rows_with_their_images(tmp_path: Path) -> None:
         assert torch.equal(item["map"], torch.from_numpy(row.map("input")))
         assert torch.equal(item["mask"], torch.from_numpy(row.mask()))
         # The geometry brings the mask's own box to the stored one.
-        box = to_original(
+        box = original_box(
             largest_box(item["mask"].numpy()), tuple(item["geometry"].tolist()), *item["image_size"].tolist()
         )
         assert item["box_input"].tolist() == list(largest_box(item["mask"].numpy()))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from made_run import CROP, SIZE, make_run, write_shard
 from making import picture, write_shards, write_tar
+from naive_rows import original_box
 from numpy.typing import NDArray
 from pyarrow import fs
 
@@ -16,7 +17,7 @@ from saltern.pipeline.engine.conduct import RunOptions, conduct
 from saltern.pipeline.extract.extraction import extraction
 from saltern.pipeline.extract.request import ExtractRequest
 from saltern.pipeline.maps.discretize import upsample
-from saltern.pipeline.maps.frame import over_frame, to_original
+from saltern.pipeline.maps.frame import over_frame
 from saltern.pipeline.runs.dataset import SaliencyDataset
 from saltern.pipeline.runs.manifest import read_receipts
 from saltern.pipeline.runs.reader import SaliencyRun, map_in_original, open_run
@@ -274,5 +275,5 @@ def test_thresholding_in_the_original_gives_the_mask(tmp_path: Path) -> None:
         map_YX = map_in_original(row)
         assert map_YX.shape == (44, 60)
         found = bounds(np.nan_to_num(map_YX, nan=-9) >= row.mask_threshold)
-        expected = to_original(bounds(row.mask()), tuple(row.geometry), 44, 60)
+        expected = original_box(bounds(row.mask()), tuple(row.geometry), 44, 60)
         assert np.abs(np.subtract(found, expected)).max() <= 1  # an input pixel is 1.1 original ones

@@ -2,16 +2,17 @@
 
 import gzip
 import io
+import itertools
 import tarfile
 from pathlib import Path
 
 import pytest
 from reading import BLOCK, fails, header_at, read
 from tars import Members, samples, shard_at, tar_bytes
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
 from saltern.pipeline.shards import samples as module
-from saltern.pipeline.shards.samples import list_keys, read_samples
+from saltern.pipeline.shards.samples import list_keys, read_samples, split_name
 from saltern.pipeline.storage.filesystem import filesystem
 from saltern.schemas.errors import UserError
 from saltern.schemas.saliency import DUPLICATE_KEY, MISSING_IMAGE, TOO_LARGE
@@ -288,3 +289,11 @@ def test_urls_that_name_no_bucket_or_carry_secrets(url: str) -> None:
 def test_local_paths() -> None:
     store, path = filesystem("/a/b c:d.tar")
     assert (store.type_name, path) == ("local", "/a/b c:d.tar")
+
+
+def test_names_are_split_as_webdataset_does() -> None:
+    names = ("".join(letters) for length in range(7) for letters in itertools.product("a./\n", repeat=length))
+    for name in names:
+        key, ext = base_plus_ext(name)
+        hidden = key is None or name.rpartition("/")[2].startswith(".")
+        assert split_name(name) == (None if hidden else (key, ext)), name
