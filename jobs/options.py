@@ -142,7 +142,10 @@ Decode = Annotated[
     choices.Decode, execution("Where JPEG files are decoded; auto: on the GPU that computes, if there is one.")
 ]
 DecodeThreads = Annotated[
-    int | None, execution("Threads of each worker that decode images; default: one for each core, at most 16.", min=1)
+    int | None,
+    execution(
+        "Threads of each worker that decode images; default: its share of its machine's cores, at most 16.", min=1
+    ),
 ]
 ShardTimeout = Annotated[float | None, execution("Seconds that a shard may take.", "--shard-timeout", min=0)]
 MaxFailedShards = Annotated[int | None, execution("Stop when more shards than this have failed.", min=0)]

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import ray
@@ -85,6 +85,11 @@ def _alive() -> dict[str, dict[str, float]]:
     return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
 
 
+def places(resources: Mapping[str, float], resource: str, each: float) -> int:
+    """Return how many workers with `each` of a resource a node has place for, at least one."""
+    return max(1, int(resources.get(resource, 0.0) / each + 1e-6))
+
+
 @contextlib.contextmanager
 def _reaching_cluster() -> Iterator[None]:
     """Raise ConnectionError, which stops the run with its finished shards, if Ray no longer answers the driver."""
@@ -122,9 +127,12 @@ def explain(worker: int, shard: Shard | None, error: Exception, *, machine_alive
 class _Worker:
     """The actor. Its processor is built by a call, not by the constructor, so that errors come back unchanged."""
 
-    def build(self, factory: Factory) -> str:
+    def build(self, factory: Factory, resource: str, each: float, workers: int) -> str:
+        node = str(ray.get_runtime_context().get_node_id())
+        machine.share(min(workers, places(_alive().get(node, {}), resource, each)))
+        machine.keep_memory()
         self._processor: ShardProcessor = factory()
-        return str(ray.get_runtime_context().get_node_id())
+        return node
 
     def process(self, shard: Shard, earlier: Receipt | None) -> Made:
         return self._processor.process(shard, earlier)
@@ -138,15 +146,20 @@ class RayPool:
 
     Args:
         factory: builds a processor; travels to the actor.
-        gpus, cpus: of each actor; fractions allowed.
+        gpus: of each actor; fractions allowed.
+        cpus: of each actor; None: as many as each actor of a node can have if its GPUs are all used, at most 16.
         torch_threads: of each actor.
+        workers: how many there will be.
     """
 
-    def __init__(self, factory: Factory, *, gpus: float, cpus: float, torch_threads: int):
-        self._factory = factory
+    def __init__(self, factory: Factory, *, gpus: float, cpus: float | None, torch_threads: int, workers: int = 1):
+        nodes = [node for node in _alive().values() if node.get("GPU", 0.0) >= gpus]
+        if cpus is None:
+            shares = [node.get("CPU", 0.0) // min(workers, places(node, "GPU", gpus)) for node in nodes]
+            cpus = max(1.0, min(16.0, min(shares, default=1.0)))
         # An actor that requests more cores than any node has would wait for ever.
-        available = [node.get("CPU", 0.0) for node in _alive().values() if node.get("GPU", 0.0) >= gpus]
-        cpus = min(cpus, max(available, default=0.0) or cpus)
+        cpus = min(cpus, max((node.get("CPU", 0.0) for node in nodes), default=0.0) or cpus)
+        self._arguments = (factory, "GPU" if gpus else "CPU", gpus or cpus, workers)
         environment = {
             **machine.ENVIRONMENT,
             "OMP_NUM_THREADS": str(torch_threads),
@@ -173,7 +186,7 @@ class RayPool:
     def start(self) -> int:
         number = next(self._numbers)
         self._actors[number] = self._actor.remote()
-        self._calls[self._actors[number].build.remote(self._factory)] = (number, None)
+        self._calls[self._actors[number].build.remote(*self._arguments)] = (number, None)
         return number
 
     @_reaching_cluster()

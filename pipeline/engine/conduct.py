@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from saltern.pipeline.engine.driver import Driver, Outcome
@@ -15,7 +15,7 @@ from saltern.pipeline.engine.local import LocalPool
 from saltern.pipeline.engine.pool import Factory, ShardProcessor
 from saltern.pipeline.engine.progress import Progress, clock, shares
 from saltern.pipeline.engine.selection import Engine, make_pool, select_engine
-from saltern.pipeline.machine import cores, sigterm_as_interrupt
+from saltern.pipeline.machine import decode_threads, sigterm_as_interrupt
 from saltern.pipeline.runs.begin import Begun, begin, check_folder, read_begun
 from saltern.pipeline.runs.manifest import failure_name, load_run, receipt_name
 from saltern.pipeline.runs.outlet import Made, Spec, accepted
@@ -103,14 +103,13 @@ def conduct(job: Job, options: RunOptions) -> RunResult:
             held = stack.enter_context(session(store))
             run = begin(store, run, overwrite=options.overwrite)
             begun = read_begun(store, run)
-        threads = options.decode_threads or max(1, min(16, cores() // engine.workers))
-        spec = Spec(run, root, held.scratch, engine.device, threads, options.retry_failed)
+        spec = Spec(run, root, held.scratch, engine.device, options.decode_threads or 0, options.retry_failed)
         try:
             result = _drive(
                 spec,
                 begun,
                 Book(store, held.lock, begun),
-                partial(job.processor, spec.without_shards()),
+                partial(_build, job.processor, spec.without_shards()),
                 options,
                 engine,
             )
@@ -122,6 +121,11 @@ def conduct(job: Job, options: RunOptions) -> RunResult:
             with _explained(options.out):
                 job.close(store, run)
         return result
+
+
+def _build(processor: Callable[[Spec], ShardProcessor], spec: Spec) -> ShardProcessor:
+    """Build a worker's processor, on the worker's machine."""
+    return processor(replace(spec, decode_threads=spec.decode_threads or decode_threads()))
 
 
 @contextlib.contextmanager
@@ -155,7 +159,7 @@ def _drive(spec: Spec, begun: Begun, book: "Book", factory: Factory, options: Ru
         print(f"nothing to do: all shards of {spec.root} are done")
         code = _judge(receipts.values())
         return RunResult(spec.root, code, len(run.shards), done, _rows(receipts.values()))
-    pool = make_pool(engine, factory, spec.decode_threads, run.config.torch_threads)
+    pool = make_pool(engine, factory, options.decode_threads, run.config.torch_threads)
     started = time.monotonic()
     with Progress(done, len(run.shards), _expected(pending, receipts)) as progress:
         driver = Driver(

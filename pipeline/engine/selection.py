@@ -91,11 +91,16 @@ def secure(address: str | None) -> None:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
-def make_pool(engine: Engine, factory: Factory, decode_threads: int, torch_threads: int) -> Pool:
-    """Return a pool whose workers build their processors with `factory`."""
+def make_pool(engine: Engine, factory: Factory, decode_threads: int | None, torch_threads: int) -> Pool:
+    """Return a pool whose workers build their processors with `factory`.
+
+    Args:
+        decode_threads: of each worker, as requested.
+        torch_threads: of each worker.
+    """
     if not engine.ray:
         return LocalPool(factory)
     from saltern.pipeline.engine.actors import RayPool
 
     cpus = decode_threads if engine.gpus else torch_threads
-    return RayPool(factory, gpus=engine.gpus, cpus=cpus, torch_threads=torch_threads)
+    return RayPool(factory, gpus=engine.gpus, cpus=cpus, torch_threads=torch_threads, workers=engine.workers)

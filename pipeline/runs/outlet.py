@@ -35,7 +35,7 @@ class Spec:
     root: str  # the run's folder
     scratch: str  # the session's folder for unfinished files, a name in the run's folder
     device: str  # cpu | cuda
-    decode_threads: int
+    decode_threads: int  # of each worker; 0: as many as its machine has cores
     retry_failed: bool = False  # redo the rows that are not ok
 
     def without_shards(self) -> "Spec":

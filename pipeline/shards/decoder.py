@@ -141,7 +141,7 @@ def decode_jpeg() -> Callable[..., Any] | None:
     """Return torchcodec's function; None if it is not installed, or not for this torch."""
     try:
         return importlib.import_module("torchcodec.decoders").decode_jpeg  # type: ignore[no-any-return]
-    except (ImportError, OSError, RuntimeError):
+    except (ImportError, AttributeError, OSError, RuntimeError):
         return None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import extracting
 import pytest
+import torchcodec.decoders  # noqa: F401 - it needs ctypes.CDLL, which a test replaces
 from making import write_shard
 
 from saltern.pipeline import machine

@@ -21,7 +21,7 @@ from saltern.pipeline.casm.training.ranks import Ranks
 from saltern.pipeline.casm.watch import curves
 from saltern.pipeline.casm.watch.validation import Validation
 from saltern.pipeline.device import arithmetic
-from saltern.pipeline.machine import available_memory
+from saltern.pipeline.machine import available_memory, decode_threads
 from saltern.pipeline.masknet.checkpoint import Checkpoints
 from saltern.pipeline.masknet.head import restrict
 from saltern.pipeline.models import classifiers
@@ -135,7 +135,7 @@ class _Loop:
         config, ranks = self._plan.config, self._ranks
         validation = Validation(
             self._plan.val, self._plan.root, preprocess_of(config), config["classes"] or range(config["model_classes"]),
-            max(1, config["batch_size"] // ranks.world), self._plan.threads,
+            max(1, config["batch_size"] // ranks.world), self._plan.threads or decode_threads(),
             ranks.rank, ranks.world, ranks.average, self._say, self._plan.val_labels,
         )  # fmt: skip
         validation.cut(self._start)
@@ -260,7 +260,7 @@ def batches_of(plan: TrainingPlan, ranks: Ranks) -> Batches:
     config = plan.config
     return Batches(
         plan.index, config["batch_size"], config["side"], config["interpolation"], config["min_crop"],
-        plan.hyperparameters.seed, plan.threads, ranks.rank, ranks.world,
+        plan.hyperparameters.seed, plan.threads or decode_threads(), ranks.rank, ranks.world,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from saltern.pipeline.casm.data.index import Index, make_index
 from saltern.pipeline.extract.labels import AUTO, Numbers, choose_labels
 from saltern.pipeline.extract.request import absolute
 from saltern.pipeline.extract.tryout import one_line
-from saltern.pipeline.machine import cores, torch_threads
+from saltern.pipeline.machine import torch_threads
 from saltern.pipeline.masknet.checkpoint import Checkpoint
 from saltern.pipeline.masknet.head import restrict
 from saltern.pipeline.masknet.stages import find_stages
@@ -68,7 +68,7 @@ class TrainingPlan:
     index: Index
     val: Sequence[Shard]
     steps_per_epoch: int
-    threads: int  # that decode
+    threads: int | None  # that decode in each worker; None: as its machine has cores
     config: dict[str, Any]  # of the checkpoints
     val_labels: Numbers  # of `val`
 
@@ -115,9 +115,16 @@ def make_plan(
         _try_step(classifier, hyperparameters, how.crop)
     else:
         config = _resumed_config(existing, config, root, say)
-    threads = request.decode_threads or max(1, min(cores() // request.workers, 16))
     return TrainingPlan(
-        root, absolute(request.weights), hyperparameters, index, val, steps_per_epoch, threads, config, val_labels
+        root,
+        absolute(request.weights),
+        hyperparameters,
+        index,
+        val,
+        steps_per_epoch,
+        request.decode_threads,
+        config,
+        val_labels,
     )
 
 

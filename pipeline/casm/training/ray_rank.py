@@ -15,11 +15,14 @@ def train_rank(config: dict[str, Any]) -> None:
     Kinds: said; collapse, a CollapseError; user, another UserError; code, another error that the machines did not
     cause. A note is a plain tuple: for a class of this module, the process of the queue would import torch.
     """
+    from saltern.pipeline import machine
     from saltern.pipeline.casm.training.loop import run
     from saltern.pipeline.casm.training.ranks import Ranks
 
     context, queue = ray.train.get_context(), config["queue"]
     try:
+        machine.share(context.get_local_world_size())
+        machine.keep_memory()
         device = ray.train.torch.get_device()
         ranks = Ranks(device, context.get_world_rank(), context.get_world_size(), context.get_local_world_size())
         run(ray.get(config["plan"]), ranks, lambda text: queue.put(("said", text)))
