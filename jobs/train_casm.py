@@ -73,6 +73,9 @@ def train_casm(
     gpus_per_worker: opt.GpusPerWorker = None,
     address: opt.Address = None,
     decode_threads: opt.DecodeThreads = None,
+    tensorboard: Annotated[
+        bool, opt.output("Also write all measurements to DIR/tensorboard, for TensorBoard.", "--tensorboard")
+    ] = False,
     checkpoint_every: Annotated[
         int | None, opt.execution("Steps between checkpoints; default: an epoch.", min=1)
     ] = None,

@@ -31,7 +31,7 @@ def pictures(row: Row, sample: Sample | None, facts: Mapping[str, str]) -> list[
     if photo_YX3 is None:
         return []
     given = given_boxes(sample, row)
-    geometry = _geometry(row, photo_YX3)
+    geometry = geometry_in(row, photo_YX3)
     if geometry is None:
         return [encode(photo_YX3, f"{row.key}: {row.status}", given)]
     crop, found = _crop(row, geometry, photo_YX3), found_boxes(row)
@@ -47,7 +47,7 @@ def pictures(row: Row, sample: Sample | None, facts: Mapping[str, str]) -> list[
 
 def overlay(row: Row, photo_YX3: Pixels, caption: str) -> Picture | None:
     """Return the row's map, or else its mask, over the photograph, with its box; None if it has neither."""
-    geometry = _geometry(row, photo_YX3)
+    geometry = geometry_in(row, photo_YX3)
     if geometry is None or (row.map_bytes is None and row.mask_bytes is None):
         return None
     draw = _heat if row.map_bytes is not None else _cut_out
@@ -92,7 +92,7 @@ def encode(pixels_YX3: Pixels, words: str, boxes: Iterable[DrawnBox] = (), capti
     return Picture(stream.getvalue(), width, height, words, tuple(boxes), caption)
 
 
-def _geometry(row: Row, photo_YX3: Pixels) -> list[float] | None:
+def geometry_in(row: Row, photo_YX3: Pixels) -> list[float] | None:
     """Return the geometry of the input in the thumbnail: scale x, scale y, offset x, offset y."""
     if row.geometry is None or row.image_width is None or row.image_height is None:
         return None

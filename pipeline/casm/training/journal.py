@@ -8,8 +8,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -18,6 +19,9 @@ from saltern.pipeline.engine.progress import clock
 from saltern.pipeline.runs.agreement import SAMPLES, Agreement
 from saltern.pipeline.storage.files import write
 from saltern.schemas.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 EVERY = 20  # steps between two readings of the device, each of which waits for it
 SAID_EVERY_S = 10.0
@@ -31,10 +35,19 @@ class Journal:
         batch_size: images of a step, of all ranks.
         say: takes a line for the user.
         classes: in play.
+        tensorboard: also write all measurements as scalars to DIR/tensorboard.
     """
 
     def __init__(
-        self, root: Path, start: int, total: int, batch_size: int, say: Callable[[str], None], classes: int
+        self,
+        root: Path,
+        start: int,
+        total: int,
+        batch_size: int,
+        say: Callable[[str], None],
+        classes: int,
+        *,
+        tensorboard: bool = False,
     ) -> None:
         self._start, self._total, self._batch_size, self._say = start, total, batch_size, say
         kept = _cut(root / "log.jsonl", start)
@@ -42,6 +55,7 @@ class Journal:
             say(f"{root / 'log.jsonl'} lacks {start - kept} of the {start} steps that were done")
         _cut(root / "speed.jsonl", start)
         self._log, self._speed = ((root / name).open("a") for name in ("log.jsonl", "speed.jsonl"))
+        self._scalars = _writer(root / "tensorboard", start) if tensorboard else None
         self._waiting: list[tuple[Log, Tensor]] = []
         self._classes, self._compared = classes, 0 if start == 0 else SAMPLES  # samples whose label was compared
         self._right = 0.0  # of them
@@ -53,6 +67,8 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self._log.close()
         self._speed.close()
+        if self._scalars is not None:
+            self._scalars.close()
 
     def add(self, log: Log, damaged: Tensor) -> None:
         """Add a step and the number of its damaged images; it is written with the next `flush`, or soon."""
@@ -71,6 +87,7 @@ class Journal:
         for log, damaged in self._waiting:
             line = {**log.floats(), "damaged": int(damaged)}
             self._log.write(json.dumps(line) + "\n")
+            self._show("training", line, log.step)
             if not all(map(math.isfinite, line.values())):
                 self._log.flush()
                 raise UserError(
@@ -88,6 +105,16 @@ class Journal:
         if now - self._said >= SAID_EVERY_S:
             self._said = now
             self._say(self._progress(line, now))
+
+    def add_validation(self, line: Mapping[str, float]) -> None:
+        """Add a line of validation.jsonl; the steps before it are written."""
+        self._show("validation", line, int(line["step"]) - 1)
+
+    def _show(self, group: str, line: Mapping[str, float], step: int) -> None:
+        if self._scalars is not None:
+            for name, value in line.items():
+                if name != "step":
+                    self._scalars.add_scalar(f"{group}/{name}", value, step)
 
     def _progress(self, line: dict[str, float], now: float) -> str:
         done = int(line["step"]) + 1
@@ -107,6 +134,13 @@ class Journal:
         agreement = Agreement(self._compared, round(self._right), self._classes, True)
         if self._compared >= SAMPLES and agreement.doubtful:
             self._say(f"WARNING: {agreement.text}, or the model is not trained; see --labels")
+
+
+def _writer(folder: Path, start: int) -> "SummaryWriter":
+    """Return a writer of scalars. TensorBoard drops those of an earlier process from the step `start` on."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=start)
 
 
 def _cut(path: Path, start: int) -> int:

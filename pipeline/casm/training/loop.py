@@ -112,7 +112,7 @@ class _Loop:
         try:
             with (
                 contextlib.closing(batches.run(self._start, steps)) as stream,
-                Journal(plan.root, self._start, steps, batch_size, self._say, classes)
+                Journal(plan.root, self._start, steps, batch_size, self._say, classes, tensorboard=plan.tensorboard)
                 if writes
                 else _Silent() as journal,
             ):
@@ -149,7 +149,7 @@ class _Loop:
             journal.flush()
             self._watch.read(step - 1)
         if validates and self._validation is not None:
-            self._validation(self._training)
+            journal.add_validation(self._validation(self._training))
         if saves and (self._watch.healthy or step == self._plan.config["steps"]):
             self._save()
 
@@ -178,6 +178,8 @@ class _Silent:
     def add(self, log: object, damaged: Tensor) -> None: ...
 
     def flush(self) -> None: ...
+
+    def add_validation(self, line: object) -> None: ...
 
 
 def build(plan: TrainingPlan, ranks: Ranks) -> Training:

@@ -22,6 +22,7 @@ from saltern.pipeline.masknet.stages import find_stages
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.models.presets import Preset, adapt
 from saltern.pipeline.models.probe import probe
+from saltern.pipeline.naming import install_hint
 from saltern.pipeline.shards.expand import expand
 from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
@@ -56,6 +57,7 @@ class TrainRequest:
     gpus_per_worker: float | None = None
     address: str | None = None  # of a Ray cluster; None: $RAY_ADDRESS, or no cluster
     resume: bool = False
+    tensorboard: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class TrainingPlan:
     threads: int | None  # that decode in each worker; None: as its machine has cores
     config: dict[str, Any]  # of the checkpoints
     val_labels: Numbers  # of `val`
+    tensorboard: bool = False
 
 
 def make_plan(
@@ -125,6 +128,7 @@ def make_plan(
         request.decode_threads,
         config,
         val_labels,
+        request.tensorboard,
     )
 
 
@@ -154,6 +158,11 @@ def _check(request: TrainRequest) -> None:
         raise UserError(
             f"--batch-size {request.batch_size} is of all workers, and {request.workers} cannot share it equally"
         )
+    if request.tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError as error:
+            raise UserError(f"--tensorboard needs the package tensorboard: {install_hint('tensorboard')}") from error
     if not 0 < request.min_crop <= 1:
         raise UserError(f"--min-crop {request.min_crop}: it is a share of the image, more than 0 and at most 1")
 

@@ -18,11 +18,12 @@ from saltern.pipeline.runs.reader import Row
 from saltern.pipeline.shards.annotations import extra, read_annotation
 from saltern.pipeline.shards.samples import Sample
 from saltern.pipeline.show.page import Card, Number, Picture, View, render
-from saltern.pipeline.show.thumbnails import encode, found_boxes, given_boxes, photograph
+from saltern.pipeline.show.thumbnails import encode, found_boxes, geometry_in, given_boxes, photograph
 from saltern.schemas.run import Shard
 from saltern.schemas.saliency import Box
 
 Pixels = NDArray[np.uint8]
+Layers = tuple[Pixels, NDArray[np.floating]]
 SHOWN = 24  # samples on a page
 _DIM = 0.3  # brightness of what the network did not see
 
@@ -89,8 +90,8 @@ def _card(sample: Sample, row: Row, names: Mapping[int, str], colour: NDArray[np
     right = None if row.label is None else row.predicted == row.label
     verdict = "" if right is None else " (right)" if right else " (wrong)"
     facts = {
-        "class": _named(row.label, names),
-        "found": "" if row.predicted is None else _named(row.predicted, names) + verdict,
+        "class": named(row.label, names),
+        "found": "" if row.predicted is None else named(row.predicted, names) + verdict,
         "mean mask": "" if area is None else f"{area:.2f}",
         "IoU": "" if overlap is None else f"{overlap:.2f} ({'hit' if overlap > 0.5 else 'miss'})",
         "F1": "" if f1 is None else f"{f1:.2f}",
@@ -112,7 +113,7 @@ def _judged(sample: Sample, row: Row) -> tuple[float | None, float | None]:
     return max((iou(box, truth.boxes) for box in boxes if truth), default=0.0), judged.rows[0]["found_f1"]
 
 
-def _named(number: int | None, names: Mapping[int, str]) -> str:
+def named(number: int | None, names: Mapping[int, str]) -> str:
     return "" if number is None else f"{number} {names.get(number, '')}".strip()
 
 
@@ -121,21 +122,25 @@ def _pictures(sample: Sample, row: Row, facts: Mapping[str, str], colour: NDArra
     photo_YX3 = photograph(row, sample)
     if photo_YX3 is None:
         return []
-    height, width = photo_YX3.shape[:2]
     given, found = given_boxes(sample, row), found_boxes(row)
     made = [encode(photo_YX3, f"{row.key}, {facts['class']}", [*given, *found])]
-    if row.map_bytes is None or row.geometry is None or row.image_width is None or row.image_height is None:
+    geometry = geometry_in(row, photo_YX3)
+    if row.map_bytes is None or geometry is None:
         return made
-    scales = (width / row.image_width, height / row.image_height) * 2
-    geometry = [part * scale for part, scale in zip(row.geometry, scales, strict=True)]
-    mask_YX1 = over_frame(row.map(), row.layout.input_shape, geometry, height, width)[..., None]
+    white_YX3, mask_YX1 = over_photo(row, row.map(), geometry, photo_YX3)
     seen_YX1, mask_YX1 = np.isfinite(mask_YX1), np.nan_to_num(mask_YX1)
-    dim_YX3 = _DIM * photo_YX3
-    left_YX3 = np.where(seen_YX1, photo_YX3 * (1 - mask_YX1) + colour * mask_YX1, dim_YX3)
-    white_YX3 = np.where(seen_YX1, 255 * mask_YX1, dim_YX3)
-    made.append(encode(_levels(white_YX3), f"mask of {row.key}, {facts['mean mask']} of it removed", found))
+    left_YX3 = np.where(seen_YX1, photo_YX3 * (1 - mask_YX1) + colour * mask_YX1, _DIM * photo_YX3)
+    made.append(encode(white_YX3, f"mask of {row.key}, {facts['mean mask']} of it removed", found))
     made.append(encode(_levels(left_YX3), f"{row.key} with the mask removed", [*given, *found]))
     return made
+
+
+def over_photo(row: Row, mask_hw: NDArray[np.float32], geometry: list[float], photo_YX3: Pixels) -> Layers:
+    """Return a mask as a picture in the photograph's frame, and its values there: mask_YX1, NaN outside the crop."""
+    height, width = photo_YX3.shape[:2]
+    mask_YX1 = over_frame(mask_hw, row.layout.input_shape, geometry, height, width)[..., None]
+    white_YX3 = np.where(np.isfinite(mask_YX1), 255 * np.nan_to_num(mask_YX1), _DIM * photo_YX3)
+    return _levels(white_YX3), mask_YX1
 
 
 def _levels(pixels_YX3: NDArray[np.floating]) -> Pixels:

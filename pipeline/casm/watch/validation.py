@@ -18,6 +18,7 @@ import torch
 
 from saltern.pipeline.casm.algorithm.step import Average, Training
 from saltern.pipeline.casm.watch import curves
+from saltern.pipeline.casm.watch.epochs_page import epochs_page, keep_masks
 from saltern.pipeline.casm.watch.live import LiveRows
 from saltern.pipeline.casm.watch.mask_page import Chosen, mask_page
 from saltern.pipeline.extract.batch import Batch, Piece, join
@@ -48,7 +49,7 @@ class Validation:
     """
 
     shards: Sequence[Shard]  # tars with `jpg`, `cls`, and `json` with boxes; every rank reads all of them
-    root: Path  # of the training; rank 0 writes validation.jsonl, masks/<step>.html and curves.png there
+    root: Path  # of the training; rank 0 writes validation.jsonl, masks/ and curves.png there
     preprocess: Preprocess  # interpolation, mean and std as in training
     class_numbers: Sequence[int]  # the model's numbers of the classes in play, in the order of the logits
     batch_size: int  # images of this rank
@@ -100,9 +101,9 @@ class Validation:
             return
         if (self.root / LINES).exists():
             self._write_lines([line for line in curves.read(self.root / LINES) if line["step"] <= start])
-        for page in (self.root / "masks").glob("*.html"):
-            if page.stem.isdecimal() and int(page.stem) > start:
-                page.unlink()
+        for file in (self.root / "masks").glob("*"):
+            if file.stem.isdecimal() and int(file.stem) > start:
+                file.unlink()
 
     def _decoders(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self.threads, "saltern-decode")
@@ -142,7 +143,10 @@ class Validation:
             started = [(shard, sample, self._pieces(pool, decoder, [sample])) for shard, sample in chosen.samples()]
             shown = [(sample, live(shard, _joined(pieces))[0]) for shard, sample, pieces in started]
         page = mask_page(line, shown, chosen.names, self.preprocess.mean)
-        write(self.root / "masks" / f"{step}.html", page.encode())
+        masks = self.root / "masks"
+        write(masks / f"{step}.html", page.encode())
+        keep_masks(masks, step, shown)
+        write(masks / "epochs.html", epochs_page(masks, shown, chosen.names).encode())
         curves.draw(self.root)
         damaged = f", {line['damaged']:,.0f} of them damaged" if line["damaged"] else ""
         self.say(

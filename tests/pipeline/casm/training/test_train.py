@@ -1,12 +1,17 @@
 """A whole training: its log, its checkpoints, its commands."""
 
+import sys
+
 import pyarrow.parquet as pq
+import pytest
 import torch
-from casm_toys import Small, files, log_lines, small
+from casm_toys import Small, files, log_lines, quiet, request, small
 from typer.testing import CliRunner
 
 from saltern.jobs.main import app
+from saltern.pipeline.casm.training.train import train
 from saltern.pipeline.masknet import checkpoint
+from saltern.schemas.errors import UserError
 
 
 def test_the_training_trains(undisturbed):
@@ -66,6 +71,12 @@ def test_the_command_trains_and_extract_takes_its_folder(shards, tmp_path):
     ended = CliRunner().invoke(app, [*line.split(), "--checkpoint", f"{tmp_path}/casm", "--device", "cpu"])
     assert ended.exit_code == 0, ended.output
     assert set(pq.read_table(tmp_path / "run/data/0.parquet").to_pydict()["predicted"]) <= {0, 1, 4}
+
+
+def test_without_tensorboard_the_option_names_its_extra(shards, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r"--tensorboard needs .*\[tensorboard\]"):
+        train(request(shards, tmp_path / "run", tensorboard=True), quiet)
 
 
 def test_a_config_file_says_the_same(shards, tmp_path):

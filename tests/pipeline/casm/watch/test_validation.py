@@ -10,6 +10,7 @@ from itertools import cycle
 from pathlib import Path
 
 import casm_toys
+import numpy as np
 import pytest
 import torch
 from making import picture, write_tar
@@ -226,7 +227,7 @@ def test_a_resume_drops_what_is_later(tmp_path):
     assert {path: path.read_bytes() for path in files} == files
     validation(val, tmp_path).cut(5)
     assert [line["step"] for line in lines(tmp_path)] == [3, 5]
-    assert {path.name for path in tmp_path.glob("masks/*")} == {"3.html", "5.html"}
+    assert {path.name for path in tmp_path.glob("masks/*")} == {"3.html", "3.npz", "5.html", "5.npz", "epochs.html"}
     validation(val, tmp_path / "new").cut(0)  # without files
     assert not (tmp_path / "new").exists()
 
@@ -255,6 +256,23 @@ def test_a_resumed_training_is_measured_as_an_undisturbed_one(step, tmp_path, mo
     assert [line["step"] for line in lines(tmp_path / "cut")] == [6, 12, 18]
 
 
+def test_tensorboard_shows_each_step_once_also_after_a_resume(shards, tmp_path, monkeypatch):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="an optional extra")
+    val = [str(write_val(tmp_path / "val", 2))]
+    wanted = partial(casm_toys.request, shards, tmp_path / "run", val=val, tensorboard=True)
+    with monkeypatch.context() as patch:
+        casm_toys.interrupt(patch, 11)
+        with pytest.raises(casm_toys.CutError):
+            train(wanted(), casm_toys.quiet)
+    train(wanted(resume=True), casm_toys.quiet)
+    found = events.EventAccumulator(str(tmp_path / "run/tensorboard"))
+    found.Reload()
+    shown = {event.step: event.value for event in found.Scalars("training/mask_mean")}
+    assert shown == {line["step"]: pytest.approx(line["mask_mean"]) for line in casm_toys.log_lines(tmp_path / "run")}
+    assert [event.step for event in found.Scalars("training/mask_mean")] == list(range(18))
+    assert [event.step for event in found.Scalars("validation/f1")] == [5, 11, 17]
+
+
 @pytest.mark.parametrize("count", [4, 15])
 def test_the_page_is_self_contained_and_shows_the_same_samples_each_time(count, tmp_path):
     training, val = made(), write_val(tmp_path / "val", count, **ODD)
@@ -277,6 +295,28 @@ def test_the_page_is_self_contained_and_shows_the_same_samples_each_time(count, 
     assert pages[0].count("<img") >= 3 * (len(titles[0]) - 1)
     assert pages[0].count('class="found"') > pages[0].count('class="given"') > 0
     assert "Masks after 4 steps" in pages[1]
+
+
+def test_one_page_shows_the_same_images_over_the_training(tmp_path):
+    training, val = made(), write_val(tmp_path / "val", 3, **ODD)
+    measure = validation(val, tmp_path)
+    for _ in range(10):
+        measure(training)
+        step(training, 1)
+    page = (tmp_path / "masks/epochs.html").read_text()
+    with np.load(tmp_path / "masks/12.npz") as masks:
+        area = next(iter(masks.values())).mean() / 255
+    assert re.findall(r"step (\d+): [\d.]+ removed</p>", page)[:8] == ["3", "4", "6", "7", "8", "9", "11", "12"]
+    assert f"step 12: {area:.2f} removed</p>" in page
+    titles = re.findall("<h2>(.*?)<", page)
+    assert titles == re.findall("<h2>(.*?)<", (tmp_path / "masks/12.html").read_text())
+    measure.cut(5)
+    assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == [
+        *("3.html", "3.npz", "4.html", "4.npz", "5.html", "5.npz", "epochs.html"),
+    ]
+    measure(training)
+    page = (tmp_path / "masks/epochs.html").read_text()
+    assert re.findall(r"step (\d+): [\d.]+ removed</p>", page)[:4] == ["3", "4", "5", "13"]
 
 
 def test_a_page_without_any_image(tmp_path):
