@@ -5,9 +5,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -23,7 +23,7 @@ from saltern.pipeline.extract.explain import AUTOCAST
 from saltern.pipeline.machine import cores
 from saltern.pipeline.methods import build
 from saltern.pipeline.models import classifiers
-from saltern.pipeline.shards.decode import DecodeError, decode
+from saltern.pipeline.shards.decoder import choose_decoder, make_decoder
 from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.samples import read_samples
 from saltern.schemas.config import Preprocess
@@ -127,18 +127,27 @@ def method_alone(bench: ExtractBench, torch_threads: int) -> float:
         return thread.submit(explain, 8 * bench.large_shards if bench.device == "cuda" else bench.batches).result()
 
 
-def decode_alone(shards: Path, threads: int) -> float:
-    """Return images/s of only reading, in this thread, and decoding, in others."""
+def decode_alone(shards: Path, threads: int, device: str = "cpu", images: int = 16) -> float:
+    """Return images/s of only reading, in this thread, and decoding, in others.
 
-    def decoded(image: bytes) -> None:
-        with suppress(DecodeError):
-            decode(image, Preprocess())
-
-    since = time.perf_counter()
+    Args:
+        shards: a folder of them.
+        threads: that decode.
+        device: cpu | cuda: of the decoder that a run there has.
+        images: that a thread decodes at once.
+    """
+    decoder = make_decoder(Preprocess(), choose_decoder("auto", device), device, cores())
+    since, count = time.perf_counter(), 0
     with ThreadPoolExecutor(threads) as pool:
         samples = (sample.image for shard in expand([str(shards)])[0] for sample in read_samples(shard))
-        done = [pool.submit(decoded, image) for image in samples if image is not None]
-    return len(done) / (time.perf_counter() - since)
+        files = (image for image in samples if image is not None)
+        done = []
+        while some := list(islice(files, images)):
+            done.append(pool.submit(decoder, some))
+            count += len(some)
+        for future in done:
+            future.result()
+    return count / (time.perf_counter() - since)
 
 
 def engines(bench: ExtractBench, small: Path, large: Path) -> list[Figure]:

@@ -64,10 +64,7 @@ class Processor:
         # All threads have work before a batch is complete.
         self._piece = max(1, min(_PIECE_IMAGES, ahead // (2 * threads))) if on_host else config.batch_size
         self._depth = -(-ahead // self._piece)
-        # torch keeps a thread count for each calling thread: set it in the one that computes.
-        self._compute = ThreadPoolExecutor(
-            1, "saltern-device", lambda: torch.set_num_threads(self.config.torch_threads)
-        )
+        self._compute = ThreadPoolExecutor(1, "saltern-device", self._begin)
         self._task = self._compute.submit(self._build, task, spec).result()
 
     def process(self, shard: Shard, earlier: Receipt | None = None) -> Made:
@@ -95,6 +92,15 @@ class Processor:
         self._decoders.shutdown()
         self._compute.submit(self._release).result()
         self._compute.shutdown()
+
+    def _begin(self) -> None:
+        """Set what torch keeps for each calling thread, in the one that computes.
+
+        Its stream is not the default one, which waits for other streams, such as nvJPEG's, and they for it.
+        """
+        torch.set_num_threads(self.config.torch_threads)
+        if self._device.type == "cuda":
+            torch.cuda.set_stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
 
     def _build(self, task: Callable[[Spec, torch.device], Task], spec: Spec) -> Task:
         with self._arithmetic(), device_losses():
@@ -207,6 +213,7 @@ class Processor:
         Returns:
             The results of each part of the batch; None for an image that does not fit in memory alone.
         """
+        self._take(inputs)
         while True:
             try:
                 parts = zip(*(torch.split(tensor, self._chunk) for tensor in inputs), strict=True)
@@ -217,6 +224,15 @@ class Processor:
                     raise
                 self._chunk //= 2
             torch.cuda.empty_cache()
+
+    def _take(self, inputs: Sequence[torch.Tensor]) -> None:
+        """Wait on the device for inputs that the default stream joined, and keep their memory until they are used."""
+        if self._device.type == "cuda":
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_stream(torch.cuda.default_stream(self._device))
+            for tensor in inputs:
+                if tensor.is_cuda:
+                    tensor.record_stream(stream)
 
     def _part(self, *part: torch.Tensor) -> Pending | None:
         try:
