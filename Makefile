@@ -20,11 +20,11 @@ demo: $(VENV)/.ready-demo
 
 # What can be tested in two minutes on two cores.
 quick: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -q -n 2 --dist loadscope -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
-# In the order of collection, so that the files that share a Ray cluster, the longest group, start early.
+# One process more than cores, as many tests wait for processes that they have started. Slow files come first.
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.ready-test
 	$(BIN)/ruff check .

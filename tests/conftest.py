@@ -6,7 +6,6 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +22,18 @@ for _name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
     os.environ.pop(_name, None)
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Distribute tests under `-n`: those of a file share a process, and so do all files that use the cluster.
-
-    xdist's own groups do not work: it marks them in `Item._nodeid`, which pytest 9.2 no longer reads.
-    """
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Scheduler(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return "cluster" if uses_cluster(config.rootpath / file) else file
-
-    return Scheduler(config, log)
-
-
-@cache
-def uses_cluster(file: Path) -> bool:
-    return "ray_address" in file.read_text()
-
-
 # Fixtures of tests that take seconds each: a Ray cluster, two ranks, whole networks, photographs.
 SLOW = {"ray_address", "in_ranks", "network", "shared_data", "fuzz"}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that use these fixtures as slow."""
+    """Mark the tests that use these fixtures as slow. Files with slow tests come first, so that none ends a run."""
     for item in items:
         if not SLOW.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker("slow")
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -103,7 +83,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
-    """Start one cluster for all tests: two CPUs, its own token, nothing written in the user's home."""
+    """Start one cluster for all tests of this process: two CPUs, its own token, nothing written in the user's home."""
     import ray
 
     # Ray's Unix sockets are in this folder, and their paths may have 107 characters.

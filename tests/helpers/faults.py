@@ -1,9 +1,7 @@
 """Runs of a slow method that tests disturb, and what must hold after them."""
 
+import contextlib
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import psutil
 import pytest
 from commands import call
+from forked import Forked, Forks
 from making import HELPERS, PYTHONPATH, TINY, files
 
 from saltern.pipeline.engine.conduct import RunResult
@@ -25,29 +24,20 @@ MODEL = tuple(word for word in TINY if word not in ("--layer", "body"))
 
 
 def command(shards: Path, out: Path, *words: str, method: tuple[str, ...] = METHOD) -> list[str]:
-    return [sys.executable, "-m", "saltern", "extract", str(shards), "--out", str(out), *MODEL, *method, *words]
+    """Return the words of `saltern`."""
+    return ["extract", str(shards), "--out", str(out), *MODEL, *method, *words]
 
 
-def start(line: list[str], slow: float = 0.1, **more: object) -> subprocess.Popen[str]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": PYTHONPATH,
-        "OMP_NUM_THREADS": "1",
-        "SLOW": str(slow),
-    }
-    return subprocess.Popen(
-        line, env=environment, cwd=HELPERS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more
-    )  # type: ignore[call-overload,no-any-return]
+def start(forks: Forks, line: list[str], slow: float = 0.1, **more: Any) -> Forked:
+    return forks.start(line, {"SLOW": str(slow)}, **more)
 
 
-def finish(running: subprocess.Popen[str], timeout_s: float = 120) -> tuple[int, str]:
-    with running:
-        said, _ = running.communicate(timeout=timeout_s)
-    return running.returncode, said
+def finish(forks: Forks, running: Forked) -> tuple[int, str]:
+    return running.wait(), forks.said()
 
 
-def run(line: list[str], slow: float = 0.0, **more: object) -> tuple[int, str]:
-    return finish(start(line, slow, **more))
+def run(forks: Forks, line: list[str], slow: float = 0.0, **more: Any) -> tuple[int, str]:
+    return finish(forks, start(forks, line, slow, **more))
 
 
 def run_here(line: list[str]) -> tuple[int, str]:
@@ -56,12 +46,12 @@ def run_here(line: list[str]) -> tuple[int, str]:
         patch.setenv("PYTHONPATH", PYTHONPATH)  # of the actors
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.chdir(HELPERS)
-        ended = call(*line[3:])
+        ended = call(*line)
     return ended.returncode, ended.stdout + ended.stderr
 
 
 def resume(shards: Path, out: Path, **more: Any) -> RunResult:
-    """Repeat the command of `command` in this process, which saves the imports of a new process."""
+    """Repeat the command of `command` in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLOW", "0")
         patch.chdir(HELPERS)
@@ -81,10 +71,10 @@ def equals(out: Path, undisturbed: dict[str, bytes]) -> None:
     assert not [path for path in out.rglob("*") if path.name.startswith(("_tmp-", "."))]
 
 
-def until(condition: Callable[[], bool], running: subprocess.Popen[str] | None = None, timeout_s: float = 60) -> None:
+def until(condition: Callable[[], bool], running: Forked | None = None, timeout_s: float = 60) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
-        assert running is None or running.poll() is None, running.communicate()[0]
+        assert running is None or running.poll() is None, running.returncode
         assert time.monotonic() < end
         time.sleep(0.02)
 
@@ -97,13 +87,11 @@ def workers_of(out: Path) -> int:
     return len({json.loads(path.read_text())["worker"] for path in out.glob("receipts/*.json")})
 
 
-def actors() -> list[psutil.Process]:
-    """Return the live actors with a processor. The cluster has one job at a time."""
-    return [process for process in psutil.process_iter() if _is_actor(process)]
-
-
-def _is_actor(process: psutil.Process) -> bool:
-    try:
-        return process.name().startswith("ray::_Worker") and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
+def actors(kind: str) -> list[psutil.Process]:
+    """Return the live actors of a class, in the cluster that this process has started."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if f"ray::{kind}" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found

@@ -1,13 +1,16 @@
-"""Runs of `extract` in forked processes, which a test can kill. One process imports everything, once, and forks them.
+"""Runs in forked processes, which a test can signal and kill. One process imports everything, once, and forks them.
 
 As a program: reads one request, a JSON object, from each line of its input, and answers with the process and its end.
 """
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +22,46 @@ from making import HELPERS, PYTHONPATH
 CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "fcntl.flock", "shutil.rmtree")
 
 
-class Forks:
-    """The process that forks runs."""
+class Forked:
+    """A forked run, with some methods of `Popen`."""
 
-    def __init__(self, log: Path, **environment: str):
-        self._log = log
-        environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", **environment}
+    def __init__(self, pid: int, answer: Callable[[], int]):
+        self.pid, self.returncode = pid, None
+        self._answer = answer
+
+    def poll(self) -> int | None:
+        """Return the exit code, or minus the signal that ended the run; None if it goes on."""
+        if self.returncode is None:
+            try:
+                os.kill(self.pid, 0)
+            except ProcessLookupError:
+                self.returncode = self._answer()
+        return self.returncode
+
+    def wait(self, timeout_s: float = 120) -> int:
+        """Return what `poll` does, after the end. A run that takes longer is killed."""
+        end = time.monotonic() + timeout_s
+        while self.poll() is None:
+            if time.monotonic() > end:
+                self.send_signal(signal.SIGKILL)
+            time.sleep(0.005)
+        assert self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class Forks:
+    """The process that forks runs, one at a time."""
+
+    def __init__(self, log: Path):
+        self._log, self._last = log, None
+        environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self._process = subprocess.Popen([sys.executable, __file__], env=environment, cwd=HELPERS, text=True, **pipes)
 
@@ -48,19 +85,35 @@ class Forks:
         Returns:
             The exit code, or minus the signal that killed the run.
         """
-        ask = {"shards": str(shards), "out": out, "at": at, "environment": environment or {}, "log": str(self._log)}
+        ask = {"shards": str(shards), "out": out, "at": at, "settings": settings or {}, "wishes": wishes}
+        running = self._start(ask, environment or {})
+        begun(running.pid)
+        return running.wait()
+
+    def start(self, words: list[str], environment: dict[str, str], file_size: int | None = None) -> Forked:
+        """Start `saltern` with these words.
+
+        Args:
+            file_size: limit of the bytes of a file that it writes.
+        """
+        return self._start({"words": words, "file_size": file_size}, environment)
+
+    def _start(self, ask: dict[str, Any], environment: dict[str, str]) -> Forked:
+        if self._last is not None and self._last.poll() is None:  # of a test that failed
+            self._last.kill()
+            self._last.wait()
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({**ask, "settings": settings or {}, "wishes": wishes}) + "\n")
+        self._process.stdin.write(json.dumps({**ask, "environment": environment, "log": str(self._log)}) + "\n")
         self._process.stdin.flush()
-        begun(self._answer())
-        return self._answer()
+        self._last = Forked(self._answer(), self._answer)
+        return self._last
 
     def _answer(self) -> int:
         assert self._process.stdout is not None
         return int(self._process.stdout.readline())
 
     def said(self) -> str:
-        """Return the output of the last run. Its last line has the number of changes, if the run was not killed."""
+        """Return the output of the last run. Of `run`, its last line has the number of changes, without a kill."""
         return self._log.read_text(errors="replace")
 
     def close(self) -> None:
@@ -91,15 +144,30 @@ class Reaper:
         return writes and str(arguments[0]).startswith(self._folder)
 
 
+def _child(ask: dict[str, Any]) -> int:
+    log = os.open(ask["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(ask["environment"])
+    return _command(ask) if "words" in ask else _run(ask)
+
+
+def _command(ask: dict[str, Any]) -> int:
+    """Run the command line, which ends the process as that of a user."""
+    from saltern.jobs.main import main
+
+    if ask["file_size"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (ask["file_size"], ask["file_size"]))
+    sys.argv = ["saltern", *ask["words"]]
+    main()
+    raise AssertionError("main() returned without an exit code")
+
+
 def _run(ask: dict[str, Any]) -> int:
     from extracting import extract
 
     from saltern.schemas.errors import UserError
 
-    log = os.open(ask["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.environ.update(ask["environment"])
     reaper = Reaper(ask["out"], ask["at"])
     sys.addaudithook(reaper)
     try:
@@ -119,13 +187,16 @@ def main() -> None:
     import odd_methods  # noqa: F401
     import pandas  # noqa: F401  (pyarrow imports it for the first column, which takes longer than a run)
     import pyarrow.compute  # noqa: F401
+    import ray  # noqa: F401
     import torch
+
+    import saltern.jobs.main  # noqa: F401
 
     torch.set_num_threads(1)
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
-            os._exit(_run(json.loads(line)))
+            os._exit(_child(json.loads(line)))
         print(pid, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 

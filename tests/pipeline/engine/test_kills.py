@@ -70,16 +70,6 @@ def server() -> Iterator[S3]:
         yield made
 
 
-@pytest.fixture(scope="module")
-def forks(server: S3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    made = Forks(
-        tmp_path_factory.mktemp("log") / "log",
-        **client_of(server),
-    )
-    yield made
-    made.close()
-
-
 class Campaign:
     """Runs that are killed, and what they must come to."""
 
@@ -100,9 +90,14 @@ class Campaign:
     def undisturbed(self, begin: State, command: dict[str, Any]) -> tuple[State, int]:
         place = Disk(self.folder / f"undisturbed-{len(list(self.folder.iterdir()))}")
         place.load(begin)
-        code = self.forks.run(self.shards, place.url, **METHOD, **command)
+        code = self.run(place, command)
         assert code in (0, 1), self.forks.said()  # 1: fewer than half of the rows are ok
         return place.state(), int(self.forks.said().split()[-1])
+
+    def run(self, place: Disk | Bucket, command: dict[str, Any], **kill: Any) -> int:
+        environment = client_of(self.server) | command.get("environment", {})
+        more = {**METHOD, **command, "environment": environment, **kill}
+        return self.forks.run(self.shards, place.url, **more)
 
     def kill(self, number: int, rng: random.Random) -> None:
         """Kill a run once or twice, repeat its command, and compare."""
@@ -114,7 +109,7 @@ class Campaign:
         for _ in range(rng.choice((1, 1, 2))):
             self._kill(place, kind, rng)
             assert kind == "first" or "run.json" in place.state()  # no moment without
-        code = self.forks.run(self.shards, place.url, **METHOD, **KINDS[kind])
+        code = self.run(place, KINDS[kind])
         assert code == 0, (number, kind, code, self.forks.said())
         found, wanted = told(place.state()), told(self.ends[kind])
         for name, shard in told(self.plain).items():
@@ -131,7 +126,7 @@ class Campaign:
             how, begun = "at a request", self._at_a_request(rng.randint(1, 60))
         elif rng.random() < 0.8:
             how, at, begun = "before a change", rng.randint(1, self.changes), lambda pid: None
-        code = self.forks.run(self.shards, place.url, at=at, begun=begun, **METHOD, **KINDS[kind])
+        code = self.run(place, KINDS[kind], at=at, begun=begun)
         self.server.before = lambda request: None
         assert code in (0, -signal.SIGKILL), (kind, how, at, code, self.forks.said())
         self.counts[f"{kind}, {how}" if code else "ended before the kill"] += 1

@@ -9,17 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
+import ray
 import torch
 import torch.distributed as dist
 from casm_toys import OFTEN, files, request, small
+from faults import actors, run_here, until
 from making import HELPERS, PYTHONPATH, picture, write_tar
 
-import saltern.jobs.main
 from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS
@@ -29,6 +30,7 @@ from saltern.pipeline.casm.training.ranks import Ranks
 from saltern.pipeline.masknet.checkpoint import open_checkpoint
 from saltern.schemas.errors import UserError
 
+RANK = "RayTrainWorker"  # the class of the ranks' actors
 CPU = torch.device("cpu")
 SAME = 2e-6  # of losses of worlds 1 and 2, in float32, after 18 steps; measured: 2e-7
 
@@ -49,7 +51,12 @@ def guarded(job, rank: int, meeting: Path, words: tuple[object, ...]) -> object:
 @pytest.fixture(scope="module")
 def in_ranks(tmp_path_factory):
     """Return a function in_ranks(job, *words) that gives the results of `job(ranks, *words)` in two processes."""
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["casm_toys"])  # imports torch once, and not in each process
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", PYTHONPATH)
+        pool = context.Pool(2)
+    with pool:
 
         def each(job, *words: object) -> list[object]:
             meeting = tmp_path_factory.mktemp("meeting") / "file"
@@ -194,7 +201,7 @@ def command(shards: Path, out: Path, address: str, *more: str) -> list[str]:
     settings = ("--pool-size", "3", "--lr-classifier", "0.01", "--seed", "5", "--thinning", "L100")
     return [
         *("train-casm", str(shards), "--out", str(out), "--workers", "2"),
-        *("--model", "casm_toys:slow", "--epochs", "3", "--steps-per-epoch", "6", "--batch-size", "4"),
+        *("--model", "casm_toys:slow", "--epochs", "4", "--steps-per-epoch", "6", "--batch-size", "4"),
         *("--side", "64", "--checkpoint-every", "4", "--address", address, "--device", "cpu", *settings, *more),
     ]
 
@@ -219,21 +226,22 @@ def finish(running: subprocess.Popen[str], code: int = 0) -> str:
     return said
 
 
-def at_checkpoint(out: Path, step: int, running: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 300
-    while not (out / "checkpoints" / str(step)).exists():
-        assert running.poll() is None, running.communicate()[0]
-        assert time.monotonic() < end, "no checkpoint"
-        time.sleep(0.02)
+@pytest.fixture
+def train_here(monkeypatch):
+    """Return a function that runs the `command` of its arguments in this process, and gives what it said."""
+    monkeypatch.setattr(ray, "shutdown", lambda: None)  # it would end the cluster of the tests
+
+    def trained(*given: object, code: int = 0) -> str:
+        ended, said = run_here(command(*given))
+        assert ended == code, said
+        assert "Traceback" not in said
+        return said
+
+    return trained
 
 
-def workers_of_train() -> list[psutil.Process]:
-    """Return the ranks' processes, which Ray names RayTrainWorker."""
-    return [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if "RayTrainWorker" in " ".join(process.info["cmdline"] or [])
-    ]
+def checkpoints(out: Path) -> list[int]:
+    return sorted(int(path.name) for path in (out / "checkpoints").glob("[0-9]*"))
 
 
 @pytest.fixture(scope="module")
@@ -241,60 +249,55 @@ def on_two(shards, tmp_path_factory, in_ranks) -> dict[str, str]:
     """Return the files of an undisturbed training by two ranks, without Ray, whose workers start slowly."""
     out = tmp_path_factory.mktemp("two") / "run"
     chosen = Hyperparameters(thinning=THINNINGS["L100"], lam="auto", pool_size=3, lr_classifier=0.01, seed=5)
-    in_ranks(train_as, request(shards, out, model="casm_toys:slow", hyperparameters=chosen, workers=2))
-    assert [line["step"] for line in lines(out)] == list(range(18))
+    in_ranks(train_as, request(shards, out, model="casm_toys:slow", hyperparameters=chosen, workers=2, epochs=4))
+    assert [line["step"] for line in lines(out)] == list(range(24))
     return {**files(out), "lock-driver": hashlib.sha256(b"").hexdigest()}
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_changes_no_bit(shards, on_two, tmp_path, ray_address):
-    running = start(shards, tmp_path / "run", ray_address)
-    at_checkpoint(tmp_path / "run", 4, running)
-    time.sleep(random.uniform(0, 1))
-    victims = workers_of_train()
-    assert len(victims) == 2
-    random.choice(victims).send_signal(signal.SIGKILL)
-    said = finish(running)
-    assert "a worker died (rank" in said
-    assert "all of them start again at step" in said
-    assert "in each of 2 workers here" in said
-    assert files(tmp_path / "run") == on_two
-
-
-@pytest.mark.slow
-def test_a_driver_that_is_killed_changes_no_bit(shards, on_two, tmp_path, ray_address):
-    running = start(shards, tmp_path / "run", ray_address)
-    at_checkpoint(tmp_path / "run", 8, running)
+def test_a_killed_driver_and_a_killed_rank_change_no_bit(shards, on_two, tmp_path, ray_address, train_here):
+    out = tmp_path / "run"
+    running = start(shards, out, ray_address)
+    until(lambda: checkpoints(out), running, timeout_s=300)
     time.sleep(random.uniform(0, 0.5))
     running.kill()
     running.communicate()
-    said = finish(start(shards, tmp_path / "run", ray_address, "--resume"))
+    until(lambda: not actors(RANK))
+    before = checkpoints(out)[-1]
+
+    def kill_one() -> None:
+        until(lambda: checkpoints(out)[-1] > before, timeout_s=300)
+        time.sleep(random.uniform(0, 0.3))
+        victims = actors(RANK)
+        assert len(victims) == 2
+        random.choice(victims).kill()
+
+    with ThreadPoolExecutor(1) as beside:
+        killed = beside.submit(kill_one)
+        said = train_here(shards, out, ray_address, "--resume")
+        killed.result()
     assert "resumes at step" in said
-    assert files(tmp_path / "run") == on_two
+    assert "a worker died (rank" in said
+    assert "all of them start again at step" in said
+    assert "in each of 2 workers here" in said
+    assert files(out) == on_two
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_workers_and_names_the_checkpoint(shards, on_two, tmp_path, ray_address):
-    running = start(shards, tmp_path / "run", ray_address)
-    at_checkpoint(tmp_path / "run", 4, running)
+def test_ctrl_c_ends_the_workers_and_names_the_checkpoint(shards, tmp_path, ray_address, train_here):
+    out = tmp_path / "run"
+    running = start(shards, out, ray_address)
+    until(lambda: checkpoints(out), running, timeout_s=300)
     running.send_signal(signal.SIGINT)
     said = finish(running, 130)
     assert "the same command with --resume continues from it" in said
-    end = time.monotonic() + 30
-    while workers_of_train() and time.monotonic() < end:
-        time.sleep(0.2)
-    assert not workers_of_train()
-    pool = sorted((tmp_path / "run" / "pool").iterdir())
+    until(lambda: not actors(RANK), timeout_s=30)
+    pool = sorted((out / "pool").iterdir())
     pool[0].unlink()
-    said = finish(start(shards, tmp_path / "run", ray_address, "--resume"), 2)
+    said = train_here(shards, out, ray_address, "--resume", code=2)
     assert f"the pool file {pool[0]} is missing" in said.splitlines()[-1]
 
 
-def test_more_workers_than_the_cluster_has_are_refused_in_one_line(shards, tmp_path, ray_address, monkeypatch, capsys):
-    arguments = command(shards, tmp_path / "run", ray_address, "--workers", "4")
-    monkeypatch.setattr(sys, "argv", ["saltern", *arguments])
-    monkeypatch.setattr(saltern.jobs.main, "keep_memory", lambda: None)
-    with pytest.raises(SystemExit) as ended:
-        saltern.jobs.main.main()
-    assert ended.value.code == 2
-    assert "--workers 4 need 4 CPUs, and the cluster has 2" in capsys.readouterr().err.splitlines()[-1]
+def test_more_workers_than_the_cluster_has_are_refused_in_one_line(shards, tmp_path, ray_address, train_here):
+    said = train_here(shards, tmp_path / "run", ray_address, "--workers", "4", code=2)
+    assert "--workers 4 need 4 CPUs, and the cluster has 2" in said.splitlines()[-1]
