@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -255,6 +256,7 @@ def on_two(shards, tmp_path_factory, in_ranks) -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")  # of Ray's own settings
 def test_a_killed_driver_and_a_killed_rank_change_no_bit(shards, on_two, tmp_path, ray_address, train_here):
     out = tmp_path / "run"
     running = start(shards, out, ray_address)
@@ -263,10 +265,10 @@ def test_a_killed_driver_and_a_killed_rank_change_no_bit(shards, on_two, tmp_pat
     running.kill()
     running.communicate()
     until(lambda: not actors(RANK))
-    before = checkpoints(out)[-1]
+    before, over = checkpoints(out)[-1], threading.Event()
 
     def kill_one() -> None:
-        until(lambda: checkpoints(out)[-1] > before, timeout_s=300)
+        until(lambda: over.is_set() or checkpoints(out)[-1] > before, timeout_s=300)
         time.sleep(random.uniform(0, 0.3))
         victims = actors(RANK)
         assert len(victims) == 2
@@ -274,7 +276,10 @@ def test_a_killed_driver_and_a_killed_rank_change_no_bit(shards, on_two, tmp_pat
 
     with ThreadPoolExecutor(1) as beside:
         killed = beside.submit(kill_one)
-        said = train_here(shards, out, ray_address, "--resume")
+        try:
+            said = train_here(shards, out, ray_address, "--resume")
+        finally:
+            over.set()
         killed.result()
     assert "resumes at step" in said
     assert "a worker died (rank" in said
