@@ -116,11 +116,12 @@ def test_wrong_tokens(head: Head, tmp_path: Path, settings: dict[str, str], word
 
 def test_an_extract_with_the_users_model(head: Head, tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(
-        "import torch, torchvision\n\n\ndef small():\n    torch.manual_seed(0)\n"
-        "    return torchvision.models.resnet18(weights=None, num_classes=5).eval()\n"
+        "import torch\n\n\ndef small():\n    torch.manual_seed(0)\n    return torch.nn.Sequential(\n"
+        "        torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),\n"
+        "        torch.nn.Linear(4, 5),\n    ).eval()\n"
     )
     write_shard(tmp_path / "shards" / "a-0.tar", 3)
-    words = ("shards/a-0.tar", "--out", "run", "--model", "nets:small", "--weights", "none", "--method", "grad-cam")
+    words = ("shards/a-0.tar", "--out", "run", "--model", "nets:small", "--layer", "1", "--method", "grad-cam")
     ended = head.submit("--follow", "--", "extract", *words, "--crop", "64", "--resize", "64", cwd=tmp_path)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert ended.stderr.count("\n") == 2  # the paths, and what was started

@@ -71,16 +71,16 @@ def test_a_checkpoint_that_was_being_written_or_was_damaged_does_not_count(shard
 @pytest.mark.slow
 def test_a_killed_process_is_gone_on_from(shards, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, HELPERS / "casm_toys.py", shards, tmp_path / "killed", "20"]
+    line = [sys.executable, HELPERS / "casm_toys.py", shards, tmp_path / "killed", "8"]
     process = subprocess.Popen([*map(str, line)], env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not (tmp_path / "killed/checkpoints/20").is_dir() and process.poll() is None and time.monotonic() < deadline:
+    while not (tmp_path / "killed/checkpoints/12").is_dir() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
-    time.sleep(random.Random(time.time()).uniform(0, 0.3))
+    time.sleep(random.Random(time.time()).uniform(0, 0.15))
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    train(request(shards, tmp_path / "killed", epochs=20, resume=True), quiet)
-    train(request(shards, tmp_path / "whole", epochs=20), quiet)
+    train(request(shards, tmp_path / "killed", epochs=8, resume=True), quiet)
+    train(request(shards, tmp_path / "whole", epochs=8), quiet)
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 

@@ -255,16 +255,29 @@ def test_classes_are_checked(classes, match, data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def until_training(number: int, data: Path, out: Path, **changed: object) -> None:
+    """Run an experiment, and interrupt it before its n-th training."""
+    real, begun = experiment.train, []
+
+    def train(*args):
+        begun.append(args)
+        if len(begun) == number:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "train", train)
+        with pytest.raises(KeyboardInterrupt):
+            run(data, out, **changed)
+
+
 def test_a_split_without_a_training_binds_no_folder(data, tmp_path):
     """A refused request writes nothing, and a split that an interrupted command left is replaced."""
     refused("--epochs 0: it must be 1 or more", request(data, tmp_path / "out", epochs=0), data / "val")
     assert not (tmp_path / "out").exists()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "train", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            run(data, tmp_path / "out")
+    until_training(1, data, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["split.json"]
-    run(data, tmp_path / "out", epochs=1, steps_per_epoch=1, classes=[7, 2, 4, 3, 1, 9])
+    until_training(1, data, tmp_path / "out", epochs=1, steps_per_epoch=1, classes=[7, 2, 4, 3, 1, 9])
     split = json.loads((tmp_path / "out/split.json").read_text())["subsets"]
     assert split == make_split([1, 2, 3, 4, 7, 9], 5)
 
@@ -278,7 +291,8 @@ def test_a_training_refused_for_lack_of_memory_does_not_bind_the_folder(data, tm
         with pytest.raises(UserError, match="too little memory"):
             run(data, tmp_path / "out")
     assert (tmp_path / "out/train-F").is_dir()
-    run(data, tmp_path / "out", epochs=1, steps_per_epoch=1)
+    until_training(2, data, tmp_path / "out", epochs=1, steps_per_epoch=1)
+    assert (tmp_path / "out/train-F/checkpoints/1").is_dir()
 
 
 def test_a_shard_that_cannot_be_extracted_ends_the_experiment(data, tmp_path, monkeypatch):
