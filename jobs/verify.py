@@ -17,7 +17,7 @@ def verify(
 ) -> None:
     """Check a run's digests, fingerprints and keys: every sample must have exactly its rows.
 
-    Lists the problems. If it finds any, the exit code is 1. Says which tars could not be compared.
+    Lists the problems, each with its fix. If it finds any, the exit code is 1. Says which tars could not be compared.
     """
     import json
     from dataclasses import asdict
@@ -33,7 +33,7 @@ def verify(
         typer.echo(json.dumps(asdict(verdict), indent=1))
     else:
         for finding in verdict.findings:
-            opt.say(f"{finding.shard}: {finding.reason}")
+            opt.say(f"{finding.shard}: {finding.reason}; {finding.fix}")
         for reason, count in verdict.reasons.items():
             opt.say(f"{count:,} rows {reason}")
         if verdict.warning:

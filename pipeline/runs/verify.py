@@ -1,5 +1,6 @@
 """Verify a run: every wanted shard has an intact data file of this run, with rows for every sample of its tar."""
 
+import contextlib
 import hashlib
 import os
 from collections import Counter
@@ -21,6 +22,9 @@ from saltern.schemas.receipt import Failure, Receipt
 from saltern.schemas.run import CLASSES, Run, Shard, same_time
 
 GONE = "the tar is gone (if it was moved, --shards says where it is)"
+MISSING = "its data file is missing"
+AGAIN = "repeat the command, which makes it again"
+STRANGER = "move it away, or delete it if nothing needs it"
 REMOTE = "the tar is in an object store, where reading its keys costs as much as reading all of it"
 
 
@@ -30,6 +34,7 @@ class Finding:
 
     shard: str  # or the file's name, if it belongs to no shard
     reason: str
+    fix: str
 
 
 @dataclass
@@ -62,49 +67,65 @@ def verify(store: Store, run: Run) -> Verdict:
         if receipt is None:
             failure = failures.get(shard.name)
             reason = invalid.get(shard.name) or (f"failed: {failure.reason}" if failure else "not done")
-            verdict.findings.append(Finding(shard.name, reason))
+            verdict.findings.append(Finding(shard.name, reason, AGAIN))
             continue
         verdict.samples += receipt.samples
         verdict.rows += receipt.rows
-        found, keys = [], None
+        keys = None
         try:
-            keys = _keys(run, shard, receipt)
-            verdict.recounted += 1
+            if changed := _change(run, shard, receipt):
+                verdict.findings.append(Finding(shard.name, changed, AGAIN))
+            else:
+                keys = _keys(run, shard)
+                verdict.recounted += 1
         except ShardError as error:
-            found.append(str(error))
+            verdict.findings.append(Finding(shard.name, str(error), "copy the tar again from its source"))
         except OSError as error:
             count, first = verdict.unproven.get(str(error), (0, shard.url))
             verdict.unproven[str(error)] = (count + 1, first)
-        found += _check(store, run, shard, receipt, keys)
-        verdict.findings += [Finding(shard.name, reason) for reason in found]
+        remake = f"delete {store.full(data_name(shard.name))} and {AGAIN}"
+        for reason in _check(store, run, shard, receipt, keys):
+            verdict.findings.append(Finding(shard.name, reason, AGAIN if reason == MISSING else remake))
     verdict.findings += [*damaged, *_unknown_files(store, run)]
     verdict.reasons = reasons_of(receipts.values())
     verdict.warning = label_doubt(store, run, receipts)
     return verdict
 
 
-def _keys(run: Run, shard: Shard, receipt: Receipt) -> list[str]:
-    """Return the keys of the tar, or the classes.
+def _change(run: Run, shard: Shard, receipt: Receipt) -> str | None:
+    """Return how the tar differs from the one that was read; None if it does not.
 
     Raises:
         OSError: the tar cannot be read, or reading it is expensive; its message is the reason.
-        ShardError: the tar is not the one that was read.
+        ShardError: the tar is damaged.
     """
     if run.config.job == VISUALIZE:
-        return shard.url.removeprefix(CLASSES).split(",")
+        return None
     if "://" in shard.url:
         raise OSError(REMOTE)
-    try:
+    with _local(shard):
         info = os.stat(shard.url)
         if info.st_size != receipt.size:
-            raise ShardError(f"its tar has {info.st_size} bytes, and had {receipt.size} when it was read")
-        if (
-            receipt.content
-            and not same_time(info.st_mtime_ns, receipt.mtime_ns)
-            and content_of(shard) != receipt.content
-        ):
-            raise ShardError("its tar was written again with other content since it was read")
+            return f"its tar has {info.st_size} bytes, and had {receipt.size} when it was read"
+        known = same_time(info.st_mtime_ns, receipt.mtime_ns) or not receipt.content
+        if not known and content_of(shard) != receipt.content:
+            return "its tar was written again with other content since it was read"
+    return None
+
+
+def _keys(run: Run, shard: Shard) -> list[str]:
+    """Return the keys of the tar, or the classes. Raises OSError and ShardError as `_change`."""
+    if run.config.job == VISUALIZE:
+        return shard.url.removeprefix(CLASSES).split(",")
+    with _local(shard):
         return list_keys(shard)
+
+
+@contextlib.contextmanager
+def _local(shard: Shard) -> Iterator[None]:
+    """Raise OSError with the reason for the user if a tar cannot be read."""
+    try:
+        yield
     except (FileNotFoundError, NotADirectoryError):
         raise OSError(GONE) from None
     except OSError as error:
@@ -119,7 +140,7 @@ def _table(store: Store, run: Run, shard: Shard, receipt: Receipt) -> dict[str, 
     except (OSError, UserError) as error:
         raise ShardError(f"{place} cannot be read: {error}") from error
     if raw is None:
-        raise ShardError(f"{place} is missing")
+        raise ShardError(MISSING)
     if len(raw) != receipt.data_bytes or hashlib.sha256(raw).hexdigest() != receipt.digest:
         raise ShardError(f"{place} is not the one that its receipt was written for (digest differs)")
     file = open_data(run, place, pa.BufferReader(raw))
@@ -160,7 +181,7 @@ def _failures(store: Store, run: Run) -> tuple[dict[str, Failure], list[Finding]
                 raise ValueError(f"it is of the shard {failure.shard}")
             failures[failure.shard] = failure
         except ValueError as error:
-            findings.append(Finding(f"failures/{name}", f"is damaged ({error})"))
+            findings.append(Finding(f"failures/{name}", f"is damaged ({error})", "delete it"))
     return failures, findings
 
 
@@ -169,9 +190,9 @@ def _unknown_files(store: Store, run: Run) -> Iterator[Finding]:
     for folder in ("data", "receipts", "failures"):
         for name in store.listing(folder, ""):
             if f"{folder}/{name}" not in names:
-                yield Finding(f"{folder}/{name}", "belongs to no shard of this run")
+                yield Finding(f"{folder}/{name}", "belongs to no shard of this run", STRANGER)
     if store.local:
         for name in sorted(os.listdir(store.path)):
             if name.startswith(SCRATCH):
-                reason = "is a temporary file: a run is in progress, or one was killed; the next run removes the file"
-                yield Finding(name, reason)
+                reason = "is a temporary file: a run is in progress, or one was killed"
+                yield Finding(name, reason, "the next run removes it")

@@ -1,8 +1,10 @@
 """What others' data, names and permissions do to the read-only commands: one line, and no escape sequence."""
 
+import builtins
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import call, refused
@@ -61,14 +63,14 @@ def test_a_file_that_may_not_be_read_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str
 ) -> None:
     made = make_run(tmp_path, shards=1)
-    read = Path.read_bytes
+    opened = builtins.open
 
-    def forbidden(path: Path) -> bytes:
+    def forbidden(path: Any, *more: Any, **options: Any) -> Any:
         if str(path).endswith(name):
             raise PermissionError(13, "Permission denied", str(path))
-        return read(path)
+        return opened(path, *more, **options)
 
-    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    monkeypatch.setattr(builtins, "open", forbidden)
     assert f"{made.path}/{name}: Permission denied" in refused(call(command, made.path))
 
 
