@@ -19,6 +19,10 @@ class UserError(Exception):
     """A wrong call. The message is one line with the cause and the fix; the command prints it and exits with 2."""
 
 
+class DamagedRunError(UserError):
+    """A run.json that is not as it was written."""
+
+
 class CollapseError(UserError):
     """A training whose masks collapse again and again. The command exits with 1."""
 

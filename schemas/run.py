@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 from saltern.schemas.config import SCHEMA_VERSION, RunConfig, config_from_dict
-from saltern.schemas.errors import UserError, printable
+from saltern.schemas.errors import DamagedRunError, UserError, printable
 from saltern.schemas.seal import build, seal, unseal
 
 CLASSES = "classes://"  # begins the URL of a shard that is a batch of classes
@@ -77,7 +77,7 @@ class Run:
 
     @classmethod
     def from_json(cls, raw: bytes) -> "Run":
-        """Parse run.json. Raises UserError if the file is damaged or edited, or has another schema version."""
+        """Parse run.json. Raises DamagedRunError if it is damaged or edited, UserError for another version."""
         try:
             stored = unseal(raw, sealed=False)
             version = stored.pop("schema_version")
@@ -91,6 +91,5 @@ class Run:
             if run.config.fingerprint() != run.fingerprint:
                 raise ValueError("its fingerprint is not that of its config")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            why = printable(str(error))
-            raise UserError(f"run.json is damaged ({why}); restore it, or choose another --out") from error
+            raise DamagedRunError(f"run.json is damaged ({printable(str(error))})") from error
         return run

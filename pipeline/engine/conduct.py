@@ -20,11 +20,12 @@ from saltern.pipeline.runs.begin import Begun, begin, check_folder, read_begun
 from saltern.pipeline.runs.manifest import failure_name, load_run, receipt_name
 from saltern.pipeline.runs.outlet import Made, Spec, accepted
 from saltern.pipeline.runs.reasons import reasons_of, too_few_ok
+from saltern.pipeline.runs.recover import recover
 from saltern.pipeline.shards.samples import list_keys
 from saltern.pipeline.storage.lock import Lock
-from saltern.pipeline.storage.session import session
+from saltern.pipeline.storage.session import Session, session
 from saltern.pipeline.storage.store import Store
-from saltern.schemas.errors import ShardError, UserError
+from saltern.schemas.errors import DamagedRunError, ShardError, UserError
 from saltern.schemas.receipt import Failure, Receipt
 from saltern.schemas.run import Run, Shard
 
@@ -91,18 +92,19 @@ def conduct(job: Job, options: RunOptions) -> RunResult:
     root = options.out if "://" in options.out else os.path.abspath(options.out)
     store = Store(root)
     engine = select_engine(options.engine, options.device, options.address, options.workers, options.gpus_per_worker)
+    existing, damage = None, None
     with _explained(options.out):
-        existing = load_run(store)
+        try:
+            existing = load_run(store)
+        except DamagedRunError as error:
+            damage = error
     run, hints = job.plan(None if options.overwrite else existing, engine.device, engine.workers)
     for line in (*hints, str(engine)):
         print(line, file=sys.stderr)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_sigterm())
         with _explained(options.out):
-            check_folder(store, existing, run)
-            held = stack.enter_context(session(store))
-            run = begin(store, run, overwrite=options.overwrite)
-            begun = read_begun(store, run)
+            held, run, begun = _start(stack, store, run, existing, damage, options.overwrite)
         spec = Spec(run, root, held.scratch, engine.device, options.decode_threads or 0, options.retry_failed)
         try:
             result = _drive(
@@ -126,6 +128,25 @@ def conduct(job: Job, options: RunOptions) -> RunResult:
 def _build(processor: Callable[[Spec], ShardProcessor], spec: Spec) -> ShardProcessor:
     """Build a worker's processor, on the worker's machine."""
     return processor(replace(spec, decode_threads=spec.decode_threads or decode_threads()))
+
+
+def _start(
+    stack: contextlib.ExitStack,
+    store: Store,
+    run: Run,
+    existing: Run | None,
+    damage: UserError | None,
+    overwrite: bool,
+) -> tuple[Session, Run, Begun]:
+    """Own the run's folder, and begin the run in it. If its run.json is missing or damaged, write it again."""
+    recovered, why = (None, "") if existing else recover(store, run, damage)
+    check_folder(store, existing or recovered, run, why)
+    held = stack.enter_context(session(store))
+    if recovered is not None:
+        store.write("run.json", recovered.to_json())
+        print("run.json was missing or damaged, and is written again: all files are of this command", file=sys.stderr)
+    run = begin(store, run, overwrite=overwrite)
+    return held, run, read_begun(store, run)
 
 
 @contextlib.contextmanager

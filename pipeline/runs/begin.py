@@ -25,11 +25,12 @@ WRITTEN = ("data", "receipts", "failures", "metrics", "pictures")  # folders of 
 _SHEETS = {ATTACK: {"attack.png"}, VISUALIZE: {"pictures.png"}}
 
 
-def check_folder(store: Store, old: Run | None, run: Run) -> None:
+def check_folder(store: Store, old: Run | None, run: Run, why: str = "") -> None:
     """Check that the run overwrites no input, and no file of another origin. Changes nothing.
 
     Args:
         old: the run in the folder, which `run` resumes or replaces.
+        why: the reason why files in a folder without run.json are not those of `run`.
 
     Raises:
         UserError: a shard is in the run's folder, or an unknown file has the name of a data file or a receipt.
@@ -48,8 +49,9 @@ def check_folder(store: Store, old: Run | None, run: Run) -> None:
         for name in store.listing(folder, suffix):
             if name.removesuffix(suffix) in new:
                 raise UserError(
-                    f"{store.full(f'{folder}/{name}')} would be overwritten, and no run.json there names it: "
-                    "move it away, or give another --out"
+                    f"{store.full(f'{folder}/{name}')} would be overwritten, and no run.json there names it"
+                    f"{f' ({why})' if why else ''}: repeat the command that made it, move {store.full('data')} and "
+                    f"{store.full('receipts')} away, or give another --out"
                 )
 
 

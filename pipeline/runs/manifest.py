@@ -5,9 +5,11 @@ import re
 from collections.abc import Iterable, Sequence
 
 from saltern.pipeline.storage.store import Store
-from saltern.schemas.errors import UserError
+from saltern.schemas.errors import DamagedRunError, UserError
 from saltern.schemas.receipt import Failure, Receipt
 from saltern.schemas.run import Run, Shard
+
+AGAIN = "repeat the command that made the run, which writes it again if all files are of its config"
 
 
 def data_name(shard: str) -> str:
@@ -30,18 +32,23 @@ def picture_name(number: int, class_names: Sequence[str] | None) -> str:
 
 
 def load_run(store: Store) -> Run | None:
-    """Return the run in the folder, or None. Raises UserError if run.json is damaged."""
+    """Return the run in the folder, or None. Raises DamagedRunError, and UserError for another schema version."""
     raw = store.read("run.json")
     try:
         return None if raw is None else Run.from_json(raw)
     except UserError as error:
-        raise UserError(f"{store.path}: {error}") from error
+        raise type(error)(f"{store.path}: {error}") from error
 
 
 def load_run_folder(root: str, job: str | None = None) -> tuple[Store, Run]:
     """Return the store and the run of a folder. Raises UserError if it has no run, or one of another job than `job`."""
     store = Store(root)
-    run = load_run(store)
+    try:
+        run = load_run(store)
+    except DamagedRunError as error:
+        raise UserError(f"{error}; {AGAIN}") from error
+    if run is None and store.listing("receipts", ".json"):
+        raise UserError(f"{root} has receipts, but its run.json is missing; {AGAIN}")
     if run is None:
         raise UserError(f"{root} holds no run (no run.json); `saltern extract ... --out {root}` makes one")
     if job is not None and run.config.job != job:
