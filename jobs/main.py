@@ -27,7 +27,8 @@ from saltern.schemas.errors import CollapseError, UserError, printable
 
 EXIT_CODES = (
     "Exit codes: 0 everything is done; 1 some shards failed, less than half of the rows are ok, or a check failed; "
-    "2 a wrong call, explained in one line; 3 an error in the code, with its traceback; 130 interrupted."
+    "2 a wrong call, explained in one line; 3 an error in the code, with its traceback; "
+    "75 the GPU was lost, and the same command goes on; 130 interrupted."
 )
 
 app = typer.Typer(

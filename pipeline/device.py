@@ -1,15 +1,28 @@
-"""The device that computes: its arithmetic."""
+"""The device that computes: its arithmetic, and its faults."""
 
 import contextlib
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from functools import cache
 
 import torch
 
-from saltern.schemas.errors import UserError
+from saltern.schemas.errors import DeviceLostError, UserError
 
+# Parts of messages of torch and of NVIDIA's libraries.
+_FULL = re.compile(
+    "out of memory|(can't|cannot) allocate memory|not enough memory|std::bad_alloc|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED"
+)
+# Given when a library finds no room for its workspace, and for other reasons too.
+_PERHAPS_FULL = re.compile(
+    "(CUBLAS|CUDNN)_STATUS_NOT_INITIALIZED|CUDNN_STATUS_NOT_SUPPORTED|[Uu]nable to find (an engine|a valid cuDNN)"
+)
+_LOST = re.compile(
+    "CUDA( driver| unknown)? error|cudaError|CUBLAS_STATUS_|CUDNN_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)"
+    "|CUSOLVER_STATUS_|NCCL|nvJPEG error|Triton Error|No CUDA GPUs|NVIDIA driver"
+)
 _UNREPEATABLE = " does not have a deterministic implementation"  # in torch's messages, after the operation's name
 
 
@@ -83,3 +96,39 @@ def _silence() -> None:
         warnings.simplefilter("ignore")
         torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32
+
+
+def out_of_memory(error: BaseException, *, alone: bool = False) -> bool:
+    """Return whether an allocation failed, on a GPU or on the host.
+
+    Args:
+        alone: nothing smaller can be tried, so messages that have other causes too do not count.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    return bool(_FULL.search(text) or (not alone and _PERHAPS_FULL.search(text)))
+
+
+def device_lost(error: BaseException) -> bool:
+    """Return whether the error leaves the device unusable for this process."""
+    if not isinstance(error, RuntimeError) or out_of_memory(error, alone=True):
+        return False
+    return isinstance(error, torch.AcceleratorError) or bool(_LOST.search(str(error)))
+
+
+@contextlib.contextmanager
+def faults() -> Iterator[None]:
+    """Raise DeviceLostError for a lost device and MemoryError if memory ran out, which are no faults of the code."""
+    try:
+        yield
+    except RuntimeError as error:
+        if device_lost(error):
+            raise DeviceLostError(_first_line(error)) from error
+        if out_of_memory(error, alone=True):
+            raise MemoryError(_first_line(error)) from error
+        raise
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -45,7 +45,7 @@ class Failure:
     """The last failure of a shard that has no receipt. It is removed when the shard succeeds."""
 
     shard: str
-    kind: str  # data | world | poison | timeout
+    kind: str  # data | world | poison | timeout | device
     reason: str  # one line
     attempts: int
 

@@ -152,6 +152,8 @@ class RayPool:
         workers: how many there will be.
     """
 
+    isolated = True
+
     def __init__(self, factory: Factory, *, gpus: float, cpus: float | None, torch_threads: int, workers: int = 1):
         nodes = [node for node in _alive().values() if node.get("GPU", 0.0) >= gpus]
         if cpus is None:

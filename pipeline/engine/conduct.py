@@ -10,8 +10,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from saltern.pipeline.engine.driver import Driver, Outcome
+from saltern.pipeline.engine.driver import DEVICE, Driver
 from saltern.pipeline.engine.local import LocalPool
+from saltern.pipeline.engine.outcome import Outcome
 from saltern.pipeline.engine.pool import Factory, ShardProcessor
 from saltern.pipeline.engine.progress import Progress, clock, shares
 from saltern.pipeline.engine.selection import Engine, make_pool, select_engine
@@ -28,6 +29,8 @@ from saltern.pipeline.storage.store import Store
 from saltern.schemas.errors import DamagedRunError, ShardError, UserError
 from saltern.schemas.receipt import Failure, Receipt
 from saltern.schemas.run import Run, Shard
+
+AGAIN = 75  # exit code, EX_TEMPFAIL: the same command, in a new process, goes on
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class RunResult:
     """The result of a run."""
 
     path: str  # the run's folder or URL
-    code: int  # exit code of the command: 0 all done; 1 shards failed, too few rows ok, or stopped; 130 interrupted
+    code: int  # of the command: 0 done; 1 failed shards, too few rows ok, stopped; 75 lost device; 130 interrupted
     shards: int  # number of the run's shards
     done: int  # shards, including those of earlier calls
     rows: dict[str, int] = field(default_factory=dict)  # by status, of all shards that are done
@@ -190,6 +193,7 @@ def _drive(spec: Spec, begun: Begun, book: "Book", factory: Factory, options: Ru
             timeout_s=options.shard_timeout_s,
             max_failed=options.max_failed_shards,
             earlier=earlier,
+            kills={name: it.attempts for name, it in begun.failures.items() if it.kind == DEVICE},
             tick=progress,
         )
         try:
@@ -199,11 +203,13 @@ def _drive(spec: Spec, begun: Begun, book: "Book", factory: Factory, options: Ru
             outcome.stopped = "interrupted"
     done += len(outcome.receipts)
     _report(outcome, len(run.shards), done, spec.root, time.monotonic() - started)
+    _say_halved(outcome.receipts.values(), run.config.batch_size)
     failures = {name: f"{failure.kind}: {failure.reason}" for name, failure in outcome.failures.items()}
     finished = {**receipts, **outcome.receipts}.values()
     code = _judge(finished) or int(bool(failures or outcome.stopped))
-    code = 130 if outcome.stopped == "interrupted" else code
-    stuck = isinstance(pool, LocalPool) and pool.abandoned
+    code = 130 if outcome.stopped == "interrupted" else AGAIN if outcome.device_lost else code
+    # A process without its device may not end by itself either.
+    stuck = isinstance(pool, LocalPool) and (pool.abandoned or outcome.device_lost)
     return RunResult(spec.root, code, len(run.shards), done, _rows(finished), failures, stuck)
 
 
@@ -259,6 +265,17 @@ def _report(outcome: Outcome, shards: int, done: int, root: str, seconds: float)
         why = outcome.stopped or f"{len(outcome.failures)} shards failed"
         lost = f"; {outcome.lost:,} images of unfinished shards will be done again" if outcome.lost else ""
         print(f"{why}; finished shards are kept{lost}: repeat the command to resume", file=sys.stderr)
+
+
+def _say_halved(receipts: Collection[Receipt], batch_size: int) -> None:
+    """Say that memory ran out, if it did."""
+    smaller = [receipt.batch_size for receipt in receipts if 0 < receipt.batch_size < batch_size]
+    if smaller:
+        print(
+            f"memory ran out: {len(smaller)} of {len(receipts)} shards were computed in batches of {min(smaller)}, not "
+            f"of {batch_size}",
+            file=sys.stderr,
+        )
 
 
 def _judge(receipts: Collection[Receipt]) -> int:

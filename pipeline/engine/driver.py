@@ -4,6 +4,7 @@
 - Broken environment (network, memory): the shard is retried later, by any worker.
 - Dead worker: its shards go to other workers; a shard that has killed three workers, or was in flight on five machines
   that were lost, fails as poison.
+- Lost device of a worker that shares this process: the run stops, to be continued by a new process.
 - Broken environment of every shard: a circuit breaker stops the run (see circuit.py).
 - Broken code: the run stops.
 """
@@ -12,14 +13,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from saltern.pipeline.engine.circuit import Circuit
+from saltern.pipeline.engine.outcome import Outcome, State
 from saltern.pipeline.engine.pool import Died, Done, Event, Pool, Raised, Ready
 from saltern.pipeline.runs.outlet import Made
 from saltern.schemas.errors import DeviceLostError, OutputError, ShardError
-from saltern.schemas.receipt import PHASES, Failure, Receipt
+from saltern.schemas.receipt import Failure, Receipt
 from saltern.schemas.run import Shard
 
 IN_FLIGHT = 2  # shards of a worker at a time: it reads one while it finishes the other
@@ -28,6 +30,7 @@ LOSSES = 5  # machines that may be lost with a shard in flight; a preempted mach
 STILLBORN = 5  # consecutive workers that may fail before they are ready
 BACKOFF_S = (1.0, 5.0)  # before the second and the third attempt
 TICK_S = 0.25
+DEVICE = "device"  # kind of the failure of a shard that was in flight when this process lost its device
 PUBLISHERS = 8  # threads: publishing takes an object store several requests
 
 
@@ -38,40 +41,6 @@ class Book(Protocol):
         """Publish a shard's files, then its receipt. Runs in several threads. May raise OSError or OutputError."""
 
     def failed(self, failure: Failure) -> None: ...
-
-
-@dataclass
-class Outcome:
-    """The result of a drive."""
-
-    receipts: dict[str, Receipt] = field(default_factory=dict)  # of this drive, by shard
-    failures: dict[str, Failure] = field(default_factory=dict)
-    stopped: str | None = None  # why it ended early
-    # Sums over the receipts, so that the progress line needs no scan of them.
-    samples: int = 0
-    failed_rows: int = 0  # rows whose status is not ok
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    lost: int = 0  # finished images of unfinished shards, when it ended early
-
-    def add(self, receipt: Receipt) -> None:
-        """Add the receipt of a finished shard."""
-        self.receipts[receipt.shard] = receipt
-        self.samples += receipt.samples
-        self.failed_rows += receipt.failed
-        for phase in PHASES:
-            self.seconds[phase] += receipt.seconds[phase]
-
-
-@dataclass
-class State:
-    """The state of a drive, as the progress line shows it."""
-
-    outcome: Outcome
-    total: int  # shards
-    workers: int = 0  # ready
-    wanted: int = 0  # workers that were started
-    images: int = 0  # finished in this drive, including those of unfinished shards
-    notes: list[str] = field(default_factory=list)  # lines for the user, which the progress line prints and removes
 
 
 @dataclass
@@ -90,6 +59,7 @@ class Driver:
         timeout_s: limit of one shard, from its submission to a worker; None = no limit.
         max_failed: stop when more shards than this have failed; None = never.
         earlier: receipts of shards whose data files may be kept, in whole or part, by the shard's name.
+        kills: workers or processes that earlier drives lost with a shard in flight, by its name. It runs last, alone.
         tick: called a few times a second.
     """
 
@@ -102,6 +72,7 @@ class Driver:
         timeout_s: float | None = None,
         max_failed: int | None = None,
         earlier: Mapping[str, Receipt] | None = None,
+        kills: Mapping[str, int] | None = None,
         tick: Callable[[State], None] = lambda state: None,
     ):
         self._pool, self._book, self._workers = pool, book, workers
@@ -110,14 +81,14 @@ class Driver:
         self._later: list[tuple[float, Shard]] = []
         self._retries: deque[Shard] = deque()  # failed shards whose pause is over
         # A shard whose worker died or hung is a suspect. It runs with no other shard, so that no other is blamed.
-        self._suspected: set[str] = set()
+        self._kills: dict[str, int] = dict(kills or {})
+        self._suspected: set[str] = set(self._kills)
         self._suspects: deque[Shard] = deque()  # suspects that wait for a worker
         self._flights: dict[int, dict[str, _Flight]] = {}  # by ready worker
         # A shard is in flight or being published, never both, so two attempts cannot publish at once.
         self._publisher = ThreadPoolExecutor(PUBLISHERS, "saltern-publish")
         self._publishing: dict[Future[Receipt], tuple[Shard, int]] = {}  # with its images
         self._attempts: dict[str, int] = {}
-        self._kills: dict[str, int] = {}
         self._losses: dict[str, int] = {}  # machines that were lost with the shard in flight
         self._living: set[int] = set()
         self._circuit = Circuit()
@@ -132,8 +103,11 @@ class Driver:
         Raises:
             Any error in a processor's code, unchanged.
         """
-        self._queue.extend(shards)
-        self.state = State(Outcome(), len(self._queue), wanted=self._workers)
+        shards = list(shards)
+        self._queue.extend(shard for shard in shards if shard.name not in self._kills)
+        late = [shard for shard in shards if shard.name in self._kills]
+        self._last = deque(sorted(late, key=lambda shard: self._kills[shard.name]))
+        self.state = State(Outcome(), len(shards), wanted=self._workers)
         try:
             self._living = {self._pool.start() for _ in range(self._workers)}
             while self._unfinished() and self.state.outcome.stopped is None:
@@ -177,7 +151,7 @@ class Driver:
             self._circuit.close()
 
     def _unfinished(self) -> bool:
-        waiting = self._queue or self._later or self._retries or self._suspects
+        waiting = self._queue or self._later or self._retries or self._suspects or self._last
         return bool(waiting or self._publishing or any(self._flights.values()))
 
     def _images(self, workers: Iterable[int]) -> int:
@@ -197,7 +171,8 @@ class Driver:
             for worker, flights in self._flights.items():
                 if len(flights) == slots and self._suspected.isdisjoint(flights):
                     idle = (self._suspects,) if not flights else ()
-                    self._submit(worker, self._next(*idle, self._retries, self._queue))
+                    last = (self._last,) if not flights else ()
+                    self._submit(worker, self._next(*idle, self._retries, self._queue, *last))
 
     def _assign_one(self) -> None:
         """Try one shard that has not failed yet, or stop the run if enough of them have failed in a row."""
@@ -236,6 +211,8 @@ class Driver:
             case Done(worker, shard, made):
                 self._flights[worker].pop(shard.name, None)
                 self._publishing[self._publisher.submit(self._book.publish, made)] = shard, made.receipt.samples
+            case Raised(worker, _, DeviceLostError() as error) if not self._pool.isolated:
+                self._leave(worker, f"lost its device: {error}")
             case Raised(worker, None, OSError() | MemoryError() | DeviceLostError() as error):
                 self._replace(worker, _one_line(error))
             case Raised(_, None, error):
@@ -279,6 +256,23 @@ class Driver:
                 self._fail(shard, "poison", f"killed its worker {kills} times: {reason}")
             else:
                 self._suspects.append(shard)
+
+    def _leave(self, worker: int, reason: str) -> None:
+        """Stop the run, because this process cannot use its device any more, and blame the shards in flight."""
+        flights = self._flights.pop(worker, {})
+        self._living.discard(worker)
+        tried = []
+        for flight in flights.values():
+            name = flight.shard.name
+            kills = self._kills[name] = self._kills.get(name, 0) + 1
+            tried.append(kills < ATTEMPTS)
+            self._book.failed(Failure(name, DEVICE, reason, kills))
+        waiting = [*self._queue, *self._retries, *(shard for _, shard in self._later), *self._suspects]
+        fresh = waiting or any(self._kills[shard.name] < ATTEMPTS for shard in self._last)
+        outcome = self.state.outcome
+        # A new process has a chance only with shards that have not cost three processes already.
+        outcome.device_lost = bool(flights) and bool(fresh or any(tried))
+        outcome.stopped = f"this process {reason}"
 
     def _return(self, shards: list[Shard], reason: str) -> None:
         """Queue the shards of a lost machine again, or give up those that have lost enough machines."""

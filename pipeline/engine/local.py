@@ -29,6 +29,8 @@ class _Local:
 class LocalPool:
     """Worker threads of this process. A thread can be abandoned but not killed."""
 
+    isolated = False
+
     def __init__(self, factory: Factory):
         self._factory = factory
         self._events: queue.Queue[Event] = queue.Queue()

@@ -66,6 +66,8 @@ Event = Ready | Done | Raised | Died
 class Pool(Protocol):
     """Workers by number. A number is never reused."""
 
+    isolated: bool  # each worker is a process: the end of one costs no other
+
     def start(self) -> int:
         """Start a worker and return its number; `Ready` follows."""
 

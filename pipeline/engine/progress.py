@@ -9,7 +9,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from saltern.pipeline.engine.driver import State
+from saltern.pipeline.engine.outcome import State
 
 PLAIN_EVERY_S = 10.0
 WAITING_S = 30.0

@@ -15,9 +15,9 @@ from dataclasses import replace
 import pyarrow as pa
 import torch
 
-from saltern.pipeline.device import arithmetic
+from saltern.pipeline.device import arithmetic, faults, out_of_memory
 from saltern.pipeline.extract.batch import Batch, Piece, regroup
-from saltern.pipeline.extract.task import Explained, Pending, Task, device_losses, out_of_memory
+from saltern.pipeline.extract.task import Explained, Pending, Task
 from saltern.pipeline.runs.manifest import data_name
 from saltern.pipeline.runs.outlet import Made, Outlet, Spec, Tally
 from saltern.pipeline.runs.writer import ROW_GROUP, ShardWriter, read_rows
@@ -78,12 +78,14 @@ class Processor:
         Raises:
             ShardError: the tar is broken as a whole.
             OSError: an environment error (network, missing file); worth a retry.
+            MemoryError: memory ran out outside of the task.
             OutputError: the run's folder accepts no more data.
             DeviceLostError: this process cannot be used any more.
         """
         self.images[shard.name] = 0
         try:
-            return self._process(shard, earlier)
+            with faults():
+                return self._process(shard, earlier)
         finally:
             del self.images[shard.name]
 
@@ -103,7 +105,7 @@ class Processor:
             torch.cuda.set_stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
 
     def _build(self, task: Callable[[Spec, torch.device], Task], spec: Spec) -> Task:
-        with self._arithmetic(), device_losses():
+        with self._arithmetic(), faults():
             return task(spec, self._device)
 
     def _arithmetic(self) -> contextlib.AbstractContextManager[None]:
@@ -217,9 +219,9 @@ class Processor:
         while True:
             try:
                 parts = zip(*(torch.split(tensor, self._chunk) for tensor in inputs), strict=True)
-                with self._arithmetic(), device_losses():
+                with self._arithmetic():
                     return [self._part(*part) for part in parts]
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if self._chunk == 1 or not out_of_memory(error):
                     raise
                 self._chunk //= 2
@@ -237,8 +239,8 @@ class Processor:
     def _part(self, *part: torch.Tensor) -> Pending | None:
         try:
             return self._task(*part)
-        except RuntimeError as error:
-            if self._chunk > 1 or not out_of_memory(error):
+        except (RuntimeError, MemoryError) as error:
+            if self._chunk > 1 or not out_of_memory(error, alone=True):
                 raise
             torch.cuda.empty_cache()
             return None
@@ -246,8 +248,7 @@ class Processor:
     def _write(self, writer: ShardWriter, shard: Shard, batch: Batch, running: Running | None, tally: Tally) -> None:
         explained = None
         if running is not None:
-            with device_losses():
-                parts = [None if pending is None else pending.wait() for pending in running.result()]
+            parts = [None if pending is None else pending.wait() for pending in running.result()]
             self._refuse(batch, parts)
             fitting = [part for part in parts if part is not None]
             tally.seconds["compute"] += sum(seconds for _, seconds in fitting)

@@ -1,8 +1,6 @@
 """The interface between the processor and a job's task, and the data that they exchange."""
 
-import contextlib
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +12,6 @@ from torch import Tensor
 
 from saltern.pipeline.extract.batch import Batch
 from saltern.pipeline.shards.samples import Sample
-from saltern.schemas.errors import DeviceLostError
 from saltern.schemas.run import Shard
 from saltern.schemas.saliency import NONFINITE, OK, ZERO_MAP
 
@@ -93,21 +90,3 @@ class Pending:
             seconds = self._ended - self._started
         columns = {name: column.numpy() for name, column in self._columns.items()}
         return Explained(columns, columns.pop("status")), seconds
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Return whether torch raised the error because an allocation failed, on a GPU or on the host."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-@contextlib.contextmanager
-def device_losses() -> Iterator[None]:
-    """Raise DeviceLostError for a CUDA error, which leaves the process unusable."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        if "CUDA error" in str(error) or "CUBLAS" in str(error):
-            raise DeviceLostError(str(error).splitlines()[0]) from error
-        raise

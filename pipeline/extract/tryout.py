@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from saltern.pipeline.device import out_of_memory
 from saltern.pipeline.extract.explain import AUTOCAST, Explainer
-from saltern.pipeline.extract.task import out_of_memory
 from saltern.pipeline.methods import Method
 from saltern.pipeline.models.grids import check_layers
 from saltern.pipeline.models.passes import frozen, logits_of, score_gradients
@@ -84,6 +84,6 @@ def one_line(model: nn.Module, x_BCHW: Tensor) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error, MemoryError) or out_of_memory(error):
+        if out_of_memory(error):
             raise UserError("one image does not fit in this machine's memory; give a smaller --crop") from error
         raise UserError(failure(model, x_BCHW, error)) from error

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saltern.pipeline.device import device_lost, out_of_memory
 from saltern.pipeline.naming import brief
 from saltern.schemas.errors import UserError
 
@@ -42,9 +43,11 @@ def watched(model: nn.Module, x_BCHW: Tensor, notes: Mapping[nn.Module, Note]) -
             handles.callback(module.register_forward_hook(note).remove)
         try:
             return model(x_BCHW)
-        except (UserError, torch.OutOfMemoryError):
+        except UserError:
             raise
         except Exception as error:
+            if device_lost(error) or out_of_memory(error):
+                raise
             raise UserError(failure(model, x_BCHW, error)) from error
 
 

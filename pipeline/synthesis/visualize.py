@@ -17,11 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from saltern.pipeline.device import arithmetic
+from saltern.pipeline.device import arithmetic, faults, out_of_memory
 from saltern.pipeline.engine.conduct import Job
 from saltern.pipeline.extract.extraction import load_model
 from saltern.pipeline.extract.request import load_classifier, model_fields, new_run, pin
-from saltern.pipeline.extract.task import device_losses, out_of_memory
 from saltern.pipeline.extract.tryout import is_proven, try_gradient
 from saltern.pipeline.models.passes import frozen, logits_of
 from saltern.pipeline.models.presets import adapt
@@ -164,7 +163,7 @@ class Visualizer:
             torch.cuda.empty_cache()
 
     def _load(self) -> nn.Module:
-        with self._arithmetic(), device_losses():
+        with self._arithmetic(), faults():
             return load_model(self._config, self._device)
 
     def _arithmetic(self) -> AbstractContextManager[None]:
@@ -183,10 +182,10 @@ class Visualizer:
             return logits_of(self._model(image_BCHW))
 
         try:
-            with self._arithmetic(), device_losses(), torch.enable_grad(), frozen(self._model):
+            with self._arithmetic(), faults(), torch.enable_grad(), frozen(self._model):
                 peak = ascend(logits, first_BCHW.to(self._device), target_B.to(self._device), config.ascent)
                 return peak.to_host(), time.perf_counter() - since
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             raise MemoryError(f"{len(targets)} classes do not fit in memory: give a smaller --batch-size") from error

@@ -20,6 +20,7 @@ class Scripted:
     """
 
     def __init__(self, script: Script):
+        self.isolated = True
         self.handed: list[str] = []  # names of shards, in order
         self.counts: dict[int, dict[str, int]] = {}  # images by worker and shard
         self._script, self._numbers = script, itertools.count()

@@ -20,12 +20,12 @@ from saltern.pipeline.casm.training.plan import TrainingPlan, preprocess_of
 from saltern.pipeline.casm.training.ranks import Ranks
 from saltern.pipeline.casm.watch import curves
 from saltern.pipeline.casm.watch.validation import Validation
-from saltern.pipeline.device import arithmetic
+from saltern.pipeline.device import arithmetic, faults
 from saltern.pipeline.machine import available_memory, decode_threads
 from saltern.pipeline.masknet.checkpoint import Checkpoints
 from saltern.pipeline.masknet.head import restrict
 from saltern.pipeline.models import classifiers
-from saltern.schemas.errors import CollapseError, ShardError, UserError
+from saltern.schemas.errors import CollapseError, DeviceLostError, ShardError, UserError
 
 _GB = 1e9
 _WRITER_WAIT_S = 60  # for the rank 0 of a dead driver, until its cluster has ended it
@@ -111,6 +111,7 @@ class _Loop:
         classes = len(plan.config["classes"] or range(plan.config["model_classes"]))
         try:
             with (
+                faults(),
                 contextlib.closing(batches.run(self._start, steps)) as stream,
                 Journal(plan.root, self._start, steps, batch_size, self._say, classes, tensorboard=plan.tensorboard)
                 if writes
@@ -125,7 +126,7 @@ class _Loop:
         except KeyboardInterrupt:
             self._say(f"interrupted at step {training.steps_done:,}; {describe_checkpoint(self._last)}")
             raise
-        except ShardError as error:
+        except (ShardError, DeviceLostError, MemoryError) as error:
             raise UserError(f"{error}; {describe_checkpoint(self._last)}") from error
         if writes:
             curves.draw(plan.root)

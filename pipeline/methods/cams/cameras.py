@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from saltern.pipeline.device import device_lost, out_of_memory
 from saltern.pipeline.methods.base import Each, Method
 from saltern.pipeline.methods.cams import upsampled
 from saltern.pipeline.models.passes import full_precision, logits_of, pick_targets
@@ -71,7 +72,7 @@ class CAMERAS(Method):
             with torch.no_grad():
                 logits_of(self.model(F.interpolate(x_BCHW, (side, side))))
         except (RuntimeError, AssertionError, ValueError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if device_lost(error) or out_of_memory(error):
                 raise
             raise UserError(
                 f"cameras needs a network that takes images of any size, and {type(self.model).__name__} fails at "

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from saltern.pipeline.device import device_lost, out_of_memory
 from saltern.pipeline.models.halves import full_of, full_weights
 from saltern.pipeline.models.passes import full_precision, logits_of
 from saltern.pipeline.models.taps import tensor_of, with_tensor
@@ -57,9 +58,9 @@ class Tail:
                 self._checked = self._checked or _close(result_BN[:, :1], function(values_N[0])[:, None])
                 if self._checked:
                     return result_BN
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # an error of the model itself comes again below
+                if device_lost(error) or out_of_memory(error):
+                    raise
                 _log.debug("vmap cannot run %s: %s", type(self.model).__name__, error)
             self.batched = False
         return torch.stack([function(value) for value in values_N], 1)
@@ -124,9 +125,9 @@ class Recording:
                     if isinstance(copies[-1], Tensor):
                         self._fragile.discard(len(copies) - 1)  # always replaced
                     return baseline_BK
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # the model's own code may raise anything on records
+                if device_lost(error) or out_of_memory(error):
+                    raise
                 _log.debug("%s does not run on records: %s", type(self._tail.model).__name__, error)
             self._tail.whole = True
         runs = [index for index, module in enumerate(self._modules) if module is self._tail.layer]

@@ -5,7 +5,8 @@ import toys
 from scripted import Notebook, Scripted, shards
 
 from saltern.pipeline.engine import circuit, driver
-from saltern.pipeline.engine.driver import Driver, State
+from saltern.pipeline.engine.driver import Driver
+from saltern.pipeline.engine.outcome import State
 from saltern.pipeline.runs.outlet import Made
 from saltern.schemas.errors import OutputError, ShardError
 from saltern.schemas.receipt import Failure, Receipt

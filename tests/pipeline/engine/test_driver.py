@@ -11,8 +11,9 @@ from making import PYTHONPATH
 from scripted import Notebook, shards
 
 from saltern.pipeline.engine import driver
-from saltern.pipeline.engine.driver import Driver, State
+from saltern.pipeline.engine.driver import Driver
 from saltern.pipeline.engine.local import LocalPool
+from saltern.pipeline.engine.outcome import State
 from saltern.pipeline.engine.pool import Pool
 from saltern.pipeline.runs.outlet import Made
 from saltern.schemas.errors import OutputError
@@ -135,11 +136,19 @@ def test_a_publication_that_is_refused_stops_the_run(local: LocalPool) -> None:
     assert not outcome.receipts
 
 
-def test_a_lost_device_gets_a_new_worker(pool: Pool) -> None:
+def test_a_lost_device_gets_a_new_actor(actors: Pool) -> None:
     book = Notebook()
-    outcome = Driver(pool, book).run(shards("lost-once", "ok"))
+    outcome = Driver(actors, book).run(shards("lost-once", "ok"))
     assert sorted(book.receipts) == ["0-lost-once", "1-ok"]
     assert not outcome.failures
+
+
+def test_a_device_that_this_process_lost_stops_the_run_for_another_process(local: LocalPool) -> None:
+    book = Notebook()
+    outcome = Driver(local, book).run(shards("lost", "slow"))
+    assert outcome.device_lost
+    assert outcome.stopped == "this process lost its device: CUDA error: unspecified launch failure"
+    assert {failure.kind for failure in book.failures.values()} == {"device"}
 
 
 def test_an_error_while_building_is_the_users_to_see(ray_address: str) -> None:

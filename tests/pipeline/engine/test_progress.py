@@ -10,7 +10,7 @@ from rich.console import Console
 from scripted import shards
 
 from saltern.pipeline.engine import progress
-from saltern.pipeline.engine.driver import Outcome, State
+from saltern.pipeline.engine.outcome import Outcome, State
 from saltern.pipeline.engine.progress import Progress
 from saltern.schemas.receipt import Failure
 
