@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from making import picture, write_tar
+from making import OWN_NET, picture, write_tar
 
 import saltern
 
@@ -87,11 +87,7 @@ def mine(tmp_path: Path) -> Path:
     for name in ("pipeline", "jobs", "schemas"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('the package of the user was imported')\n")
-    (tmp_path / "nets.py").write_text(
-        "import torch\n\n\ndef small():\n    torch.manual_seed(0)\n    return torch.nn.Sequential(\n"
-        "        torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),\n"
-        "        torch.nn.Linear(4, 5),\n    ).eval()\n"
-    )
+    (tmp_path / "nets.py").write_text(OWN_NET)
     write_tar(tmp_path / "a.tar", [("one", {"jpg": picture(0)})])
     return tmp_path
 

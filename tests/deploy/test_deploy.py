@@ -1,6 +1,5 @@
 """The files in deploy/ are valid, and our command line accepts the commands in them."""
 
-import io
 import json
 import os
 import re
@@ -10,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from PIL import Image
+from making import OWN_NET, picture, write_tar
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -172,14 +170,9 @@ def _job_number() -> int:
 @pytest.mark.slow
 def test_the_slurm_script_on_one_node(slurm: dict[str, str], tmp_path: Path) -> None:
     """Only srun and scontrol are replaced; the head, its token and the run are real."""
-    shard = tmp_path / "a.tar"
-    with tarfile.open(shard, "w") as tar:
-        buffer = io.BytesIO()
-        Image.new("RGB", (40, 30), "red").save(buffer, "PNG")
-        info = tarfile.TarInfo("one.png")
-        info.size = buffer.tell()
-        tar.addfile(info, io.BytesIO(buffer.getvalue()))
-    words = ["--out", "run", "--model", "resnet18", "--weights", "none", "--method", "grad-cam", "--target", "top1"]
+    shard = write_tar(tmp_path / "a.tar", [("one", {"jpg": picture(0)})])
+    (tmp_path / "nets.py").write_text(OWN_NET)
+    words = ["--out", "run", "--model", "nets:small", "--layer", "1", "--method", "grad-cam", "--target", "top1"]
     command = ["bash", str(SLURM), str(shard), *words, "--crop", "64", "--resize", "64"]
     with (tmp_path / "log").open("wb") as log:
         job = subprocess.Popen(command, cwd=tmp_path, env=slurm, stdout=log, stderr=log, start_new_session=True)

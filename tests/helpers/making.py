@@ -68,6 +68,17 @@ def tiny() -> nn.Module:
     return Tiny().eval()
 
 
+# A user's own module: `--model nets:small --layer 1`. Processes that load it need no torchvision, which takes seconds.
+OWN_NET = """
+import torch
+
+
+def small():
+    torch.manual_seed(0)
+    pooled = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), pooled, torch.nn.Linear(4, 5)).eval()
+"""
+
 TINY = ("--model", "making:tiny", "--layer", "body", "--resize", "40", "--crop", "32", "--device", "cpu")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from making import write_shard
+from making import OWN_NET, write_shard
 from ray_head import CLI, Head, started_head, submit, user_env
 
 from saltern import __version__
@@ -115,11 +115,7 @@ def test_wrong_tokens(head: Head, tmp_path: Path, settings: dict[str, str], word
 
 
 def test_an_extract_with_the_users_model(head: Head, tmp_path: Path) -> None:
-    (tmp_path / "nets.py").write_text(
-        "import torch\n\n\ndef small():\n    torch.manual_seed(0)\n    return torch.nn.Sequential(\n"
-        "        torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),\n"
-        "        torch.nn.Linear(4, 5),\n    ).eval()\n"
-    )
+    (tmp_path / "nets.py").write_text(OWN_NET)
     write_shard(tmp_path / "shards" / "a-0.tar", 3)
     words = ("shards/a-0.tar", "--out", "run", "--model", "nets:small", "--layer", "1", "--method", "grad-cam")
     ended = head.submit("--follow", "--", "extract", *words, "--crop", "64", "--resize", "64", cwd=tmp_path)
