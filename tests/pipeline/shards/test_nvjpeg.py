@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import gpu_decode
 import numpy as np
 import pytest
 import torch
@@ -36,14 +37,15 @@ class Jpegs:
         self.sizes: list[int] = []
         self.decoded = 0
         plain = decode_jpeg()
-        assert plain is not None
-        self._decode = next(iter(nvjpegs().values())) if DEVICE.type == "cuda" else partial(plain, mode="RGB")
+        on_cpu = None if plain is None else partial(plain, mode="RGB")
+        self._decode = next(iter(nvjpegs().values())) if DEVICE.type == "cuda" else on_cpu
 
     def __call__(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
         self.sizes.append(len(images))
         if any(MARK in image.numpy().tobytes() for image in images):
             raise RuntimeError("Error while decoding JPEG images: Failed to decode batch: 2")
-        made = self._decode(images)
+        assert self._decode is not None
+        made: list[torch.Tensor] = self._decode(images)
         self.decoded += len(images)
         return made
 
@@ -166,3 +168,8 @@ def test_grey_files_have_three_equal_channels() -> None:
     assert image.ndim == 2
     pixels_HWC = gpu_decoder(Jpegs())([jpeg(CAT.convert("L"))]).pixels_BHWC[0]
     assert (pixels_HWC == pixels_HWC[..., :1]).all()
+
+
+def test_the_script_for_a_machine_with_a_gpu_passes_its_checks() -> None:
+    for name, passed, figures in gpu_decode.checks([*GOOD, jpeg(CAT, progressive=True)], 0.2):
+        assert passed, (name, figures)
