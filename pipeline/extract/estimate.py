@@ -17,6 +17,7 @@ from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.samples import list_keys
 from saltern.schemas.errors import UserError
 from saltern.schemas.run import Shard
+from saltern.schemas.text import in_bytes, in_time
 
 COUNTED = 16  # shards whose samples are counted; the samples of the others are estimated from their bytes
 TRIED = 64  # images extracted
@@ -37,14 +38,14 @@ class Plan:
     def table(self) -> str:
         about = "" if self.samples_exact else "about "
         lines = [
-            f"shards   {self.shards:,} ({self.input_bytes / 1e9:,.2f} GB)",
+            f"shards   {self.shards:,} ({in_bytes(self.input_bytes)})",
             f"samples  {about}{self.samples:,}",
         ]
         if self.hours is None or self.output_bytes is None:
             lines.append("time     give --model and --method to estimate it")
         else:
-            lines.append(f"time     about {self.hours:,.2f} h at {self.images_per_s:,.1f} images/s per worker")
-            lines.append(f"output   about {self.output_bytes / 1e6:,.1f} MB")
+            lines.append(f"time     about {in_time(3600 * self.hours)} at {self.images_per_s:,.1f} images/s per worker")
+            lines.append(f"output   about {in_bytes(self.output_bytes)}")
         return "\n".join(lines)
 
 

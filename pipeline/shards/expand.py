@@ -1,5 +1,6 @@
 """Expand the user's SHARDS to a list of shards with name, URL and size."""
 
+import errno
 import glob
 import math
 import os
@@ -126,7 +127,7 @@ def _missing(pattern: str, url: str, missing: list[str], wanted: list[str]) -> U
         count = f"{missing.count(pattern)} of its {wanted.count(pattern)} shards are missing"
         return UserError(f"{pattern}: {count}, the first is {url}")
     if os.path.isdir(url):
-        fix = next(iter(_left_out(_below(url, (), []))), "`saltern pack` makes shards from an image folder")
+        fix = next(iter(_left_out(_below(url, _above(url), []))), "`saltern pack` makes shards from an image folder")
         return UserError(f"{pattern}: contains no {ends}; {fix}")
     if glob.has_magic(url):
         return UserError(f"{pattern}: matches no {ends}")
@@ -135,7 +136,13 @@ def _missing(pattern: str, url: str, missing: list[str], wanted: list[str]) -> U
 
 def _find_local(url: str, hints: list[str]) -> Iterator[File]:
     for path in _local_paths(url, hints):
-        info = os.stat(path)
+        try:
+            info = os.stat(path)
+        except OSError as error:
+            if not os.path.islink(path):
+                raise
+            why = "a link in a loop" if error.errno == errno.ELOOP else "a link to nowhere"
+            raise UserError(f"{path}: {why}; remove it, or restore the file that it names") from error
         if not stat.S_ISREG(info.st_mode):
             raise UserError(f"{path}: not a regular file, and a shard is read more than once; copy it to a file")
         yield File(path, info.st_size, info.st_mtime_ns, (info.st_dev, info.st_ino))
@@ -143,7 +150,7 @@ def _find_local(url: str, hints: list[str]) -> Iterator[File]:
 
 def _local_paths(url: str, hints: list[str]) -> Iterator[str]:
     if os.path.isdir(url):
-        paths = sorted(_below(url, (), hints))
+        paths = sorted(_below(url, _above(url), hints))
         hints += _left_out(paths)
         yield from (path for path in paths if path.endswith(ENDINGS))
     elif os.path.lexists(url):
@@ -163,7 +170,7 @@ def _recursive(url: str, hints: list[str]) -> Iterator[str]:
     folder, pattern = "/".join(parts[:fixed]) or "/", parts[fixed:] + ["*"] * (parts[-1] == "**")
     if not os.path.isdir(folder):
         return
-    for path in sorted(_below(folder, (), hints)):
+    for path in sorted(_below(folder, _above(folder), hints)):
         names = path[len(folder) :].lstrip("/").split("/")
         if path.endswith(ENDINGS) and any(_matches(names[: end + 1], pattern) for end in range(len(names))):
             yield path
@@ -185,10 +192,25 @@ def _below(folder: str, above: tuple[tuple[int, int], ...], hints: list[str]) ->
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 yield from _below(entry.path, (*above, identity), hints)
-            else:
-                yield entry.path
+                continue
+            if entry.is_symlink() and not entry.name.endswith(ENDINGS) and not os.path.exists(entry.path):
+                hints.append(f"{entry.path} is a link to nowhere, and was not followed")
+            yield entry.path
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a loop
+        return False
+
+
+def _above(folder: str) -> tuple[tuple[int, int], ...]:
+    """Return the identities of the folders above a folder."""
+    infos = [os.stat(parent) for parent in Path(folder).resolve().parents]
+    return tuple((info.st_dev, info.st_ino) for info in infos)
 
 
 def _left_out(paths: Iterable[str]) -> list[str]:

@@ -1,13 +1,11 @@
 """Pack an image folder into tar shards: unchanged image files with their classes and boxes."""
 
 import json
-import os
 import random
-import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,7 @@ from webdataset.writer import TarWriter
 
 from saltern.pipeline.shards.classes import FILE, IMAGENET, Vocabulary, imagenet_names, read_names
 from saltern.pipeline.shards.expand import ENDINGS
-from saltern.pipeline.shards.samples import split_name, storable
-from saltern.pipeline.shards.tape import IMAGES
+from saltern.pipeline.shards.folder import Folder, Image, Remarks
 from saltern.schemas.errors import UserError
 
 SCRATCH = ".tmp-pack"  # `expand` ignores names that begin with a dot
@@ -32,18 +29,10 @@ class Packed:
 
     shards: int = 0
     samples: int = 0
-    classes: int = 0  # sub-folders, empty ones included; 0 for a flat folder
+    classes: int = 0  # sub-folders with images; 0 for a flat folder
     bytes: int = 0  # of the tars
-    skipped: int = 0  # files whose names are not those of images
+    remarks: Remarks = field(default_factory=Remarks)
     unboxed: int = 0  # images without an annotation, if boxes were requested
-
-
-@dataclass(frozen=True, slots=True)
-class _Image:
-    name: str  # path in the folder
-    key: str
-    ext: str
-    label: int | None
 
 
 def pack(
@@ -60,7 +49,8 @@ def pack(
     A sample's key is its path without the extension. Other dots in the file's name become dashes, as a key ends at the
     first dot. Members: the image; `cls`, the number of its class; `json` with `name`, the class's name, and `boxes`
     [[x0, y0, x1, y1]], inclusive pixels, `height` and `width` of the annotation. `classes.json` has the names of all
-    classes by number. The list of images is kept in memory: about 280 bytes for each.
+    classes by number. A folder without images is no class. The list of images is kept in memory: about 280
+    bytes for each.
 
     Args:
         folder: one sub-folder per class, or only images.
@@ -72,17 +62,16 @@ def pack(
         shuffle: seed of the order of samples; None: the order of the sorted paths.
 
     Raises:
-        UserError: no images, images next to class folders, shards in `out`, a damaged annotation, an unreadable file, a
-            folder that is none of the classes.
+        UserError: no images, images next to class folders, shards in `out`, a damaged annotation, a folder that is none
+            of the classes; files that cannot be read, of which nothing is packed.
     """
     _check(folder, out, per_shard, boxes)
-    packed, scratch = Packed(), out / SCRATCH
+    scratch = out / SCRATCH
     try:
-        names = _names(folder, classes)
-        packed.classes = len(names)
-        images = list(_images(folder, names, packed))
-        if not images:
-            raise UserError(f"{folder}: no image in {packed.skipped} files; images end in {', '.join(IMAGES)}")
+        listed = Folder(folder)
+        names = _names(folder, listed.classes, classes)
+        packed = Packed(classes=len(names), remarks=listed.remarks)
+        images = list(listed.images({name: number for name, (number, _) in names.items()}))
         if shuffle is not None:
             random.Random(shuffle).shuffle(images)
         shutil.rmtree(scratch, ignore_errors=True)
@@ -95,7 +84,8 @@ def pack(
             path.rename(out / path.name)
         return packed
     except OSError as error:
-        raise UserError(f"packing {folder} failed, and no shard was left in {out}: {error}") from error
+        why = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise UserError(f"packing {folder} failed, and no shard was left in {out}: {why}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -117,9 +107,8 @@ def _check(folder: Path, out: Path, per_shard: int, boxes: Path | None) -> None:
         raise UserError(f"--out {out} already holds shards ({min(existing)}, ...); give another folder or remove them")
 
 
-def _names(folder: Path, classes: str | None) -> dict[str, tuple[int, str]]:
+def _names(folder: Path, folders: Collection[str], classes: str | None) -> dict[str, tuple[int, str]]:
     """Return number and name of the class of each sub-folder."""
-    folders = _scan(folder)[0]
     if classes is None:
         return {name: (number, name) for number, name in enumerate(folders)}
     listed = dict(enumerate(imagenet_names())) if classes == IMAGENET else read_names(classes)
@@ -141,72 +130,6 @@ def _names(folder: Path, classes: str | None) -> dict[str, tuple[int, str]]:
     return {name: (number, listed[number]) for name, number in numbers.items()}
 
 
-def _images(folder: Path, names: dict[str, tuple[int, str]], packed: Packed) -> Iterator[_Image]:
-    """Yield all images in order. Count skipped files in `packed`."""
-    folders, files = _scan(folder)
-    flat = [name for name in files if _extension(name)]
-    if flat and folders:
-        fix = "move the images into class folders, or pack them separately"
-        raise UserError(f"{folder}: {len(flat)} images ({flat[0]}, ...) next to {len(folders)} folders; {fix}")
-    packed.skipped = len(files) - len(flat)
-    yield from _keyed(folder, flat, None)
-    for name, (label, _) in names.items():
-        inside = sorted(_walk(folder, name, (_identity(folder),)))
-        images = [path for path in inside if _extension(path)]
-        packed.skipped += len(inside) - len(images)
-        yield from _keyed(folder, images, label)
-
-
-def _scan(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the sorted names of sub-folders and of files, without hidden ones. Symbolic links are followed."""
-    with os.scandir(folder) as entries:
-        seen = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith((".", "__MACOSX")))
-    return [name for name, is_dir in seen if is_dir], [name for name, is_dir in seen if not is_dir]
-
-
-def _walk(root: Path, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    """Yield the files below a sub-folder, relative to the root. Links to a folder above are not followed."""
-    here = _identity(root / below)
-    if here in above:
-        return
-    folders, files = _scan(root / below)
-    yield from (f"{below}/{name}" for name in files)
-    for name in folders:
-        yield from _walk(root, f"{below}/{name}", (*above, here))
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    info = os.stat(folder)
-    return info.st_dev, info.st_ino
-
-
-def _extension(name: str) -> str | None:
-    """Return the lower-case extension of an image; None if the file is not an image."""
-    ext = name.rpartition(".")[2].lower()
-    return ext if ext in IMAGES else None
-
-
-def _keyed(folder: Path, names: list[str], label: int | None) -> Iterator[_Image]:
-    """Yield the images with unique keys. Images with the same stem get their extension appended."""
-    plain = Counter(map(_key, names))
-    taken: dict[str, str] = {}
-    for name in names:
-        key, ext = _key(name), _extension(name)
-        if plain[key] > 1:
-            key = f"{key}-{ext}"
-        if taken.setdefault(key, name) != name:
-            raise UserError(f"{folder}: {taken[key]} and {name} would both have the key {key!r}; rename one of them")
-        dropped = re.match(r"__[^/]*__/", key)  # by webdataset
-        if ext is None or dropped or storable(key) != key or split_name(f"{key}.{ext}") != (key, ext):
-            raise UserError(f"{str(folder / name)!r} cannot be a webdataset key; rename the file or its folder")
-        yield _Image(name, key, ext, label)
-
-
-def _key(name: str) -> str:
-    folder, slash, base = name.rpartition("/")
-    return f"{folder}{slash}{base.rpartition('.')[0].replace('.', '-')}"
-
-
 @dataclass(frozen=True)
 class _Packer:
     """Writes the shards of a folder."""
@@ -216,7 +139,7 @@ class _Packer:
     boxes: Path | None
     packed: Packed
 
-    def write(self, images: Iterable[_Image], scratch: Path, per_shard: int) -> None:
+    def write(self, images: Iterable[Image], scratch: Path, per_shard: int) -> None:
         images = iter(images)
         while batch := list(islice(images, per_shard)):
             path = scratch / f"shard-{self.packed.shards:06d}.tar"
@@ -227,8 +150,15 @@ class _Packer:
             self.packed.samples += len(batch)
             self.packed.bytes += path.stat().st_size
 
-    def _sample(self, image: _Image) -> dict[str, Any]:
-        members: dict[str, Any] = {"__key__": image.key, image.ext: (self.folder / image.name).read_bytes()}
+    def _sample(self, image: Image) -> dict[str, Any]:
+        path = self.folder / image.name
+        try:
+            members: dict[str, Any] = {"__key__": image.key, image.ext: path.read_bytes()}
+        except OSError as error:
+            raise UserError(
+                f"{path}: {error.strerror}, although it could be read when packing began; no shard was left: repeat "
+                "the command when nothing changes the folder"
+            ) from error
         facts: dict[str, Any] = {}
         if image.label is not None:
             members["cls"] = str(image.label).encode()
@@ -242,7 +172,7 @@ class _Packer:
         return members
 
 
-def _annotation(image: _Image, boxes: Path) -> Path | None:
+def _annotation(image: Image, boxes: Path) -> Path | None:
     name = f"{Path(image.name).stem}.xml"
     folders = [boxes / "Annotation", boxes]
     if image.label is not None:

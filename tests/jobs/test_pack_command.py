@@ -25,8 +25,10 @@ def test_one_line_on_stdout_and_the_next_step_on_stderr(images: Path, tmp_path: 
     out = tmp_path / "the shards"
     ended = CliRunner().invoke(app, [str(images), "--out", str(out), "--per-shard", "2"])
     assert ended.exit_code == 0
-    assert ended.stdout == f"3 images of 2 classes, 0.0 MB, in 2 shards in {out}; 1 other files skipped\n"
-    assert ended.stderr.startswith(f"next: saltern extract '{out}' --out RUN")
+    assert ended.stdout == f"3 images of 2 classes, 20.5 kB, in 2 shards in {out}\n"
+    skipped, following = ended.stderr.splitlines()
+    assert skipped == "1 file (the first is b/notes.txt): skipped, as the name does not end as that of an image"
+    assert following.startswith(f"next: saltern extract '{out}' --out RUN")
     assert sorted(path.name for path in out.iterdir()) == [
         "classes.json",
         "shard-000000.tar",

@@ -69,6 +69,35 @@ def test_a_folder_with_links_to_itself_ends(tmp_path: Path, pattern: str) -> Non
     assert sorted(hint.removeprefix(f"{folder}/").split()[0] for hint in hints) == ["again", "loop", "sub/up"]
 
 
+@pytest.mark.parametrize(("target", "why"), [("gone.tar", "a link to nowhere"), ("b.tar", "a link in a loop")])
+@pytest.mark.parametrize("pattern", ["", "*.tar", "**/*.tar", "b.tar"])
+def test_a_link_that_leads_to_no_tar_is_refused_with_the_fix(
+    tmp_path: Path, pattern: str, target: str, why: str
+) -> None:
+    (tmp_path / "a.tar").write_bytes(tar_bytes(samples(1)))
+    (tmp_path / "b.tar").symlink_to(target)
+    assert refused(tmp_path / pattern).startswith(f"{tmp_path}/b.tar: {why}; remove it, or restore the file")
+    (tmp_path / "b.tar").unlink()
+    assert len(expand([str(tmp_path)])[0]) == 1
+
+
+def test_links_to_nowhere_and_to_folders_above_are_said(tmp_path: Path) -> None:
+    """A link may have been one to a folder of shards, or lead to every folder of the disk."""
+    folder = tmp_path / "deep/in"
+    folder.mkdir(parents=True)
+    (folder / "a.tar").write_bytes(tar_bytes(samples(1)))
+    (tmp_path / "other.tar").write_bytes(tar_bytes(samples(1)))
+    for name, target in (("gone", "nowhere"), ("loop", "loop"), ("up", "../..")):
+        (folder / name).symlink_to(target)
+    shards, hints = expand([str(folder)])
+    assert [shard.name for shard in shards] == ["a"]
+    assert [hint.removeprefix(f"{folder}/")[:22] for hint in sorted(hints)] == [
+        "gone is a link to nowh",
+        "loop is a link to nowh",
+        "up is a link to a fold",
+    ]
+
+
 def test_a_link_to_another_folder_is_followed(tmp_path: Path) -> None:
     linked(tmp_path)
     (tmp_path / "other").mkdir()
