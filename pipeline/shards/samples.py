@@ -61,7 +61,9 @@ class Sample:
         return label if abs(label) < 2**31 else None
 
     def _class_text(self) -> bytes:
-        ext, _, key = (self.named.label or "cls").partition(":")
+        if self.named.label is None:
+            return self.members.get("cls", b"")
+        ext, _, key = self.named.label.partition(":")
         text = self.members.get(ext, b"")
         if not key:
             return text

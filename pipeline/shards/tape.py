@@ -65,7 +65,8 @@ class Tape:
             ShardError: the tar is not complete; the message gives the place and the fix.
         """
         extended: dict[str, bytes] = {}  # path and size that extension headers give the next member
-        while block := self._block():
+        end = 0  # of the last member
+        while block := self._block(end):
             name, kind, size = self._header(block)
             if extended and kind not in _EXTENSIONS:
                 name = extended.get("path", b"").decode("utf-8", "surrogateescape") or name
@@ -84,8 +85,6 @@ class Tape:
                 self._member, extended = name, {}
                 if kind in _FILES:
                     yield Entry(name, size, kind in _LINKS)
-            if self.position < end:
-                self._skip_to(end)
         if extended:
             raise self.error("the tar ends before the member of a long name")
 
@@ -94,7 +93,7 @@ class Tape:
         data = self._fetch(size)
         self.position += len(data)
         if len(data) < size:
-            raise self._error(f"the tar is cut at byte {self.position}, inside member {self._member!r}; {REPAIR}")
+            raise self._cut_inside()
         return data
 
     def _skip_to(self, position: int) -> None:
@@ -114,9 +113,17 @@ class Tape:
             raise self.error(f"the gzip stream is damaged ({error})") from error
         return data
 
-    def _block(self) -> bytes:
-        """Return the next header; b"" at the end of the archive."""
-        block = self._fetch(BLOCK)
+    def _block(self, start: int) -> bytes:
+        """Return the next header, which begins at `start`; b"" at the end of the archive."""
+        if start - self.position >= BLOCK:
+            self._skip_to(start)
+        padding = start - self.position
+        block = self._fetch(padding + BLOCK)
+        if padding:
+            self.position += min(padding, len(block))
+            if len(block) < padding:
+                raise self._cut_inside()
+            block = block[padding:]
         if len(block) < BLOCK:
             raise self._cut(block)
         if block[0] or block.count(0) < BLOCK:
@@ -187,6 +194,9 @@ class Tape:
         """Return an error that names the defect, the position and the fix."""
         after = f", after member {self._member!r}" if self._member else ""
         return self._error(f"{what} at byte {self.position}{after}; {REPAIR}")
+
+    def _cut_inside(self) -> ShardError:
+        return self._error(f"the tar is cut at byte {self.position}, inside member {self._member!r}; {REPAIR}")
 
     def _cut(self, block: bytes) -> ShardError:
         if not self.position and not block:
