@@ -13,8 +13,6 @@ _EXIF, _ORIENTATION = b"Exif\0\0", 0x0112
 _UNTURNED = ([3, 1, 0], [3, 1, 1])  # type, count and value of the orientation
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')  # as Pillow searches for it
 _SAMPLINGS = (b"\x11", b"\x21", b"\x22")  # of the first component: 4:4:4, 4:2:2, 4:2:0
-_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # any but those of restarts
-_END = b"\xff\xd9"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,18 +21,8 @@ class Frame:
 
     height: int  # pixels
     width: int
-    common: bool  # baseline with usual sampling, grey or YCbCr: every decoder shows the same
+    simple: bool  # baseline with usual sampling, grey or YCbCr, not cut: every decoder shows the same
     scan: int  # where the first scan begins, bytes
-
-    def simple(self, data: bytes) -> bool:
-        """Return whether the file is a common one with a single scan that ends at the file's end.
-
-        Decoders that do not report damage need this check, which reads the whole file.
-        """
-        if not self.common or not data.endswith(_END):
-            return False
-        marker = _MARKER.search(data, self.scan)
-        return marker is not None and marker.start() == len(data) - len(_END)
 
 
 def plain_frame(data: bytes) -> Frame | None:
@@ -54,16 +42,16 @@ def plain_frame(data: bytes) -> Frame | None:
         if marker in _DECIDING:
             segments.append((marker, data[start + 4 : after]))
         elif marker == _SOS:
-            return _frame(segments, after)
+            return _frame(segments, after, simple=data.endswith(b"\xff\xd9"))
         elif marker not in _SKIPPED:
             return None
         start = after
     return None
 
 
-def _frame(segments: list[tuple[int, bytes]], scan: int) -> Frame | None:
+def _frame(segments: list[tuple[int, bytes]], scan: int, *, simple: bool) -> Frame | None:
     """Return the frame that the segments of a header define, if they make a plain file."""
-    common, metadata, frames = True, 0, []
+    metadata, frames = 0, []
     for marker, body in segments:
         if marker in _FRAMES:
             frames.append((marker, body))
@@ -72,7 +60,7 @@ def _frame(segments: list[tuple[int, bytes]], scan: int) -> Frame | None:
             if metadata > 1 or not _upright(body):  # Pillow joins several
                 return None
         elif marker == _APP14:
-            common &= not body.startswith(b"Adobe") or body[11:12] == b"\1"  # YCbCr
+            simple &= not body.startswith(b"Adobe") or body[11:12] == b"\1"  # YCbCr
         elif body.startswith(b"MPF\0"):  # several images
             return None
     if len(frames) != 1 or len(frames[0][1]) < 6:
@@ -82,7 +70,7 @@ def _frame(segments: list[tuple[int, bytes]], scan: int) -> Frame | None:
     if bits != 8 or not height or not width or number not in (1, 3) or len(body) != 6 + 3 * number:
         return None
     usual = body[7:8] in _SAMPLINGS and body[10::3] in (b"", b"\x11\x11") and body[6::3] in (b"\1\2\3", body[6:7])
-    return Frame(height, width, common and usual and marker == _BASELINE, scan)
+    return Frame(height, width, simple and usual and marker == _BASELINE, scan)
 
 
 def _upright(body: bytes) -> bool:

@@ -62,12 +62,16 @@ class GpuDecoder:
     def _simple(
         self, batch: DecodedBatch, images: Sequence[bytes], positions: list[int], frames: dict[int, Frame]
     ) -> list[int]:
-        """Decode simple files into their slots. Return the positions that failed, which are found by halving."""
+        """Decode simple files into their slots. Return the positions that failed, which are found by halving.
+
+        A file that nvJPEG decodes fails too if its scan has a marker that does not belong there: libjpeg refuses it.
+        """
         sizes = [(frames[position].width, frames[position].height) for position in positions]
         geometries = [geometry_of(*size, self._preprocess) for size in sizes]
         try:
-            decoded = self._decode_jpegs([as_tensor(images[position]) for position in positions])
-            pixels_BHWC = resample(decoded, geometries, self._preprocess)
+            files = [as_tensor(images[position]) for position in positions]
+            pixels_BHWC = resample(self._decode_jpegs(files), geometries, self._preprocess)
+            single_B = single_scans(files, [frames[position].scan for position in positions], self.device).tolist()
         except RuntimeError as error:
             if _lost(error):
                 raise
@@ -82,7 +86,7 @@ class GpuDecoder:
         batch.pixels_BHWC[send(torch.tensor(positions), self.device)] = pixels_BHWC
         batch.size_B2[positions] = [(height, width) for width, height in sizes]
         batch.geometry_B4[positions] = geometries
-        return []
+        return [position for position, single in zip(positions, single_B, strict=True) if not single]
 
     @staticmethod
     def _place(batch: DecodedBatch, position: int, one: DecodedBatch) -> None:
@@ -93,10 +97,28 @@ class GpuDecoder:
         batch.size_B2[position], batch.geometry_B4[position] = one.size_B2[0], one.geometry_B4[0]
 
 
+def single_scans(files: Sequence[Tensor], scans: Sequence[int], device: torch.device) -> Tensor:
+    """Return for each file whether its end is the only marker in its scan, besides restarts: bool, on the device.
+
+    Args:
+        files: uint8, on the host. The last two bytes of each are the marker of the end.
+        scans: where they begin, bytes.
+        device: that compares. Python would take longer for it than for all else.
+    """
+    end_B = torch.tensor([len(file) for file in files]).cumsum(0)
+    start_B = end_B - torch.tensor([len(file) - scan for file, scan in zip(files, scans, strict=True)])
+    joined_N = torch.empty(int(end_B[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    byte_N = torch.cat(list(files), out=joined_N).to(device, non_blocking=True)
+    next_N = byte_N[1:]
+    marker_N = (byte_N[:-1] == 0xFF) & (next_N != 0) & ((next_N & 0xF8) != 0xD0)
+    count_N = marker_N.cumsum(0, dtype=torch.int32)
+    return count_N[send(end_B - 2, device)] - count_N[send(start_B - 1, device)] == 1
+
+
 def _simple_frame(data: bytes) -> Frame | None:
     """Return the frame of a file that nvJPEG decodes as libjpeg does."""
     frame = plain_frame(data)
-    return frame if frame is not None and frame.height * frame.width <= MAX_PIXELS and frame.simple(data) else None
+    return frame if frame is not None and frame.height * frame.width <= MAX_PIXELS and frame.simple else None
 
 
 def _parts(frames: dict[int, Frame]) -> Iterator[list[int]]:

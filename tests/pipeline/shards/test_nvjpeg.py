@@ -21,6 +21,7 @@ from test_jpeg import CAT, PREPROCESS, bomb, jpeg, orientation, plain_files, wit
 
 from saltern.pipeline.shards import nvjpeg as module
 from saltern.pipeline.shards.decoder import CpuDecoder, decode_jpeg, nvjpegs
+from saltern.pipeline.shards.jpeg import plain_frame
 from saltern.pipeline.shards.nvjpeg import GpuDecoder
 from saltern.schemas.saliency import DECODE_FAILED, OK, TOO_LARGE
 
@@ -102,7 +103,44 @@ def test_other_files_are_decoded_on_the_cpu() -> None:
     found = compare(images, gpu_decoder(jpegs))
     assert found[TOO_LARGE] == 1
     assert found[DECODE_FAILED] >= 3
-    assert jpegs.decoded == len(images) // 2
+    assert jpegs.decoded == len(images) // 2 + 1  # one has a marker in its scan, which is seen on the device
+
+
+def test_markers_in_a_scan_are_seen() -> None:
+    head, scan = bytes([0xFF, 0xDA, 0xFF, 0x01, 7, 8]), bytes([1, 0xFF, 0, 2, 0xFF, 0xD0, 3, 0xFF, 0xD7, 0xFF, 0])
+    end, files = b"\xff\xd9", [head + scan + b"\xff\xd9"]
+    files += [head + scan + bytes([0xFF, marker]) + scan + end for marker in (1, 0xC0, 0xCF, 0xD8, 0xD9, 0xDA, 0xFF)]
+    files += [head + scan + bytes([0xFF, marker]) + scan + end for marker in (0, 0xD1, 0xD6)] + [head + end]
+    tensors = [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files]
+    found = module.single_scans(tensors, [len(head)] * len(files), DEVICE).tolist()
+    assert found == [True] + [False] * 7 + [True] * 4
+
+
+class Lenient(Jpegs):
+    """A function that shows black where libjpeg fails."""
+
+    def __call__(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
+        made = []
+        for image in images:
+            try:
+                made += super().__call__([image])
+            except RuntimeError:
+                frame = plain_frame(image.numpy().tobytes())
+                assert frame is not None
+                made.append(torch.zeros((3, frame.height, frame.width), dtype=torch.uint8, device=DEVICE))
+        return made
+
+
+def test_a_damaged_scan_has_the_status_of_the_cpu_if_nvjpeg_shows_it() -> None:
+    rng, found = random.Random(0), Counter[str]()
+    decoder = gpu_decoder(Lenient())
+    for _ in range(10):
+        images = []
+        for data in GOOD:
+            start = data.index(b"\xff\xda") + 20
+            images.append(data[:start] + mutate_bytes(data[start:-2], rng) + data[-2:])
+        found += compare(images, decoder, 255)
+    assert min(found[OK], found[DECODE_FAILED]) > 10
 
 
 def test_an_image_that_nvjpeg_refuses_costs_no_other() -> None:
