@@ -25,6 +25,7 @@ def extract(
     labels: opt.Labels = "auto",
     precision: opt.Precision = choices.Precision.fp32,
     deterministic: opt.Deterministic = None,
+    compile: opt.Compile = choices.Compile.auto,
     seed: opt.Seed = 0,
     limit: opt.Limit = None,
     image_member: opt.ImageMember = None,

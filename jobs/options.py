@@ -107,6 +107,10 @@ Deterministic = Annotated[
         "--deterministic/--no-deterministic",
     ),
 ]
+Compile = Annotated[
+    choices.Compile,
+    model("Compile what a method runs without gradients; auto: on a GPU, for runs long enough to earn the start."),
+]
 Seed = Annotated[int, model("Seed of random weights and of everything else that is random.")]
 
 # --- Output

@@ -17,6 +17,8 @@ Device = StrEnum("Device", "auto cpu cuda")
 Decode = StrEnum("Decode", "auto cpu gpu")
 Precision = StrEnum("Precision", "fp32 tf32 bf16 fp16")
 
+Compile = StrEnum("Compile", "auto on off")
+
 # Stored maps
 MapSize = StrEnum("MapSize", "native input")  # the method's own grid, or the network's input
 MapDtype = StrEnum("MapDtype", "uint8 float16 float32")

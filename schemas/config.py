@@ -25,9 +25,10 @@ _STORED: dict[str, Any] = {
     "squash": False, "interpolation": "", "mean": [], "std": [], "precision": "fp32", "seed": 0, "limit": None,
     "batch_size": 0, "torch_threads": 0, "job": EXTRACT, "job_options": {}, "labels": None,
     "image_member": None, "label_member": None, "decoder": PILLOW, "checkpoint": None, "deterministic": False,
+    "compile": False,
 }  # fmt: skip
 # Only in runs where they have another value than above: others keep their fingerprint.
-_ABSENT = ("labels", "image_member", "label_member", "decoder", "checkpoint", "deterministic")
+_ABSENT = ("labels", "image_member", "label_member", "decoder", "checkpoint", "deterministic", "compile")
 _OPTIONAL = ("job", "job_options", *_ABSENT)  # runs made when `extract` was the only job have none of them
 
 
@@ -162,6 +163,7 @@ class ExtractConfig(MethodConfig):
     discretize: Rule
     map_size: str = "native"  # native | input
     save_map: bool = True
+    compile: bool = False  # the method's trunk, by torch.compile
 
     def _to_stored(self) -> dict[str, Any]:
         labels = None if self.labels is None else {str(given): self.labels[given] for given in sorted(self.labels)}

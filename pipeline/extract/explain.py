@@ -7,11 +7,13 @@ each of its targets), N bytes.
 import torch
 from torch import Tensor
 
+from saltern.pipeline.device import out_of_memory
 from saltern.pipeline.extract.task import STATUSES, Pending
 from saltern.pipeline.maps.discretize import discretize, upsample
 from saltern.pipeline.maps.encode import CLIP_QUANTILE, pack_mask, quantise
 from saltern.pipeline.methods import Last, Method, available
 from saltern.pipeline.methods.base import Maps
+from saltern.pipeline.models.compiling import compile_parts, refused
 from saltern.schemas.config import ExtractConfig, Preprocess
 from saltern.schemas.rules import Rule, Target
 from saltern.schemas.saliency import NONFINITE
@@ -50,6 +52,7 @@ class Explainer:
         self.method, self.device = method, device
         self._side, self._target, self._rule = preprocess.crop, target, rule
         self._map_size, self._map_dtype, self._save_map, self._precision = map_size, map_dtype, save_map, precision
+        self._full: int | None = None  # samples of every pass, if it is compiled: each other shape would compile again
         self._mean = torch.tensor(preprocess.mean, device=device).view(3, 1, 1)
         if precision in AUTOCAST and type(method) in available().values():  # another method may use weights as it likes
             x_BCHW = torch.zeros(1, 3, self._side, self._side, device=device)
@@ -59,7 +62,8 @@ class Explainer:
     @classmethod
     def of_run(cls, config: ExtractConfig, method: Method, device: torch.device) -> "Explainer":
         """Return the explainer of an extraction; its method is built on the run's model, which is on `device`."""
-        return cls(
+        parts = method.trunk() if config.compile else []
+        explainer = cls(
             method,
             device,
             config.preprocess,
@@ -70,6 +74,10 @@ class Explainer:
             save_map=config.save_map,
             precision=config.precision,
         )
+        if parts:
+            compile_parts(parts, deterministic=config.deterministic)
+            explainer._full = config.batch_size
+        return explainer
 
     @property
     def clip_quantile(self) -> float | None:
@@ -89,7 +97,22 @@ class Explainer:
             label_B: int64, on the host; used only if the target is the label.
             seed_B: int64, on the host: seeds the noise of each sample; None = zeros.
         """
-        pending = Pending(self.device)
+        try:
+            return self._explain(pixels_BHWC, label_B, seed_B)
+        except (RuntimeError, MemoryError) as error:
+            if self._full is None:
+                raise
+            if out_of_memory(error):
+                self._full = max(1, self._full // 2)  # as the processor halves its batches
+            elif refusal := refused(error):
+                raise refusal from error
+            raise
+
+    def _explain(self, pixels_BHWC: Tensor, label_B: Tensor, seed_B: Tensor | None) -> Pending:
+        pending, samples = Pending(self.device), len(pixels_BHWC)
+        if self._full is not None:
+            pixels_BHWC, label_B = _filled(pixels_BHWC, self._full), _filled(label_B, self._full)
+            seed_B = None if seed_B is None else _filled(seed_B, self._full)
         x_BCHW = self._normalise(pixels_BHWC.to(self.device, non_blocking=True))
         label_B = label_B.to(self.device, non_blocking=True)
         seed_B = None if seed_B is None else seed_B.to(self.device, non_blocking=True)
@@ -102,7 +125,7 @@ class Explainer:
             part["predicted"] = logits_BK.argmax(1)
         # Row order: sample by sample, the targets of a sample adjacent.
         columns = {name: torch.stack([part[name] for part in parts], 1).flatten(0, 1) for name in parts[0]}
-        return pending.send(columns)
+        return pending.send({name: column[: samples * self.rows_each] for name, column in columns.items()})
 
     def _normalise(self, pixels_BHWC: Tensor) -> Tensor:
         layout = torch.contiguous_format if self._precision == "fp32" else torch.channels_last
@@ -138,3 +161,9 @@ class Explainer:
             "mask_area": mask_BHW.float().mean((1, 2)) * usable_B,
         }
         return columns | ({"map": stored_Bhw} if self._save_map else {})
+
+
+def _filled(values: Tensor, length: int) -> Tensor:
+    """Return the values with the last one repeated up to a length."""
+    missing = length - len(values)
+    return torch.cat([values, values[-1:].expand(missing, *values.shape[1:])]) if missing > 0 else values

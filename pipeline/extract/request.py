@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any, Protocol
 
 from saltern import __version__
+from saltern.pipeline.extract.compilation import choose_compile
 from saltern.pipeline.extract.labels import AUTO, Numbers, choose_labels
 from saltern.pipeline.extract.tryout import is_proven, try_extract
 from saltern.pipeline.machine import torch_threads
@@ -18,14 +19,14 @@ from saltern.pipeline.models.presets import adapt
 from saltern.pipeline.shards.decoder import choose_decoder
 from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.samples import list_keys
-from saltern.schemas.choices import MapDtype, MapSize, Precision, check_choice
+from saltern.schemas.choices import Compile, MapDtype, MapSize, Precision, check_choice
 from saltern.schemas.config import ExtractConfig, MethodConfig, RunConfig
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.rules import Rule, Target
 from saltern.schemas.run import Run, Shard
 
 BATCH_SIZE = {"cpu": 16, "cuda": 128}
-_CHOICES = {"map_size": MapSize, "map_dtype": MapDtype, "precision": Precision}
+_CHOICES = {"map_size": MapSize, "map_dtype": MapDtype, "precision": Precision, "compile": Compile}
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class ExtractRequest(MethodRequest):
     save_map: bool = True
     precision: str = "fp32"  # fp32 | tf32 | bf16 | fp16
     labels: str = AUTO  # auto | as-is | a JSON file from the dataset's classes to the model's
+    compile: str = "auto"  # auto | on | off
 
 
 def resolve(request: ExtractRequest, existing: Run | None, device: str, workers: int) -> tuple[Run, list[str]]:
@@ -88,6 +90,7 @@ def resolve(request: ExtractRequest, existing: Run | None, device: str, workers:
     target = Target.parse(request.target, classifier.classes)
     fields, method = method_fields(request, classifier, existing, device, workers)
     labels, remarks = _labels(request, existing, shards, classifier, needed=target.kind == "label")
+    compiled, why = choose_compile(request, existing, method, sum(shard.size for shard in shards) // workers, device)
     fields["map_dtype"] = request.map_dtype or ("uint8" if request.map_size == "input" else fields["map_dtype"])
     config = ExtractConfig(
         **fields,
@@ -97,11 +100,12 @@ def resolve(request: ExtractRequest, existing: Run | None, device: str, workers:
         save_map=request.save_map,
         precision=request.precision,
         labels=labels,
+        compile=compiled,
     )
     if not is_proven(config, existing):
         try_extract(method, config, device)
     method.close()
-    return new_run(config, shards, classifier.class_names), hints + remarks
+    return new_run(config, shards, classifier.class_names), [why, *hints, *remarks]
 
 
 def _member(option: str, given: str | None) -> str | None:

@@ -57,7 +57,8 @@ def try_extract(method: Method, config: ExtractConfig, device: str) -> None:
     # More targets would only cost time.
     target = Target.parse("top1", config.classes) if config.target.kind == "top" else config.target
     precision = config.precision if device == "cpu" else "fp32"
-    explain = Explainer.of_run(replace(config, target=target, precision=precision), method, torch.device("cpu"))
+    tried = replace(config, target=target, precision=precision, compile=False)
+    explain = Explainer.of_run(tried, method, torch.device("cpu"))
     side = config.preprocess.crop
     pixels_BHWC = torch.randint(256, (1, side, side, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     with one_line(method.model, pixels_BHWC.permute(0, 3, 1, 2)):

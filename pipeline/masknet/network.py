@@ -29,6 +29,11 @@ class Trunk:
         self._modules = [(name, model.get_submodule(name)) for name in names]
         self._detached = detached
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The stages."""
+        return [module for _, module in self._modules]
+
     def __call__(self, x_BCHW: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return logits_BK and the taps (B, K, h, w), stem first.
 

@@ -201,6 +201,10 @@ class Method:
         """Run all networks once."""
         self.model(x_BCHW)
 
+    def trunk(self) -> Sequence[nn.Module]:
+        """Return the large parts of the networks that every call runs without gradients and at the batch's shape."""
+        return []
+
     def close(self) -> None:
         """Release what the method holds on the device."""
         for attribute in ("last", "seed_B"):

@@ -16,6 +16,7 @@ from saltern.pipeline.masknet.head import restrict
 from saltern.pipeline.masknet.network import Decoder, Trunk
 from saltern.pipeline.masknet.stages import find_stages
 from saltern.pipeline.methods.base import Maps, Method
+from saltern.pipeline.models.compiling import large_parts
 from saltern.pipeline.models.weights import fit
 from saltern.pipeline.naming import brief
 from saltern.schemas.errors import UserError, printable
@@ -92,6 +93,10 @@ class CASM(Method):
     def networks(self) -> Sequence[nn.Module]:
         trunks = [trunk.model for trunk in (self._trunk, self._encoder) if trunk is not None]
         return [*trunks, self._decoder]
+
+    def trunk(self) -> Sequence[nn.Module]:
+        trunks = [trunk for trunk in (self._trunk, self._encoder) if trunk is not None]
+        return [part for trunk in trunks for part in large_parts(trunk.model, trunk.modules)]
 
     def passes(self, x_BCHW: Tensor) -> None:
         self.compute(x_BCHW, None)

@@ -24,7 +24,7 @@ class Taps:
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         self.model = model
         self.names = list(names)
-        self._modules = [model.get_submodule(name) for name in names]
+        self.modules = [model.get_submodule(name) for name in names]
         # A shared module (one ReLU for a whole block) runs several times a pass; its last output counts.
         self._last_call = [1] * len(names)
         kinds = (type(module).__name__ for module in model.modules())
@@ -44,7 +44,7 @@ class Taps:
         calls = [0] * len(self.names)
         handles = [
             module.register_forward_hook(self._keeper(index, outputs, calls, differentiable))
-            for index, module in enumerate(self._modules)
+            for index, module in enumerate(self.modules)
         ]
         try:
             logits_BK = logits_of(self.model(x_BCHW))
@@ -116,7 +116,7 @@ class Taps:
 
     def channel_dimension(self, index: int, output: Tensor, image: Sequence[int]) -> int:
         """Return the dimension of the channels: 1, or -1 for tokens and channels-last grids."""
-        is_norm = type(self._modules[index]) is nn.LayerNorm  # normalises the last dimension: that is K
+        is_norm = type(self.modules[index]) is nn.LayerNorm  # normalises the last dimension: that is K
         return -1 if output.ndim == 3 or is_norm or self._channels_last(output, image) else 1
 
     def _channels_last(self, output: Tensor, image: Sequence[int]) -> bool:

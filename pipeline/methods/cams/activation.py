@@ -4,14 +4,16 @@ Shape suffixes: B batch, C H W the network's input, K channels, h w the layer's 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from saltern.pipeline.methods.base import Each, Maps, Method, safe_divide, weighted_sum
+from saltern.pipeline.models.compiling import large_parts, parts_up_to
 from saltern.pipeline.models.halves import full_of
-from saltern.pipeline.models.passes import full_precision, pick_targets
+from saltern.pipeline.models.passes import frozen, full_precision, pick_targets
 from saltern.pipeline.models.probe import probe
 from saltern.pipeline.models.taps import Taps
 from saltern.schemas.errors import UserError
@@ -26,6 +28,10 @@ class GradientCAM(Method):
 
     def prepare(self) -> None:
         self._taps = Taps(self.model, self.layer)
+
+    def trunk(self) -> Sequence[nn.Module]:
+        with frozen(self.model):
+            return parts_up_to(self.model, self._taps.modules, probe(self.model, self.input_side)[:1])
 
     def combine(self, A_BKhw: Tensor, G_BKhw: Tensor) -> Tensor:
         """Return map_Bhw from the float32 activations and gradients of one layer."""
@@ -128,6 +134,9 @@ class EigenCAM(Method):
     def prepare(self) -> None:
         self._taps = Taps(self.model, self.layer)
 
+    def trunk(self) -> Sequence[nn.Module]:
+        return large_parts(self.model, self._taps.modules)
+
     def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
         logits_BK, outputs = self._taps.forward(x_BCHW)
         image = x_BCHW.shape[2:]
@@ -158,6 +167,12 @@ class CAM(Method):
                 if heads and _explains(heads[-1], A_BKhw.relu() if rectified else A_BKhw, logits_BK.float()):
                     self._head, self._rectified = heads[-1], rectified
                     return
+        self._refuse()
+
+    def trunk(self) -> Sequence[nn.Module]:
+        return large_parts(self.model, self._taps.modules)
+
+    def _refuse(self) -> None:
         raise UserError(
             f"cam needs a linear head right after global average pooling of its layer, and {type(self.model).__name__} "
             f"with layer {self.layer[0]!r} has none; use grad-cam"

@@ -9,10 +9,11 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from saltern.pipeline.methods.base import Each, Method, safe_divide, weighted_sum
 from saltern.pipeline.methods.cams.tail import Tail
+from saltern.pipeline.models.compiling import large_parts
 from saltern.pipeline.models.passes import full_precision, logits_of, pick_targets
 from saltern.pipeline.models.taps import Taps
 from saltern.schemas.errors import UserError
@@ -49,6 +50,9 @@ class ScoreCAM(ScoredCAM):
     def prepare(self) -> None:
         super().prepare()
         self._taps = Taps(self.model, self.layer)
+
+    def trunk(self) -> Sequence[nn.Module]:
+        return large_parts(self.model, self._taps.modules)
 
     def compute_each(self, x_BCHW: Tensor, target_B: Tensor | None, number: int) -> Each:
         logits_BK, (output,) = self._taps.forward(x_BCHW)

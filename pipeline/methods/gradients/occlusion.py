@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saltern.pipeline.methods.base import Each, Method
 from saltern.pipeline.methods.gradients.paths import groups
+from saltern.pipeline.models.compiling import large_parts
 from saltern.pipeline.models.passes import full_precision, logits_of, pick_targets
 from saltern.schemas.errors import UserError
 
@@ -40,6 +41,9 @@ class Occlusion(Method):
                 f"option stride of {self.title()} must be at most the window ({self.window}), not {self.stride}: "
                 "pixels between windows would have no value"
             )
+
+    def trunk(self) -> Sequence[nn.Module]:
+        return large_parts(self.model, [])
 
     def compute_each(self, x_BCHW: Tensor, target_B: Tensor | None, number: int) -> Each:
         with torch.no_grad():
