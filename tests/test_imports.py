@@ -26,7 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "device": set(),
     "tables": set(),
     "storage": {"machine"},
-    "shards": {"storage"},
+    "shards": {"storage", "device"},
     "maps": set(),
     "models": _BASE,
     "masknet": {"models", "storage", *_BASE},

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from saltern.pipeline.extract.extraction import Extraction
 from saltern.pipeline.extract.processor import Processor
 from saltern.pipeline.extract.request import ExtractRequest, reading, resolve
-from saltern.pipeline.machine import cores, pick_device
+from saltern.pipeline.machine import decode_threads, pick_device
 from saltern.pipeline.runs.manifest import data_name
 from saltern.pipeline.runs.outlet import Spec
 from saltern.pipeline.shards.expand import expand
@@ -83,7 +83,7 @@ def _try(request: ExtractRequest, device: str) -> tuple[float, float, int]:
     """Return images/s, stored bytes per image, and the other bytes of a file."""
     run, _ = resolve(request, None, device, 1)
     with tempfile.TemporaryDirectory(prefix="saltern-plan-") as root:
-        processor = Processor(Spec(run, root, ".", device, cores()), Extraction)
+        processor = Processor(Spec(run, root, ".", device, decode_threads()), Extraction)
         processor.process(run.shards[0])  # the first time includes set-up
         since = time.perf_counter()
         made = processor.process(run.shards[0])

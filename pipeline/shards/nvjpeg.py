@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from saltern.pipeline.device import device_lost
 from saltern.pipeline.shards.decode import MAX_PIXELS, geometry_of
 from saltern.pipeline.shards.decoder import CpuDecoder, DecodedBatch, as_tensor, empty_batch
 from saltern.pipeline.shards.jpeg import Frame, plain_frame
@@ -73,7 +74,7 @@ class GpuDecoder:
             pixels_BHWC = resample(self._decode_jpegs(files), geometries, self._preprocess)
             single_B = single_scans(files, [frames[position].scan for position in positions], self.device).tolist()
         except RuntimeError as error:
-            if _lost(error):
+            if device_lost(error):
                 raise
             if len(positions) == 1:
                 return positions
@@ -134,8 +135,3 @@ def _parts(frames: dict[int, Frame]) -> Iterator[list[int]]:
         pixels += size
     if part:
         yield part
-
-
-def _lost(error: RuntimeError) -> bool:
-    """Return whether the error says that the device can no longer be used, by this process or at all."""
-    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
