@@ -74,7 +74,7 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     import tomllib
 
     try:
-        given = tomllib.loads(path.read_text())
+        given = tomllib.loads(path.read_text("utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"--config {path}: {error}") from error
     names = {_key(parameter): parameter.name for parameter in ctx.command.params if parameter.name != "config"}
@@ -159,5 +159,5 @@ def to_lambda(text: str) -> float | Literal["auto"]:
 def to_classes(text: str) -> list[int]:
     """Return the numbers in `A,B,...` or in a file. Commas, spaces and line ends separate them."""
     listed = re.fullmatch(r"[\d\s,]+", text) is not None
-    words = text if listed else Path(text).read_text()
+    words = text if listed else Path(text).read_text("utf-8-sig")
     return [int(word.replace("_", "-")) for word in re.split(r"[\s,]+", words.strip())]  # int() takes 3_14 as 314

@@ -35,7 +35,8 @@ class Target:
             value = int(number)
             if (1 <= value <= classes) if kind == "top" else (value < classes):
                 return cls(text, kind, value)
-            raise UserError(f"--target {text!r}: the model has the classes 0..{classes - 1}")
+            allowed = f"N is 1..{classes}" if kind == "top" else f"the model has the classes 0..{classes - 1}"
+            raise UserError(f"--target {text!r}: {allowed}")
         raise UserError(f"--target {text!r} is none of label, top1, top:N, class:ID")
 
 

@@ -1,6 +1,7 @@
 """The job `extract`: makes maps, masks and boxes from images by a saliency method."""
 
 import os
+import re
 import socket
 import sys
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ from saltern.schemas.errors import UserError, printable
 from saltern.schemas.run import Run, Shard
 from saltern.schemas.saliency import MISSING_LABEL, NONFINITE, OK, ZERO_MAP
 
+_SHOWN = 40  # characters of a label in a message
 REASONS = {
     ZERO_MAP: "the method gave zeros everywhere",
     NONFINITE: "the map is not finite, or does not fit the stored dtype; use --precision fp32 and --map-dtype float32",
@@ -115,12 +117,8 @@ class Extraction:
         if self._config.target.kind != "label" or not self._explain.method.needs_target:
             return None
         if label is None:
-            unmapped = f"class {sample.given} is not in the table of --labels"
-            return MISSING_LABEL, _no_label(sample) if sample.given is None else unmapped
-        last = self._config.classes - 1
-        if not 0 <= label <= last:
-            return MISSING_LABEL, f"label {label} lies outside the model's classes 0..{last}"
-        return None
+            return MISSING_LABEL, _no_label(sample, self._config.classes)
+        return None if label < self._config.classes else (MISSING_LABEL, _outside(f"{label}", self._config.classes))
 
     def rows(self, shard: Shard, batch: Batch, explained: Explained | None) -> pa.RecordBatch:
         return self._rows(shard, batch, explained)
@@ -129,14 +127,27 @@ class Extraction:
         self._explain.method.close()
 
 
-def _no_label(sample: Sample) -> str:
+def _no_label(sample: Sample, classes: int) -> str:
+    """Return why a sample has no label."""
+    text = printable(sample.class_text.decode("utf-8-sig", "replace").strip())
+    if sample.given is not None and sample.numbers is not None:
+        return f"class {sample.given} is not in the table of --labels"
+    if re.fullmatch(r"[+-]?[0-9]+", text):
+        return _outside(text, classes)
     ext, _, key = (sample.named.label or "cls").partition(":")
     numbers = [name for name, value in extra(sample).items() if isinstance(value, int) and len(name) < 40]
     other = f"json:{printable(numbers[0])}" if numbers and not key else "EXT, such as txt, or json:KEY"
     what = f"`{key}` in its json" if key else f"`{ext}`"
+    if text:
+        found = f"{what} is '{text[:_SHOWN]}', which is no whole number"
+        return f"the target is the label, and {found}; write the class's number, or name it with --label-member {other}"
     return (
         f"the target is the label, and the sample has no {what} that is a number; name it with --label-member {other}"
     )
+
+
+def _outside(label: str, classes: int) -> str:
+    return f"label {label[:_SHOWN]} lies outside the model's classes 0..{classes - 1}"
 
 
 @dataclass(frozen=True)

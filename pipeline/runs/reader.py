@@ -279,8 +279,10 @@ class SaliencyRun:
 
 def _rows(table: Any, layout: Layout) -> list[Row]:
     """Return the rows of an Arrow table or record batch."""
-    columns = (table.column(name).to_pylist() for name in COLUMNS)
-    return [Row(layout, *values) for values in zip(*columns, strict=True)]
+    columns = {name: table.column(name).to_pylist() for name in COLUMNS}
+    # Older runs stored a negative `cls`, which is no class, as the label.
+    columns["label"] = [None if label is None or label < 0 else label for label in columns["label"]]
+    return [Row(layout, *values) for values in zip(*columns.values(), strict=True)]
 
 
 def read_columns(store: Store, run: Run, columns: Sequence[str], limit: int | None = None) -> Iterator[dict[str, Any]]:

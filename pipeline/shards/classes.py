@@ -150,7 +150,7 @@ def read_names(path: str) -> Names:
 def parse_names(raw: bytes, where: str) -> Names:
     """Parse class names: JSON (a list, or an object by number), or text with a name a line; numbers count from 0."""
     try:
-        text = raw.decode()
+        text = raw.decode("utf-8-sig")
         content = json.loads(text) if text.lstrip()[:1] in ("{", "[") else text.split("\n")
         if isinstance(content, list):
             content = {number: name.strip() if name else "" for number, name in enumerate(content)}

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import math
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -94,7 +95,9 @@ def decode_image(data: bytes) -> Image.Image:
     except DecodeError:
         raise
     except Image.DecompressionBombError as error:
-        raise DecodeError(TOO_LARGE, _one_line(error)) from error
+        pixels = re.search(r"\d+", str(error))  # beyond Pillow's limit, which is higher
+        size = f"{pixels[0]} pixels" if pixels else "too many pixels"
+        raise DecodeError(TOO_LARGE, f"{size}; at most {MAX_PIXELS} are decoded") from error
     except Exception as error:  # Pillow's parsers raise struct.error, KeyError, ZeroDivisionError...
         for bare in without_metadata(data):
             with _except_memory():

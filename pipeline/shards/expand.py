@@ -74,7 +74,7 @@ def _listed(patterns: Iterable[str]) -> Iterator[str]:
             yield pattern
             continue
         try:
-            lines = Path(pattern[1:]).read_text().splitlines()
+            lines = Path(pattern[1:]).read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeError) as error:
             raise UserError(f"{pattern}: cannot read the list of shards: {error}") from error
         yield from (line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))

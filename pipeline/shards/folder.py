@@ -101,8 +101,8 @@ class Folder:
                 self.remarks.imageless.add(name)
         self._check()
         if not self.flat and not self.classes:
-            files = counted(self.remarks.others.count, "file")
-            raise UserError(f"{root}: no image in {files}; images end in {', '.join(IMAGES)}")
+            there = counted(self.remarks.others.count, "file")
+            raise UserError(f"{root}: no image in {there}; images end in {', '.join(IMAGES)}")
 
     def images(self, labels: dict[str, int]) -> Iterator[Image]:
         """Yield all images in order. `labels` gives the number of each class folder."""

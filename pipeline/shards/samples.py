@@ -24,7 +24,7 @@ from saltern.schemas.saliency import DUPLICATE_KEY, MISSING_IMAGE, TOO_LARGE
 
 MAX_MEMBER = 2**28  # bytes of a sample's members; those beyond are not read
 _USUAL = Members()
-_NUMBER = re.compile(rb"\s*([+-]?0*[0-9]{1,10})\s*")
+_NUMBER = re.compile(rb"(?:\xef\xbb\xbf)?\s*([+-]?0*[0-9]{1,10})\s*")
 _SHOWN = 8  # extensions in a message
 
 
@@ -49,18 +49,22 @@ class Sample:
 
     @property
     def label(self) -> int | None:
-        """The sample's class as the model numbers it; None if `given` is None or is not in `numbers`."""
+        """The sample's class as the model numbers it; None if `given` is None, negative or not in `numbers`."""
         given = self.given
-        return given if self.numbers is None or given is None else self.numbers.get(given)
+        if given is None or self.numbers is not None:
+            return None if given is None or self.numbers is None else self.numbers.get(given)
+        return given if given >= 0 else None
 
     @property
     def given(self) -> int | None:
         """The class in `cls` or the named member; None if it is missing, no whole number or not of 32 bits."""
-        match = _NUMBER.fullmatch(self._class_text())
+        match = _NUMBER.fullmatch(self.class_text)
         label = int(match[1]) if match else 2**31
         return label if abs(label) < 2**31 else None
 
-    def _class_text(self) -> bytes:
+    @property
+    def class_text(self) -> bytes:
+        """The content of `cls` or the named member; empty if it is missing."""
         if self.named.label is None:
             return self.members.get("cls", b"")
         ext, _, key = self.named.label.partition(":")

@@ -206,7 +206,7 @@ class Tape:
         return self.error("the tar is cut: it ends without end-of-archive blocks")
 
     def _no_header(self, block: bytes) -> ShardError:
-        if self.position:
+        if self.position or block[257:262] == b"ustar":
             return self.error("damaged tar header")
         for magic, what in _COMPRESSED.items():
             if block.startswith(magic):

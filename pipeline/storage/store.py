@@ -40,8 +40,10 @@ class Store:
             with self.fs.open_input_stream(path) as stream:
                 content: bytes = stream.read()
                 return content
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return None
+        except NotADirectoryError as error:
+            raise _no_folder(path) from error
 
     def read_all(self, folder: str) -> Iterator[tuple[str, bytes]]:
         """Yield the name (relative to `folder`) and the bytes of each .json file below it, from one listing."""
@@ -136,6 +138,13 @@ def named(path: str) -> Iterator[None]:
         raise UserError(f"{path}: {os.strerror(error.errno)}") from error
 
 
+def _no_folder(path: str) -> UserError:
+    """Return the error of a path below a file."""
+    place = Path(path)
+    file = next((above for above in (place, *place.parents) if above.is_file()), place)
+    return UserError(f"{file} is a file, where a folder should be; move it away, or give another name")
+
+
 def _walk(base: str, below: str, suffix: str) -> Iterator[str]:
     folder = os.path.join(base, below)
     try:
@@ -144,7 +153,7 @@ def _walk(base: str, below: str, suffix: str) -> Iterator[str]:
     except FileNotFoundError:
         return
     except NotADirectoryError as error:
-        raise UserError(f"{folder} is a file, where a folder should be") from error
+        raise _no_folder(folder) from error
     for entry in entries:
         name = f"{below}/{entry.name}" if below else entry.name
         if entry.is_dir(follow_symlinks=False):

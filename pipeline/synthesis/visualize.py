@@ -93,7 +93,7 @@ def parse_classes(text: str, classes: int) -> list[int]:
     words = text
     if text.startswith("@"):
         try:
-            words = Path(text[1:]).read_text()
+            words = Path(text[1:]).read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--classes {text}: {error}") from error
     numbers: set[int] = set()

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from commands import call, refused
 from made_run import make_run
+from making import HELPERS, TINY, write_shards
 
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.errors import UserError
 from saltern.schemas.receipt import Failure
 
+GRAD_CAM = (*TINY, "--method", "grad-cam", "--batch-size", "2", "--engine", "local")
 ESCAPE = "\x1b[2J\u202e"
 
 
@@ -77,9 +79,13 @@ def test_a_file_that_may_not_be_read_is_named(
 def test_a_folder_that_may_not_be_listed_and_a_file_in_its_place_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(HELPERS)
     (tmp_path / "data").write_text("")
-    with pytest.raises(UserError, match="data/ is a file, where a folder should be"):
+    with pytest.raises(UserError, match="data is a file, where a folder should be"):
         Store(str(tmp_path)).listing("data", "")
+    for folder in (tmp_path / "data", tmp_path / "data/deep/run"):
+        for line in (["status", folder], ["extract", write_shards(tmp_path / "in", 1, 1), "--out", folder, *GRAD_CAM]):
+            assert refused(call(*line)).startswith(f"saltern: {tmp_path}/data is a file, where a folder should be")
 
     def forbidden(path: str) -> None:
         raise PermissionError(13, "Permission denied", path)

@@ -85,7 +85,7 @@ def _places(shard: Shard, numbers: Mapping[int, int] | None) -> list[Place]:
 def _label(place: Place, shard: Shard, count: int) -> int:
     if place.label is None:
         raise UserError(
-            f"{shard.url}: the sample {place.key!r} has no class; training needs a number in .cls (and in --labels)"
+            f"{shard.url}: the sample {place.key!r} has no class; training needs a number from 0 in .cls (or --labels)"
         )
     if not 0 <= place.label < count:
         raise UserError(

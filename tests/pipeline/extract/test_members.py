@@ -58,6 +58,33 @@ def test_the_rows_name_the_options(tmp_path: Path, shard: Path) -> None:
     assert rows(tmp_path / "second")[0]["error"].endswith("name it with --label-member json:class_id")
 
 
+def test_a_label_that_is_no_class_is_quoted(tmp_path: Path) -> None:
+    """Whatever the row says of its label, the column `label` holds a class or nothing."""
+    texts = {
+        "a": b"-1",
+        "b": b"9" * 20,
+        "c": b"dog",
+        "d": b"3.0",
+        "e": b"7",
+        "f": b"",
+        "g": b"\xef\xbb\xbf2",
+        "h": "\u0663",
+    }
+    tar = write_tar(tmp_path / "in/x.tar", ((key, {"jpg": picture(0), "cls": text}) for key, text in texts.items()))
+    extract(tar, tmp_path / "run")
+    found = rows(tmp_path / "run")
+    assert [row["label"] for row in found] == [None, None, None, None, 7, None, 2, None]
+    errors = [row["error"] or "" for row in found]
+    assert errors[0] == "label -1 lies outside the model's classes 0..4"
+    assert errors[1] == f"label {'9' * 20} lies outside the model's classes 0..4"
+    assert "`cls` is 'dog', which is no whole number; write the class's number" in errors[2]
+    assert "`cls` is '3.0'" in errors[3]
+    assert errors[4] == "label 7 lies outside the model's classes 0..4"
+    assert "no `cls` that is a number" in errors[5]
+    assert errors[6] == ""
+    assert "`cls` is '\u0663'" in errors[7]
+
+
 @pytest.mark.parametrize("label_member", ["txt", "json:class_id", ".TXT"])
 def test_the_options_work_in_the_run_and_its_reader(tmp_path: Path, shard: Path, label_member: str) -> None:
     out = tmp_path / "run"

@@ -45,6 +45,14 @@ def test_rows_come_in_shard_order_with_their_maps_and_masks(tmp_path: Path) -> N
         assert row.mask_area == pytest.approx(made.masks[place].mean())
 
 
+def test_a_negative_label_of_an_older_run_is_none(tmp_path: Path) -> None:
+    """Older runs stored a `cls` of -1, which the dataset gives for an absent label."""
+    made = make_run(tmp_path, shards=1, samples=1)
+    row = {"key": "a", "shard": made.run.shards[0].name, "index": 0, "label": -1, "status": DECODE_FAILED, "error": "x"}
+    write_shard(made, 0, 1, [row], (4, 4))
+    assert [row.label for row in open_run(str(made.path))] == [None]
+
+
 def test_input_sized_maps_are_those_that_the_masks_were_made_of(tmp_path: Path) -> None:
     run = open_run(str(make_run(tmp_path, shards=1).path))
     for row in run:

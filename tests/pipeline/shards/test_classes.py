@@ -15,6 +15,11 @@ from saltern.schemas.errors import UserError
 MODEL = ["tench", "tabby cat", "golden retriever", "crane", "crane"]
 
 
+def test_a_byte_order_mark_is_no_part_of_a_name() -> None:
+    assert parse_names(b"\xef\xbb\xbfcat\ndog\n", "names.txt") == {0: "cat", 1: "dog"}
+    assert parse_names(b'\xef\xbb\xbf["cat", "dog"]', "names.json") == {0: "cat", 1: "dog"}
+
+
 def shard(folder: Path, *names: str) -> Path:
     """Write a shard with a sample for each class name, numbered from 0."""
     samples = [

@@ -85,7 +85,7 @@ def test_a_folder_gives_all_tars_below(tmp_path: Path, touch: Touch) -> None:
 
 def test_a_list_in_a_file(tmp_path: Path, touch: Touch, monkeypatch: pytest.MonkeyPatch) -> None:
     touch("a.tar", "b.tar", "c1.tar", "c2.tar")
-    (tmp_path / "list.txt").write_text("# of today\n\n b.tar \n  # a.tar\nc{1..2}.tar\n")
+    (tmp_path / "list.txt").write_text("\ufeff# of today\n\n b.tar \n  # a.tar\nc{1..2}.tar\n")
     monkeypatch.chdir(tmp_path)
     assert found("@list.txt", "a.tar") == ["b.tar", "c1.tar", "c2.tar", "a.tar"]
 

@@ -43,7 +43,9 @@ def test_image_extensions(tmp_path: Path, ext: str) -> None:
     assert sample.image == b"I"
 
 
-@pytest.mark.parametrize("cls", [b"", b"cat", b"1.5", b"\xff", b"99999999999", b"9" * 5000, b"3_14", b"3 14", b"--3"])
+@pytest.mark.parametrize(
+    "cls", [b"", b"cat", b"1.5", b"\xff", b"99999999999", b"9" * 5000, b"3_14", b"3 14", b"--3", b"-7"]
+)
 def test_a_label_that_is_no_number(tmp_path: Path, cls: bytes) -> None:
     (sample,) = read(shard_at(tmp_path / "x.tar", tar_bytes([("a.jpg", b"I"), ("a.cls", cls)])))
     assert sample.label is None
@@ -51,7 +53,7 @@ def test_a_label_that_is_no_number(tmp_path: Path, cls: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cls", "label"), [(b" +7\n", 7), (b"-7", -7), (b"0" * 20 + b"7", 7), (b"2147483647", 2**31 - 1)]
+    ("cls", "label"), [(b" +7\n", 7), (b"\xef\xbb\xbf7", 7), (b"0" * 20 + b"7", 7), (b"2147483647", 2**31 - 1)]
 )
 def test_a_label_that_is_a_number(tmp_path: Path, cls: bytes, label: int) -> None:
     (sample,) = read(shard_at(tmp_path / "x.tar", tar_bytes([("a.jpg", b"I"), ("a.cls", cls)])))

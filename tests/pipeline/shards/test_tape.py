@@ -107,7 +107,7 @@ def header(size: bytes, kind: bytes) -> bytes:
         (b"77777777777\0", tarfile.XHDTYPE, "a size of 8589934591 bytes"),
         (b"77777777777\0", tarfile.GNUTYPE_LONGNAME, "a size of 8589934591 bytes"),
         (b"00000000000\0", tarfile.GNUTYPE_SPARSE, "sparse"),
-        (b"zzzzzzzzzzz\0", tarfile.REGTYPE, "not a tar"),
+        (b"zzzzzzzzzzz\0", tarfile.REGTYPE, "damaged tar header at byte 0; copy the shard again"),
     ],
 )
 def test_hostile_headers(tmp_path: Path, size: bytes, kind: bytes, word: str) -> None:
@@ -138,6 +138,12 @@ def test_a_link_in_place_of_an_image(tmp_path: Path, kind: bytes) -> None:
 
 def test_an_empty_file(tmp_path: Path) -> None:
     fails(shard_at(tmp_path / "x.tar", b""), "empty", "copy the shard again")
+
+
+def test_one_flipped_bit_in_the_first_name_is_damage(tmp_path: Path) -> None:
+    content = bytearray(tar_bytes([("a.jpg", b"I")]))
+    content[0] ^= 1
+    fails(shard_at(tmp_path / "x.tar", bytes(content)), "damaged tar header at byte 0; copy the shard again")
 
 
 @pytest.mark.parametrize("content", [b"\xff\xd8\xff\xe0 a jpeg" * 100, b"x", b"<html>404</html>" * 99])
