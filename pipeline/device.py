@@ -55,6 +55,11 @@ def arithmetic(
     try:
         yield
     except RuntimeError as error:
+        if "CUBLAS_WORKSPACE_CONFIG" in str(error):
+            raise UserError(
+                "this process used CUDA before, without what lets matrix products repeat: set the environment variable "
+                "CUBLAS_WORKSPACE_CONFIG=:4096:8 before, or give --no-deterministic"
+            ) from error
         operation, repeats_not, _ = str(error).partition(_UNREPEATABLE)
         if not repeats_not:
             raise

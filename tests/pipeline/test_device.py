@@ -69,6 +69,9 @@ def test_an_operation_that_does_not_repeat_is_refused_by_name() -> None:
         raise RuntimeError(said)
     assert str(refused.value).startswith("grad-cam of my:net needs adaptive_max_pool2d_backward_cuda, which")
     assert "--no-deterministic" in str(refused.value)
+    said = "Deterministic behavior was enabled, but ... To enable it, you must set CUBLAS_WORKSPACE_CONFIG=:4096:8"
+    with pytest.raises(UserError, match="this process used CUDA before"), arithmetic():
+        raise RuntimeError(said)
     with pytest.raises(RuntimeError, match="another fault"), arithmetic():
         raise RuntimeError("another fault")
 
