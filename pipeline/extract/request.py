@@ -16,7 +16,7 @@ from saltern.pipeline.methods import Method, build, find
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.models.classifiers import Classifier
 from saltern.pipeline.models.presets import adapt
-from saltern.pipeline.shards.decoder import choose_decoder
+from saltern.pipeline.shards.decoder import choose_decoder, describe_decoder
 from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.samples import list_keys
 from saltern.schemas.choices import Compile, MapDtype, MapSize, Precision, check_choice
@@ -105,7 +105,8 @@ def resolve(request: ExtractRequest, existing: Run | None, device: str, workers:
     if not is_proven(config, existing):
         try_extract(method, config, device)
     method.close()
-    return new_run(config, shards, classifier.class_names), [why, *hints, *remarks]
+    said = [why, *describe_decoder(config.decoder, device), *hints, *remarks]
+    return new_run(config, shards, classifier.class_names), said
 
 
 def _member(option: str, given: str | None) -> str | None:

@@ -81,6 +81,12 @@ def choose_decoder(choice: str, device: str, existing: str | None = None) -> str
     return found or choose_decoder("cpu", device)
 
 
+def describe_decoder(name: str, device: str) -> list[str]:
+    """Return a line for the user if the workers have a GPU, on which decoding decides the rate."""
+    where = "the GPU" if name.startswith(_NVJPEG) else "the CPU, which may be slower than the GPU's method"
+    return [f"JPEG files are decoded by {name} on {where}"] if device == "cuda" else []
+
+
 def make_decoder(preprocess: Preprocess, name: str | None = None, device: str = "cpu", threads: int = 1) -> Decoder:
     """Return a decoder.
 
@@ -105,7 +111,7 @@ def make_decoder(preprocess: Preprocess, name: str | None = None, device: str = 
     here = ", ".join([*gpu, *dict.fromkeys(decoder.name for decoder in on_cpu)])
     raise UserError(
         f"the run's images are decoded by {name}, and {socket.gethostname()} has {here} on {device}: install that "
-        "version on each machine, or give another --out for a run with another decoder"
+        "version on each machine, or give another --out for a run with another decoder (--decode cpu)"
     )
 
 

@@ -12,7 +12,7 @@ from images import NOISE_HWC, encoded, fails, with_exif
 
 from saltern.pipeline.shards import decoder as module
 from saltern.pipeline.shards.decode import decode
-from saltern.pipeline.shards.decoder import choose_decoder, make_decoder
+from saltern.pipeline.shards.decoder import choose_decoder, describe_decoder, make_decoder
 from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
 from saltern.schemas.saliency import DECODE_FAILED
@@ -112,6 +112,12 @@ def test_functions_are_tried_on_an_image(monkeypatch: pytest.MonkeyPatch) -> Non
     assert plain is not None
     assert module._works(plain)
     assert not module._works(fail)
+
+
+def test_on_a_gpu_the_user_reads_where_files_are_decoded() -> None:
+    assert describe_decoder(NVJPEG, "cuda") == [f"JPEG files are decoded by {NVJPEG} on the GPU"]
+    assert f"{TORCHCODEC} on the CPU" in describe_decoder(TORCHCODEC, "cuda")[0]
+    assert not describe_decoder(TORCHCODEC, "cpu")
 
 
 def test_gpu_needs_a_gpu_that_computes() -> None:
