@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fuzz-seconds", type=float, default=5.0, help="seconds of mutated inputs in each fuzz test")
+    parser.addoption("--fuzz-seconds", type=float, default=9.0, help="seconds of mutated inputs in each fuzz test")
     parser.addoption("--kills", type=int, default=40, help="runs that the kill campaign kills")
 
 

@@ -1,0 +1,378 @@
+"""Check Saltern on a GPU: maps, decoding, engines, rates, CASM. One line a check, and a JSON file with the figures.
+
+    python tests/gpu_check.py --out gpu.json                  # on a GPU, at most 8 minutes
+    python tests/gpu_check.py --device cpu --out cpu.json     # the same code on a CPU, smaller
+
+It needs torch >= 2.11 and no network. What is not installed, such as ray, is skipped with the reason. The exit code is
+1 if a check failed.
+"""
+
+import argparse
+import datetime
+import hashlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from saltern.pipeline.bench.commands import measure_run
+from saltern.pipeline.bench.extract import decode_alone, method_alone
+from saltern.pipeline.bench.workload import ExtractBench, make_images, write_shards
+from saltern.pipeline.device import arithmetic
+from saltern.pipeline.extract.explain import Explainer
+from saltern.pipeline.methods import available, build
+from saltern.pipeline.models import classifiers
+from saltern.pipeline.shards.decoder import choose_decoder, make_decoder
+from saltern.schemas.config import Preprocess
+from saltern.schemas.errors import UserError
+from saltern.schemas.rules import Rule, Target
+
+SALTERN = [sys.executable, "-m", "saltern"]
+TOLERANCE = 2e-4  # of a map on the GPU, as a share of its maximum, to the same in float64 on the CPU
+MAP_SIDE = 64  # pixels, of the images of float64 maps, which the CPU makes
+PIXELS = 2  # levels that a pixel of the GPU's decoder may differ from Pillow's
+APART = {"casm"}  # methods that need more than a model
+
+
+class Skip(Exception):  # noqa: N818
+    """A check that cannot be made here, with the reason."""
+
+
+@dataclass
+class Place:
+    """Where the checks run, and how much they do."""
+
+    device: str
+    folder: Path
+    images: list[bytes]
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def small(self) -> bool:
+        return self.device == "cpu"
+
+    @property
+    def side(self) -> int:
+        return 64 if self.small else 224
+
+    @property
+    def models(self) -> list[str]:
+        return ["resnet18"] if self.small else ["resnet50", "vgg16", "efficientnet_b0"]
+
+
+def main() -> int:
+    """Run all checks. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--only", nargs="*", help="names of checks")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    lines, began = {}, time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="saltern-check-") as folder:
+        place = Place(given.device, Path(folder), make_images(64 if given.device == "cpu" else 512))
+        for check in CHECKS:
+            if not given.only or check.__name__ in given.only:
+                lines[check.__name__] = one(check, place)
+                report = {"where": where(given.device), "seconds": time.perf_counter() - began, "checks": lines}
+                given.out.write_text(json.dumps(report, indent=1) + "\n")
+    return int(any(line["verdict"] == "FAILED" for line in lines.values()))
+
+
+def one(check: Callable[[Place], dict[str, Any]], place: Place) -> dict[str, Any]:
+    """Run a check, and print its line."""
+    since, found = time.perf_counter(), {}
+    try:
+        found, verdict, reason = check(place), "ok", ""
+    except Skip as skip:
+        verdict, reason = "skipped", str(skip)
+    except Exception as error:
+        verdict, reason = "FAILED", f"{type(error).__name__}: {error}"
+        traceback.print_exc()
+    seconds = time.perf_counter() - since
+    shown = ", ".join(
+        f"{name} {value:.5g}" if isinstance(value, float) else f"{name} {value}" for name, value in found.items()
+    )
+    print(f"{verdict:8}{check.__name__:22}{seconds:6.1f} s  {reason or shown}"[:240], flush=True)
+    return {"verdict": verdict, "seconds": seconds, **({"reason": reason} if reason else {}), **found}
+
+
+def where(device: str) -> dict[str, Any]:
+    """Return the date, the machine and the versions."""
+    versions = {}
+    for name in ("torch", "torchvision", "torchcodec", "ray", "pillow", "pyarrow"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    return {"date": datetime.date.today().isoformat(), "gpu": gpu, "cores": os.cpu_count(), "versions": versions}
+
+
+# --- maps
+
+
+def maps_equal_float64(place: Place) -> dict[str, Any]:
+    """fp32 maps of each method lie within TOLERANCE of float64 maps on the CPU."""
+    worst: dict[str, float] = {}
+    costly: set[str] = set()  # on the CPU, in float64: only on the first model
+    for model in place.models:
+        x_BCHW = torch.randn(2, 3, MAP_SIDE, MAP_SIDE, generator=torch.Generator().manual_seed(0))
+        for name in methods():
+            if name in costly:
+                continue
+            with arithmetic("fp32"):
+                found = explain(model, name, x_BCHW, place.device, torch.float32)
+                since = time.perf_counter()
+                exact = explain(model, name, x_BCHW, "cpu", torch.float64)
+                costly |= {name} if time.perf_counter() - since > 2 else set()
+            if found is not None and exact is not None:
+                scale = exact.abs().amax().clamp(min=1e-30)
+                worst[f"{name} {model}"] = float((found.double().cpu() - exact).abs().amax() / scale)
+    far = {case: round(value, 6) for case, value in worst.items() if not value <= TOLERANCE}
+    # Max-pools choose among near-equal values, so gradients through them may differ in single cells.
+    assert len(far) <= len(worst) // 4, far
+    return {
+        "cases": len(worst),
+        "within": len(worst) - len(far),
+        "median": float(np.median(list(worst.values()))),
+        "far": far,
+    }
+
+
+def methods() -> list[str]:
+    """Return the names of the methods that need only a model."""
+    return [name for name in available() if name not in APART]
+
+
+def explain(model: str, name: str, x_BCHW: torch.Tensor, device: str, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return map_Bhw; None if the method does not apply to the model."""
+    network = classifiers.load(model, "none", side=x_BCHW.shape[-1]).model.to(device, dtype)
+    try:
+        with build(name, network, input_side=x_BCHW.shape[-1]) as method:
+            found = method(x_BCHW.to(device, dtype))
+    except UserError:
+        return None
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def maps_repeat(place: Place) -> dict[str, Any]:
+    """Two runs of each method give equal bytes."""
+    compared, refused = 0, []
+    for model in place.models:
+        for name in methods():
+            try:
+                first, second = (columns(place, model, name, "fp32") for _ in range(2))
+            except UserError as error:
+                refused.append(f"{name} {model}: {error}"[:90])
+                continue
+            for key, value in first.items():
+                assert value.tobytes() == second[key].tobytes(), (name, model, key)
+            compared += 1
+    assert compared
+    return {"compared": compared, "refused": refused}
+
+
+def columns(place: Place, model: str, name: str, precision: str) -> dict[str, np.ndarray]:
+    """Return the columns of one batch, from a new explainer."""
+    device = torch.device(place.device)
+    how = Preprocess(place.side, place.side)
+    pixels_BHWC = torch.randint(256, (4, place.side, place.side, 3), generator=torch.Generator().manual_seed(1)).byte()
+    with arithmetic(precision):
+        network = classifiers.load(model, "none", side=place.side).model.to(device)
+        network = network if precision == "fp32" else network.to(memory_format=torch.channels_last)
+        method = build(name, network, input_side=place.side)
+        explainer = Explainer(
+            method, device, how, target=Target.parse("top1", 1000), rule=Rule.parse("mean:1"), precision=precision
+        )
+        found = explainer(pixels_BHWC, torch.zeros(4, dtype=torch.long)).wait()[0].columns
+        method.close()
+    return found
+
+
+def precisions(place: Place) -> dict[str, Any]:
+    """tf32, bf16 and fp16 give the maps of fp32, but for rounding."""
+    found = {}
+    for precision in ("tf32", "bf16", "fp16"):
+        if precision == "fp16" and place.small:
+            continue
+        maps = [
+            columns(place, place.models[0], "grad-cam", each)["map"].astype(np.float64) for each in ("fp32", precision)
+        ]
+        found[precision] = float(np.corrcoef(*(each.ravel() for each in maps))[0, 1])
+        assert found[precision] > 0.98, found
+    return found
+
+
+# --- decoding
+
+
+def decoding(place: Place) -> dict[str, Any]:
+    """The GPU's decoder gives Pillow's pixels within PIXELS levels on the mean, and the same problems for bad files."""
+    how = Preprocess()
+    bad = [b"", b"none", place.images[0][:200], place.images[1][: len(place.images[1]) // 2]]
+    files = [*place.images[:60], *bad]
+    best = make_decoder(how, choose_decoder("auto", place.device), place.device, 4)
+    pillow = make_decoder(how, "pillow")
+    found, expected = best(files), pillow(files)
+    assert found.problems == expected.problems, (found.problems, expected.problems)
+    good = [at for at in range(len(files)) if at not in expected.problems]
+    difference = (found.pixels_BHWC.cpu().int()[good] - expected.pixels_BHWC.int()[good]).abs()
+    np.testing.assert_array_equal(found.size_B2[good], expected.size_B2[good])
+    figures = {"decoder": best.name, "mean": float(difference.float().mean()), "most": int(difference.max())}
+    assert figures["mean"] < PIXELS, figures
+    return figures
+
+
+# --- engines
+
+
+def run(place: Place, out: str, *more: str, **environment: str) -> dict[str, str]:
+    """Extract the shards of the engines' checks; return the digests of the data files by name."""
+    shards = place.folder / "engines"
+    if not shards.exists():
+        write_shards(shards, place.images, 6, 24)
+    subprocess.run(
+        command(place, out, *more), check=True, capture_output=True, env=os.environ | environment, timeout=300
+    )
+    return digests(place.folder / out)
+
+
+def command(place: Place, out: str, *more: str) -> list[str]:
+    """Return the command of an extraction."""
+    words = f"--model {place.models[0]} --weights none --method grad-cam --target top1 --batch-size 8"
+    words += f" --device {place.device}"
+    size = ["--resize", str(place.side), "--crop", str(place.side)] if place.small else []
+    return [
+        *SALTERN,
+        "extract",
+        str(place.folder / "engines"),
+        "--out",
+        str(place.folder / out),
+        *words.split(),
+        *size,
+        *more,
+    ]
+
+
+def digests(out: Path) -> dict[str, str]:
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((out / "data").glob("*.parquet"))
+    }
+
+
+def local_engine(place: Place) -> dict[str, Any]:
+    """Two local runs give equal files."""
+    first, second = (run(place, f"local-{number}", "--engine", "local") for number in (1, 2))
+    assert len(first) == 6
+    assert first == second
+    return {"files": len(first)}
+
+
+def ray_engine(place: Place) -> dict[str, Any]:
+    """One actor, and four that share the GPU, give the files of the local engine."""
+    if importlib.util.find_spec("ray") is None:
+        raise Skip("ray is not installed")
+    local = run(place, "local-1", "--engine", "local")
+    share = [] if place.small else ["--gpus-per-worker", "0.25"]
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    one = run(place, "ray-1", "--engine", "ray", "--workers", "1", OMP_NUM_THREADS=threads)
+    many = run(
+        place, "ray-4", "--engine", "ray", "--workers", "2" if place.small else "4", *share, OMP_NUM_THREADS=threads
+    )
+    assert one == many
+    assert place.small or one == local  # on a CPU they have other torch threads
+    return {"files": len(many)}
+
+
+def killed_run(place: Place) -> dict[str, Any]:
+    """A run that is killed after its first shard, and repeated, gives the files of an undisturbed run."""
+    local = run(place, "local-1", "--engine", "local")
+    out = place.folder / "killed"
+    process = subprocess.Popen(
+        command(place, "killed", "--engine", "local"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list((out / "receipts").glob("*.json")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len(list((out / "receipts").glob("*.json")))
+    assert run(place, "killed", "--engine", "local") == local
+    return {"done before the kill": done}
+
+
+# --- rates
+
+
+def rates(place: Place) -> dict[str, Any]:
+    """images/s of Grad-CAM alone, of decoding alone, and of a run."""
+    bench = ExtractBench(
+        SALTERN, model=place.models[0], precision="bf16" if not place.small else "fp32", device=place.device,
+        batch_size=256 if not place.small else 8, large_shards=24 if not place.small else 4,
+    )  # fmt: skip
+    shards = write_shards(
+        place.folder / "rates", place.images, 24 if not place.small else 4, 1000 if not place.small else 16
+    )
+    found: dict[str, Any] = {"method": method_alone(bench, 1), "decode": decode_alone(shards, 2, place.device, 64)}
+    found["run"] = measure_run(bench.extract(shards)).images_s
+    found["run / slower"] = found["run"] / min(found["method"], found["decode"])
+    return found
+
+
+# --- CASM
+
+
+def casm_resumes(place: Place) -> dict[str, Any]:
+    """A CASM training that is killed and resumed ends with the weights of an undisturbed one."""
+    shards = place.folder / "casm-shards"
+    write_shards(shards, place.images, 2, 32)
+    size = "64" if place.small else "128"
+    words = f"--model {place.models[0]} --weights none --side {size} --batch-size 8"
+    words += " --epochs 3 --steps-per-epoch 8 --checkpoint-every 4"
+    words += f" --device {place.device} --thinning L100 --labels as-is"
+    calls = {
+        name: [*SALTERN, "train-casm", str(shards), "--out", str(place.folder / name), *words.split()]
+        for name in ("whole", "cut")
+    }
+    subprocess.run(calls["whole"], check=True, capture_output=True, timeout=300)
+    process = subprocess.Popen(calls["cut"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (place.folder / "cut/checkpoints/8").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run([*calls["cut"], "--resume"], check=True, capture_output=True, timeout=300)
+    ends = [(place.folder / name / "checkpoints/24/tensors.safetensors").read_bytes() for name in calls]
+    assert ends[0] == ends[1]
+    logs = [(place.folder / name / "log.jsonl").read_text() for name in calls]
+    assert logs[0] == logs[1]
+    return {"bytes": len(ends[0])}
+
+
+CHECKS = [
+    maps_equal_float64,
+    maps_repeat,
+    precisions,
+    decoding,
+    local_engine,
+    ray_engine,
+    killed_run,
+    rates,
+    casm_resumes,
+]
+
+if __name__ == "__main__":
+    sys.exit(main())
