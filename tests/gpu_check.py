@@ -20,7 +20,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,6 @@ class Place:
     device: str
     folder: Path
     images: list[bytes]
-    figures: dict[str, Any] = field(default_factory=dict)
 
     @property
     def small(self) -> bool:
@@ -239,32 +238,36 @@ def decoding(place: Place) -> dict[str, Any]:
 # --- engines
 
 
+def call(words: list[str], **environment: str) -> None:
+    """Run a command to its end, which must be exit code 0."""
+    ended = subprocess.run(words, capture_output=True, text=True, env=os.environ | environment, timeout=300)
+    assert ended.returncode == 0, f"{' '.join(words)}: exit code {ended.returncode}: {ended.stderr[-300:]}"
+
+
+def kill(words: list[str], when: Callable[[], bool]) -> None:
+    """Start a command, and kill it as soon as `when` says."""
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not when() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
 def run(place: Place, out: str, *more: str, **environment: str) -> dict[str, str]:
     """Extract the shards of the engines' checks; return the digests of the data files by name."""
-    shards = place.folder / "engines"
-    if not shards.exists():
-        write_shards(shards, place.images, 6, 24)
-    subprocess.run(
-        command(place, out, *more), check=True, capture_output=True, env=os.environ | environment, timeout=300
-    )
+    if not (place.folder / "engines").exists():
+        write_shards(place.folder / "engines", place.images, 6, 24)
+    call(command(place, out, *more), **environment)
     return digests(place.folder / out)
 
 
 def command(place: Place, out: str, *more: str) -> list[str]:
     """Return the command of an extraction."""
-    words = f"--model {place.models[0]} --weights none --method grad-cam --target top1 --batch-size 8"
-    words += f" --device {place.device}"
-    size = ["--resize", str(place.side), "--crop", str(place.side)] if place.small else []
-    return [
-        *SALTERN,
-        "extract",
-        str(place.folder / "engines"),
-        "--out",
-        str(place.folder / out),
-        *words.split(),
-        *size,
-        *more,
-    ]
+    words = f"{place.folder}/engines --out {place.folder}/{out} --model {place.models[0]} --weights none"
+    words += f" --method grad-cam --target top1 --batch-size 8 --device {place.device}"
+    words += f" --resize {place.side} --crop {place.side}" if place.small else ""
+    return [*SALTERN, "extract", *words.split(), *more]
 
 
 def digests(out: Path) -> dict[str, str]:
@@ -301,14 +304,7 @@ def killed_run(place: Place) -> dict[str, Any]:
     """A run that is killed after its first shard, and repeated, gives the files of an undisturbed run."""
     local = run(place, "local-1", "--engine", "local")
     out = place.folder / "killed"
-    process = subprocess.Popen(
-        command(place, "killed", "--engine", "local"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while not list((out / "receipts").glob("*.json")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill(command(place, "killed", "--engine", "local"), lambda: bool(list((out / "receipts").glob("*.json"))))
     done = len(list((out / "receipts").glob("*.json")))
     assert run(place, "killed", "--engine", "local") == local
     return {"done before the kill": done}
@@ -321,11 +317,9 @@ def rates(place: Place) -> dict[str, Any]:
     """images/s of Grad-CAM alone, of decoding alone, and of a run."""
     bench = ExtractBench(
         SALTERN, model=place.models[0], precision="bf16" if not place.small else "fp32", device=place.device,
-        batch_size=256 if not place.small else 8, large_shards=24 if not place.small else 4,
+        batch_size=8 if place.small else 256, large_shards=24,
     )  # fmt: skip
-    shards = write_shards(
-        place.folder / "rates", place.images, 24 if not place.small else 4, 1000 if not place.small else 16
-    )
+    shards = write_shards(place.folder / "rates", place.images, *((6, 16) if place.small else (24, 1000)))
     found: dict[str, Any] = {"method": method_alone(bench, 1), "decode": decode_alone(shards, 2, place.device, 64)}
     found["run"] = measure_run(bench.extract(shards)).images_s
     found["run / slower"] = found["run"] / min(found["method"], found["decode"])
@@ -347,14 +341,9 @@ def casm_resumes(place: Place) -> dict[str, Any]:
         name: [*SALTERN, "train-casm", str(shards), "--out", str(place.folder / name), *words.split()]
         for name in ("whole", "cut")
     }
-    subprocess.run(calls["whole"], check=True, capture_output=True, timeout=300)
-    process = subprocess.Popen(calls["cut"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while not (place.folder / "cut/checkpoints/8").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    subprocess.run([*calls["cut"], "--resume"], check=True, capture_output=True, timeout=300)
+    call(calls["whole"])
+    kill(calls["cut"], (place.folder / "cut/checkpoints/8").exists)
+    call([*calls["cut"], "--resume"])
     ends = [(place.folder / name / "checkpoints/24/tensors.safetensors").read_bytes() for name in calls]
     assert ends[0] == ends[1]
     logs = [(place.folder / name / "log.jsonl").read_text() for name in calls]
