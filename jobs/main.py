@@ -1,8 +1,9 @@
 """The command `saltern`. Each sub-command has its own file, and imports heavy modules only when it runs."""
 
+import contextlib
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -22,7 +23,7 @@ from saltern.jobs.train_casm import train_casm
 from saltern.jobs.unseen_classes import unseen_classes
 from saltern.jobs.verify import verify
 from saltern.jobs.visualize_class import visualize_class
-from saltern.pipeline.machine import keep_memory
+from saltern.pipeline.machine import exit_on_signals, keep_memory, signals_as_interrupts
 from saltern.schemas.errors import CollapseError, UserError, printable
 
 EXIT_CODES = (
@@ -75,6 +76,7 @@ _UsageError: Any = typer.BadParameter.__base__  # typer exports only this child 
 def main() -> None:
     """Run the command line. A wrong call is one line on stderr and exit code 2."""
     keep_memory()
+    signals_as_interrupts()
     try:
         code = app(prog_name="saltern", standalone_mode=False)
     except CollapseError as error:
@@ -89,11 +91,19 @@ def main() -> None:
         _fail(2, f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except Exception:
         sys.excepthook(*sys.exc_info())
-        sys.exit(3)
-    sys.exit(code)
+        _end(3)
+    _end(code or 0)
 
 
-def _fail(code: int, message: str) -> None:
+def _fail(code: int, message: str) -> NoReturn:
     if message:  # without arguments, the message is empty and the help is printed already
         print(f"saltern: {printable(' '.join(message.split()))}", file=sys.stderr)
+    _end(code)
+
+
+def _end(code: int) -> NoReturn:
+    """Leave the process, also with this code if a signal arrives meanwhile."""
+    with contextlib.suppress(OSError):  # a closed pipe
+        sys.stdout.flush()
+    exit_on_signals(code)
     sys.exit(code)

@@ -17,6 +17,7 @@ def status(run: RunFolder, as_json: AsJson = False) -> None:
     from saltern.pipeline.runs.status import run_status
     from saltern.pipeline.synthesis.attack_report import in_words, means
     from saltern.schemas.config import ATTACK, EXTRACT
+    from saltern.schemas.text import counted
 
     store, manifest = load_run_folder(run)
     progress = run_status(store, manifest)
@@ -29,11 +30,11 @@ def status(run: RunFolder, as_json: AsJson = False) -> None:
         rows = ", ".join(f"{count:,} {name}" for name, count in progress.rows.items()) or "none"
         job = jobs.get(progress.job, progress.job)
         say(f"{run}: {job} of {progress.model}, fingerprint {progress.fingerprint}")
-        say(f"{progress.done} of {progress.shards} shards done, {progress.samples:,} samples; rows: {rows}")
+        say(f"{progress.done} of {progress.shards} shards done, {counted(progress.samples, 'sample')}; rows: {rows}")
         if attacked:
             say(in_words(attacked))
         for reason, count in progress.reasons.items():
-            say(f"{count:,} rows {reason}")
+            say(f"{counted(count, 'row')} {reason}")
         if progress.problem:
             say(f"FAILED: {progress.problem}")
         if progress.warning:

@@ -25,6 +25,7 @@ def verify(
     from saltern.pipeline.runs.manifest import load_run_folder
     from saltern.pipeline.runs.places import move
     from saltern.pipeline.runs.verify import verify as check
+    from saltern.schemas.text import counted
 
     store, manifest = load_run_folder(run)
     # If the shell expands a glob, `--shards` takes the first path and the others come as arguments.
@@ -35,14 +36,14 @@ def verify(
         for finding in verdict.findings:
             opt.say(f"{finding.shard}: {finding.reason}; {finding.fix}")
         for reason, count in verdict.reasons.items():
-            opt.say(f"{count:,} rows {reason}")
+            opt.say(f"{counted(count, 'row')} {reason}")
         if verdict.warning:
             opt.say(f"WARNING: {verdict.warning}")
         for reason, (count, first) in verdict.unproven.items():
-            opt.say(f"NOT PROVEN: the keys of {count:,} shards (the first is {first}): {reason}")
-        word = f"{len(verdict.findings)} problems" if verdict.findings else "no problems"
+            opt.say(f"NOT PROVEN: the keys of {counted(count, 'shard')} (the first is {first}): {reason}")
+        word = counted(len(verdict.findings), "problem") if verdict.findings else "no problems"
         opt.say(
-            f"{word}: {verdict.done} of {verdict.shards} shards done, {verdict.samples:,} samples, "
-            f"{verdict.rows:,} rows; {verdict.recounted} tars counted again"
+            f"{word}: {verdict.done} of {verdict.shards} shards done, {counted(verdict.samples, 'sample')}, "
+            f"{counted(verdict.rows, 'row')}; {counted(verdict.recounted, 'tar')} counted again"
         )
     raise typer.Exit(1 if verdict.findings else 0)

@@ -97,6 +97,17 @@ def pick_device(device: str) -> str:
     return "cuda" if available and device != "cpu" else "cpu"
 
 
+def signals_as_interrupts() -> None:
+    """Raise KeyboardInterrupt on SIGTERM too, from now on. Call it in the main thread."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def exit_on_signals(code: int) -> None:
+    """Let SIGINT and SIGTERM end this process at once with this code. Call it in the main thread, as the last step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(code))
+
+
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
     """Raise KeyboardInterrupt on SIGTERM, which schedulers send to end jobs. Works only in the main thread."""

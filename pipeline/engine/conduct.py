@@ -29,6 +29,7 @@ from saltern.pipeline.storage.store import Store
 from saltern.schemas.errors import DamagedRunError, ShardError, UserError
 from saltern.schemas.receipt import Failure, Receipt
 from saltern.schemas.run import Run, Shard
+from saltern.schemas.text import counted
 
 AGAIN = 75  # exit code, EX_TEMPFAIL: the same command, in a new process, goes on
 
@@ -258,12 +259,12 @@ def _expected(pending: Sequence[Shard], receipts: dict[str, Receipt]) -> int | N
 def _report(outcome: Outcome, shards: int, done: int, root: str, seconds: float) -> None:
     rows = ", ".join(f"{count:,} {status}" for status, count in _rows(outcome.receipts.values()).items()) or "no rows"
     print(
-        f"{done}/{shards} shards done in {root}: {outcome.samples:,} images in {clock(seconds)} "
+        f"{done}/{shards} shards done in {root}: {counted(outcome.samples, 'image')} in {clock(seconds)} "
         f"({outcome.samples / seconds:,.1f} images/s); rows: {rows}; time: {shares(outcome.seconds)}"
     )
     if outcome.stopped or outcome.failures:
-        why = outcome.stopped or f"{len(outcome.failures)} shards failed"
-        lost = f"; {outcome.lost:,} images of unfinished shards will be done again" if outcome.lost else ""
+        why = outcome.stopped or f"{counted(len(outcome.failures), 'shard')} failed"
+        lost = f"; {counted(outcome.lost, 'image')} of unfinished shards will be done again" if outcome.lost else ""
         print(f"{why}; finished shards are kept{lost}: repeat the command to resume", file=sys.stderr)
 
 
@@ -282,7 +283,7 @@ def _judge(receipts: Collection[Receipt]) -> int:
     """Print why rows are not ok. Return the exit code, 1 if too few are ok."""
     reasons, rows = reasons_of(receipts), _rows(receipts)
     for reason, count in reasons.items():
-        print(f"{count:,} rows {reason}", file=sys.stderr)
+        print(f"{counted(count, 'row')} {reason}", file=sys.stderr)
     problem = too_few_ok(rows, reasons) if receipts else None
     if problem:
         print(f"FAILED: {problem}", file=sys.stderr)

@@ -23,6 +23,7 @@ from saltern.pipeline.runs.outlet import Made
 from saltern.schemas.errors import DeviceLostError, OutputError, ShardError
 from saltern.schemas.receipt import Failure, Receipt
 from saltern.schemas.run import Shard
+from saltern.schemas.text import counted
 
 IN_FLIGHT = 2  # shards of a worker at a time: it reads one while it finishes the other
 ATTEMPTS = 3  # of a shard whose environment is broken, whose time runs out or whose worker dies
@@ -241,7 +242,7 @@ class Driver:
         attempts = self._attempts[shard.name] = self._attempts.get(shard.name, 0) + 1
         self._count(Failure(shard.name, kind, reason, attempts))
         if attempts >= ATTEMPTS:
-            return self._fail(shard, kind, f"{reason} ({attempts} attempts)")
+            return self._fail(shard, kind, f"{reason} ({counted(attempts, 'attempt')})")
         pause = BACKOFF_S[attempts - 1]
         self._say(f"{shard.name}: {reason}; trying again in {pause:g} s")
         self._later.append((time.monotonic() + pause, shard))
@@ -301,7 +302,7 @@ class Driver:
         self._say(f"{failure.shard}: {failure.kind}: {failure.reason}")
         if self._max_failed is not None and len(failures) > self._max_failed:
             limit = f"--max-failed-shards is {self._max_failed}"
-            self.state.outcome.stopped = f"{len(failures)} shards have failed, {limit}"
+            self.state.outcome.stopped = f"{counted(len(failures), 'shard')} failed, {limit}"
 
     def _replace(self, worker: int, reason: str) -> list[Shard]:
         """Replace a lost worker. Return the shards that it had in flight."""
@@ -314,7 +315,7 @@ class Driver:
         self._pool.kill(worker)
         if self.state.outcome.stopped is None:
             self._living.add(self._pool.start())
-        again = f"{lost} images are done again" if lost else "no image was lost"
+        again = f"{counted(lost, 'image')} to do again" if lost else "no image was lost"
         self._say(f"a worker was replaced ({reason}); in flight: {', '.join(flights) or 'nothing'}; {again}")
         return [flight.shard for flight in flights.values()]
 

@@ -10,6 +10,7 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from saltern.pipeline.engine.outcome import State
+from saltern.schemas.text import counted
 
 PLAIN_EVERY_S = 10.0
 WAITING_S = 30.0
@@ -118,8 +119,8 @@ class Progress:
     def line(self, state: State) -> str:
         """Return the plain line of the log."""
         outcome = state.outcome
-        images = f"{state.images:,} images"
-        failures = f"{outcome.failed_rows} rows not ok, {len(outcome.failures)} shards failed"
+        images = counted(state.images, "image")
+        failures = f"{counted(outcome.failed_rows, 'row')} not ok, {counted(len(outcome.failures), 'shard')} failed"
         spent = shares(outcome.seconds) if outcome.receipts else ""
         parts = (self._shards_done(state), images, self._rate(state, "images/s"), self._eta(state), failures, spent)
         return " | ".join(filter(None, parts))

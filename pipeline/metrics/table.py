@@ -6,6 +6,7 @@ from saltern.pipeline.metrics.evaluate import Evaluation, Mean
 from saltern.pipeline.metrics.judge import AS_IS, CENTRE, FOUND, NO_MAPS, SCALED, WHOLE
 from saltern.pipeline.tables import markdown_table
 from saltern.schemas.saliency import OK, ZERO_MAP
+from saltern.schemas.text import counted
 
 _HEADS = {"le": "LE %", "om": "OM %", "f1": "F1 %", "f1_mask": "F1 % of the mask"}
 _MAPS = {
@@ -33,7 +34,7 @@ def remarks(evaluation: Evaluation) -> Iterator[str]:
     """Yield lines on which samples the table covers and how its numbers were computed."""
     config = evaluation.run.config
     yield (
-        f"{evaluation.samples:,} samples with boxes; target {config.target.text}, "
+        f"{counted(evaluation.samples, 'sample')} with boxes; target {config.target.text}, "
         f"boxes of the masks by {config.discretize.text}; ± half the 95 % interval"
     )
     if "f1" in evaluation.columns:
@@ -41,10 +42,11 @@ def remarks(evaluation: Evaluation) -> Iterator[str]:
     if evaluation.several:
         yield "samples with several targets: the first target counts"
     if evaluation.without_boxes:
-        yield f"skipped: {evaluation.without_boxes:,} samples without boxes"
+        yield f"skipped: {counted(evaluation.without_boxes, 'sample')} without boxes"
     if evaluation.bad_annotations:
         place, reason = next(iter(evaluation.first_bad.items()))
-        yield f"skipped: {evaluation.bad_annotations:,} samples whose boxes cannot be read, the first {place}: {reason}"
+        bad = counted(evaluation.bad_annotations, "sample")
+        yield f"skipped: {bad} whose boxes cannot be read, the first {place}: {reason}"
     if evaluation.other_size:
         yield f"{evaluation.other_size:,} samples were annotated at another size: were their images rescaled?"
     yield from _failed(evaluation)

@@ -20,6 +20,7 @@ from saltern.schemas.config import VISUALIZE
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.receipt import Failure, Receipt
 from saltern.schemas.run import CLASSES, Run, Shard, same_time
+from saltern.schemas.text import counted
 
 GONE = "the tar is gone (if it was moved, --shards says where it is)"
 MISSING = "its data file is missing"
@@ -157,7 +158,7 @@ def _check(store: Store, run: Run, shard: Shard, receipt: Receipt, keys: list[st
         yield str(error)
         return
     if len(table["key"]) != receipt.rows:
-        yield f"{len(table['key'])} rows, the receipt says {receipt.rows}"
+        yield f"{counted(len(table['key']), 'row')}, the receipt says {receipt.rows}"
     if (statuses := Counter(table["status"])) != Counter(receipt.statuses):
         yield f"its rows have the statuses {dict(statuses)}, the receipt says {receipt.statuses}"
     if set(table["shard"]) - {shard.name}:

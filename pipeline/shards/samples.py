@@ -51,8 +51,10 @@ class Sample:
     def label(self) -> int | None:
         """The sample's class as the model numbers it; None if `given` is None, negative or not in `numbers`."""
         given = self.given
-        if given is None or self.numbers is not None:
-            return None if given is None or self.numbers is None else self.numbers.get(given)
+        if given is None:
+            return None
+        if self.numbers is not None:
+            return self.numbers.get(given)
         return given if given >= 0 else None
 
     @property

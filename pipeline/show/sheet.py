@@ -47,7 +47,8 @@ def contact_sheet(run: SaliencyRun, sort: str | None = None, limit: int = 48) ->
     counts = f"{len(cards):,} of {len(run):,} rows, {order}"
     config = run.config
     title = f"{config.method} of {config.model}"
-    return render(title, [*_provenance(run), ("shown", counts)], [*_doubts([run]), _NOTE, *problems], cards)
+    notes = [*_doubts([run]), *_signed(rows.values()), *problems]
+    return render(title, [*_provenance(run), ("shown", counts)], notes, cards)
 
 
 def comparison(runs: Sequence[SaliencyRun], sort: str | None = None, limit: int = 48) -> str:
@@ -66,16 +67,23 @@ def comparison(runs: Sequence[SaliencyRun], sort: str | None = None, limit: int 
     rows = {number: first.at(number) for number in sorted(numbers)}
     samples, names, problems = _samples(first, rows.values())
     cards, matches = [], 0
+    notes: list[str] = []
     for row in map(rows.__getitem__, numbers):
         matching = [_same(row, run) for run in others]
         matches += sum(other is not None for other in matching)
         sample = samples.get((row.shard, row.index))
+        notes = notes or _signed([row, *filter(None, matching)])
         cards.append(_wide_card(row, sample, dict(zip(captions, [row, *matching], strict=True)), names))
     if cards and not matches:
         raise UserError(f"{first.path} shares no sample with {', '.join(run.path for run in others)}")
     facts = [(caption, _in_short(run)) for caption, run in zip(captions, runs, strict=True)]
     shown = ("shown", f"{len(cards):,} of {len(first):,} rows, {order}")
-    return render(" | ".join(captions), [*facts, shown], [*_doubts(runs), _NOTE, *problems], cards)
+    return render(" | ".join(captions), [*facts, shown], [*_doubts(runs), *notes, *problems], cards)
+
+
+def _signed(rows: Iterable[Row]) -> list[str]:
+    """Return the note on signed maps if one of the rows has one."""
+    return [_NOTE] if any(row.map_bytes is not None and row.map().min() < 0 for row in rows) else []
 
 
 def _doubts(runs: Sequence[SaliencyRun]) -> list[str]:

@@ -19,8 +19,9 @@ def call(*words: str | Path) -> Ended:
     """Run `saltern` in this process, with the messages and the exit code of the real command."""
     line = ["saltern", *map(str, words)]
     out, err = io.StringIO(), io.StringIO()
-    memory = mock.patch.object(main, "keep_memory")  # it would change the allocator of all tests
-    with mock.patch.object(sys, "argv", line), memory, redirect_stdout(out), redirect_stderr(err):
+    process = ("keep_memory", "signals_as_interrupts", "exit_on_signals")  # they would change the process of all tests
+    spared = mock.patch.multiple(main, **dict.fromkeys(process, mock.DEFAULT))
+    with mock.patch.object(sys, "argv", line), spared, redirect_stdout(out), redirect_stderr(err):
         try:
             main.main()
         except SystemExit as ended:

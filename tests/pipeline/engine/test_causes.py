@@ -180,7 +180,7 @@ def test_the_images_of_a_dead_worker_are_not_counted_twice() -> None:
     assert max(seen) <= 10
     assert seen[-1] == 10
     assert outcome.lost == 0
-    assert any("1 images are done again" in note for note in notes)
+    assert any("1 image to do again" in note for note in notes)
 
 
 def test_what_an_interrupt_loses_is_counted_in_images() -> None:

@@ -137,7 +137,7 @@ def test_failed_rows_are_misses_and_samples_without_boxes_are_skipped(tmp_path: 
     assert (kept["s0k2"]["whole_le"], kept["s0k2"]["whole_f1"]) == (1, 0)  # nothing gives its size
     assert list(found.first_failed) == ["part0/train: s0k1", "part0/train: s0k2"]
     lines = "\n".join(remarks(found))
-    for words in ("s0k1: decode_failed", "skipped: 1 samples without boxes", "part0/train: s0k4: [4, 4, 1, 1] is not"):
+    for words in ("s0k1: decode_failed", "skipped: 1 sample without boxes", "part0/train: s0k4: [4, 4, 1, 1] is not"):
         assert words in lines
     assert found.summary()["statuses"] == {"ok": 1, "decode_failed": 2}
 
@@ -251,7 +251,7 @@ def test_wrong_calls(tmp_path: Path) -> None:
 def test_a_run_that_cannot_be_written_to(tmp_path: Path) -> None:
     made = make_run(tmp_path, shards=1, json=inclusive((10, 10, 40, 40)))
     (made.path / "metrics").write_bytes(b"in the way")
-    with pytest.raises(UserError, match=r"run/metrics/ is a file, where a folder should be"):
+    with pytest.raises(UserError, match=r"run/metrics is a file, where a folder should be"):
         evaluate(str(made.path))
 
 

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from pages import Card, Page, members, page_of
 from scipy import ndimage
 
-from saltern.pipeline.runs.reader import Row, map_in_original, open_run
+from saltern.pipeline.runs.reader import COLUMNS, Row, map_in_original, open_run
 from saltern.pipeline.shards.samples import read_samples
-from saltern.pipeline.show.sheet import contact_sheet
+from saltern.pipeline.show.sheet import comparison, contact_sheet
 from saltern.schemas.errors import UserError
 from saltern.schemas.run import Shard
 from saltern.schemas.saliency import DECODE_FAILED
@@ -41,6 +41,30 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
         value for tag, name, value in page.attributes if tag == "meta" and str(value).startswith("default-src")
     )
     assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+
+def test_a_very_tall_image_does_not_fill_the_page(tmp_path: Path) -> None:
+    """The browser would stretch a thumbnail of 1 x 320 pixels to the width of a card."""
+    text = contact_sheet(open_run(str(make_run(tmp_path, shards=1, samples=1).path)))
+    (style,) = re.findall(r"<style>(.*?)</style>", text, re.S)
+    rules = dict(re.findall(r"([^{}]+)\{([^{}]*)\}", style))
+    assert re.fullmatch(r"max-height:\d+rem", rules["\n.picture img,.picture svg"])  # boxes are drawn in the svg
+    assert "object-fit:contain" in rules[".picture img"]
+
+
+def test_signed_maps_are_explained_only_where_there_are_some(tmp_path: Path) -> None:
+    """The maps of made_run are drawn from -1 to 2, those of uint8 are stored with their range."""
+    made = make_run(tmp_path / "signed", shards=1, samples=1)
+    note = "Signed maps are coloured from 0 up."
+    assert note in contact_sheet(open_run(str(made.path)))
+    (row,) = open_run(str(made.path))
+    record = {name: getattr(row, name) for name in COLUMNS if name not in ("map", "mask")}
+    record |= {"map": np.abs(row.map()).tobytes(), "mask": row.mask_bytes}
+    write_shard(made, 0, 1, [record], (4, 4))
+    unsigned = open_run(str(made.path))
+    assert note not in contact_sheet(unsigned)
+    other = open_run(str(make_run(tmp_path / "other", shards=1, samples=1).path))
+    assert note in comparison([unsigned, other])
 
 
 def test_the_header_says_where_the_maps_come_from(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ import casm_toys
 import pytest
 import torch
 from casm_toys import CutError, files, log_lines, quiet, request
+from commands import call
 
-from saltern.jobs import main
 from saltern.pipeline.casm.algorithm import collapse
 from saltern.pipeline.casm.algorithm.collapse import Collapse, Watch
 from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
@@ -92,7 +92,7 @@ def test_a_stop_after_a_collapse_changes_nothing(shards, tmp_path, monkeypatch, 
 
 
 @pytest.mark.usefixtures("soon")
-def test_the_third_collapse_ends_the_training(shards, tmp_path, monkeypatch, capsys):
+def test_the_third_collapse_ends_the_training(shards, tmp_path, monkeypatch):
     said: list[str] = []
     passes = force(monkeypatch, 6, -12.0, times=9)
     with pytest.raises(CollapseError, match=r"again after 2 repetitions.*; lower --lambda \(3\), or use --lambda auto"):
@@ -100,9 +100,7 @@ def test_the_third_collapse_ends_the_training(shards, tmp_path, monkeypatch, cap
     assert [step for setbacks, step in passes if setbacks == 2] == list(range(4, 11))
     assert len([text for text in said if "collapsed" in text]) == 2
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["4"]  # no dead checkpoint is kept
-    call = f"saltern train-casm {shards} --out {tmp_path}/cli --model casm_toys:small --side 64 --epochs 5 --device cpu"
-    monkeypatch.setattr("sys.argv", f"{call} --steps-per-epoch 4 --batch-size 4 --preset published".split())
-    with pytest.raises(SystemExit) as ended:
-        main.main()
-    assert ended.value.code == 1
-    assert "lower --lambda (10), or use --lambda auto with --preset steady" in capsys.readouterr().err
+    words = f"train-casm {shards} --out {tmp_path}/cli --model casm_toys:small --side 64 --epochs 5 --device cpu"
+    ended = call(*words.split(), *["--steps-per-epoch", "4", "--batch-size", "4", "--preset", "published"])
+    assert ended.returncode == 1
+    assert "lower --lambda (10), or use --lambda auto with --preset steady" in ended.stderr
