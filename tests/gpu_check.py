@@ -35,7 +35,6 @@ from saltern.pipeline.device import arithmetic
 from saltern.pipeline.extract.explain import Explainer
 from saltern.pipeline.methods import available, build
 from saltern.pipeline.models import classifiers
-from saltern.pipeline.shards.decoder import choose_decoder, make_decoder
 from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
 from saltern.schemas.rules import Rule, Target
@@ -43,7 +42,6 @@ from saltern.schemas.rules import Rule, Target
 SALTERN = [sys.executable, "-m", "saltern"]
 TOLERANCE = 2e-4  # of a map on the GPU, as a share of its maximum, to the same in float64 on the CPU
 MAP_SIDE = 64  # pixels, of the images of float64 maps, which the CPU makes
-PIXELS = 2  # levels that a pixel of the GPU's decoder may differ from Pillow's
 APART = {"casm"}  # methods that need more than a model
 
 
@@ -212,20 +210,17 @@ def precisions(place: Place) -> dict[str, Any]:
 
 
 def decoding(place: Place) -> dict[str, Any]:
-    """The GPU's decoder gives Pillow's pixels within PIXELS levels on the mean, and the same problems for bad files."""
-    how = Preprocess()
-    bad = [b"", b"none", place.images[0][:200], place.images[1][: len(place.images[1]) // 2]]
-    files = [*place.images[:60], *bad]
-    best = make_decoder(how, choose_decoder("auto", place.device), place.device, 4)
-    pillow = make_decoder(how, "pillow")
-    found, expected = best(files), pillow(files)
-    assert found.problems == expected.problems, (found.problems, expected.problems)
-    good = [at for at in range(len(files)) if at not in expected.problems]
-    difference = (found.pixels_BHWC.cpu().int()[good] - expected.pixels_BHWC.int()[good]).abs()
-    np.testing.assert_array_equal(found.size_B2[good], expected.size_B2[good])
-    figures = {"decoder": best.name, "mean": float(difference.float().mean()), "most": int(difference.max())}
-    assert figures["mean"] < PIXELS, figures
-    return figures
+    """All checks of tests/gpu_decode.py hold: pixels, resampling, repetition, damaged files, rates."""
+    write_shards(place.folder / "jpeg", place.images, 1, len(place.images))
+    script, found = Path(__file__).with_name("gpu_decode.py"), place.folder / "decode.json"
+    words = [sys.executable, str(script), str(place.folder / "jpeg"), "--json", str(found)]
+    path = os.pathsep.join([*sys.path, str(script.parent / "helpers")])
+    subprocess.run(
+        [*words, "--seconds", "2" if place.small else "30"], env=os.environ | {"PYTHONPATH": path}, timeout=300
+    )
+    results = json.loads(found.read_text())["results"]
+    assert all(result["passed"] for result in results), results
+    return {result.pop("check"): result for result in results}
 
 
 # --- engines
