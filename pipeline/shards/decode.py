@@ -28,6 +28,13 @@ warnings.filterwarnings("ignore", module=_PILLOW)
 _QUIET = warnings.filters[0]
 
 
+Geometry = tuple[float, float, float, float]  # scale x, scale y, offset x, offset y: see saltern.schemas.saliency
+Region = tuple[tuple[int, int, int, int], tuple[float, float, float, float]]  # bounds and box, as `window` gives them
+# From an upright image's width and height, the region to resample to the input. Only what is in the bounds is read. A
+# box with its right side first mirrors the image.
+Cut = Callable[[int, int], Region]
+
+
 class DecodeError(Exception):
     """An image that cannot be decoded, with the row's status and the reason."""
 
@@ -44,10 +51,10 @@ class Decoded:
     pixels_HWC: NDArray[np.uint8]  # noqa: N815 - (crop, crop, 3), RGB, writable
     image_height: int  # of the upright original, pixels
     image_width: int
-    geometry: tuple[float, float, float, float]  # scale x, scale y, offset x, offset y: see saltern.schemas.saliency
+    geometry: Geometry
 
 
-def decode(data: bytes, preprocess: Preprocess) -> Decoded:
+def decode(data: bytes, preprocess: Preprocess, cut: Cut | None = None) -> Decoded:
     """Decode an image, turn it upright, resize and crop it.
 
     The pixels equal those of torchvision's preset, Resize(resize) on the PIL image and then CenterCrop(crop), except
@@ -58,29 +65,28 @@ def decode(data: bytes, preprocess: Preprocess) -> Decoded:
     Args:
         data: the image file.
         preprocess: its resize, crop, squash and interpolation are used. `resize` is at least `crop`.
+        cut: takes the place of the preprocess's resize, crop and squash.
 
     Raises:
         DecodeError: the bytes cannot be decoded. No other exception is raised.
     """
     image = decode_image(data)
     width, height = image.size
-    geometry = geometry_of(width, height, preprocess)
-    bounds, box = window(width, height, geometry, preprocess.crop)
+    geometry, (bounds, box) = region_of(width, height, preprocess, cut)
     try:
-        return Decoded(np.array(_resize(image.crop(bounds), box, preprocess)), height, width, geometry)
+        return Decoded(_resize(image.crop(bounds), box, preprocess), height, width, geometry)
     except MemoryError as error:
         raise _no_memory(data) from error
 
 
-def from_pixels(pixels_HWC: NDArray[np.uint8], preprocess: Preprocess) -> Decoded:
+def from_pixels(pixels_HWC: NDArray[np.uint8], preprocess: Preprocess, cut: Cut | None = None) -> Decoded:
     """Return the input of an image that is decoded already, RGB and contiguous, as `decode` resamples it."""
     height, width, _ = pixels_HWC.shape
-    geometry = geometry_of(width, height, preprocess)
-    (left, top, right, bottom), box = window(width, height, geometry, preprocess.crop)
+    geometry, ((left, top, right, bottom), box) = region_of(width, height, preprocess, cut)
     start, stride = 3 * (top * width + left), 3 * width
     size = right - left, bottom - top
-    cut = Image.frombuffer("RGB", size, pixels_HWC.reshape(-1)[start:], "raw", "RGB", stride, 1)
-    return Decoded(np.array(_resize(cut, box, preprocess)), height, width, geometry)
+    part = Image.frombuffer("RGB", size, pixels_HWC.reshape(-1)[start:], "raw", "RGB", stride, 1)
+    return Decoded(_resize(part, box, preprocess), height, width, geometry)
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -163,7 +169,17 @@ def _no_memory(data: bytes) -> DecodeError:
     return DecodeError(OUT_OF_MEMORY, f"the machine has no memory left to decode the image ({len(data)} bytes)")
 
 
-def geometry_of(width: int, height: int, preprocess: Preprocess) -> tuple[float, float, float, float]:
+def region_of(width: int, height: int, preprocess: Preprocess, cut: Cut | None = None) -> tuple[Geometry, Region]:
+    """Return the geometry of an image's input, and the region that it is resampled from."""
+    if cut is None:
+        geometry = geometry_of(width, height, preprocess)
+        return geometry, window(width, height, geometry, preprocess.crop)
+    bounds, box = cut(width, height)
+    x0, y0, x1, y1 = box
+    return ((x1 - x0) / preprocess.crop, (y1 - y0) / preprocess.crop, bounds[0] + x0, bounds[1] + y0), (bounds, box)
+
+
+def geometry_of(width: int, height: int, preprocess: Preprocess) -> Geometry:
     """Return scale and offset of the crop in the original; size and offset are rounded as torchvision does."""
     crop, resize = preprocess.crop, max(preprocess.resize, preprocess.crop)
     if preprocess.squash:
@@ -176,9 +192,7 @@ def geometry_of(width: int, height: int, preprocess: Preprocess) -> tuple[float,
     return scale_x, scale_y, left * scale_x, top * scale_y
 
 
-def window(
-    width: int, height: int, geometry: tuple[float, float, float, float], crop: int
-) -> tuple[tuple[int, int, int, int], tuple[float, float, float, float]]:
+def window(width: int, height: int, geometry: Geometry, crop: int) -> Region:
     """Return the bounds in the original of the pixels that the crop reads, and the crop's box within them.
 
     Both are left, top, right, bottom. The bounds have the margin that the filter reads. They are cut out first, as
@@ -193,8 +207,13 @@ def window(
     return bounds, (x0 - left, y0 - top, x1 - left, y1 - top)
 
 
-def _resize(cut: Image.Image, box: tuple[float, float, float, float], preprocess: Preprocess) -> Image.Image:
-    return cut.resize((preprocess.crop, preprocess.crop), INTERPOLATIONS[preprocess.interpolation], box)
+def _resize(part: Image.Image, box: tuple[float, float, float, float], preprocess: Preprocess) -> NDArray[np.uint8]:
+    left, top, right, bottom = box
+    upright = min(left, right), top, max(left, right), bottom
+    pixels_HWC = np.array(
+        part.resize((preprocess.crop, preprocess.crop), INTERPOLATIONS[preprocess.interpolation], upright)
+    )
+    return pixels_HWC if left <= right else pixels_HWC[:, ::-1]
 
 
 def _check_size(size: tuple[int, int], limit: int) -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from saltern.pipeline.shards.decode import MAX_PIXELS, Decoded, DecodeError, decode, from_pixels
+from saltern.pipeline.shards.decode import MAX_PIXELS, Cut, Decoded, DecodeError, decode, from_pixels
 from saltern.pipeline.shards.jpeg import plain_frame
 from saltern.schemas.choices import Decode, check_choice
 from saltern.schemas.config import PILLOW, Preprocess
@@ -53,8 +53,13 @@ class Decoder(Protocol):
     name: str  # with the version, as the config has it
     device: torch.device  # of the pixels
 
-    def __call__(self, images: Sequence[bytes]) -> DecodedBatch:
-        """Decode image files. A bad image is a problem in the result, not an error."""
+    def __call__(self, images: Sequence[bytes], cuts: Sequence[Cut] | None = None) -> DecodedBatch:
+        """Decode image files. A bad image is a problem in the result, not an error.
+
+        Args:
+            images: the files.
+            cuts: one for each image, in place of the preprocess's resize, crop and squash.
+        """
 
 
 def choose_decoder(choice: str, device: str, existing: str | None = None) -> str:
@@ -93,7 +98,7 @@ def make_decoder(preprocess: Preprocess, name: str | None = None, device: str = 
     Args:
         preprocess: its resize, crop, squash and interpolation are used.
         name: as `choose_decoder` gives it; `pillow` is Pillow of any version. None: the best on a CPU.
-        device: of the worker: cpu | cuda.
+        device: of the worker: cpu | cuda, or cuda:1 for one of several GPUs.
         threads: of a GPU decoder, for the files that the CPU decodes.
 
     Raises:
@@ -103,7 +108,8 @@ def make_decoder(preprocess: Preprocess, name: str | None = None, device: str = 
     for decoder in on_cpu:
         if name in (None, decoder.name) or (name == PILLOW and decoder is on_cpu[-1]):
             return decoder
-    gpu = nvjpegs() if device == "cuda" and str(name).startswith(_NVJPEG) else {}
+    on_gpu = torch.device(device).type == "cuda"
+    gpu = nvjpegs() if on_gpu and str(name).startswith(_NVJPEG) else {}
     if name in gpu:
         from saltern.pipeline.shards.nvjpeg import GpuDecoder  # imports this file
 
@@ -166,12 +172,12 @@ class CpuDecoder:
         self.name = f"{package} {version(package)}"
         self.preprocess, self._plain = preprocess, plain
 
-    def __call__(self, images: Sequence[bytes]) -> DecodedBatch:
+    def __call__(self, images: Sequence[bytes], cuts: Sequence[Cut] | None = None) -> DecodedBatch:
         batch = empty_batch(len(images), self.preprocess.crop)
         pixels_BHWC = batch.pixels_BHWC.numpy()
         for position, data in enumerate(images):
             try:
-                decoded = self._decode(data)
+                decoded = self._decode(data, None if cuts is None else cuts[position])
             except DecodeError as error:
                 batch.problems[position] = error.status, error.reason
                 continue
@@ -180,13 +186,13 @@ class CpuDecoder:
             batch.geometry_B4[position] = decoded.geometry
         return batch
 
-    def _decode(self, data: bytes) -> Decoded:
+    def _decode(self, data: bytes, cut: Cut | None) -> Decoded:
         frame = None if self._plain is None else plain_frame(data)
         if self._plain is not None and frame is not None and frame.height * frame.width <= MAX_PIXELS:
             with contextlib.suppress(RuntimeError, MemoryError):  # Pillow decodes it, or says what is wrong
                 pixels_CHW: Tensor = self._plain(as_tensor(data), mode="RGB")
-                return from_pixels(pixels_CHW.permute(1, 2, 0).contiguous().numpy(), self.preprocess)
-        return decode(data, self.preprocess)
+                return from_pixels(pixels_CHW.permute(1, 2, 0).contiguous().numpy(), self.preprocess, cut)
+        return decode(data, self.preprocess, cut)
 
 
 def as_tensor(data: bytes) -> Tensor:

@@ -3,16 +3,16 @@
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from saltern.pipeline.device import device_lost
-from saltern.pipeline.shards.decode import MAX_PIXELS, geometry_of
+from saltern.pipeline.shards.decode import MAX_PIXELS, Cut, region_of
 from saltern.pipeline.shards.decoder import CpuDecoder, DecodedBatch, as_tensor, empty_batch
 from saltern.pipeline.shards.jpeg import Frame, plain_frame
-from saltern.pipeline.shards.resample import resample, send
+from saltern.pipeline.shards.resample import resample_regions, send
 
 DecodeJpegs = Callable[[list[Tensor]], list[Tensor]]  # RGB, uint8, (C, H, W), on the device; raises RuntimeError
 
@@ -36,14 +36,18 @@ class GpuDecoder:
         self._streams = threading.local()
         self._threads = ThreadPoolExecutor(threads, "saltern-decode-rest")
 
-    def __call__(self, images: Sequence[bytes]) -> DecodedBatch:
+    def __call__(self, images: Sequence[bytes], cuts: Sequence[Cut] | None = None) -> DecodedBatch:
         frames = {position: frame for position, data in enumerate(images) if (frame := _simple_frame(data)) is not None}
         rest = [position for position in range(len(images)) if position not in frames]
-        running = [self._threads.submit(self._rest, [images[position]]) for position in rest]
+
+        def on_cpu(position: int) -> Future[DecodedBatch]:
+            return self._threads.submit(self._rest, [images[position]], None if cuts is None else [cuts[position]])
+
+        running = [on_cpu(position) for position in rest]
         with self._stream():
             batch = empty_batch(len(images), self._preprocess.crop, self.device)
-            failed = [position for part in _parts(frames) for position in self._simple(batch, images, part, frames)]
-            running += [self._threads.submit(self._rest, [images[position]]) for position in failed]
+            failed = [at for part in _parts(frames) for at in self._simple(batch, images, part, frames, cuts)]
+            running += [on_cpu(position) for position in failed]
             for position, one in zip(rest + failed, running, strict=True):
                 self._place(batch, position, one.result())
         return batch
@@ -61,17 +65,27 @@ class GpuDecoder:
         self._streams.own.synchronize()
 
     def _simple(
-        self, batch: DecodedBatch, images: Sequence[bytes], positions: list[int], frames: dict[int, Frame]
+        self,
+        batch: DecodedBatch,
+        images: Sequence[bytes],
+        positions: list[int],
+        frames: dict[int, Frame],
+        cuts: Sequence[Cut] | None,
     ) -> list[int]:
         """Decode simple files into their slots. Return the positions that failed, which are found by halving.
 
         A file that nvJPEG decodes fails too if its scan has a marker that does not belong there: libjpeg refuses it.
         """
         sizes = [(frames[position].width, frames[position].height) for position in positions]
-        geometries = [geometry_of(*size, self._preprocess) for size in sizes]
+        placed = [
+            region_of(*size, self._preprocess, None if cuts is None else cuts[position])
+            for size, position in zip(sizes, positions, strict=True)
+        ]
         try:
             files = [as_tensor(images[position]) for position in positions]
-            pixels_BHWC = resample(self._decode_jpegs(files), geometries, self._preprocess)
+            pixels_BHWC = resample_regions(
+                self._decode_jpegs(files), [region for _, region in placed], self._preprocess
+            )
             single_B = single_scans(files, [frames[position].scan for position in positions], self.device).tolist()
         except RuntimeError as error:
             if device_lost(error):
@@ -82,11 +96,11 @@ class GpuDecoder:
             return [
                 position
                 for part in (positions[:half], positions[half:])
-                for position in self._simple(batch, images, part, frames)
+                for position in self._simple(batch, images, part, frames, cuts)
             ]
         batch.pixels_BHWC[send(torch.tensor(positions), self.device)] = pixels_BHWC
         batch.size_B2[positions] = [(height, width) for width, height in sizes]
-        batch.geometry_B4[positions] = geometries
+        batch.geometry_B4[positions] = [geometry for geometry, _ in placed]
         return [position for position, single in zip(positions, single_B, strict=True) if not single]
 
     @staticmethod

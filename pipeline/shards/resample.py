@@ -12,14 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from saltern.pipeline.shards.decode import window
+from saltern.pipeline.shards.decode import Geometry, Region, window
 from saltern.schemas.config import Preprocess
 
 _MOST = 2**26  # pixels of the regions that are resampled at once
 _A = -0.5  # the constant of Pillow's bicubic filter
-
-Geometry = tuple[float, float, float, float]
-Region = tuple[tuple[int, int, int, int], tuple[float, float, float, float]]  # bounds and box, as `window` gives them
 
 
 def resample(images_CHW: Sequence[Tensor], geometries: Sequence[Geometry], preprocess: Preprocess) -> Tensor:
@@ -30,11 +27,16 @@ def resample(images_CHW: Sequence[Tensor], geometries: Sequence[Geometry], prepr
         geometries: of the images, as `geometry_of` gives them.
         preprocess: its crop and interpolation are used.
     """
-    crop, device = preprocess.crop, images_CHW[0].device
     regions = [
-        window(image.shape[2], image.shape[1], geometry, crop)
+        window(image.shape[2], image.shape[1], geometry, preprocess.crop)
         for image, geometry in zip(images_CHW, geometries, strict=True)
     ]
+    return resample_regions(images_CHW, regions, preprocess)
+
+
+def resample_regions(images_CHW: Sequence[Tensor], regions: Sequence[Region], preprocess: Preprocess) -> Tensor:
+    """Return the input of each image as `resample` does, from any region of it; a box can mirror its image."""
+    device = images_CHW[0].device
     groups = _groups(regions)
     order = [position for positions, _, _ in groups for position in positions]
     spans_B23 = send(torch.tensor([_spans(*regions[position]) for position in order]), device)
@@ -90,10 +92,10 @@ def _weights(spans_B3: Tensor, size: int, preprocess: Preprocess) -> Tensor:
         preprocess: its crop and interpolation are used.
     """
     start_B, end_B, length_B = spans_B3.view(-1, 3, 1, 1).unbind(1)
-    scale_B = (end_B - start_B) / preprocess.crop
+    scale_B = (end_B - start_B) / preprocess.crop  # below zero for a mirrored image
     output = torch.arange(preprocess.crop, device=spans_B3.device).view(1, -1, 1)
     pixel_S = torch.arange(size, device=spans_B3.device)
-    distance_BoS = (pixel_S + 0.5 - (start_B + scale_B * (output + 0.5))).abs_().div_(scale_B.clamp(min=1))
+    distance_BoS = (pixel_S + 0.5 - (start_B + scale_B * (output + 0.5))).abs_().div_(scale_B.abs().clamp(min=1))
     weight_BoS = _bicubic(distance_BoS) if preprocess.interpolation == "bicubic" else (1 - distance_BoS).clamp_(min=0)
     weight_BoS *= pixel_S < length_B
     return (weight_BoS / weight_BoS.sum(2, keepdim=True)).half()

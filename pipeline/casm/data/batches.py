@@ -4,6 +4,8 @@ An index says where each image is in its tar. All passes over the samples form o
 seeded order. Step s takes the s-th batch of the row, and the random crop of an image follows from its place in the
 row. So a resumed training repeats nothing, and any number of ranks can share a batch.
 
+A decoder of a GPU gets whole batches, and cuts and mirrors there; one of a CPU gets one image at a time, in threads.
+
 Shape suffixes: N samples, B batch, H W the network's input.
 """
 # ruff: noqa: N815  (fields carry a shape suffix)
@@ -11,10 +13,10 @@ Shape suffixes: N samples, B batch, H W the network's input.
 import contextlib
 import math
 import random
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +26,8 @@ from pyarrow import fs
 from torch import Tensor
 
 from saltern.pipeline.casm.data.index import Index
-from saltern.pipeline.shards.decode import INTERPOLATIONS, DecodeError, decode_image
+from saltern.pipeline.shards.decode import Region
+from saltern.pipeline.shards.decoder import CpuDecoder, Decoder
 from saltern.pipeline.shards.prefetch import prefetch
 from saltern.pipeline.storage.filesystem import filesystem
 from saltern.schemas.errors import ShardError
@@ -35,13 +38,14 @@ MIN_CROP = 0.08  # least share of the image that a crop covers
 RATIO = (3 / 4, 4 / 3)  # of its width to its height
 _TRIES = 10  # crops drawn before the centre is taken
 _DAMAGED_IN_A_ROW = 20
+_Map = Callable[..., Iterable[Any]]  # `map`, or that of a pool of threads
 
 
 class Batch(NamedTuple):
-    """The share of a batch that one rank has, on the host."""
+    """The share of a batch that one rank has."""
 
-    pixels_BHWC: Tensor  # uint8, RGB, cropped; half of them mirrored
-    label_B: Tensor  # int64, positions among the classes in play
+    pixels_BHWC: Tensor  # uint8, RGB, cropped, half of them mirrored; on the decoder's device
+    label_B: Tensor  # int64, positions among the classes in play; on the host
     damaged: int  # images that could not be decoded; the next image in the index that can be decoded replaces each
 
 
@@ -51,14 +55,14 @@ class Batches:
 
     Args:
         batch_size: of all ranks together; a multiple of world.
-        side: of the network's input, pixels.
+        decoder: its preprocess has the side of the network's input and the interpolation.
         min_crop: least share of the image that a random crop covers, in (0, 1].
+        threads: that read; with a decoder of a CPU they decode too.
     """
 
     index: Index
     batch_size: int
-    side: int
-    interpolation: str = "bilinear"
+    decoder: Decoder
     min_crop: float = MIN_CROP
     seed: int = 0
     threads: int = 1
@@ -71,14 +75,22 @@ class Batches:
         def decoded() -> Iterator[Batch]:
             with ThreadPoolExecutor(self.threads, "saltern-decode") as pool:
                 for step in range(start, stop):
-                    yield self._collate(list(pool.map(self._sample, self._places(step))))
+                    yield self._batch(step, pool.map)
 
         with contextlib.closing(prefetch(decoded, AHEAD)) as batches:
             yield from batches
 
     def read(self, step: int) -> Batch:
         """Return the batch of one step."""
-        return self._collate([self._sample(place) for place in self._places(step)])
+        return self._batch(step, map)
+
+    def _batch(self, step: int, each: _Map) -> Batch:
+        places = self._places(step)
+        if not isinstance(self.decoder, CpuDecoder):
+            return self._samples(places, each)
+        parts = each(self._samples, ([place] for place in places))
+        pixels, labels, damaged = zip(*parts, strict=True)
+        return Batch(torch.cat(pixels), torch.cat(labels), sum(damaged))
 
     def _places(self, step: int) -> range:
         """Return the places of this rank's images in the row of all passes."""
@@ -86,22 +98,32 @@ class Batches:
         first = step * self.batch_size + self.rank * share
         return range(first, first + share)
 
-    def _sample(self, place: int) -> tuple[NDArray[np.uint8], int, int]:
-        """Return pixels, class, and the number of damaged images that were skipped."""
-        each_pass, within = divmod(place, len(self.index))
-        number = int(_order(len(self.index), self.seed, each_pass)[within])
-        draw = random.Random(f"casm {self.seed} {place} crop")
-        for damaged in range(_DAMAGED_IN_A_ROW):
-            with contextlib.suppress(DecodeError):
-                image = decode_image(self._bytes(number))
-                return (
-                    crop(image, self.side, self.interpolation, draw, self.min_crop),
-                    int(self.index.label_N[number]),
-                    damaged,
-                )
-            number = (number + 1) % len(self.index)
-        shard = self.index.shards[self.index.shard_N[number]]
+    def _samples(self, places: Sequence[int], each: _Map = map) -> Batch:
+        """Return the samples of some places. The next image in the index replaces one that cannot be decoded."""
+        numbers = [self._number(place) for place in places]
+        cuts = [partial(random_cut, f"casm {self.seed} {place} crop", self.min_crop) for place in places]
+        pixels_BHWC, waiting, damaged = None, list(range(len(places))), 0
+        for _ in range(_DAMAGED_IN_A_ROW):
+            images = list(each(self._bytes, [numbers[position] for position in waiting]))
+            decoded = self.decoder(images, [cuts[position] for position in waiting])
+            own(decoded.pixels_BHWC)
+            if pixels_BHWC is None:
+                pixels_BHWC = decoded.pixels_BHWC
+            else:
+                for slot, position in enumerate(waiting):
+                    pixels_BHWC[position] = decoded.pixels_BHWC[slot]
+            waiting = [waiting[slot] for slot in sorted(decoded.problems)]
+            if not waiting:
+                return Batch(pixels_BHWC, torch.from_numpy(self.index.label_N[numbers]), damaged)
+            damaged += len(waiting)
+            for position in waiting:
+                numbers[position] = (numbers[position] + 1) % len(self.index)
+        shard = self.index.shards[self.index.shard_N[numbers[waiting[0]]]]
         raise ShardError(f"{shard.url}: {_DAMAGED_IN_A_ROW} images in a row cannot be decoded; see `saltern extract`")
+
+    def _number(self, place: int) -> int:
+        each_pass, within = divmod(place, len(self.index))
+        return int(_order(len(self.index), self.seed, each_pass)[within])
 
     def _bytes(self, number: int) -> bytes:
         shard = self.index.shards[self.index.shard_N[number]]
@@ -117,12 +139,6 @@ class Batches:
             raise ShardError(f"{shard.url}: it is shorter than when the training began; restore it, then use --resume")
         return data
 
-    @staticmethod
-    def _collate(samples: list[tuple[NDArray[np.uint8], int, int]]) -> Batch:
-        pixels_BHWC = torch.from_numpy(np.stack([pixels for pixels, _, _ in samples]))
-        label_B = torch.tensor([label for _, label, _ in samples])
-        return Batch(pixels_BHWC, label_B, sum(damaged for _, _, damaged in samples))
-
 
 @lru_cache(maxsize=2)  # a batch may reach from one pass into the next
 def _order(count: int, seed: int, each_pass: int) -> NDArray[np.int64]:
@@ -130,21 +146,25 @@ def _order(count: int, seed: int, each_pass: int) -> NDArray[np.int64]:
     return np.random.default_rng(bits).permutation(count)
 
 
-def crop(
-    image: Any, side: int, interpolation: str, draw: random.Random, min_crop: float = MIN_CROP
-) -> NDArray[np.uint8]:
-    """Return a random crop, (side, side, 3), mirrored in half of all cases.
+def own(pixels_BHWC: Tensor) -> None:
+    """Keep the memory of pixels from a GPU decoder's stream until this thread's stream has used them."""
+    if pixels_BHWC.is_cuda:
+        pixels_BHWC.record_stream(torch.cuda.current_stream(pixels_BHWC.device))
+
+
+def random_cut(seed: str, min_crop: float, width: int, height: int) -> Region:
+    """Return a random crop of an image, mirrored in half of all cases. It depends only on the arguments.
 
     The same distribution as torchvision's RandomResizedCrop and RandomHorizontalFlip.
 
     Args:
-        image: a Pillow image, RGB.
-        interpolation: bilinear | bicubic, antialiased.
+        seed: of the draw.
+        min_crop: least share of the image's area.
     """
-    left, top, width, height = crop_box(image.width, image.height, draw, min_crop)
-    cut = image.crop((left, top, left + width, top + height))
-    pixels_HWC = np.array(cut.resize((side, side), INTERPOLATIONS[interpolation]))
-    return np.ascontiguousarray(pixels_HWC[:, ::-1]) if draw.random() < 0.5 else pixels_HWC
+    draw = random.Random(seed)
+    left, top, wide, high = crop_box(width, height, draw, min_crop)
+    start, end = (wide, 0) if draw.random() < 0.5 else (0, wide)
+    return (left, top, left + wide, top + high), (start, 0, end, high)
 
 
 def crop_box(width: int, height: int, draw: random.Random, min_crop: float = MIN_CROP) -> tuple[int, int, int, int]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from saltern.pipeline.casm.algorithm.collapse import DEAD, SETBACKS, SLOWER, Collapse, Watch
 from saltern.pipeline.casm.algorithm.step import Training
-from saltern.pipeline.casm.data.batches import Batches
+from saltern.pipeline.casm.data.batches import Batches, own
 from saltern.pipeline.casm.training.journal import Journal
 from saltern.pipeline.casm.training.plan import TrainingPlan, preprocess_of
 from saltern.pipeline.casm.training.ranks import Ranks
@@ -25,6 +25,8 @@ from saltern.pipeline.machine import available_memory, decode_threads
 from saltern.pipeline.masknet.checkpoint import Checkpoints
 from saltern.pipeline.masknet.head import restrict
 from saltern.pipeline.models import classifiers
+from saltern.pipeline.shards.decoder import make_decoder
+from saltern.pipeline.shards.resample import send
 from saltern.schemas.errors import CollapseError, DeviceLostError, ShardError, UserError
 
 _GB = 1e9
@@ -118,8 +120,7 @@ class _Loop:
                 else _Silent() as journal,
             ):
                 for batch in stream:
-                    x_BCHW = normalise(batch.pixels_BHWC)
-                    log = training.step(x_BCHW, batch.label_B.to(training.device, non_blocking=True))
+                    log = training.step(normalise(batch.pixels_BHWC), send(batch.label_B, training.device))
                     journal.add(log, self._total(batch.damaged))
                     self._watch.add(log.step, log.area())
                     self._validate_and_save(training.steps_done, journal)
@@ -163,7 +164,7 @@ class _Loop:
 
     def _total(self, count: int) -> Tensor:
         """Return the sum over the ranks, on the device."""
-        total = torch.tensor(float(count), device=self._training.device)
+        total = torch.full((), float(count), device=self._training.device)  # torch.tensor would wait for the device
         self._ranks.average([total])
         return total * self._ranks.world
 
@@ -259,11 +260,12 @@ def describe_checkpoint(last: Path) -> str:
 
 
 def batches_of(plan: TrainingPlan, ranks: Ranks) -> Batches:
-    """Return the batches of a rank."""
-    config = plan.config
+    """Return the batches of a rank. Raises UserError if the training's decoder is not installed here."""
+    config, threads = plan.config, plan.threads or decode_threads()
+    decoder = make_decoder(preprocess_of(config), config["decoder"], str(ranks.device), threads)
     return Batches(
-        plan.index, config["batch_size"], config["side"], config["interpolation"], config["min_crop"],
-        plan.hyperparameters.seed, plan.threads or decode_threads(), ranks.rank, ranks.world,
+        plan.index, config["batch_size"], decoder, config["min_crop"],
+        plan.hyperparameters.seed, threads, ranks.rank, ranks.world,
     )  # fmt: skip
 
 
@@ -275,6 +277,7 @@ class Normalise:
 
     def __call__(self, pixels_BHWC: Tensor) -> Tensor:
         """Return x_BCHW, float32, in the order of channels_last."""
-        pixels_BHWC = pixels_BHWC.pin_memory() if self._mean.is_cuda else pixels_BHWC
-        x_BCHW = pixels_BHWC.to(self._mean.device, non_blocking=True).permute(0, 3, 1, 2).float()
+        own(pixels_BHWC)
+        pixels_BHWC = pixels_BHWC if pixels_BHWC.is_cuda else send(pixels_BHWC, self._mean.device)
+        x_BCHW = pixels_BHWC.permute(0, 3, 1, 2).float()
         return x_BCHW.div_(255).sub_(self._mean).div_(self._std)

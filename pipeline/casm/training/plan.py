@@ -23,8 +23,9 @@ from saltern.pipeline.models import classifiers
 from saltern.pipeline.models.presets import Preset, adapt
 from saltern.pipeline.models.probe import probe
 from saltern.pipeline.naming import install_hint
+from saltern.pipeline.shards.decoder import choose_decoder
 from saltern.pipeline.shards.expand import expand
-from saltern.schemas.config import Preprocess
+from saltern.schemas.config import PILLOW, Preprocess
 from saltern.schemas.errors import UserError
 from saltern.schemas.run import Shard
 
@@ -109,6 +110,7 @@ def make_plan(
         "samples": len(index),
         "shards": [[shard.name, shard.size] for shard in shards],
         "device": device,
+        "decoder": choose_decoder("auto", device, None if existing is None else existing.config.get("decoder", PILLOW)),
         "workers": request.workers,
         "torch_threads": torch_threads(device, request.workers),
         "labels": None if labels is None else {str(given): labels[given] for given in sorted(labels)},
@@ -224,7 +226,7 @@ def _resumed_config(
     Raises:
         UserError: the two differ in more than `_FREE`.
     """
-    held = {"squash": False, "pull": 0.0, **existing.config}  # absent from checkpoints of 0.1
+    held = {"squash": False, "pull": 0.0, "decoder": PILLOW, **existing.config}  # absent from checkpoints of 0.1
     old, new = ({**each, **each["settings"], "settings": None} for each in (held, config))
     if differing := differences(old, new):
         raise UserError(
