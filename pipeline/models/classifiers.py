@@ -1,6 +1,7 @@
 """Classifiers by name and weights, with the preprocessing that they were trained for."""
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +166,12 @@ def _timm(name: str, weights: str) -> _Loaded:
 
 def _factory(spec: str, weights: str) -> _Loaded:
     _only_default(spec, weights)
-    model = import_object(spec)()
+    factory = import_object(spec)
+    try:
+        inspect.signature(factory).bind()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{spec} must be callable without arguments: {brief(error)}") from error
+    model = _uncompiled(factory())
     if not isinstance(model, nn.Module):
         raise UserError(f"{spec} returns {type(model).__name__}, not a torch.nn.Module")
     if isinstance(model, torch.jit.ScriptModule):
@@ -173,6 +179,16 @@ def _factory(spec: str, weights: str) -> _Loaded:
     if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
         raise UserError(f"{spec} has lazy layers without weights; run an image through the model in the factory")
     return _Loaded(model.cpu(), Preset(Preprocess()))
+
+
+def _uncompiled(model: Any) -> Any:
+    """Return the model without torch.compile, whose graphs would hide the layers; --compile does the same."""
+    if not isinstance(model, nn.Module):
+        return model
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            setattr(parent, name, getattr(child, "_orig_mod", child))
+    return getattr(model, "_orig_mod", model)
 
 
 def _only_default(name: str, weights: str) -> None:

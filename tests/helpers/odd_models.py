@@ -190,3 +190,30 @@ def half() -> nn.Module:
 
 def parallel() -> nn.Module:
     return nn.DataParallel(Tiny())
+
+
+class Segmenter(_Around):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net.body(x)
+
+
+def no_module() -> object:
+    return lambda x: x
+
+
+def needs_an_argument(depth: int) -> nn.Module:
+    return Tiny()
+
+
+def compiled() -> nn.Module:
+    return torch.compile(Tiny())
+
+
+def compiled_inside() -> nn.Module:
+    net = _Around()
+    net.net.body = torch.compile(net.net.body)
+    return net
+
+
+def bfloat16() -> nn.Module:
+    return Tiny().bfloat16()

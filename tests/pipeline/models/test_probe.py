@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from saltern.pipeline.methods import build
 from saltern.pipeline.models.classifiers import load
 from saltern.schemas.errors import UserError
 
@@ -21,6 +22,9 @@ REFUSED = {
     "Grey": "fails on a 32 x 32 image .*channels",
     "NonSquare": "fails on a 32 x 32 image .*give the size that it takes",
     "Lazy": "lazy layers without weights; run an image through the model in the factory",
+    "Segmenter": r"must return logits of shape .batch, classes., not \(2, 16, 4, 4\)",
+    "no_module": "returns function, not a torch.nn.Module",
+    "needs_an_argument": "must be callable without arguments: missing a required argument: 'depth'",
     "scripted": "returns TorchScript, which shows no layers; return the module before torch.jit.script",
 }
 
@@ -32,9 +36,19 @@ def test_a_model_without_logits_of_an_image_is_refused_in_one_line(name):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["frozen", "training", "half", "parallel", "Nan"])
+@pytest.mark.parametrize("name", ["frozen", "training", "half", "bfloat16", "parallel", "Nan"])
 def test_models_in_another_state_are_taken(name):
     assert load(f"odd_models:{name}", side=32).classes == 5
+
+
+@pytest.mark.parametrize("name", ["compiled", "compiled_inside"])
+def test_compiled_models_are_taken_without_their_graphs(name):
+    loaded = load(f"odd_models:{name}", side=32)
+    assert not any(hasattr(module, "_orig_mod") for module in loaded.model.modules())
+    plain = load("odd_models:_Around" if name == "compiled_inside" else "making:Tiny", side=32)
+    assert list(loaded.model.state_dict()) == list(plain.model.state_dict())
+    with build("grad-cam", loaded.model, input_side=32) as method:
+        assert method(torch.randn(2, 3, 32, 32)).isfinite().all()
 
 
 def test_classes_are_counted_at_the_runs_own_size_and_not_guessed_from_a_linear_module():
