@@ -18,17 +18,19 @@ class Pool:
 
     Args:
         half: keep weights in float16. Buffers keep their precision: a variance can exceed float16's range.
+        pinned: keep restored members in pinned memory, as snapshots of a GPU are, which is copied without a wait.
     """
 
-    def __init__(self, size: int, half: bool = False) -> None:
-        self.size, self.half = size, half
+    def __init__(self, size: int, half: bool = False, pinned: bool = False) -> None:
+        self.size, self.half, self._pinned = size, half, pinned
         self.members: list[Member] = []
+        self._copied: torch.cuda.Event | None = None  # the last snapshot is complete
 
     def __len__(self) -> int:
         return len(self.members)
 
     def add(self, model: nn.Module, step: int, slot: int) -> Member:
-        """Add a snapshot of a model.
+        """Add a snapshot of a model. On CUDA its copy goes on after this call; `digest` and the like wait for it.
 
         Args:
             step: of the training.
@@ -37,6 +39,10 @@ class Pool:
         if slot > len(self.members) or slot >= self.size:
             raise ValueError(f"slot {slot} of a pool that holds {len(self.members)} of {self.size}")
         member = Member(step, self._snapshot(model))
+        device = next(model.parameters()).device
+        if device.type == "cuda":
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record(torch.cuda.current_stream(device))
         self.members[slot : slot + 1] = [member]
         return member
 
@@ -56,14 +62,17 @@ class Pool:
 
     def digest(self) -> str:
         """Return the sha256, hex, of all members by slot, which ranks compare."""
+        self._wait()
         return hashlib.sha256("\n".join(member.digest for member in self.members).encode()).hexdigest()
 
     def manifest(self) -> list[dict[str, Any]]:
         """Return step and digest of each member by slot, for a checkpoint whose members are in separate files."""
+        self._wait()
         return [{"step": member.step, "digest": member.digest} for member in self.members]
 
     def state_dict(self) -> dict[str, Any]:
         """Return all members with their weights."""
+        self._wait()
         return {"members": [{"step": member.step, "state": dict(member.state)} for member in self.members]}
 
     def load_state_dict(self, state: Mapping[str, Any], manifest: list[dict[str, Any]] | None = None) -> None:
@@ -88,7 +97,15 @@ class Pool:
                     raise UserError(
                         f"the pool's classifier {slot} (step {entry['step']}) is not the one that was saved"
                     )
+        if self._pinned:
+            pinned = [{key: value.pin_memory() for key, value in member.state.items()} for member in members]
+            members = [Member(member.step, state) for member, state in zip(members, pinned, strict=True)]
         self.members = members
+
+    def _wait(self) -> None:
+        """Wait until the snapshots are complete on the host."""
+        if self._copied is not None:
+            self._copied.synchronize()
 
 
 class Confuser:
@@ -130,5 +147,5 @@ class Confuser:
 
 def _cloned(value: Tensor, half: bool) -> Tensor:
     value = value.detach().half() if half and value.is_floating_point() else value.detach()
-    # Always a copy, as the model changes its weights in place. Pinned memory is copied back without blocking.
-    return torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value)
+    # Always a copy, as the model changes its weights in place. Pinned memory is copied both ways without a wait.
+    return torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value, non_blocking=True)

@@ -70,7 +70,7 @@ class Training:
         self.encoder = None if hyperparameters.share_encoder else copy.deepcopy(classifier).requires_grad_()
         self._own = None if self.encoder is None else Trunk(self.encoder, stages.names, detached=False)
         self.classifier.requires_grad_(self._trained)
-        self.pool = Pool(hyperparameters.pool_size, hyperparameters.pool_half)
+        self.pool = Pool(hyperparameters.pool_size, hyperparameters.pool_half, pinned=self.device.type == "cuda")
         self._confuser = Confuser(classifier) if hyperparameters.thinning.hp else None
         self._classifier_weights = list(classifier.parameters()) if self._trained else []
         self._mask_weights = [*self.decoder.parameters(), *(self.encoder.parameters() if self.encoder else ())]

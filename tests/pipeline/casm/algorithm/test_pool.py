@@ -2,12 +2,14 @@
 
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from saltern.pipeline.casm.algorithm.pool import Confuser, Pool
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS, draws, plan
+from saltern.pipeline.masknet.members import Member
 from saltern.schemas.errors import UserError
 
 
@@ -85,6 +87,32 @@ def test_restored_pool_is_the_same(staged, half, tmp_path):
     restored.load_state_dict(torch.load(tmp_path / "pool.pt"), pool.manifest())
     assert restored.digest() == pool.digest()
     assert restored.manifest() == pool.manifest()
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_restored_members_are_pinned_where_the_device_needs_it(staged, monkeypatch, pinned):
+    """Pinning needs CUDA, so a clone takes its place."""
+    _, pool = filled(staged)
+    taken = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda value: taken.append(value.clone()) or taken[-1])
+    restored = Pool(3, pinned=pinned)
+    restored.load_state_dict(pool.state_dict(), pool.manifest())
+    values = [value for member in restored.members for value in member.state.values()]
+    assert all((value is given) == pinned for value, given in zip(values, taken or values[::-1], strict=True))
+    assert restored.digest() == pool.digest()
+
+
+@pytest.mark.parametrize("read", [Pool.digest, Pool.manifest, Pool.state_dict])
+def test_members_are_read_only_after_their_copy(staged, read):
+    """On CUDA the copy of a snapshot goes on after `add`; an event that completes it takes the place of CUDA's."""
+    _, pool = filled(staged, count=1)
+    expected, weight = read(pool), pool.members[0].state["fc.weight"]
+    complete = weight.clone()
+    pool.members = [Member(0, pool.members[0].state)]  # forgets its digest
+    weight.zero_()
+    pool._copied = SimpleNamespace(synchronize=lambda: weight.copy_(complete))
+    assert str(read(pool)) == str(expected)
+    assert torch.equal(weight, complete)
 
 
 def test_altered_members_are_refused(staged):
