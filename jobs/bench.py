@@ -100,7 +100,8 @@ def casm(
         int, opt.execution("Workers of a training that is compared to one of 1 worker; 1 skips both.", min=1)
     ] = 2,
 ) -> None:
-    """Compare CASM's training step to its passes, with random weights, and two workers to one. Half an hour."""
+    """Compare CASM's step to its passes, a training to its steps, and 2 workers to one; random weights. Half an hour."""
+    from saltern.pipeline.bench import feed
     from saltern.pipeline.bench.casm import CasmBench, as_table, measure
     from saltern.pipeline.machine import pick_device
 
@@ -109,6 +110,9 @@ def casm(
     report = _report(out / "casm", bench, f"{model}, batch {batch_size}")
     report.parts["scaling"] = None
     table = report.follow("steps", measure(bench, _say), as_table)
+    _say("from shards")
+    report.parts["feed"] = feed.measure(bench, _say)
+    table += feed.as_line(report.parts["feed"]) + "\n\n"
     if workers > 1:
         from saltern.pipeline.bench.commands import TrainingBench, training_gain, training_line
 

@@ -20,9 +20,10 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,10 +32,19 @@ import torch
 from saltern.pipeline.bench.commands import measure_run
 from saltern.pipeline.bench.extract import decode_alone, method_alone
 from saltern.pipeline.bench.workload import ExtractBench, make_images, write_shards
+from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
+from saltern.pipeline.casm.algorithm.step import Training
+from saltern.pipeline.casm.algorithm.thinning import thinning_named
+from saltern.pipeline.casm.data.batches import Batches
+from saltern.pipeline.casm.data.index import make_index
+from saltern.pipeline.casm.training.loop import Normalise
 from saltern.pipeline.device import arithmetic
 from saltern.pipeline.extract.explain import Explainer
 from saltern.pipeline.methods import available, build
 from saltern.pipeline.models import classifiers
+from saltern.pipeline.shards.decoder import choose_decoder, make_decoder
+from saltern.pipeline.shards.expand import expand
+from saltern.pipeline.shards.resample import send
 from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
 from saltern.schemas.rules import Rule, Target
@@ -338,7 +348,44 @@ def casm_resumes(place: Place) -> dict[str, Any]:
     return {"bytes": len(ends[0])}
 
 
-CHECKS = [maps_exact, maps_repeat, precisions, decoding, local_engine, ray_engine, killed_run, rates, casm_resumes]
+def casm_waits(place: Place) -> dict[str, Any]:
+    """No step of a CASM training waits for the GPU, also with snapshots and past classifiers; its crops are the CPU's.
+
+    The mode is that of the process, and the decoder's thread may wait, so batches are decoded before.
+    """
+    device, how = torch.device(place.device), Preprocess(place.side, place.side)
+    shards = write_shards(place.folder / "casm-feed", place.images, 1, 64)
+    index = make_index(expand([str(shards)])[0], 1000)
+    plan: Any = SimpleNamespace(config={"mean": how.mean, "std": how.std})
+    name = choose_decoder("auto", place.device)
+    fed, on_cpu = (
+        Batches(index, 16, make_decoder(how, *words), threads=4)
+        for words in ((name, place.device, 4), (choose_decoder("auto", "cpu"),))
+    )
+    batches = list(fed.run(0, 8))
+    off = (batches[0].pixels_BHWC.cpu().float() - on_cpu.read(0).pixels_BHWC.float()).abs()
+    assert off.mean() < 3, off.mean()  # levels; nvJPEG repeats colours where libjpeg interpolates them
+    network = classifiers.load(place.models[0], "none", side=place.side).model.to(device)
+    often = replace(thinning_named("L100"), save_every=2, hp=0.6)
+    training = Training(network, Hyperparameters(often, lam="auto", pool_size=3), side=place.side)
+    normalise, members = Normalise(plan, device), []
+    with arithmetic("fp32"):
+        try:
+            for number, batch in enumerate(batches):
+                if number == 2 and not place.small:  # libraries load their kernels in the first steps
+                    torch.cuda.set_sync_debug_mode("error")
+                log = training.step(normalise(batch.pixels_BHWC), send(batch.label_B, device))
+                members.append(log.member)
+        finally:
+            if not place.small:
+                torch.cuda.set_sync_debug_mode("default")
+    assert max(members[2:]) >= 0
+    return {"decoder": name, "mean difference": float(off.mean()), "steps": len(batches)}
+
+
+CHECKS = [
+    maps_exact, maps_repeat, precisions, decoding, local_engine, ray_engine, killed_run, rates, casm_resumes, casm_waits
+]  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

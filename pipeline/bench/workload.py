@@ -118,12 +118,12 @@ def make_images(count: int, height: int = 375, width: int = 500) -> list[bytes]:
     return images
 
 
-def write_shards(folder: Path, images: Sequence[bytes], shards: int, each: int) -> Path:
+def write_shards(folder: Path, images: Sequence[bytes], shards: int, each: int, classes: int = CLASSES) -> Path:
     """Write shards of `each` images, which are repeated as often as needed. Returns the folder."""
     folder.mkdir(parents=True)
     samples = enumerate(cycle(images))
     for shard in range(shards):
         with TarWriter(str(folder / f"shard-{shard:06}.tar"), encoder=False, mtime=0) as tar:
             for number, image in islice(samples, each):
-                tar.write({"__key__": f"{number:08}", "jpg": image, "cls": str(number % CLASSES).encode()})
+                tar.write({"__key__": f"{number:08}", "jpg": image, "cls": str(number % classes).encode()})
     return folder

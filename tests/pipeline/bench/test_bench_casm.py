@@ -133,6 +133,10 @@ def test_the_command_reports_every_figure(toy: str, tmp_path: Path, monkeypatch:
     report = json.loads((tmp_path / "out" / "casm.json").read_text())
     assert {"cpu", "cores", "versions", "date"} <= set(report["machine"])
     assert report["scaling"] is None
+    assert [len(rates) for rates in report["feed"]["rounds"].values()] == [1, 1]
+    assert report["feed"]["value"] > 0
+    assert report["feed"]["goal"] == 0.9
+    assert "end to end from shards ÷ the step alone: " in ended.stdout
     rows = [(row["thinnings"], row["precision"]) for row in report["steps"]]
     kinds = ["F"], ["L", "L100"], ["L100"], ["L100"]  # the last is the expected one
     assert rows == [(kind, precision) for kind in kinds for precision in ("fp32", "bf16")]
