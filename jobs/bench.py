@@ -100,7 +100,7 @@ def casm(
         int, opt.execution("Workers of a training that is compared to one of 1 worker; 1 skips both.", min=1)
     ] = 2,
 ) -> None:
-    """Compare CASM's step to its passes, a training to its steps, and 2 workers to one; random weights. Half an hour."""
+    """Compare CASM's step to its passes, a training to its steps, 2 workers to one; random weights. Half an hour."""
     from saltern.pipeline.bench import feed
     from saltern.pipeline.bench.casm import CasmBench, as_table, measure
     from saltern.pipeline.machine import pick_device

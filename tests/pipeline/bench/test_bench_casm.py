@@ -11,7 +11,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from saltern.jobs.main import app
-from saltern.pipeline.bench import commands, figures
+from saltern.pipeline.bench import commands, feed, figures
 from saltern.pipeline.bench.casm import CasmBench, Kind, Sides, as_table, measure, mix
 from saltern.pipeline.bench.commands import TrainingBench, training_gain, training_line
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS
@@ -127,6 +127,7 @@ def test_every_step_is_of_its_kind_and_leaves_the_weights(past: bool) -> None:
 @pytest.mark.slow
 def test_the_command_reports_every_figure(toy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "_ENOUGH_S", 0.01)
+    monkeypatch.setattr(feed, "_IMAGES", 4)
     words = ["bench", "casm", "--out", str(tmp_path / "out"), "--model", toy, "--batch-size", "2", "--device", "cpu"]
     ended = CliRunner().invoke(app, [*words, "--rounds", "1", "--workers", "1"], catch_exceptions=False)
     assert ended.exit_code == 0
