@@ -26,7 +26,8 @@ from saltern.pipeline.casm.algorithm.thinning import thinning_named
 from saltern.pipeline.casm.training.loop import Normalise, batches_of, build
 from saltern.pipeline.casm.training.plan import TrainRequest, make_plan
 from saltern.pipeline.casm.training.ranks import Ranks
-from saltern.pipeline.machine import exact
+from saltern.pipeline.device import arithmetic
+from saltern.pipeline.shards.resample import send
 from saltern.pipeline.tables import markdown_table
 
 RECIPE = Path(__file__).parent.parent / "deploy/casm-tiny-imagenet.toml"
@@ -78,10 +79,10 @@ def measure(given: argparse.Namespace, shards: list[str], seed: int, folder: Pat
         decode_threads=1, labels="as-is", **setting,
     )  # fmt: skip
     plan, ranks = make_plan(request, device, None, lambda text: None), Ranks(torch.device(device))
-    with exact(plan.config["torch_threads"]):
+    with arithmetic(threads=plan.config["torch_threads"]):
         training, normalise = build(plan, ranks), Normalise(plan, ranks.device)
         logs = [
-            training.step(normalise(batch.pixels_BHWC), batch.label_B.to(ranks.device)).floats()
+            training.step(normalise(batch.pixels_BHWC), send(batch.label_B, ranks.device)).floats()
             for batch in batches_of(plan, ranks).run(0, given.steps)
         ]
     judged = logs[FIRST:]
