@@ -71,6 +71,12 @@ def arithmetic(
         torch.set_num_threads(counted)
 
 
+def memory_format(precision: str, device: torch.device) -> torch.memory_format:
+    """Return the memory layout of models and images: channels_last where it is faster and fp32 is not asked for."""
+    plain = precision == "fp32" or (precision == "tf32" and device.type == "cpu")  # where tf32 is fp32, bit for bit
+    return torch.contiguous_format if plain else torch.channels_last
+
+
 def _settings() -> tuple[bool, bool, int, bool, bool, bool]:
     _silence()
     return (

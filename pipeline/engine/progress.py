@@ -78,7 +78,7 @@ class Progress:
         if self._waiting and (state.workers or now - self._started > WAITING_S):
             self._waiting = False
             if not state.workers:
-                self.say(f"no worker of {state.wanted} is ready yet; waiting for the cluster's resources")
+                self.say("no worker is ready yet: the model is loading, or a cluster has no free resources")
         if state.images > self._most:
             self._most, self._moved = state.images, now
         while state.notes:
@@ -103,7 +103,7 @@ class Progress:
         The rate is taken when images were last finished, so that the time falls evenly between two batches.
         """
         expected = self._images(state)
-        if not expected or not self._most:
+        if not expected or not self._most or not state.workers:
             return ""
         left = max(0, expected - self._most) * (self._moved - self._started) / self._most
         return f"ETA {clock(max(0.0, left - (time.monotonic() - self._moved)))}"

@@ -7,7 +7,7 @@ each of its targets), N bytes.
 import torch
 from torch import Tensor
 
-from saltern.pipeline.device import out_of_memory
+from saltern.pipeline.device import memory_format, out_of_memory
 from saltern.pipeline.extract.task import STATUSES, Pending
 from saltern.pipeline.maps.discretize import discretize, upsample
 from saltern.pipeline.maps.encode import CLIP_QUANTILE, pack_mask, quantise
@@ -128,7 +128,7 @@ class Explainer:
         return pending.send({name: column[: samples * self.rows_each] for name, column in columns.items()})
 
     def _normalise(self, pixels_BHWC: Tensor) -> Tensor:
-        layout = torch.contiguous_format if self._precision == "fp32" else torch.channels_last
+        layout = memory_format(self._precision, self.device)
         x_BCHW = pixels_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout)
         return x_BCHW.div_(255).sub_(self._mean).div_(self._std)  # in place: a third of the time on a CPU
 

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from saltern.pipeline.device import memory_format
 from saltern.pipeline.engine.conduct import Job, RunOptions, RunResult, conduct
 from saltern.pipeline.extract.batch import Batch
 from saltern.pipeline.extract.explain import Explainer
@@ -212,4 +213,5 @@ def load_model(config: RunConfig, device: torch.device) -> nn.Module:
             "give the same file everywhere with --weights, or seed your factory"
         )
     model = classifier.model.to(device)
-    return model if config.precision == "fp32" else model.to(memory_format=torch.channels_last)
+    layout = memory_format(config.precision, device)
+    return model if layout == torch.contiguous_format else model.to(memory_format=layout)

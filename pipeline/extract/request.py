@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Protocol
 
 from saltern import __version__
@@ -12,6 +13,7 @@ from saltern.pipeline.extract.compilation import choose_compile
 from saltern.pipeline.extract.labels import AUTO, Numbers, choose_labels
 from saltern.pipeline.extract.tryout import is_proven, try_extract
 from saltern.pipeline.machine import torch_threads
+from saltern.pipeline.masknet.checkpoint import newer_than
 from saltern.pipeline.methods import Method, build, find
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.models.classifiers import Classifier
@@ -105,8 +107,16 @@ def resolve(request: ExtractRequest, existing: Run | None, device: str, workers:
     if not is_proven(config, existing):
         try_extract(method, config, device)
     method.close()
-    said = [why, *describe_decoder(config.decoder, device), *hints, *remarks]
+    said = [why, *describe_decoder(config.decoder, device), *hints, *remarks, *_newer_checkpoint(request, config)]
     return new_run(config, shards, classifier.class_names), said
+
+
+def _newer_checkpoint(request: ExtractRequest, config: ExtractConfig) -> list[str]:
+    """Return a hint if the run keeps a checkpoint, and its training has a newer one."""
+    newer = newer_than(Path(str(request.options.get("checkpoint"))), Path(config.checkpoint or ""))
+    if config.checkpoint is None or newer is None:
+        return []
+    return [f"the run uses {config.checkpoint}, as it began; {newer} is newer: --overwrite or another --out takes that"]
 
 
 def _member(option: str, given: str | None) -> str | None:

@@ -47,6 +47,13 @@ def open_checkpoint(path: Path, digest: str = "") -> "Checkpoint":
     return checkpoint
 
 
+def newer_than(path: Path, used: Path) -> Path | None:
+    """Return the newest checkpoint of the training in `path` if it is newer than the used one of that training."""
+    newest = next(reversed(_folders(path / "checkpoints")), None)
+    same = newest is not None and newest.parent.absolute() == used.parent and newest.name != used.name
+    return newest if same else None
+
+
 def mark_used(folder: Path) -> None:
     """Mark a checkpoint as used by a run, so that a training that continues does not remove it."""
     with contextlib.suppress(OSError):  # a training cannot remove it from a folder that takes no files

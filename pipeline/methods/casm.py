@@ -57,8 +57,9 @@ class CASM(Method):
     def _use(self, checkpoint: Checkpoint) -> None:
         if self.digest not in ("", checkpoint.digest):
             raise UserError(
-                f"{self.checkpoint} does not hold the requested checkpoint, of digest {self.digest[:12]}...; give the "
-                "folder of a copy of it as --checkpoint, or another --out for one of the checkpoints that are there"
+                f"{self.checkpoint} is not the checkpoint of this run or does not hold it (digest {self.digest[:12]}, "
+                f"found {checkpoint.digest[:12]} of step {checkpoint.step}); give the folder of that one as "
+                "--checkpoint, or another --out"
             )
         # Store the path of this checkpoint, so that all workers of a run use it even if the training continues.
         self.checkpoint, self.digest = str(checkpoint.folder), checkpoint.digest

@@ -33,8 +33,9 @@ def check_layers(model: nn.Module, layers: Sequence[str], side: int) -> None:
         for index, (name, output) in enumerate(zip(layers, outputs, strict=True)):
             reason = _misfit(taps, index, output, x_BCHW)
             if reason:
-                known = ", ".join(fitting_layers(model, side)[-_NAMED:]) or "none; take a method without --layer"
-                raise UserError(f"layer {name!r} {reason} at {side} x {side} pixels; layers that fit: {known}")
+                fitting = ", ".join(fitting_layers(model, side)[-_NAMED:])
+                fix = f"{fitting} (give one as --layer, or a larger --crop)" if fitting else "none; take another method"
+                raise UserError(f"layer {name!r} {reason} at {side} x {side} pixels; layers that fit: {fix}")
 
 
 def fitting_layers(model: nn.Module, side: int) -> list[str]:

@@ -40,7 +40,11 @@ def find_shards(path: str, run: Run, patterns: Sequence[str]) -> tuple[dict[str,
     limit = run.config.to_dict()["limit"]
     if strangers and (limit is None or not found):
         others = f", nor are {len(strangers) - 1} others" if len(strangers) > 1 else ""
-        first = f"; the run's first is {run.shards[0].url} ({run.shards[0].size:,} bytes)" if run.shards else ""
+        near = _nearest(run, strangers[0])
+        first = f"; the run's {near.name} is {near.url} with {near.size:,} bytes" if near is not None else ""
+        first += (
+            "; copy it again, or name the other tars" if near is not None and near.size != strangers[0].size else ""
+        )
         raise UserError(f"{strangers[0].url} ({strangers[0].size:,} bytes) is not a shard of {path}{others}{first}")
     if strangers:
         hints.append(f"{len(strangers)} shards are beyond the --limit of the run and are skipped")
@@ -53,6 +57,12 @@ def _named(names: dict[str, Shard], tar: Shard) -> Shard | None:
     parts = stem.split("/")
     ends = (names.get("/".join(parts[start:])) for start in range(len(parts)))
     return next((shard for shard in ends if shard is not None and shard.size == tar.size), None)
+
+
+def _nearest(run: Run, tar: Shard) -> Shard | None:
+    """Return the run's shard of the tar's name, else its first."""
+    same = (shard for shard in run.shards if shard.url.rpartition("/")[2] == tar.url.rpartition("/")[2])
+    return next(same, run.shards[0] if run.shards else None)
 
 
 def move(path: str, run: Run, patterns: Sequence[str]) -> tuple[Run, frozenset[str]]:

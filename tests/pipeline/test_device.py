@@ -13,7 +13,7 @@ from extracting import extract
 from making import HELPERS, write_shards
 
 from saltern.pipeline.casm.training.train import train
-from saltern.pipeline.device import arithmetic
+from saltern.pipeline.device import arithmetic, memory_format
 from saltern.pipeline.engine.conduct import RunOptions, conduct
 from saltern.pipeline.runs.manifest import load_run_folder
 from saltern.pipeline.synthesis.attack import AttackRequest, attacking
@@ -125,3 +125,9 @@ def test_a_training_computes_as_its_precision_says(precision: str, notes: list[w
     request = casm_toys.request(shards, tmp_path / "out", model="watching:small", epochs=1, steps_per_epoch=1)
     train(replace(request, hyperparameters=replace(request.hyperparameters, precision=precision)))
     assert [note[:2] for note in notes if note[3]][-1] == (precision == "tf32", True)
+
+
+def test_on_a_cpu_tf32_has_the_layout_of_fp32() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert memory_format("tf32", cpu) == memory_format("fp32", cpu) == memory_format("fp32", cuda)
+    assert {memory_format("tf32", cuda), memory_format("bf16", cpu)} == {torch.channels_last}

@@ -81,6 +81,17 @@ def test_a_cluster_that_no_longer_answers_stops_the_run_in_one_line(monkeypatch:
         pool.wait(0.0)
 
 
+def test_a_cluster_without_a_living_node_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = RayPool.__new__(RayPool)
+    vars(pool).update(_calls={"ref": (0, None)}, _actors={})
+    monkeypatch.setattr(ray, "wait", lambda *args, **options: ([], []))
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "a", "Alive": True, "Resources": {}}])
+    assert pool.wait(0.0) == []
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "a", "Alive": False, "Resources": {}}])
+    with pytest.raises(ConnectionError, match="lost its last node; repeat the command"):
+        pool.wait(0.0)
+
+
 def test_a_module_that_a_worker_cannot_import_is_named(
     ray_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

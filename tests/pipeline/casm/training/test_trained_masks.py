@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from contextlib import redirect_stderr
 from functools import partial
+from io import StringIO
 
 import casm_toys
 import pyarrow.parquet as pq
@@ -54,7 +56,7 @@ def test_wrong_checkpoints_are_refused(undisturbed, tmp_path):
             methods.build("casm", small(), checkpoint=str(path))
     with pytest.raises(UserError, match=r"trained on casm_toys:small\) does not fit Small; of another shape"):
         methods.build("casm", casm_toys.other(), checkpoint=str(undisturbed))
-    with pytest.raises(UserError, match="does not hold the requested checkpoint"):
+    with pytest.raises(UserError, match="is not the checkpoint of this run"):
         methods.build("casm", small(), checkpoint=str(undisturbed), digest="0" * 64)
 
 
@@ -113,10 +115,16 @@ def test_a_moved_or_continued_training_leaves_its_runs_resumable(shards, tmp_pat
         (out / name).unlink()
     train(request(shards, casm, resume=True), quiet)
     assert sorted(path.name for path in (casm / "checkpoints").iterdir()) == ["16", "18", "4"]
+    said = StringIO()
+    with redirect_stderr(said):
+        assert run(casm) == 0
+    assert f"the run uses {casm}/checkpoints/4, as it began; {casm}/checkpoints/18 is newer" in said.getvalue()
+    for name in ("data/0.parquet", "receipts/0.json"):
+        (out / name).unlink()
     casm.rename(tmp_path / "moved")
     assert run(tmp_path / "moved") == 0
     assert files(out / "data") == before
     assert load_run_folder(str(out))[1].fingerprint == first.fingerprint
     shutil.rmtree(tmp_path / "moved/checkpoints/4")
-    with pytest.raises(UserError, match=r"does not hold the requested checkpoint, of digest"):
+    with pytest.raises(UserError, match=r"is not the checkpoint of this run or does not hold it"):
         run(tmp_path / "moved")

@@ -109,7 +109,7 @@ def test_each_training_knows_the_classes_of_its_subsets(undisturbed):
         assert state["config"]["classes"] == sorted(seen)
         assert state["config"]["settings"]["thinning"] == "L"
         run = json.loads((undisturbed / f"run-{subsets}/run.json").read_text())["config"]
-        assert run["options"]["checkpoint"] == str(undisturbed / f"train-{subsets}/checkpoints/{STEPS}")
+        assert run["checkpoint"] == str(undisturbed / f"train-{subsets}/checkpoints/{STEPS}")
         rows = pq.read_table(undisturbed / f"run-{subsets}/data").to_pydict()
         assert set(rows["predicted"]) - {None} <= seen
 
