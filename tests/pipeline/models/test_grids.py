@@ -34,7 +34,10 @@ def test_four_dimensions_of_attention_are_no_grid():
 
 def test_one_cell_has_no_mask_and_the_layers_that_have_more_are_named():
     model = load("resnet18", "none").model
-    with pytest.raises(UserError, match=r"'layer4' has a grid of 1 x 1 cell, .* at 32 x 32 pixels; .*fit: .*layer3 \(give one as --layer"):
+    with pytest.raises(
+        UserError,
+        match=r"'layer4' has a grid of 1 x 1 cell, .* at 32 x 32 pixels; .*fit: .*layer3 \(give one as --layer",
+    ):
         check_layers(model, ["layer4"], 32)
     with pytest.raises(UserError, match="'avgpool' has a grid of 1 x 1 cell"):
         check_layers(model, ["avgpool"], 64)

@@ -28,7 +28,9 @@ def test_tars_are_found_where_they_were_moved(tmp_path: Path) -> None:
 def test_a_tar_of_another_run_is_refused(tmp_path: Path) -> None:
     made = make_run(tmp_path / "one", shards=1)
     other = make_run(tmp_path / "other", shards=1, samples=2)
-    with pytest.raises(UserError, match=r"is not a shard of .*; the run's .* is .* bytes; copy it again, or name the other tars"):
+    with pytest.raises(
+        UserError, match=r"is not a shard of .*; the run's .* is .* bytes; copy it again, or name the other tars"
+    ):
         open_run(str(made.path), [other.run.shards[0].url])
 
 
