@@ -31,6 +31,8 @@ from saltern.pipeline.casm.training.ranks import Ranks
 from saltern.pipeline.masknet.checkpoint import open_checkpoint
 from saltern.schemas.errors import UserError
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray Train warns of its own settings
+
 RANK = "RayTrainWorker"  # the class of the ranks' actors
 CPU = torch.device("cpu")
 SAME = 2e-6  # of losses of worlds 1 and 2, in float32, after 18 steps; measured: 2e-7
@@ -256,7 +258,6 @@ def on_two(shards, tmp_path_factory, in_ranks) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")  # of Ray's own settings
 def test_a_killed_driver_and_a_killed_rank_change_no_bit(shards, on_two, tmp_path, ray_address, train_here):
     out = tmp_path / "run"
     running = start(shards, out, ray_address)
