@@ -201,7 +201,20 @@ def test_bad_worlds_are_refused(changed, message, shards, tmp_path):
 
 def command(shards: Path, out: Path, address: str, *more: str) -> list[str]:
     """Return the arguments of `saltern` for the training that `on_two` runs without Ray."""
-    settings = ("--pool-size", "3", "--lr-classifier", "0.01", "--seed", "5", "--thinning", "L100")
+    settings = (
+        "--preset",
+        "published",
+        "--lambda",
+        "auto",
+        "--pool-size",
+        "3",
+        "--lr-classifier",
+        "0.01",
+        "--seed",
+        "5",
+        "--thinning",
+        "L100",
+    )
     return [
         *("train-casm", str(shards), "--out", str(out), "--workers", "2"),
         *("--model", "casm_toys:slow", "--epochs", "4", "--steps-per-epoch", "6", "--batch-size", "4"),

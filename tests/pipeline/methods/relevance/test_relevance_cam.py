@@ -37,7 +37,8 @@ def relevance_of(method, x, start):
     with frozen(method.model):
         logits, outputs = method._forward(x)
         start = start(logits.detach()) if callable(start) else start
-        return outputs, method._relevance(logits, outputs, start), logits
+        (relevance,) = method._propagation.relevance(logits, outputs, [start])
+        return outputs, method._taps.all_reached(relevance), logits
 
 
 def naives(model, x, layers, **rules):
