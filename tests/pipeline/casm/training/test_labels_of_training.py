@@ -71,7 +71,7 @@ def test_labels_that_the_classifier_never_predicts_are_warned_of_once(
         for step in range(start, start + 40):
             measured = torch.full((len(MEASURED),), 0.5, dtype=torch.float64)
             measured[MEASURED.index("right")] = right
-            watched.add(Log(step, -1, measured, torch.tensor(2.0, dtype=torch.float64), 0.0), torch.tensor(0.0))
+            watched.add(Log(step, -1, measured, torch.tensor(2.0, dtype=torch.float64), 0.0, 0.0), torch.tensor(0.0))
         watched.flush()
     assert [line for line in said if line.startswith("WARNING: the labels are the model's top-1 in 0 of 512")] == [
         line for line in said if "WARNING" in line

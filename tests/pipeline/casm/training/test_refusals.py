@@ -40,7 +40,7 @@ def test_wrong_calls_are_refused(changed, match, shards, tmp_path):
     ("content", "classes", "match"),
     [
         ("6", None, r"'k1' is of class 6, out of range: the model has classes 0\.\.5"),
-        ("-1", None, "'k1' is of class -1, out of range"),
+        ("-1", None, "'k1' has no class; training needs a number from 0"),
         ("cat", None, "'k1' has no class"),
         ("2", [2, 3, 5], "no sample in the shards is of class 3, 5"),
         ("2", [4], "no image of the classes"),
