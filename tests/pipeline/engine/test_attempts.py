@@ -46,7 +46,7 @@ class Differing:
         self._gates.attempts += 1
         attempt, tally = self._gates.attempts, Tally()
         with self._outlet.open(pa.schema([("attempt", pa.int64())]), tally) as writer:
-            writer.write([{"attempt": attempt}])
+            writer.write(pa.record_batch({"attempt": pa.array([attempt], pa.int64())}))
             if attempt == 1:
                 assert self._gates.go.wait(20)
             made = self._outlet.close(shard, writer, tally, 1)
