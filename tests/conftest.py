@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 import sys
 import tempfile
 import zlib
@@ -12,6 +13,9 @@ from typing import Any
 import pytest
 from mutate import Fuzz
 
+# A background job of a shell ignores Ctrl-C, and the runs that tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Test processes run side by side, and torch's threads would compete for the cores. Read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ray reads these when it is imported, by whichever test is the first.
