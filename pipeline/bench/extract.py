@@ -18,7 +18,7 @@ from saltern.pipeline.bench import footprint
 from saltern.pipeline.bench.commands import RunRate, measure_run
 from saltern.pipeline.bench.figures import Figure, by_turns, ratio
 from saltern.pipeline.bench.workload import ExtractBench, make_images, read_images, write_shards
-from saltern.pipeline.device import arithmetic
+from saltern.pipeline.device import arithmetic, memory_format
 from saltern.pipeline.extract.explain import AUTOCAST
 from saltern.pipeline.machine import cores
 from saltern.pipeline.methods import build
@@ -106,7 +106,7 @@ def method_alone(bench: ExtractBench, torch_threads: int) -> float:
     """Return images/s of the method on one preloaded batch."""
     classifier = classifiers.load(bench.model, bench.weights)
     side, dtype = classifier.preprocess.crop, AUTOCAST.get(bench.precision)
-    layout = torch.contiguous_format if dtype is None else torch.channels_last
+    layout = memory_format(bench.precision, torch.device(bench.device))
     method = build(bench.method, classifier.model.to(bench.device).to(memory_format=layout))
     x_BCHW = torch.randn(bench.batch, 3, side, side).to(bench.device).contiguous(memory_format=layout)
     if dtype is not None:

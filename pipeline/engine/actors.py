@@ -201,7 +201,7 @@ class RayPool:
             time.sleep(timeout_s)
             return []
         ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
-        if not ready and not _alive():  # this process's own node too, so that no other can join
+        if not (ready or self._nodes or _alive()):  # this process's own node is lost too, so that no other can join
             raise ConnectionError("the Ray cluster has lost its last node; repeat the command")
         if ready:
             ready, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)

@@ -83,7 +83,7 @@ def test_a_cluster_that_no_longer_answers_stops_the_run_in_one_line(monkeypatch:
 
 def test_a_cluster_without_a_living_node_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = RayPool.__new__(RayPool)
-    vars(pool).update(_calls={"ref": (0, None)}, _actors={})
+    vars(pool).update(_calls={"ref": (0, None)}, _actors={}, _nodes={})
     monkeypatch.setattr(ray, "wait", lambda *args, **options: ([], []))
     monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "a", "Alive": True, "Resources": {}}])
     assert pool.wait(0.0) == []
