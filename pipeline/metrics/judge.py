@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from saltern.pipeline.maps.frame import lay, whole_image
-from saltern.pipeline.metrics.localization import box_f1, centre_box, is_hit, map_f1, unit
+from saltern.pipeline.metrics.localization.boxes import box_f1, centre_box, is_hit, map_f1, unit
 from saltern.pipeline.runs.reader import Row
 from saltern.pipeline.shards.annotations import Annotation, read_annotation
 from saltern.pipeline.shards.samples import Sample

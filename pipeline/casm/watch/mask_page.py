@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from saltern.pipeline.maps.frame import over_frame
 from saltern.pipeline.metrics.judge import AS_IS, Judged
-from saltern.pipeline.metrics.localization import iou
+from saltern.pipeline.metrics.localization.boxes import iou
 from saltern.pipeline.runs.reader import Row
 from saltern.pipeline.shards.annotations import extra, read_annotation
 from saltern.pipeline.shards.samples import Sample

@@ -22,7 +22,7 @@ from saltern.jobs.main import app
 from saltern.pipeline.maps.frame import over_frame
 from saltern.pipeline.metrics.evaluate import evaluate
 from saltern.pipeline.metrics.judge import COLUMNS
-from saltern.pipeline.metrics.localization import centre_box
+from saltern.pipeline.metrics.localization.boxes import centre_box
 from saltern.pipeline.metrics.table import as_table, remarks
 from saltern.pipeline.runs.manifest import receipt_name
 from saltern.pipeline.runs.reader import map_in_original, open_run

@@ -9,7 +9,7 @@ from made_run import CROP
 from naive_metrics import HEIGHT, WIDTH, filled, naive_f1, naive_iou, pixels, some_box
 
 from saltern.pipeline.maps.frame import lay, over_frame, whole_image
-from saltern.pipeline.metrics.localization import box_f1, centre_box, iou, is_hit, map_f1, unit
+from saltern.pipeline.metrics.localization.boxes import box_f1, centre_box, iou, is_hit, map_f1, unit
 
 
 def test_iou_and_f1_of_boxes_are_those_of_their_pixels() -> None:
