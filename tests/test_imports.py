@@ -34,7 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "runs": {"storage", "shards", "maps"},
     "engine": _RUNS | _BASE,
     "extract": {"engine", *_RUNS, *_MODELS, *_BASE},
-    "metrics": {"tables", *_RUNS},
+    "metrics": {"tables", *_RUNS, *_MODELS},
     "show": _RUNS,
     "synthesis": {"extract", "show", "engine", *_RUNS, *_MODELS, *_BASE},
     "casm": {"extract", "metrics", "show", "engine", "tables", *_RUNS, *_MODELS, *_BASE},

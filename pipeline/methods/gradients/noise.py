@@ -40,6 +40,18 @@ def gaussian(seed_B: Tensor, draws: range, elements: int) -> Tensor:
     return noise_SBN
 
 
+def uniform(seed_B: Tensor, elements: int) -> Tensor:
+    """Return uniform noise_BN in [0, 1), float32, on the seeds' device: multiples of 2^-24, the same on every device.
+
+    Args:
+        seed_B: int64, one a sample.
+        elements: values of a sample.
+    """
+    counter_N = torch.arange(1, elements + 1, device=seed_B.device) * _GOLDEN
+    bits_BN = mixed(mixed(seed_B * _GOLDEN)[:, None] + counter_N)
+    return _shifted(bits_BN, 40).float().mul_(2**-24)
+
+
 def mixed(bits: Tensor) -> Tensor:
     """Return int64 values after SplitMix64's finaliser."""
     bits = (bits ^ _shifted(bits, 30)).mul_(_FIRST)

@@ -12,7 +12,7 @@ from torch import nn
 
 from saltern.pipeline.bench.figures import peak_bytes
 from saltern.pipeline.methods import build
-from saltern.pipeline.methods.gradients.noise import gaussian
+from saltern.pipeline.methods.gradients.noise import gaussian, uniform
 from saltern.schemas.errors import UserError
 
 DRAWN = torch.tensor([7, 500])
@@ -229,6 +229,11 @@ def test_noise_is_splitmix64_and_box_muller():
                 angle = 2 * math.pi * (bits & 0xFFFFFFFF) / 2**32
                 expected = radius * (math.cos(angle) if i < 4 else math.sin(angle))
                 assert float(found[s, b, i]) == pytest.approx(expected, abs=2e-6)
+    flat = uniform(torch.tensor(seeds), elements)
+    for b, seed in enumerate(seeds):
+        for i in range(elements):
+            bits = mix((mix(seed * golden & whole) + (i + 1) * golden) & whole)
+            assert float(flat[b, i]) == (bits >> 40) / 2**24
 
 
 def test_noise_of_a_sample_does_not_depend_on_its_batch_or_group():
