@@ -21,8 +21,8 @@ def probability(logits_BK: Tensor, target_B: Tensor) -> Tensor:
 @torch.no_grad()
 def target_probability(logits: Logits, x_BCHW: Tensor, target_B: Tensor, *, batch: int = BATCH) -> Tensor:
     """Return probability_B of the targets, float32, by passes of at most `batch` images."""
-    parts = zip(x_BCHW.split(batch), target_B.split(batch), strict=True)
-    return torch.cat([probability(logits(part_BCHW), part_B) for part_BCHW, part_B in parts])
+    starts = range(0, len(target_B), batch)
+    return torch.cat([probability(logits(x_BCHW[at : at + batch]), target_B[at : at + batch]) for at in starts])
 
 
 def unit_maps(map_BHW: Tensor) -> Tensor:

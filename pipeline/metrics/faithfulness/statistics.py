@@ -47,4 +47,5 @@ def _entropy(unit_BHW: Tensor) -> Tensor:
     level_BN = (unit_BHW * LEVELS).long().clamp_max(LEVELS - 1).flatten(1)
     count_BL = torch.zeros(len(level_BN), LEVELS, dtype=torch.long, device=level_BN.device)
     count_BL.scatter_add_(1, level_BN, torch.ones_like(level_BN))  # of integers, whose order does not matter
-    return torch.special.entr(count_BL / level_BN.shape[1]).sum(1) / math.log(2)
+    nats_B: Tensor = torch.special.entr(count_BL / level_BN.shape[1]).sum(1)
+    return nats_B / math.log(2)
