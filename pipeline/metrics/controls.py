@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saltern.pipeline.methods.gradients.noise import uniform
-from saltern.pipeline.metrics.localization import centre_box
+from saltern.pipeline.metrics.localization.boxes import centre_box
 
 SIGMA = 0.25  # of the blob, in sides of the image
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's and OpenCV's grey
@@ -24,7 +24,7 @@ def control(name: str, pixels_BHWC: Tensor, seed_B: Tensor) -> Tensor:
       scores in most metrics (blur raises ROAD), and the blob is the smooth control.
     - centre-blob: a Gaussian at the centre, in (0, 1]; sigma is a quarter of the height and of the width.
     - edges: magnitude of the Sobel gradient of the grey image (BT.601, in [0, 1]); edge pixels are repeated outwards.
-    - centre-box: 1 in the centred box of half the area (`localization.centre_box`), 0 outside of it.
+    - centre-box: 1 in the centred box of half the area (`localization.boxes.centre_box`), 0 outside of it.
     - whole-image: ones.
 
     Args:
