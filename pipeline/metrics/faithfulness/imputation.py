@@ -1,0 +1,137 @@
+"""Fill removed pixels with weighted means of their neighbours, for a batch at once, on the device.
+
+Rong 2022 (ROAD, 2202.00449), section 4: each removed pixel equals the mean of its eight neighbours, weighed 1/6 (sides)
+and 1/12 (corners) and rescaled at the image's border, which is a sparse linear system in the removed pixels. Published
+code factorises it image by image. Here the conjugate gradient method solves all of them, with a multigrid V-cycle as
+preconditioner: plain Jacobi sweeps, bilinear prolongation, its transpose as restriction, the same stencil on all grids.
+
+Everything is a sum of shifted images, which autocast and TF32 leave in float32, and nothing waits for the device.
+
+Shape suffixes: B batch, C H W images; the solver's tensors are on the grid of their level.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ITERATIONS = (
+    8  # against a direct solver, at 224 pixels: largest error 1e-3, mean 1e-4 of the pixels' standard deviation
+)
+_SWEEPS = 3  # on the coarsest grid
+_HEIGHT, _WIDTH = 2, 3  # dimensions
+
+
+class _Level(NamedTuple):
+    """One grid of the hierarchy."""
+
+    removed: Tensor  # one channel: 1 for the unknowns; a coarse cell is one if all of its finer cells are
+    weight: Tensor  # sum of the weights of the neighbours inside of the image
+    jacobi: Tensor  # removed / weight
+
+
+@torch.no_grad()
+def impute(x_BCHW: Tensor, removed_BHW: Tensor, *, iterations: int = ITERATIONS) -> Tensor:
+    """Return images whose removed pixels are imputed; the others are equal to the bit.
+
+    Args:
+        x_BCHW: images; removed pixels have no influence.
+        removed_BHW: bool; at least one pixel of each image remains.
+        iterations: of the solver; each divides the error by about 5.
+    """
+    removed_B1HW = removed_BHW[:, None]
+    levels = _levels(removed_B1HW.float())
+    found = x_BCHW.float().masked_fill(removed_B1HW, 0)
+    residual = -_applied(levels[0], found)
+    step = torch.zeros_like(found)
+    before = _dot(step, step)
+    for _ in range(iterations):
+        direction = _vcycle(levels, residual)
+        product = _dot(residual, direction)
+        step = direction + _ratio(product, before) * step
+        image = _applied(levels[0], step)
+        length = _ratio(product, _dot(step, image))
+        found, residual, before = found + length * step, residual - length * image, product
+    return torch.where(removed_B1HW, found.to(x_BCHW.dtype), x_BCHW)
+
+
+def _levels(removed: Tensor) -> list[_Level]:
+    levels = []
+    while True:
+        ones = torch.ones(1, 1, *removed.shape[2:], device=removed.device)
+        weight = _neighbours(ones).clamp_min(1e-3)  # a grid of one cell has no neighbours
+        levels.append(_Level(removed, weight, removed / weight))
+        if min(removed.shape[2:]) <= 2:
+            return levels
+        removed = 1 - F.max_pool2d(_even(_even(1 - removed, _HEIGHT), _WIDTH), 2)
+
+
+def _vcycle(levels: list[_Level], residual: Tensor) -> Tensor:
+    """Return an approximate solution of A z = residual, by a symmetric operator: one sweep before and one after."""
+    level, *coarser = levels
+    found = residual * level.jacobi  # a sweep from zero
+    if coarser:
+        left = _halved(_halved(residual - _applied(level, found), _HEIGHT), _WIDTH) * coarser[0].removed
+        correction = _doubled(_vcycle(coarser, left), _HEIGHT, residual.shape[_HEIGHT])
+        found = found + _doubled(correction, _WIDTH, residual.shape[_WIDTH]) * level.removed
+    for _ in range(1 if coarser else _SWEEPS):
+        found = _sweep(level, found, residual)
+    return found
+
+
+def _sweep(level: _Level, found: Tensor, residual: Tensor) -> Tensor:
+    return found + (residual - level.weight * found + _neighbours(found)) * level.jacobi
+
+
+def _applied(level: _Level, values: Tensor) -> Tensor:
+    """Return A values: what each removed pixel differs by from its neighbours' weighed sum; 0 elsewhere."""
+    return (level.weight * values - _neighbours(values)) * level.removed
+
+
+def _neighbours(values: Tensor) -> Tensor:
+    """Return the weighed sum of the eight neighbours, zeros outside: (1, 2, 1) x (1, 2, 1) / 12 without its centre."""
+    total = F.pad(values, (1, 1, 1, 1))
+    for dim in (_HEIGHT, _WIDTH):
+        length = values.shape[dim]
+        total = total.narrow(dim, 0, length) + 2 * total.narrow(dim, 1, length) + total.narrow(dim, 2, length)
+    return total / 12 - values / 3
+
+
+def _halved(values: Tensor, dim: int) -> Tensor:
+    """Restrict values to the coarser grid along one dimension: the transpose of `_doubled`."""
+    padded = _repeated(_even(values, dim), dim)
+    pairs = padded.unflatten(dim, (-1, 2))
+    cells = pairs.shape[dim] - 1
+    odd, even = (pairs.select(dim + 1, at) for at in (1, 0))
+    inner = odd.narrow(dim, 0, cells) + even.narrow(dim, 1, cells)
+    return 0.75 * inner + 0.25 * (even.narrow(dim, 0, cells) + odd.narrow(dim, 1, cells))
+
+
+def _doubled(values: Tensor, dim: int, length: int) -> Tensor:
+    """Interpolate values linearly to `length` finer cells along one dimension."""
+    cells, padded = values.shape[dim], _repeated(values, dim)
+    first, second = (0.75 * values + 0.25 * padded.narrow(dim, at, cells) for at in (0, 2))
+    return torch.stack([first, second], dim + 1).flatten(dim, dim + 1).narrow(dim, 0, length)
+
+
+def _repeated(values: Tensor, dim: int) -> Tensor:
+    """Return values with both edges of a dimension repeated once."""
+    return F.pad(values, (0, 0, 1, 1) if dim == _HEIGHT else (1, 1, 0, 0), mode="replicate")
+
+
+def _even(values: Tensor, dim: int) -> Tensor:
+    """Append zeros to a dimension of odd length."""
+    odd = values.shape[dim] % 2
+    return F.pad(values, (0, 0, 0, odd) if dim == _HEIGHT else (0, odd, 0, 0)) if odd else values
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    return (one * other).sum((2, 3), keepdim=True)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Return the quotient, 0 where the denominator is 0: there the solution is exact."""
+    return torch.where(
+        denominator == 0, 0, numerator / denominator.where(denominator != 0, torch.ones_like(denominator))
+    )
