@@ -101,10 +101,10 @@ def _neighbours(values: Tensor) -> Tensor:
 def _halved(values: Tensor, dim: int) -> Tensor:
     """Restrict values to the coarser grid along one dimension: the transpose of `_doubled`."""
     padded = _repeated(_even(values, dim), dim)
-    pairs = padded.unflatten(dim, (-1, 2))
-    cells = pairs.shape[dim] - 1
-    odd, even = (pairs.select(dim + 1, at) for at in (1, 0))
-    inner = odd.narrow(dim, 0, cells) + even.narrow(dim, 1, cells)
+    cells = padded.shape[dim] // 2 - 1
+    pairs = padded.reshape(*padded.shape[:dim], cells + 1, 2, *padded.shape[dim + 1 :])
+    even, odd = pairs.unbind(dim + 1)  # of the padded values: the first one is the repeated edge
+    inner: Tensor = odd.narrow(dim, 0, cells) + even.narrow(dim, 1, cells)
     return 0.75 * inner + 0.25 * (even.narrow(dim, 0, cells) + odd.narrow(dim, 1, cells))
 
 
