@@ -12,6 +12,7 @@ from saltern.jobs.attack import attack
 from saltern.jobs.bench import app as bench
 from saltern.jobs.demo import demo
 from saltern.jobs.evaluate import evaluate
+from saltern.jobs.export import export
 from saltern.jobs.extract import extract
 from saltern.jobs.listing import methods, models
 from saltern.jobs.pack import pack
@@ -40,7 +41,7 @@ app = typer.Typer(
 )
 
 _COMMANDS: dict[str, list[Callable[..., Any]]] = {
-    "Datasets of saliency": [pack, plan, extract, status, verify, show, evaluate],
+    "Datasets of saliency": [pack, plan, extract, status, verify, show, evaluate, export],
     "Other jobs": [attack, visualize_class, train_casm, unseen_classes],
     "Help and tools": [methods, models, demo],
 }

@@ -23,6 +23,9 @@ Compile = StrEnum("Compile", "auto on off")
 MapSize = StrEnum("MapSize", "native input")  # the method's own grid, or the network's input
 MapDtype = StrEnum("MapDtype", "uint8 float16 float32")
 
+# export
+ExportFormat = StrEnum("ExportFormat", "wds npy png coco labelstudio")
+
 # attack and visualize-class
 StepRule = StrEnum("StepRule", "normalised sign")
 PenaltyNorm = StrEnum("PenaltyNorm", "rms l2")

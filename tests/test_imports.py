@@ -36,6 +36,7 @@ ROOMS: dict[str, set[str]] = {
     "extract": {"engine", *_RUNS, *_MODELS, *_BASE},
     "metrics": {"tables", *_RUNS, *_MODELS},
     "show": _RUNS,
+    "export": _RUNS,
     "synthesis": {"extract", "show", "engine", *_RUNS, *_MODELS, *_BASE},
     "casm": {"extract", "metrics", "show", "engine", "tables", *_RUNS, *_MODELS, *_BASE},
     "submit": {"naming", "storage"},

@@ -129,7 +129,22 @@ def map_in_original(row: Row) -> NDArray[np.float32]:
     Raises:
         ValueError: the row has no map.
     """
-    map_hw = row.map()
+    return _in_original(row, row.map())
+
+
+def mask_in_original(row: Row) -> NDArray[np.bool_]:
+    """Return the row's mask over the upright original: bool (Y, X), False outside of the network's crop.
+
+    A pixel is inside if the mask, interpolated there as a map, is at least 0.5.
+
+    Raises:
+        ValueError: the row has no mask.
+    """
+    mask_YX: NDArray[np.bool_] = _in_original(row, row.mask().astype(np.float32)) >= 0.5
+    return mask_YX
+
+
+def _in_original(row: Row, map_hw: NDArray[np.float32]) -> NDArray[np.float32]:
     if row.geometry is None or row.image_height is None or row.image_width is None:
         raise ValueError(f"{row.shard}: {row.key} has no geometry ({row.error})")
     return over_frame(map_hw, row.layout.input_shape, row.geometry, row.image_height, row.image_width)

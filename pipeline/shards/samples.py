@@ -146,6 +146,20 @@ def list_keys(shard: Shard) -> list[str]:
         return [storable(next(iter(group.values())).key) for group in islice(_groups(_members(tape)), shard.take)]
 
 
+def list_images(shard: Shard, *, named: Members = _USUAL) -> Iterator[tuple[str, str | None]]:
+    """Yield the key of each sample of `read_samples` and the name of its image file in the tar; None without one.
+
+    Of a local tar only the headers are read.
+
+    Raises:
+        ShardError, OSError: as `read_samples`.
+    """
+    with _opened(shard, seekable=True) as tape:
+        for group in islice(_groups(_members(tape)), shard.take):
+            image = next((group[ext].name for ext in _images(named) if ext in group), None)
+            yield storable(next(iter(group.values())).key), None if image is None else storable(image)
+
+
 class Place(NamedTuple):
     """The place of a sample's image in its tar."""
 
@@ -229,6 +243,7 @@ class _Member(NamedTuple):
     data: bytes | None  # None if it was not wanted, or is too large
     size: int  # bytes
     offset: int  # of the data in the tar
+    name: str  # in the tar
 
 
 def _members(
@@ -253,7 +268,7 @@ def _members(
             key, held = named[0], 0
         wanted, offset = named[1] in data_of and held + size <= MAX_MEMBER, tape.position
         held += size if wanted else 0
-        yield _Member(*named, tape.read(size) if wanted else None, size, offset)
+        yield _Member(*named, tape.read(size) if wanted else None, size, offset, name)
     if aside and not key:
         raise tape.error(f"{aside} files, the first {first!r}, and none with a name such as a.jpg")
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -101,6 +102,20 @@ class Store:
             self.move(unfinished, name)
         finally:
             path.unlink(missing_ok=True)
+
+    def place(self, path: Path, scratch: str, name: str) -> None:
+        """Store a finished file of this machine, replacing any file of the name; `scratch` is a folder of the store.
+
+        On a local disk the file must be in that folder, and is renamed.
+        """
+        unfinished = f"{scratch}/{path.name}"
+        if self.local:
+            fsync(path)
+        else:
+            with open(path, "rb") as source, self.fs.open_output_stream(self.full(unfinished)) as target:
+                shutil.copyfileobj(source, target, 2**23)
+            self._check(unfinished, path.stat().st_size)
+        self.move(unfinished, name)
 
     def _check(self, name: str, size: int) -> None:
         arrived = self.fs.get_file_info(self.full(name)).size

@@ -113,3 +113,24 @@ def _explained(
         "boxes": [] if box is None else [original_box(box, geometry, *size)],
     }
     return record | ({"mask_threshold": float(values["mask_threshold"])} if status == "ok" else {})
+
+
+def over_original(map_HW: np.ndarray, geometry: Sequence[float], height: int, width: int) -> np.ndarray:
+    """Return a map of the network's input at each pixel of the original, one by one: bilinear, NaN outside."""
+    scale_x, scale_y, offset_x, offset_y = geometry
+    rows, columns = map_HW.shape
+    found = np.full((height, width), np.nan)
+    for y in range(height):
+        for x in range(width):
+            at_y, at_x = (y + 0.5 - offset_y) / scale_y, (x + 0.5 - offset_x) / scale_x
+            if 0 <= at_y < rows and 0 <= at_x < columns:
+                top, left = (min(max(at - 0.5, 0), last - 1) for at, last in ((at_y, rows), (at_x, columns)))
+                total = 0.0
+                for corner_y in (int(top), min(int(top) + 1, rows - 1)):
+                    for corner_x in (int(left), min(int(left) + 1, columns - 1)):
+                        down, right = top - int(top), left - int(left)
+                        weight = (down if corner_y > int(top) else 1 - down) if int(top) < rows - 1 else 0.5
+                        weight *= (right if corner_x > int(left) else 1 - right) if int(left) < columns - 1 else 0.5
+                        total += weight * float(map_HW[corner_y, corner_x])
+                found[y, x] = total
+    return found

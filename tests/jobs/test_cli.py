@@ -9,7 +9,7 @@ from making import TINY, picture, write_shard, write_shards
 
 COMMANDS = (
     *("pack", "plan", "extract", "attack", "visualize-class", "train-casm", "unseen-classes", "evaluate", "status"),
-    *("verify", "show", "methods", "models", "demo", "submit", "bench"),
+    *("verify", "show", "export", "methods", "models", "demo", "submit", "bench"),
 )
 
 
