@@ -1,41 +1,63 @@
-"""saltern evaluate: compare a run with the true boxes of its samples."""
+"""saltern evaluate: measure runs, each against the controls."""
 
 from typing import Annotated
 
 import typer
 
 from saltern.jobs import options as opt
+from saltern.jobs.config import collect
+from saltern.schemas import choices
 
 
 def evaluate(
-    run: opt.RunFolder,
-    more: opt.MoreShards = None,
+    ctx: typer.Context,
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders or URLs of runs.", show_default=False)],
+    *,
     shards: Annotated[
         list[str] | None,
-        opt.inputs("Shards of the run to use; default: all, from where it read them.", metavar="SHARDS..."),
+        opt.inputs("Shards of the runs to use; default: all, from where they read them.", metavar="SHARDS..."),
     ] = None,
-    metric: Annotated[list[str] | None, opt.output("Metrics to compute; default: all.", metavar="le,om,f1")] = None,
-    as_json: opt.AsJson = False,
+    metric: Annotated[
+        list[str] | None,
+        opt.output(
+            "Metrics, or families of them, as `saltern metrics` lists them; default: those without forward passes.",
+            metavar="le,om,f1",
+        ),
+    ] = None,
+    format: Annotated[choices.TableFormat, opt.output("Form of the table.")] = choices.TableFormat.text,
+    precision: opt.Precision = choices.Precision.fp32,
+    deterministic: opt.Deterministic = None,
+    engine: opt.Engine = choices.Engine.auto,
+    address: opt.Address = None,
+    workers: opt.Workers = None,
+    gpus_per_worker: opt.GpusPerWorker = None,
+    device: opt.Device = choices.Device.auto,
+    batch_size: opt.BatchSize = None,
+    decode_threads: opt.DecodeThreads = None,
+    shard_timeout_s: opt.ShardTimeout = None,
+    max_failed_shards: opt.MaxFailedShards = None,
 ) -> None:
-    """Measure localization by the boxes in the samples' json: LE, OM and continuous F1.
+    """Measure runs: localization by the boxes in the samples' json, and other metrics; controls are in every table.
 
-    Compares with a centre box and the whole image, and keeps the numbers in RUN/metrics. The exit code is 1 if shards
-    could not be read.
+    The results are kept in RUN/metrics, and a repeated command computes only what is missing. The exit code is 1 if
+    shards could not be read.
     """
-    import json
-
+    from saltern.pipeline.engine.conduct import RunOptions
+    from saltern.pipeline.metrics import table
+    from saltern.pipeline.metrics.evaluate import EvaluateRequest, named
     from saltern.pipeline.metrics.evaluate import evaluate as measure
-    from saltern.pipeline.metrics.table import as_table, remarks
 
     # If the shell expands a glob, `--shards` takes the first path and the others come as arguments.
-    evaluation = measure(run, [*(shards or []), *(more or [])], metric or [])
-    for line in evaluation.notes:
-        opt.say(line, err=True)
-    if as_json:
-        typer.echo(json.dumps(evaluation.summary(), indent=1))
-    else:
-        typer.echo(as_table(evaluation))
-        for line in remarks(evaluation):
+    folders, tars = named(runs, shards or [])
+    request = collect(EvaluateRequest, ctx, runs=folders, shards=tars, metrics=metric or [])
+    evaluation = measure(request, collect(RunOptions, ctx, out=folders[0]))
+    for judged in evaluation.runs:
+        for line in judged.notes:
+            opt.say(line, err=True)
+    forms = {"markdown": table.as_markdown, "csv": table.as_csv, "json": table.as_json, "text": table.as_text}
+    typer.echo(forms[format.value](evaluation))
+    if format == choices.TableFormat.text:
+        for line in table.remarks(evaluation):
             opt.say(line)
     for shard, reason in evaluation.unread.items():
         opt.say(f"{shard}: {reason}", err=True)

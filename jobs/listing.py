@@ -1,4 +1,4 @@
-"""saltern methods, saltern models: list the names to choose from."""
+"""saltern methods, saltern models, saltern metrics: list the names to choose from."""
 
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,18 @@ def methods(as_json: AsJson = False) -> None:
     typer.echo(OTHER_METHODS, err=True)
 
 
+def metrics() -> None:
+    """List the metrics of `saltern evaluate`: what each measures, and whether less or more is better."""
+    from saltern.pipeline.metrics.families import FAMILIES, option_name
+
+    rows = [
+        (option_name(name), family.name, f"{metric.better.value} {metric.title}".strip(), metric.help)
+        for family in FAMILIES.values()
+        for name, metric in family.metrics.items()
+    ]
+    _print_table(("metric", "family", "in tables", "what it is"), rows, leading=0)
+
+
 def models() -> None:
     """List the names of the built-in models."""
     from saltern.pipeline.models.classifiers import available_models
@@ -59,12 +71,12 @@ def _option(spec: "OptionSpec") -> str:
     return f"{spec.name}={spec.default} ({values})"
 
 
-def _print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _print_table(head: tuple[str, ...], rows: list[tuple[str, ...]], leading: int = 1) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, leading=1)
+    table = Table(box=SIMPLE_HEAD, leading=leading)
     for number, title in enumerate(head):
         table.add_column(title, no_wrap=number == 0)
     for row in rows:

@@ -14,7 +14,7 @@ from saltern.jobs.demo import demo
 from saltern.jobs.evaluate import evaluate
 from saltern.jobs.export import export
 from saltern.jobs.extract import extract
-from saltern.jobs.listing import methods, models
+from saltern.jobs.listing import methods, metrics, models
 from saltern.jobs.pack import pack
 from saltern.jobs.plan import plan
 from saltern.jobs.show import show
@@ -43,7 +43,7 @@ app = typer.Typer(
 _COMMANDS: dict[str, list[Callable[..., Any]]] = {
     "Datasets of saliency": [pack, plan, extract, status, verify, show, evaluate, export],
     "Other jobs": [attack, visualize_class, train_casm, unseen_classes],
-    "Help and tools": [methods, models, demo],
+    "Help and tools": [methods, models, metrics, demo],
 }
 for _panel, _commands in _COMMANDS.items():
     for _command in _commands:

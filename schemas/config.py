@@ -16,7 +16,7 @@ SCHEMA_VERSION = 1  # of all files in a run's folder
 PINNED = ("batch_size", "torch_threads", "deterministic")
 # Digests identify the weights and the checkpoint of a mask network, wherever they were loaded from.
 UNMARKED = ("weights", "checkpoint", *PINNED)
-EXTRACT, ATTACK, VISUALIZE = "extract", "attack", "visualize-class"
+EXTRACT, ATTACK, VISUALIZE, EVALUATE = "extract", "attack", "visualize-class", "evaluate"
 PILLOW = "pillow"  # of any version: it decoded the images of older runs
 # The keys of a config in run.json, in their order, each with the value stored by a job that does not use the key.
 _STORED: dict[str, Any] = {
@@ -214,7 +214,27 @@ class VisualizeConfig(RunConfig):
         return {"ascent": Ascent(**stored["job_options"])}
 
 
-CONFIGS: dict[str, type[RunConfig]] = {kind.job: kind for kind in (ExtractConfig, AttackConfig, VisualizeConfig)}
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(RunConfig):
+    """The config of `evaluate`: one family of metrics over the rows of another run."""
+
+    job = EVALUATE
+    family: str  # of metrics, a key of schemas.evaluation.FIELDS
+    source: str  # fingerprint of the run whose rows are judged
+    controls: bool  # judge the controls instead of the run's maps
+    measures: dict[str, Any]  # the family's options
+
+    def _to_stored(self) -> dict[str, Any]:
+        names = ("family", "source", "controls", "measures")
+        return {"job_options": {name: getattr(self, name) for name in names}}
+
+    @classmethod
+    def _from_stored(cls, stored: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(stored["job_options"])
+
+
+_KINDS: tuple[type[RunConfig], ...] = (ExtractConfig, AttackConfig, VisualizeConfig, EvaluateConfig)
+CONFIGS: dict[str, type[RunConfig]] = {kind.job: kind for kind in _KINDS}
 
 
 def config_from_dict(stored: Mapping[str, Any]) -> RunConfig:

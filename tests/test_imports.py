@@ -34,7 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "runs": {"storage", "shards", "maps"},
     "engine": _RUNS | _BASE,
     "extract": {"engine", *_RUNS, *_MODELS, *_BASE},
-    "metrics": {"tables", *_RUNS, *_MODELS},
+    "metrics": {"extract", "engine", "tables", *_RUNS, *_MODELS, *_BASE},
     "show": _RUNS,
     "export": _RUNS,
     "synthesis": {"extract", "show", "engine", *_RUNS, *_MODELS, *_BASE},

@@ -1,204 +1,238 @@
-"""Evaluate a run: compare its rows with the boxes in its shards, one shard in memory at a time."""
+"""Evaluate runs: each family of metrics is a job over a run's shards, in a folder of the run."""
 
+import contextlib
 import json
-import math
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from saltern.pipeline.metrics.judge import AS_IS, NO_MAPS, SCALED, SCHEMA, SUBJECTS, Judged
+from saltern.pipeline.engine.conduct import Job, RunOptions, conduct
+from saltern.pipeline.extract.request import new_run, pin
+from saltern.pipeline.metrics.census import Census, take_census
+from saltern.pipeline.metrics.estimate import Estimate
+from saltern.pipeline.metrics.families import FAMILIES, choose_metrics
+from saltern.pipeline.metrics.processor import MetricProcessor, Source, content_of
 from saltern.pipeline.metrics.wanted import wanted_shards
 from saltern.pipeline.runs.agreement import measure_agreement
+from saltern.pipeline.runs.manifest import load_run, read_receipts, receipt_name
 from saltern.pipeline.runs.reader import SaliencyRun, open_run
-from saltern.schemas.errors import ShardError, UserError
-from saltern.schemas.run import Shard
-from saltern.schemas.saliency import with_metadata
+from saltern.pipeline.storage.store import Store
+from saltern.schemas.config import EvaluateConfig
+from saltern.schemas.errors import UserError
+from saltern.schemas.evaluation import evaluation_schema
+from saltern.schemas.run import Run, Shard
 
-METRICS = {"le": ["le"], "om": ["om"], "f1": ["f1", "f1_mask"]}  # metric -> columns
-UNIT_MAPS = ("casm",)  # methods whose map is already a mask in [0, 1]
-LISTED = 100  # number of samples that the summary names; the Parquet files hold all
-_Z = 1.96  # standard deviations that hold 95 % of a normal distribution
+
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """Options of `evaluate`. None = the existing evaluation's value, or the default."""
+
+    runs: Sequence[str]  # folders or URLs
+    shards: Sequence[str] = ()  # where tars of the runs are now; none = all, where the runs read them
+    metrics: Sequence[str] = ()  # names of metrics or families; none = those that need no forward passes
+    precision: str = "fp32"  # fp32 | tf32 | bf16 | fp16
+    batch_size: int | None = None
+    torch_threads: int | None = None
+    deterministic: bool | None = None
 
 
 @dataclass
-class Mean:
-    """A mean, computed from sums without keeping the values."""
+class Judged:
+    """The results of one run."""
 
-    count: int = 0
-    total: float = 0.0
-    squares: float = 0.0
-
-    def add(self, value: float | None) -> None:
-        """Add a value; None is ignored."""
-        if value is not None:
-            self.count, self.total, self.squares = self.count + 1, self.total + value, self.squares + value * value
-
-    @property
-    def value(self) -> float:
-        """The mean; NaN without values."""
-        return self.total / self.count if self.count else math.nan
-
-    @property
-    def variance(self) -> float:
-        """The mean squared deviation from the mean; NaN without values."""
-        return max(self.squares / self.count - self.value * self.value, 0.0) if self.count else math.nan
-
-    def percent(self) -> dict[str, float] | None:
-        """Return the mean and half its 95 % interval (normal approximation), percent; None without values."""
-        if not self.count:
-            return None
-        return {"value": 100 * self.value, "plus_minus": 100 * _Z * math.sqrt(self.variance / self.count)}
+    run: SaliencyRun
+    notes: list[str]  # for the user, about skipped shards
+    estimates: dict[str, Estimate] = field(default_factory=dict)  # by metric
+    census: Census = field(default_factory=Census)  # of the first family
+    unread: dict[str, str] = field(default_factory=dict)  # shard -> reason
 
 
 @dataclass
 class Evaluation:
-    """The results of `evaluate`."""
+    """The results of `evaluate`: of each run, and of the controls over the shards of the first."""
 
-    run: SaliencyRun
-    columns: list[str]
-    notes: list[str]  # for the user, about skipped shards
-    samples: int = 0  # samples with boxes, which the means are over
-    without_boxes: int = 0
-    bad_annotations: int = 0
-    other_size: int = 0
-    several: bool = False
-    statuses: Counter[str] = field(default_factory=Counter)  # of the judged rows
-    first_bad: dict[str, str] = field(default_factory=dict)  # shard and key -> reason; at most LISTED
-    first_failed: dict[str, str] = field(default_factory=dict)  # shard and key -> reason; at most LISTED
-    unread: dict[str, str] = field(default_factory=dict)  # shard -> reason
-    means: dict[str, dict[str, Mean]] = field(init=False)  # subject -> column -> mean
-
-    def __post_init__(self) -> None:
-        self.means = {subject: {column: Mean() for column in self.columns} for subject in SUBJECTS}
+    chosen: dict[str, list[str]]  # metrics by family
+    runs: list[Judged]
+    controls: dict[str, dict[str, Estimate]] = field(default_factory=dict)  # by subject and metric
 
     @property
-    def maps(self) -> str:
-        """How F1 treats the maps: one of judge.MAPS."""
-        config = self.run.config
-        return NO_MAPS if not config.save_map else AS_IS if config.method in UNIT_MAPS else SCALED
-
-    def add(self, part: Judged) -> None:
-        """Add the samples of a shard."""
-        self.samples += len(part.rows)
-        self.without_boxes += part.without_boxes
-        self.bad_annotations += len(part.bad)
-        self.other_size += part.other_size
-        self.several = self.several or part.several
-        self.statuses.update(row["status"] for row in part.rows)
-        for first, more in ((self.first_bad, part.bad), (self.first_failed, part.failed)):
-            first.update(list(more.items())[: LISTED - len(first)])
-        for subject, means in self.means.items():
-            for column, mean in means.items():
-                for row in part.rows:
-                    mean.add(row[f"{subject}_{column}"])
-
-    def summary(self) -> dict[str, Any]:
-        """Return everything as JSON, the means in percent."""
-        config = self.run.config.to_dict()
-        return {
-            "run": self.run.path,
-            "fingerprint": self.run.run.fingerprint,
-            **{name: config[name] for name in ("model", "method", "target", "discretize")},
-            "samples": self.samples,
-            "without_boxes": self.without_boxes,
-            "bad_annotations": self.bad_annotations,
-            "annotated_at_another_size": self.other_size,
-            "statuses": dict(self.statuses),
-            "first_failed": self.first_failed,
-            "first_bad_annotations": self.first_bad,
-            "unread_shards": self.unread,
-            "notes": self.notes,
-            "f1_map": self.maps,
-            "percent": {
-                subject: {column: mean.percent() for column, mean in means.items()}
-                for subject, means in self.means.items()
-            },
-        }
+    def unread(self) -> dict[str, str]:
+        """Shards that could not be judged, with the reason."""
+        return {shard: why for judged in self.runs for shard, why in judged.unread.items()}
 
 
-def evaluate(path: str, patterns: Sequence[str] = (), metrics: Sequence[str] = ()) -> Evaluation:
-    """Judge a run by the boxes in its shards' json members, in pixels of the original images.
+def evaluate(request: EvaluateRequest, options: RunOptions) -> Evaluation:
+    """Measure runs by families of metrics (families.FAMILIES).
 
-    - LE: no box of the row has an IoU of more than 0.5 with a true one. OM: the same, or the top-1 is wrong.
-    - F1 (continuous) of the map m in [0, 1], the best over the true boxes. A real-valued map is scaled from its
-      smallest stored value to its largest, then laid over the original (bilinear, 0 outside of the crop). Maps of
-      UNIT_MAPS are not scaled. F1 of the mask is the same with m = mask.
-    - Baselines: the centre box of half the image's area (see centre_box), and the whole image.
-
-    A failed row counts as a miss and is listed. If a sample has several targets, its first row counts. Samples without
-    boxes are skipped and counted. Shards that cannot be read are skipped and listed.
-
-    On the first 2,000 validation images of Tiny ImageNet, 160 pixels, EfficientNet-Lite0, CAM of the top-1, mean:1: LE
-    39.0, F1 51.6; of the label, LE 38.5, F1 51.6. (Boxes read as half-open would give LE 40.2 and F1 51.1.)
-
-    Writes RUN/metrics/localization.json, and for each shard RUN/metrics/localization/<shard>.parquet (judge.SCHEMA).
+    Each family is a resumable job of the engine. It writes RUN/metrics/FAMILY/ (one row for each sample and subject,
+    schemas.evaluation) and RUN/metrics/FAMILY.json. The controls are judged once, over the shards of the first run, in
+    RUN/metrics/FAMILY-controls/. If a sample has several targets, its first row counts. Shards that cannot be read are
+    skipped and listed.
 
     Args:
-        path: the run's folder or URL.
-        patterns: some or all of its shards at their present paths; none = all, where the run read them.
-        metrics: names in METRICS, commas allowed; none = all.
+        request: which runs, shards and metrics.
+        options: of the execution; `out` is not used.
 
     Raises:
-        UserError: no run, an incomplete run, shards of another run, an unknown metric, no boxes, a read-only RUN.
+        UserError: no run, an incomplete run, shards of another run, an unknown metric, nothing to judge by, a
+            read-only RUN.
     """
-    columns = _columns(metrics)
-    run = open_run(path, patterns)
-    shards, notes = wanted_shards(run, patterns)
-    if "om" in columns and run.config.labels is None:
-        agreement = measure_agreement(run.store, run.run, {shard.name for shard in run.shards})
-        notes += [f"OM tells nothing here: {agreement.text}"] if agreement is not None and agreement.doubtful else []
-    evaluation = Evaluation(run, columns, notes)
-    try:
-        names = {"metrics/localization.json", *(_rows_name(shard) for shard in run.run.shards)}
-        there = (f"metrics/{name}" for name in run.store.listing("metrics", ""))
-        run.store.remove(name for name in there if name in names)
-        run.store.prune("metrics")
-        for shard in shards:
-            _take(evaluation, shard)
-        _check(evaluation)
-        run.store.write("metrics/localization.json", json.dumps(evaluation.summary(), indent=1).encode())
-    except OSError as error:
-        raise UserError(f"{path}: the results cannot be written there: {error}") from error
+    chosen = choose_metrics(request.metrics)
+    runs = [_opened(path, request.shards) for path in request.runs]
+    evaluation = Evaluation(chosen, [Judged(run, notes) for run, _, notes in runs])
+    for name in chosen:
+        for judged, (run, shards, _) in zip(evaluation.runs, runs, strict=True):
+            FAMILIES[name].check(run.path, run.config)
+            _judge_run(judged, name, shards, request, options, chosen[name])
+        run, shards, _ = runs[0]
+        _, found = _measure(run, name, shards, request, options, controls=True)
+        for subject, estimates in found.items():
+            evaluation.controls.setdefault(subject, {}).update(estimates)
+    for judged in evaluation.runs:
+        judged.notes += _notes(judged, evaluation)
     return evaluation
 
 
-def _columns(metrics: Sequence[str]) -> list[str]:
-    words = [word.strip().lower() for text in metrics for word in text.split(",") if word.strip()]
-    for word in words:
-        if word not in METRICS:
-            raise UserError(f"--metric {word!r} is not one of {', '.join(METRICS)}")
-    return [column for metric, columns in METRICS.items() if metric in words or not words for column in columns]
+def named(words: Sequence[str], shards: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the folders of runs among the words, and the shards with the other words after the first folder."""
+    folders = [word for word in words if Store(word).read("run.json") is not None]
+    if not folders:
+        return list(words), list(shards)
+    return folders, [*shards, *(word for word in words if word not in folders)]
 
 
-def _take(evaluation: Evaluation, shard: Shard) -> None:
-    """Judge a shard. If it cannot be read to its end, none of its samples counts, and it is listed as unread."""
-    part = Judged(evaluation.maps)
+def _opened(path: str, patterns: Sequence[str]) -> tuple[SaliencyRun, list[Shard], list[str]]:
+    run = open_run(path, patterns)
+    return run, *wanted_shards(run, patterns)
+
+
+def _judge_run(
+    judged: Judged, name: str, shards: list[Shard], request: EvaluateRequest, options: RunOptions, metrics: list[str]
+) -> None:
+    """Measure a run by one family, and write the summary."""
+    unread, found = _measure(judged.run, name, shards, request, options, controls=False)
+    done = [shard for shard in shards if shard.name not in unread]
+    store = Store(_folder(judged.run, name, controls=False))
+    census = take_census(store, done, "other_size" in evaluation_schema(name).names)
+    FAMILIES[name].check_census(judged.run.path, census, unread)
+    estimates = next(iter(found.values()), {})
+    judged.estimates |= {metric: estimates[metric] for metric in metrics if metric in estimates}
+    judged.unread |= unread
+    judged.census = judged.census if judged.census.statuses else census
+    summary = {**describe(judged.run), **census.summary(), "unread_shards": unread, "metrics": to_json(estimates)}
+    with _writing(judged.run.path):
+        judged.run.store.write(f"metrics/{name}.json", json.dumps(summary, indent=1).encode())
+
+
+def describe(run: SaliencyRun) -> dict[str, Any]:
+    """Return what a summary says about its run."""
+    config = run.config.to_dict()
+    named = {name: config[name] for name in ("model", "method", "target", "discretize")}
+    return {"run": run.path, "fingerprint": run.run.fingerprint, **named}
+
+
+def to_json(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
+    return {metric: estimate.to_dict() for metric, estimate in estimates.items()}
+
+
+def _measure(
+    run: SaliencyRun, name: str, shards: list[Shard], request: EvaluateRequest, options: RunOptions, *, controls: bool
+) -> tuple[dict[str, str], dict[str, dict[str, Estimate]]]:
+    """Run the job of one family.
+
+    Returns:
+        Shards that could not be read, with the reason; the estimate of each metric by subject.
+    """
+    root = _folder(run, name, controls=controls)
+    store = Store(root)
+    digests = {shard.name: receipt.digest for shard, receipt in zip(run.shards, run.receipts, strict=True)}
+    source = Source(run.path, replace(run.run, shards=[]), digests, run.given)
+    plan = partial(_plan, request, run, name, shards, controls)
+    with _writing(run.path):
+        overwrite = _prepare(store, partial(plan, load_run(store)), digests)
+    # Only the table goes to stdout.
+    with contextlib.redirect_stdout(sys.stderr):
+        job = Job(plan, partial(MetricProcessor, source=source, family=FAMILIES[name]))
+        result = conduct(job, replace(options, out=root, overwrite=overwrite))
+    if result.code == 130:
+        raise KeyboardInterrupt
+    done = [shard for shard in shards if shard.name in read_receipts(store, plan(load_run(store), "cpu", 1)[0])]
+    if len(done) + len(result.failures) < len(shards):
+        raise UserError(f"{root}: the evaluation stopped before its end; repeat the command to go on")
+    return result.failures, FAMILIES[name].summarise(store, done)
+
+
+def _folder(run: SaliencyRun, name: str, *, controls: bool) -> str:
+    return f"{run.path.rstrip('/')}/metrics/{name}{'-controls' * controls}"
+
+
+def _plan(
+    request: EvaluateRequest,
+    run: SaliencyRun,
+    name: str,
+    shards: list[Shard],
+    controls: bool,
+    existing: Run | None,
+    device: str,
+    workers: int,
+) -> tuple[Run, list[str]]:
+    """Return the evaluation as a run over the same shards, with the judged run's model."""
+    config = run.config
+    made = EvaluateConfig(
+        model=config.model,
+        weights=config.weights,
+        weights_digest=config.weights_digest,
+        classes=config.classes,
+        preprocess=config.preprocess,
+        precision=request.precision,
+        seed=config.seed,
+        family=name,
+        source=run.run.fingerprint,
+        controls=controls,
+        measures={},
+        **pin(request, existing, device, workers),
+    )
+    return new_run(made, shards, run.run.class_names), []
+
+
+def _prepare(store: Store, plan: Callable[[str, int], tuple[Run, list[str]]], digests: Mapping[str, str]) -> bool:
+    """Forget what does not hold any more in the folder of an evaluation: results are derived, and can be made again.
+
+    Returns:
+        Whether the evaluation that is there is another one, and is to be replaced.
+    """
+    existing = load_run(store)
+    if existing is None:
+        # Older versions wrote a file for each shard here.
+        store.remove(name for name in store.listing("", ".parquet") if name.removesuffix(".parquet") in digests)
+        return False
+    run = plan("cpu", 1)[0]
+    if existing.config.differences(run.config):
+        return True
+    if existing.shards != run.shards:  # others of the run's, or at other places
+        store.write("run.json", run.to_json())
+    stale = [
+        name for name, receipt in read_receipts(store, run).items() if receipt.content != content_of(digests[name])
+    ]
+    store.remove(map(receipt_name, stale))
+    return False
+
+
+@contextlib.contextmanager
+def _writing(path: str) -> Iterator[None]:
+    """Raise UserError for an error of the run's folder."""
     try:
-        for sample, rows in evaluation.run.joined(shard):
-            part.add(sample, rows)
-    except (ShardError, OSError, pa.ArrowInvalid) as error:
-        evaluation.unread[shard.name] = " ".join(str(error).split())
-        return
-    evaluation.add(part)
-    schema = with_metadata(SCHEMA, {"fingerprint": evaluation.run.run.fingerprint})
-    stream = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(part.rows, schema), stream, compression="zstd")
-    evaluation.run.store.write(_rows_name(shard), stream.getvalue().to_pybytes())
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: the results cannot be written there: {error}") from error
 
 
-def _rows_name(shard: Shard) -> str:
-    return f"metrics/localization/{shard.name}.parquet"
-
-
-def _check(evaluation: Evaluation) -> None:
-    """Raise UserError if all shards were read and no sample could be judged."""
-    if evaluation.samples or evaluation.unread:
-        return
-    why = "; ".join(f"{place}: {reason}" for place, reason in list(evaluation.first_bad.items())[:1])
-    fix = "`saltern pack --boxes` packs ILSVRC annotations as `boxes` of the json member"
-    skipped = evaluation.without_boxes + evaluation.bad_annotations
-    raise UserError(f"none of the {skipped:,} samples has boxes to judge by ({why or fix})")
+def _notes(judged: Judged, evaluation: Evaluation) -> list[str]:
+    run = judged.run
+    if "om" not in evaluation.chosen.get("localization", ()) or run.config.labels is not None:
+        return []
+    agreement = measure_agreement(run.store, run.run, {shard.name for shard in run.shards})
+    doubtful = agreement is not None and agreement.doubtful
+    return [f"OM tells nothing here: {agreement.text}"] if agreement is not None and doubtful else []

@@ -1,60 +1,138 @@
-"""Print an evaluation as a table and lines of text."""
+"""Print an evaluation: one table of all runs and controls, and lines of text."""
 
+import csv
+import io
+import json
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
-from saltern.pipeline.metrics.evaluate import Evaluation, Mean
-from saltern.pipeline.metrics.judge import AS_IS, CENTRE, FOUND, NO_MAPS, SCALED, WHOLE
+from saltern.pipeline.metrics.census import Census
+from saltern.pipeline.metrics.estimate import Estimate
+from saltern.pipeline.metrics.evaluate import Evaluation, describe, to_json
+from saltern.pipeline.metrics.families import FAMILIES, option_name
+from saltern.pipeline.metrics.family import Better, Metric
+from saltern.pipeline.metrics.judge import AS_IS, NO_MAPS, SCALED, maps_of
 from saltern.pipeline.tables import markdown_table
-from saltern.schemas.saliency import OK, ZERO_MAP
+from saltern.schemas.evaluation import BAD_BOXES, CENTRE, NO_BOXES, WHOLE
 from saltern.schemas.text import counted
 
-_HEADS = {"le": "LE %", "om": "OM %", "f1": "F1 %", "f1_mask": "F1 % of the mask"}
 _MAPS = {
     SCALED: "each map scaled from its smallest value, 0, to its largest, 1",
     AS_IS: "maps not scaled",
     NO_MAPS: "the run stores no maps (--no-map), only masks",
 }
+_CONTROLS = {
+    "random": "random map",
+    "centre-blob": "blob in the centre",
+    "edges": "edge filter",
+    CENTRE: "centre box of half the area",
+    WHOLE: "whole image",
+}
 _SHOWN = 5  # number of failed samples that are printed
 
 
-def as_table(evaluation: Evaluation) -> str:
-    """Return a Markdown table of the run and the baselines: means with half their 95 % intervals."""
-    config = evaluation.run.config
-    names = {FOUND: f"{config.method} of {config.model}", CENTRE: "centre box of half the area", WHOLE: "whole image"}
-    rows = [[name, *map(_cell, evaluation.means[subject].values())] for subject, name in names.items()]
-    return markdown_table(["", *(_HEADS[column] for column in evaluation.columns)], rows)
+def columns_of(evaluation: Evaluation) -> dict[str, Metric]:
+    """Return the metrics of the table by name."""
+    return {name: FAMILIES[family].metrics[name] for family, names in evaluation.chosen.items() for name in names}
 
 
-def _cell(mean: Mean) -> str:
-    percent = mean.percent()
-    return "-" if percent is None else f"{percent['value']:.1f} ± {percent['plus_minus']:.1f}"
+def lines_of(evaluation: Evaluation) -> list[tuple[str, dict[str, Estimate]]]:
+    """Return the name and the estimates of each run and of each control."""
+    names = [f"{judged.run.config.method} of {judged.run.config.model}" for judged in evaluation.runs]
+    count = Counter(names)
+    runs = [
+        (name if count[name] == 1 else f"{name} ({judged.run.path})", judged.estimates)
+        for name, judged in zip(names, evaluation.runs, strict=True)
+    ]
+    return runs + [(_CONTROLS[subject], found) for subject, found in evaluation.controls.items()]
+
+
+def as_markdown(evaluation: Evaluation) -> str:
+    """Return a Markdown table: means with half the width of their 95 % intervals."""
+    columns = columns_of(evaluation)
+    rows = [[name, *(_cell(found.get(key), it) for key, it in columns.items())] for name, found in lines_of(evaluation)]
+    return markdown_table(["", *map(_head, columns.values())], rows)
+
+
+def as_text(evaluation: Evaluation) -> str:
+    """Return the table for a terminal."""
+    return as_markdown(evaluation)
+
+
+def as_csv(evaluation: Evaluation) -> str:
+    """Return lines of name, metric, value, low, high, count; values as stored, not in percent."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["name", "metric", "better", "value", "low", "high", "count"])
+    for name, found in lines_of(evaluation):
+        for key, metric in columns_of(evaluation).items():
+            if key in found and found[key].count:
+                own = found[key]
+                better = metric.better.name.lower()
+                writer.writerow([name, option_name(key), better, own.value, own.low, own.high, own.count])
+    return file.getvalue().rstrip("\n")
+
+
+def as_json(evaluation: Evaluation) -> str:
+    """Return everything as JSON; values as stored, not in percent."""
+    runs = [
+        {
+            **describe(judged.run),
+            **judged.census.summary(),
+            "notes": judged.notes,
+            "unread_shards": judged.unread,
+            "metrics": to_json(judged.estimates),
+        }
+        for judged in evaluation.runs
+    ]
+    controls = {subject: to_json(found) for subject, found in evaluation.controls.items()}
+    better: dict[str, Any] = {key: metric.better.name.lower() for key, metric in columns_of(evaluation).items()}
+    return json.dumps({"better": better, "runs": runs, "controls": controls}, indent=1)
+
+
+def _head(metric: Metric) -> str:
+    return f"{metric.title} {metric.better.value}".rstrip()
+
+
+def _cell(estimate: Estimate | None, metric: Metric) -> str:
+    if estimate is None or not estimate.count:
+        return "-"
+    if metric.percent:
+        return f"{100 * estimate.value:.1f} ± {100 * estimate.plus_minus:.1f}"
+    return f"{estimate.value:.3f} ± {estimate.plus_minus:.3f}"
 
 
 def remarks(evaluation: Evaluation) -> Iterator[str]:
     """Yield lines on which samples the table covers and how its numbers were computed."""
-    config = evaluation.run.config
-    yield (
-        f"{counted(evaluation.samples, 'sample')} with boxes; target {config.target.text}, "
-        f"boxes of the masks by {config.discretize.text}; ± half the 95 % interval"
-    )
-    if "f1" in evaluation.columns:
-        yield f"F1: {_MAPS[evaluation.maps]}"
-    if evaluation.several:
-        yield "samples with several targets: the first target counts"
-    if evaluation.without_boxes:
-        yield f"skipped: {counted(evaluation.without_boxes, 'sample')} without boxes"
-    if evaluation.bad_annotations:
-        place, reason = next(iter(evaluation.first_bad.items()))
-        bad = counted(evaluation.bad_annotations, "sample")
+    marks = {metric.better for metric in columns_of(evaluation).values()}
+    meaning = {Better.LESS: "↓ less is better", Better.MORE: "↑ more is better"}
+    yield "; ".join([*(text for mark, text in meaning.items() if mark in marks), "± half the 95 % bootstrap interval"])
+    for judged in evaluation.runs:
+        config, census = judged.run.config, judged.census
+        prefix = f"{judged.run.path}: " if len(evaluation.runs) > 1 else ""
+        boxes = " with boxes" if "localization" in evaluation.chosen else ""
+        yield (
+            f"{prefix}{counted(census.judged, 'sample')}{boxes}; target {config.target.text}, "
+            f"masks by {config.discretize.text}"
+        )
+        if "f1" in columns_of(evaluation):
+            yield f"{prefix}F1: {_MAPS[maps_of(config)]}"
+        if config.target.kind == "top" and config.target.number > 1:
+            yield f"{prefix}samples with several targets: the first target counts"
+        yield from (f"{prefix}{line}" for line in _skipped(census))
+
+
+def _skipped(census: Census) -> Iterator[str]:
+    if census.statuses[NO_BOXES]:
+        yield f"skipped: {counted(census.statuses[NO_BOXES], 'sample')} without boxes"
+    if census.statuses[BAD_BOXES]:
+        place, reason = next(iter(census.bad.items()))
+        bad = counted(census.statuses[BAD_BOXES], "sample")
         yield f"skipped: {bad} whose boxes cannot be read, the first {place}: {reason}"
-    if evaluation.other_size:
-        yield f"{evaluation.other_size:,} samples were annotated at another size: were their images rescaled?"
-    yield from _failed(evaluation)
-
-
-def _failed(evaluation: Evaluation) -> Iterator[str]:
-    count = sum(count for status, count in evaluation.statuses.items() if status not in (OK, ZERO_MAP))
-    for place, reason in list(evaluation.first_failed.items())[:_SHOWN]:
-        yield f"counts as a miss: {place}: {reason}"
-    if count > _SHOWN:
-        yield f"{count - _SHOWN:,} more count as misses; RUN/metrics/localization.json and the Parquet files name them"
+    if census.other_size:
+        yield f"{census.other_size:,} samples were annotated at another size: were their images rescaled?"
+    for place, reason in list(census.failed.items())[:_SHOWN]:
+        yield f"failed in the run: {place}: {reason}"
+    if census.failures > _SHOWN:
+        yield f"{census.failures - _SHOWN:,} more failed in the run; the Parquet files in RUN/metrics name them"

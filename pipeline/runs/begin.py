@@ -22,6 +22,9 @@ from saltern.schemas.receipt import Failure, Receipt
 from saltern.schemas.run import Run, Shard, classes_of, same_time
 
 WRITTEN = ("data", "receipts", "failures", "metrics", "pictures")  # folders of a run
+# A family of metrics is a run in a folder of its name; its summary and plot are files of that name.
+_METRIC = re.compile(r"^metrics/[a-z0-9-]+/(?=(data|receipts|failures)/|run\.json$)")
+_SUMMARY = re.compile(r"metrics/[a-z0-9-]+\.(json|png)")
 _SHEETS = {ATTACK: {"attack.png"}, VISUALIZE: {"pictures.png"}}
 
 
@@ -79,14 +82,15 @@ def remove_run(store: Store, old: Run, run: Run) -> None:
     inputs = {_place(shard.url) for shard in (*old.shards, *run.shards)}
     for folder in ("receipts", "failures", "metrics", "pictures", "data"):
         there = [f"{folder}/{name}" for name in store.listing(folder, "")]
-        store.remove(name for name in there if name in names and _place(store.full(name)) not in inputs)
+        own = (name for name in there if _METRIC.sub("", name) in names or _SUMMARY.fullmatch(name))
+        store.remove(name for name in own if _place(store.full(name)) not in inputs)
         store.prune(folder)
-    store.remove(name for name in names if "/" not in name)
+    store.remove(name for name in names - {"run.json"} if "/" not in name)
 
 
 def _names(run: Run) -> set[str]:
     """Return the names of the files that a run may have in its folders."""
-    names = {"metrics/localization.json"} | _SHEETS.get(run.config.job, set())
+    names = {"run.json"} | _SHEETS.get(run.config.job, set())
     for shard in run.shards:
         name = shard.name
         names |= {receipt_name(name), failure_name(name), data_name(name), f"metrics/localization/{name}.parquet"}

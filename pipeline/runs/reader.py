@@ -175,7 +175,7 @@ class SaliencyRun:
     def __init__(
         self, path: str, store: Store, run: Run, receipts: dict[str, Receipt], given: frozenset[str] = frozenset()
     ):
-        self.path, self.store, self.run, self._given = path, store, run, given
+        self.path, self.store, self.run, self.given = path, store, run, given
         self.config = run.config_of(ExtractConfig)
         self.shards = [shard for shard in run.shards if shard.name in receipts]
         self.receipts = [receipts[shard.name] for shard in self.shards]
@@ -199,7 +199,7 @@ class SaliencyRun:
 
     def tar(self, shard: Shard) -> Shard:
         """Return the shard. Raises ShardError if its tar must not be read: see `places.readable`."""
-        return readable(shard, shard.name in self._given)
+        return readable(shard, shard.name in self.given)
 
     def joined(self, shard: Shard) -> Iterator[tuple[Sample, list[Row]]]:
         """Yield each sample of one shard's tar with its rows.

@@ -12,20 +12,22 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from saltern.pipeline.casm.training.plan import differences, make_plan
 from saltern.pipeline.casm.training.train import TrainRequest, print_to_stderr, train
 from saltern.pipeline.casm.unseen.split import SUBSETS, Split, check_val, make_split
+from saltern.pipeline.engine.conduct import RunOptions
 from saltern.pipeline.extract.extraction import extract
 from saltern.pipeline.machine import pick_device
 from saltern.pipeline.masknet.checkpoint import Checkpoints
-from saltern.pipeline.metrics.evaluate import Mean, evaluate
-from saltern.pipeline.metrics.judge import CENTRE, FOUND, SUBJECTS, WHOLE
+from saltern.pipeline.metrics.estimate import read_subjects
+from saltern.pipeline.metrics.evaluate import EvaluateRequest, evaluate
+from saltern.pipeline.metrics.mean import Mean
 from saltern.pipeline.naming import brief
 from saltern.pipeline.storage.files import write
+from saltern.pipeline.storage.store import Store
 from saltern.pipeline.tables import markdown_table
 from saltern.schemas.errors import UserError
+from saltern.schemas.evaluation import CENTRE, FOUND, WHOLE
 
 TRAININGS = {"F": "F", "EF": "E+F", "DEF": "D-F", "CDEF": "C-F", "BCDEF": "B-F"}  # subsets -> name in print
 SEEN, UNSEEN = "seen", "unseen"
@@ -44,7 +46,7 @@ class Unseen:
     seed: int
     trained: dict[str, Means] = field(default_factory=dict)  # by the subsets trained on: keys of TRAININGS
     steps: dict[str, int] = field(default_factory=dict)  # of each training
-    baselines: dict[str, Means] = field(default_factory=dict)  # of judge.CENTRE and judge.WHOLE
+    baselines: dict[str, Means] = field(default_factory=dict)  # of CENTRE and WHOLE
 
     def summary(self) -> dict[str, Any]:
         """Return everything as JSON; LE in percent."""
@@ -185,23 +187,24 @@ def _extract(request: TrainRequest, val: Sequence[str], training: Path, run: Pat
 
 
 def _judge(run: Path, val: Sequence[str], split: Split, subsets: str) -> dict[str, Means]:
-    """Return LE by subject of judge.SUBJECTS and subset, of the samples whose class is in the split."""
-    evaluation = evaluate(str(run), val, ["le"])
+    """Return LE by subject and subset, of the samples whose class is in the split."""
+    evaluation = evaluate(EvaluateRequest([str(run)], val, ["le"]), RunOptions(str(run), engine="local"))
     for name, reason in evaluation.unread.items():
         raise UserError(f"{run}: the shard {name} cannot be judged: {reason}")
+    judged = evaluation.runs[0].run
     subset_of = {label: name for name, classes in split.items() for label in classes}
-    rows = evaluation.run.columns("shard", "index", "label").to_pylist()
+    rows = judged.columns("shard", "index", "label").to_pylist()
     subset_at = {(row["shard"], row["index"]): subset_of.get(row["label"]) for row in rows}
-    means = {subject: {name: Mean() for name in SUBSETS} for subject in SUBJECTS}
+    means = {subject: {name: Mean() for name in SUBSETS} for subject in (FOUND, *_BASELINES)}
     means[FOUND] |= {SEEN: Mean(), UNSEEN: Mean()}
-    for shard in evaluation.run.shards:
-        path = evaluation.run.store.full(f"metrics/localization/{shard.name}.parquet")
-        for row in pq.read_table(path).to_pylist():
-            subset = subset_at[row["shard"], row["index"]]
-            if subset is not None:
-                for subject in SUBJECTS:
-                    means[subject][subset].add(row[f"{subject}_le"])
-                means[FOUND][SEEN if subset in subsets else UNSEEN].add(row[f"{FOUND}_le"])
+    for folder in ("localization", "localization-controls"):
+        for shard, subject, _, part in read_subjects(Store(f"{run}/metrics/{folder}"), judged.shards, ["index", "le"]):
+            for row in part.to_pylist() if subject in means else ():
+                subset = subset_at[shard, row["index"]]
+                if subset is not None:
+                    means[subject][subset].add(row["le"])
+                if subset is not None and subject == FOUND:
+                    means[FOUND][SEEN if subset in subsets else UNSEEN].add(row["le"])
     return means
 
 

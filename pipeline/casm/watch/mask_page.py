@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saltern.pipeline.maps.frame import over_frame
-from saltern.pipeline.metrics.judge import AS_IS, Judged
+from saltern.pipeline.metrics.judge import AS_IS, scores
 from saltern.pipeline.metrics.localization.boxes import iou
 from saltern.pipeline.runs.reader import Row
 from saltern.pipeline.shards.annotations import extra, read_annotation
@@ -104,13 +104,14 @@ def _card(sample: Sample, row: Row, names: Mapping[int, str], colour: NDArray[np
 
 def _judged(sample: Sample, row: Row) -> tuple[float | None, float | None]:
     """Return the IoU of the found box, and the continuous F1; None if the sample has no boxes."""
-    judged = Judged(AS_IS)
-    judged.add(sample, [row])
-    if not judged.rows:
+    try:
+        truth = read_annotation(sample)
+    except ValueError:
+        truth = None
+    if truth is None:
         return None, None
-    truth = read_annotation(sample)
     boxes: list[Box] = [(x0, y0, x1, y1) for x0, y0, x1, y1 in row.boxes or ()]
-    return max((iou(box, truth.boxes) for box in boxes if truth), default=0.0), judged.rows[0]["found_f1"]
+    return max((iou(box, truth.boxes) for box in boxes), default=0.0), scores(row, truth, AS_IS)["f1"]
 
 
 def named(number: int | None, names: Mapping[int, str]) -> str:

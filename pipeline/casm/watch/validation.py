@@ -22,8 +22,8 @@ from saltern.pipeline.casm.watch.epochs_page import epochs_page, keep_masks
 from saltern.pipeline.casm.watch.live import LiveRows
 from saltern.pipeline.casm.watch.mask_page import Chosen, mask_page
 from saltern.pipeline.extract.batch import Batch, Piece, join
-from saltern.pipeline.metrics.evaluate import Mean
-from saltern.pipeline.metrics.judge import AS_IS, Judged
+from saltern.pipeline.metrics.judge import AS_IS, scores
+from saltern.pipeline.metrics.mean import Mean
 from saltern.pipeline.runs.reader import Row
 from saltern.pipeline.shards.annotations import read_annotation
 from saltern.pipeline.shards.decoder import Decoder, make_decoder
@@ -169,17 +169,17 @@ def _add(
     means: dict[str, Mean], samples: Sequence[Sample], batch: Batch, rows: Sequence[Row], in_play: frozenset[int]
 ) -> None:
     """Judge the rows of a batch, and add the results to the means."""
-    judged = Judged(AS_IS)
     for at, (sample, row) in enumerate(zip(samples, rows, strict=True)):
-        judged.add(sample, [row])
+        with contextlib.suppress(ValueError):
+            if (truth := read_annotation(sample)) is not None:
+                judged = scores(row, truth, AS_IS)
+                means["le"].add(judged["le"])
+                means["f1"].add(judged["f1"])
         means["damaged"].add(at in batch.problems)
         if row.label in in_play:
             means["top1"].add(row.predicted == row.label)
         if row.map_bytes is not None:
             means["mask"].add(float(row.map().mean(dtype=np.float64)))
-    for scores in judged.rows:
-        means["le"].add(scores["found_le"])
-        means["f1"].add(scores["found_f1"])
 
 
 def _line(step: int, means: dict[str, Mean], world: int) -> dict[str, float]:

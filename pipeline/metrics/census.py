@@ -1,0 +1,72 @@
+"""Count the samples of an evaluation by how they could be judged, and name those that could not."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow.compute as pc
+
+from saltern.pipeline.metrics.estimate import read_subjects
+from saltern.pipeline.storage.store import Store
+from saltern.schemas.evaluation import BAD_BOXES, NO_BOXES
+from saltern.schemas.run import Shard
+from saltern.schemas.saliency import OK, ZERO_MAP
+
+LISTED = 100  # samples that a summary names; the Parquet files hold all
+
+
+@dataclass
+class Census:
+    """The samples of an evaluation of one run."""
+
+    statuses: Counter[str] = field(default_factory=Counter)
+    other_size: int = 0  # samples annotated at another size than the image has
+    failed: dict[str, str] = field(default_factory=dict)  # shard and key -> status and reason; at most LISTED
+    bad: dict[str, str] = field(default_factory=dict)  # shard and key -> why its annotation is bad; at most LISTED
+
+    @property
+    def judged(self) -> int:
+        """Samples that the means are over."""
+        return self.statuses.total() - self.statuses[NO_BOXES] - self.statuses[BAD_BOXES]
+
+    @property
+    def failures(self) -> int:
+        """Samples whose row in the run failed."""
+        return self.judged - self.statuses[OK] - self.statuses[ZERO_MAP]
+
+    def summary(self) -> dict[str, Any]:
+        """Return the counts as JSON."""
+        return {
+            "samples": self.judged,
+            "statuses": dict(self.statuses.most_common()),
+            "annotated_at_another_size": self.other_size,
+            "first_failed": self.failed,
+            "first_bad_annotations": self.bad,
+        }
+
+
+def take_census(store: Store, shards: Sequence[Shard], other_size: bool) -> Census:
+    """Count the rows of a run's own maps.
+
+    Args:
+        other_size: whether the family's data files have this column.
+    """
+    census = Census()
+    columns = ["key", "status", "error", *(["other_size"] * other_size)]
+    for shard, _, _, rows in read_subjects(store, shards, columns):
+        census.statuses.update(rows["status"].to_pylist())
+        if other_size:
+            census.other_size += pc.sum(rows["other_size"]).as_py() or 0
+        if len(census.failed) < LISTED or len(census.bad) < LISTED:
+            _name(census, shard, rows.to_pylist())
+    return census
+
+
+def _name(census: Census, shard: str, rows: Sequence[dict[str, Any]]) -> None:
+    for row in rows:
+        place, status = f"{shard}: {row['key']}", row["status"]
+        if status == BAD_BOXES and len(census.bad) < LISTED:
+            census.bad[place] = row["error"]
+        elif status not in (OK, ZERO_MAP, NO_BOXES, BAD_BOXES) and len(census.failed) < LISTED:
+            census.failed[place] = f"{status}: {row['error']}"

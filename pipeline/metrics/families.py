@@ -1,0 +1,36 @@
+"""The families of metrics by name, and the choice of metrics by the user."""
+
+from collections.abc import Sequence
+
+from saltern.pipeline.metrics.family import Family
+from saltern.pipeline.metrics.judge import Localization
+from saltern.schemas.errors import UserError
+
+FAMILIES: dict[str, type[Family]] = {family.name: family for family in (Localization,)}
+DEFAULT = ("localization",)  # families that need no forward passes
+
+
+def choose_metrics(words: Sequence[str]) -> dict[str, list[str]]:
+    """Return the chosen metrics of each family.
+
+    Args:
+        words: names of metrics and of families, commas allowed; none = the families of DEFAULT.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    names = [word.strip().lower() for text in words for word in text.split(",") if word.strip()] or [*DEFAULT]
+    known = [*FAMILIES, *(option_name(metric) for family in FAMILIES.values() for metric in family.metrics)]
+    for name in names:
+        if name not in known:
+            raise UserError(f"--metric {name!r} is not one of {', '.join(known)}")
+    chosen = {
+        name: [metric for metric in family.metrics if name in names or option_name(metric) in names]
+        for name, family in FAMILIES.items()
+    }
+    return {family: metrics for family, metrics in chosen.items() if metrics}
+
+
+def option_name(metric: str) -> str:
+    """Return a metric as the command line names it."""
+    return metric.replace("_", "-")

@@ -1,0 +1,82 @@
+"""The contract of a family of metrics: measures that share their input, and are computed in one pass over a run.
+
+Shape suffixes: N samples of a batch, M measured ones, H W the network's input, C channels.
+"""
+# ruff: noqa: N815  (fields carry a shape suffix)
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from saltern.pipeline.metrics.census import Census
+from saltern.pipeline.metrics.estimate import Estimate, estimate_means
+from saltern.pipeline.runs.columns import Record
+from saltern.pipeline.runs.reader import Row
+from saltern.pipeline.shards.samples import Sample
+from saltern.pipeline.storage.store import Store
+from saltern.schemas.config import ExtractConfig
+from saltern.schemas.run import Shard
+
+
+class Better(Enum):
+    """Which values of a metric are better."""
+
+    LESS, MORE, NEITHER = "↓", "↑", ""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of the tables."""
+
+    title: str
+    better: Better
+    help: str  # one line
+    percent: bool = True  # shown as 100 times the value
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive samples of a shard under one subject."""
+
+    subject: str
+    samples: list[Sample]
+    rows: list[Row]  # the first row of each sample; of a control, with its map, mask and box
+    pixels_MHWC: Tensor | None  # uint8, of the samples whose row has a geometry; None if the family needs none
+
+
+class Family:
+    """Base of the families. A worker builds one and calls it with batches.
+
+    Args:
+        config: of the run that is judged.
+        measures: the family's options.
+        device: that computes.
+    """
+
+    name: ClassVar[str]
+    metrics: ClassVar[Mapping[str, Metric]]  # by the column that they average
+    needs_pixels: ClassVar[bool] = False
+
+    def __init__(self, config: ExtractConfig, measures: Mapping[str, Any], device: torch.device):
+        self.config, self.measures, self.device = config, measures, device
+
+    @classmethod
+    def check(cls, path: str, config: ExtractConfig) -> None:
+        """Raise UserError if a run of this config cannot be measured."""
+
+    @classmethod
+    def check_census(cls, path: str, census: Census, unread: Mapping[str, str]) -> None:
+        """Raise UserError if all shards were read and no sample could be judged."""
+
+    def measure(self, batch: Batch) -> list[Record]:
+        """Return the values of each sample, by column; a record may replace `status` and `error` of its row."""
+        raise NotImplementedError
+
+    @classmethod
+    def summarise(cls, store: Store, shards: Sequence[Shard]) -> dict[str, dict[str, Estimate]]:
+        """Return the estimate of each metric by subject, from the data files of the shards."""
+        return estimate_means(store, shards, list(cls.metrics))

@@ -1,0 +1,171 @@
+"""The processor of an evaluation: joins a shard's samples with their rows, measures them, and writes the values."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saltern.pipeline.device import arithmetic, faults
+from saltern.pipeline.metrics.control_rows import control_rows
+from saltern.pipeline.metrics.family import Batch, Family
+from saltern.pipeline.runs.columns import Record, from_records
+from saltern.pipeline.runs.datafile import data_schema
+from saltern.pipeline.runs.outlet import Made, Outlet, Spec, Tally
+from saltern.pipeline.runs.reader import Row, SaliencyRun
+from saltern.pipeline.shards.decoder import Decoder, make_decoder
+from saltern.pipeline.shards.prefetch import prefetch
+from saltern.pipeline.shards.samples import Sample
+from saltern.pipeline.storage.store import Store
+from saltern.schemas.config import EvaluateConfig, ExtractConfig
+from saltern.schemas.errors import ShardError
+from saltern.schemas.evaluation import CONTROLS, FOUND
+from saltern.schemas.receipt import Receipt
+from saltern.schemas.run import Run, Shard
+from saltern.schemas.saliency import OK
+
+_AHEAD = 2  # batches that are decoded before they are needed
+_THREADS = 16  # that decode, at most
+
+Joined = tuple[list[Sample], list[Row], Tensor | None]  # samples, the first row of each, pixels of those that were read
+
+
+@dataclass(frozen=True)
+class Source:
+    """The run that is judged. It travels to the workers."""
+
+    path: str
+    run: Run  # without its shards
+    digests: Mapping[str, str]  # of its data files, by shard
+    trusted: frozenset[str]  # shards whose tars the user named
+
+    def open(self) -> SaliencyRun:
+        """Open the run for reading single shards."""
+        return SaliencyRun(self.path, Store(self.path), self.run, {}, self.trusted)
+
+
+class MetricProcessor:
+    """Measures shards of a run by one family of metrics.
+
+    Args:
+        spec: of the evaluation.
+        source: the run that is judged.
+        family: builds the family, in the thread that computes.
+    """
+
+    def __init__(self, spec: Spec, source: Source, family: Callable[[ExtractConfig, Any, torch.device], Family]):
+        self._config = spec.run.config_of(EvaluateConfig)
+        self._source, self._run = source, source.open()
+        self._device = torch.device(spec.device)
+        self._outlet, self.schema = Outlet(spec), data_schema(spec.run, {})
+        self.images: dict[str, int] = {}
+        self._workers = min(_THREADS, max(1, spec.decode_threads))
+        self._threads = ThreadPoolExecutor(self._workers, "saltern-decode")
+        self._compute = ThreadPoolExecutor(1, "saltern-device", self._begin)
+        inputs = self._run.config, self._config.measures, self._device
+        self._family = self._compute.submit(self._guarded, family, *inputs).result()
+        decodes = self._config.controls or self._family.needs_pixels
+        self._decoder: Decoder | None = make_decoder(self._run.config.preprocess) if decodes else None
+
+    def process(self, shard: Shard, earlier: Receipt | None = None) -> Made:
+        """Measure one shard. A receipt of the same data file is confirmed.
+
+        Raises:
+            ShardError: tar and data file do not fit, or one of them is damaged.
+            OSError: an error of the environment, worth a retry.
+            OutputError: the folder accepts no more data.
+        """
+        if earlier is not None and earlier.content == content_of(self._source.digests[shard.name]):
+            return Made(replace(earlier, mtime_ns=shard.mtime_ns), {})
+        self.images[shard.name] = 0
+        try:
+            return self._process(shard)
+        finally:
+            del self.images[shard.name]
+
+    def close(self) -> None:
+        """Release threads and device memory."""
+        self._threads.shutdown()
+        del self._family
+        self._compute.shutdown()
+
+    def _begin(self) -> None:
+        """Set torch's threads, which it keeps for each calling thread."""
+        torch.set_num_threads(self._config.torch_threads)
+
+    def _process(self, shard: Shard) -> Made:
+        tally = Tally(content=int(content_of(self._source.digests[shard.name]), 16))
+        with (
+            self._outlet.open(self.schema, tally) as writer,
+            contextlib.closing(prefetch(lambda: self._joined(shard), _AHEAD, _bytes)) as batches,
+        ):
+            for samples, rows, pixels_MHWC in batches:
+                with tally.phase("compute"):
+                    records = self._compute.submit(self._guarded, self._measure, samples, rows, pixels_MHWC).result()
+                with self._outlet.writing(tally):
+                    writer.write(from_records(records, self.schema))
+                tally.samples += len(samples)
+                tally.statuses[OK] += len(records)  # each was judged; a record's own status says how
+                self.images[shard.name] += len(samples)
+            return self._outlet.close(shard, writer, tally, self._config.batch_size)
+
+    def _guarded(self, work: Callable[..., Any], *inputs: Any) -> Any:
+        """Run in the thread that computes, with the evaluation's arithmetic."""
+        config = self._config
+        with arithmetic(config.precision, deterministic=config.deterministic, what=config.family), faults():
+            return work(*inputs)
+
+    def _joined(self, shard: Shard) -> Iterator[Joined]:
+        """Yield batches, decoded. Runs in a thread ahead of the rest."""
+        pairs = self._run.joined(shard)
+        while batch := list(islice(pairs, self._config.batch_size)):
+            samples, rows = [sample for sample, _ in batch], [own[0] for _, own in batch]
+            yield samples, rows, self._pixels([sample for sample, row in zip(samples, rows, strict=True) if seen(row)])
+
+    def _pixels(self, samples: Sequence[Sample]) -> Tensor | None:
+        """Decode the images as the run did, each thread some of them."""
+        if self._decoder is None or not samples:
+            return None
+        images = [sample.image or b"" for sample in samples]
+        each = -(-len(images) // self._workers)
+        parts = list(self._threads.map(self._decoder, [images[at : at + each] for at in range(0, len(images), each)]))
+        for part in parts:
+            for at, (status, reason) in part.problems.items():
+                raise ShardError(f"{samples[at].key}: the run could read this image, and now it is {status}: {reason}")
+        return torch.cat([part.pixels_BHWC for part in parts])
+
+    def _measure(self, samples: list[Sample], rows: list[Row], pixels_MHWC: Tensor | None) -> list[Record]:
+        """Return the records of a batch, sample by sample, those of a sample in the order of the subjects."""
+        subjects = CONTROLS if self._config.controls else (FOUND,)
+        found = []
+        for subject in subjects:
+            shown = rows if subject == FOUND else control_rows(subject, rows, pixels_MHWC, self._run.config)
+            batch = Batch(subject, samples, shown, pixels_MHWC)
+            values = self._family.measure(batch)
+            found.append([record_of(subject, row, own) for row, own in zip(shown, values, strict=True)])
+        return [record for records in zip(*found, strict=True) for record in records]
+
+
+def seen(row: Row) -> bool:
+    """Return whether the run could read the row's image."""
+    return row.geometry is not None
+
+
+def record_of(subject: str, row: Row, values: Record) -> Record:
+    """Return a row of the data file."""
+    identity = {"key": row.key, "shard": row.shard, "index": row.index, "subject": subject}
+    return {**identity, "status": row.status, "error": row.error, **values}
+
+
+def content_of(digest: str) -> str:
+    """Return what an evaluation's receipt keeps of the digest of the run's data file, 8 hex digits."""
+    return digest[:8]
+
+
+def _bytes(batch: Joined) -> int:
+    samples, _, pixels_MHWC = batch
+    return sum(sample.size for sample in samples) + (0 if pixels_MHWC is None else pixels_MHWC.nbytes)

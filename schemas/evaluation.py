@@ -1,0 +1,37 @@
+"""The Parquet schema of an evaluation: one row for each sample and subject of a run, in shard order."""
+
+import pyarrow as pa
+
+# Subjects: the run's own maps, and the controls that every table has.
+FOUND = "found"
+CENTRE, WHOLE = "centre-box", "whole-image"
+CONTROLS = ("random", "centre-blob", "edges", CENTRE, WHOLE)
+
+# Statuses of a row besides those of the run's row (schemas.saliency).
+NO_BOXES = "no_boxes"  # the sample has no true boxes to judge by
+BAD_BOXES = "bad_boxes"  # its annotation cannot be read
+
+_IDENTITY = [
+    pa.field("key", pa.string(), nullable=False),
+    pa.field("shard", pa.string(), nullable=False),  # the shard's name, as in run.json
+    pa.field("index", pa.int32(), nullable=False),  # the sample's position in the shard, from 0
+    pa.field("subject", pa.string(), nullable=False),  # FOUND or one of CONTROLS
+    pa.field("status", pa.string(), nullable=False),  # of the run's row, or NO_BOXES, or BAD_BOXES
+    pa.field("error", pa.string()),  # the reason, if status is neither ok nor zero_map
+]
+
+
+def _floats(*names: str) -> list[pa.Field]:
+    return [pa.field(name, pa.float32()) for name in names]
+
+
+# By the family of metrics, which is the name of its folder in RUN/metrics. A value is null if it could not be measured.
+FIELDS: dict[str, list[pa.Field]] = {
+    # le, om: 0 or 1, om null without a label; f1 in [0, 1], f1 null if the run stores no maps
+    "localization": [*_floats("le", "om", "f1", "f1_mask"), pa.field("other_size", pa.bool_())],
+}
+
+
+def evaluation_schema(family: str) -> pa.Schema:
+    """Return the columns of a family's data files, in order."""
+    return pa.schema([*_IDENTITY, *FIELDS[family]])
