@@ -222,10 +222,9 @@ class EvaluateConfig(RunConfig):
     family: str  # of metrics, a key of schemas.evaluation.FIELDS
     source: str  # fingerprint of the run whose rows are judged
     controls: bool  # judge the controls instead of the run's maps
-    measures: dict[str, Any]  # the family's options
 
     def _to_stored(self) -> dict[str, Any]:
-        names = ("family", "source", "controls", "measures")
+        names = ("family", "source", "controls")
         return {"job_options": {name: getattr(self, name) for name in names}}
 
     @classmethod

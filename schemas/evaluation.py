@@ -29,6 +29,10 @@ def _floats(*names: str) -> list[pa.Field]:
 FIELDS: dict[str, list[pa.Field]] = {
     # le, om: 0 or 1, om null without a label; f1 in [0, 1], f1 null if the run stores no maps
     "localization": [*_floats("le", "om", "f1", "f1_mask"), pa.field("other_size", pa.bool_())],
+    "statistics": _floats("total_variation", "entropy", "map_mean", "map_std", "mask_area"),
+    "perturbation": _floats("insertion", "deletion"),  # in [0, 1]
+    # average_drop in [0, 1]; increase 0 or 1; rho_plus null for a map of zeros, rho_minus for a map of ones
+    "confidence": _floats("average_drop", "increase", "rho_plus", "rho_minus"),
 }
 
 

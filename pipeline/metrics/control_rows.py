@@ -3,19 +3,17 @@
 Shape suffixes: N samples, M those whose image was read, H W the network's input.
 """
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from saltern.pipeline.maps.boxes import largest_boxes
 from saltern.pipeline.maps.discretize import discretize
 from saltern.pipeline.maps.encode import pack_mask, packed_rows
 from saltern.pipeline.maps.frame import to_original, whole_image
-from saltern.pipeline.metrics.controls import control
+from saltern.pipeline.metrics.controls import control, sample_seeds
 from saltern.pipeline.metrics.localization.boxes import centre_box
 from saltern.pipeline.runs.reader import Layout, Row
 from saltern.schemas.config import ExtractConfig
@@ -36,10 +34,7 @@ def control_rows(subject: str, rows: Sequence[Row], pixels_MHWC: Tensor | None, 
     if pixels_MHWC is None:
         return shown
     at_M = [at for at, row in enumerate(rows) if row.geometry is not None]
-    seed_M = torch.tensor(
-        [zlib.crc32(f"{config.seed}/{rows[at].key}".encode("utf-8", "surrogateescape")) for at in at_M]
-    )
-    map_MHW = control(subject, pixels_MHWC, seed_M).cpu()
+    map_MHW = control(subject, pixels_MHWC, sample_seeds(config.seed, [rows[at].key for at in at_M]))
     mask_MHW, threshold_M = discretize(map_MHW, config.discretize)
     packed_MN, (height, width) = pack_mask(mask_MHW).numpy(), map_MHW.shape[1:]
     box_M4 = largest_boxes(packed_rows(packed_MN, (height, width)))

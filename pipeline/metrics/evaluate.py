@@ -186,12 +186,11 @@ def _plan(
         weights_digest=config.weights_digest,
         classes=config.classes,
         preprocess=config.preprocess,
-        precision=request.precision,
+        precision=request.precision if FAMILIES[name].runs_network else "fp32",
         seed=config.seed,
         family=name,
         source=run.run.fingerprint,
         controls=controls,
-        measures={},
         **pin(request, existing, device, workers),
     )
     return new_run(made, shards, run.run.class_names), []

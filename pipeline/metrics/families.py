@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 
+from saltern.pipeline.metrics.faithfulness.families import ConfidenceFamily, PerturbationFamily, StatisticsFamily
 from saltern.pipeline.metrics.family import Family
 from saltern.pipeline.metrics.judge import Localization
 from saltern.schemas.errors import UserError
 
-FAMILIES: dict[str, type[Family]] = {family.name: family for family in (Localization,)}
-DEFAULT = ("localization",)  # families that need no forward passes
+_ALL: tuple[type[Family], ...] = (Localization, StatisticsFamily, PerturbationFamily, ConfidenceFamily)
+FAMILIES: dict[str, type[Family]] = {family.name: family for family in _ALL}
+DEFAULT = ("localization", "statistics")  # families that need no forward passes
 
 
 def choose_metrics(words: Sequence[str]) -> dict[str, list[str]]:

@@ -7,7 +7,7 @@ Shape suffixes: N samples of a batch, M measured ones, H W the network's input, 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from saltern.pipeline.runs.columns import Record
 from saltern.pipeline.runs.reader import Row
 from saltern.pipeline.shards.samples import Sample
 from saltern.pipeline.storage.store import Store
-from saltern.schemas.config import ExtractConfig
+from saltern.schemas.config import EvaluateConfig, ExtractConfig
 from saltern.schemas.run import Shard
 
 
@@ -53,16 +53,17 @@ class Family:
 
     Args:
         config: of the run that is judged.
-        measures: the family's options.
+        how: config of the evaluation.
         device: that computes.
     """
 
     name: ClassVar[str]
     metrics: ClassVar[Mapping[str, Metric]]  # by the column that they average
     needs_pixels: ClassVar[bool] = False
+    runs_network: ClassVar[bool] = False
 
-    def __init__(self, config: ExtractConfig, measures: Mapping[str, Any], device: torch.device):
-        self.config, self.measures, self.device = config, measures, device
+    def __init__(self, config: ExtractConfig, how: EvaluateConfig, device: torch.device):
+        self.config, self.how, self.device = config, how, device
 
     @classmethod
     def check(cls, path: str, config: ExtractConfig) -> None:

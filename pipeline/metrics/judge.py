@@ -1,7 +1,7 @@
 """The family `localization`: boxes, maps and masks against the true boxes of the samples."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -14,7 +14,7 @@ from saltern.pipeline.runs.columns import Record
 from saltern.pipeline.runs.reader import Row
 from saltern.pipeline.shards.annotations import Annotation, read_annotation
 from saltern.pipeline.shards.samples import Sample
-from saltern.schemas.config import ExtractConfig
+from saltern.schemas.config import EvaluateConfig, ExtractConfig
 from saltern.schemas.errors import UserError
 from saltern.schemas.evaluation import BAD_BOXES, FOUND, NO_BOXES
 from saltern.schemas.saliency import Box
@@ -49,8 +49,8 @@ class Localization(Family):
         "f1_mask": Metric("F1 % of the mask", Better.MORE, "continuous F1 of the mask"),
     }
 
-    def __init__(self, config: ExtractConfig, measures: Mapping[str, Any], device: torch.device):
-        super().__init__(config, measures, device)
+    def __init__(self, config: ExtractConfig, how: EvaluateConfig, device: torch.device):
+        super().__init__(config, how, device)
         self._maps = maps_of(config)
 
     @classmethod

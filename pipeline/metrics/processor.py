@@ -54,10 +54,12 @@ class MetricProcessor:
     Args:
         spec: of the evaluation.
         source: the run that is judged.
-        family: builds the family, in the thread that computes.
+        family: built in the thread that computes.
     """
 
-    def __init__(self, spec: Spec, source: Source, family: Callable[[ExtractConfig, Any, torch.device], Family]):
+    def __init__(
+        self, spec: Spec, source: Source, family: Callable[[ExtractConfig, EvaluateConfig, torch.device], Family]
+    ):
         self._config = spec.run.config_of(EvaluateConfig)
         self._source, self._run = source, source.open()
         self._device = torch.device(spec.device)
@@ -66,7 +68,7 @@ class MetricProcessor:
         self._workers = min(_THREADS, max(1, spec.decode_threads))
         self._threads = ThreadPoolExecutor(self._workers, "saltern-decode")
         self._compute = ThreadPoolExecutor(1, "saltern-device", self._begin)
-        inputs = self._run.config, self._config.measures, self._device
+        inputs = self._run.config, self._config, self._device
         self._family = self._compute.submit(self._guarded, family, *inputs).result()
         decodes = self._config.controls or self._family.needs_pixels
         self._decoder: Decoder | None = make_decoder(self._run.config.preprocess) if decodes else None
