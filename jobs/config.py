@@ -9,7 +9,7 @@ from dataclasses import fields
 from enum import Enum
 from fractions import Fraction
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 import typer
 
@@ -17,7 +17,7 @@ from saltern.schemas.config import check_keys
 from saltern.schemas.errors import UserError
 
 if TYPE_CHECKING:
-    from saltern.pipeline.engine.conduct import Job
+    from saltern.pipeline.engine.conduct import Job, RunResult
 
 T = TypeVar("T")
 
@@ -56,7 +56,11 @@ def drive(ctx: typer.Context, job: "Job") -> None:
     """Run the job with the command's run options, and exit with its code."""
     from saltern.pipeline.engine.conduct import RunOptions, conduct
 
-    ended = conduct(job, collect(RunOptions, ctx))
+    leave(conduct(job, collect(RunOptions, ctx)))
+
+
+def leave(ended: "RunResult") -> NoReturn:
+    """Exit with the code of a run."""
     sys.stdout.flush()
     sys.stderr.flush()
     if ended.stuck:

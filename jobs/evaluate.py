@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from saltern.jobs import options as opt
-from saltern.jobs.config import collect
+from saltern.jobs.config import collect, leave
 from saltern.schemas import choices
 
 
@@ -44,13 +44,16 @@ def evaluate(
     """
     from saltern.pipeline.engine.conduct import RunOptions
     from saltern.pipeline.metrics import table
-    from saltern.pipeline.metrics.evaluate import EvaluateRequest, named
+    from saltern.pipeline.metrics.evaluate import EvaluateRequest, StoppedError, named
     from saltern.pipeline.metrics.evaluate import evaluate as measure
 
     # If the shell expands a glob, `--shards` takes the first path and the others come as arguments.
     folders, tars = named(runs, shards or [])
     request = collect(EvaluateRequest, ctx, runs=folders, shards=tars, metrics=metric or [])
-    evaluation = measure(request, collect(RunOptions, ctx, out=folders[0]))
+    try:
+        evaluation = measure(request, collect(RunOptions, ctx, out=folders[0]))
+    except StoppedError as stopped:
+        leave(stopped.result)
     for judged in evaluation.runs:
         for line in judged.notes:
             opt.say(line, err=True)

@@ -8,16 +8,17 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from saltern.pipeline.engine.conduct import Job, RunOptions, conduct
+from saltern.pipeline.engine.conduct import Job, RunOptions, RunResult, conduct
 from saltern.pipeline.extract.request import new_run, pin
 from saltern.pipeline.metrics.census import Census, take_census
 from saltern.pipeline.metrics.estimate import Estimate
 from saltern.pipeline.metrics.families import FAMILIES, choose_metrics
-from saltern.pipeline.metrics.processor import MetricProcessor, Source, content_of
+from saltern.pipeline.metrics.processor import MetricProcessor, Source, is_of
 from saltern.pipeline.metrics.wanted import wanted_shards
 from saltern.pipeline.runs.agreement import measure_agreement
 from saltern.pipeline.runs.manifest import load_run, read_receipts, receipt_name
 from saltern.pipeline.runs.reader import SaliencyRun, open_run
+from saltern.pipeline.shards.expand import ENDINGS
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import EvaluateConfig
 from saltern.schemas.errors import UserError
@@ -36,6 +37,14 @@ class EvaluateRequest:
     batch_size: int | None = None
     torch_threads: int | None = None
     deterministic: bool | None = None
+
+
+class StoppedError(Exception):
+    """The engine stopped before the end: interrupted, or without its device. The same command goes on."""
+
+    def __init__(self, result: RunResult):
+        super().__init__(result.path)
+        self.result = result
 
 
 @dataclass
@@ -78,6 +87,7 @@ def evaluate(request: EvaluateRequest, options: RunOptions) -> Evaluation:
     Raises:
         UserError: no run, an incomplete run, shards of another run, an unknown metric, nothing to judge by, a
             read-only RUN.
+        StoppedError: interrupted, or the device is lost; finished shards are kept.
     """
     chosen = choose_metrics(request.metrics)
     runs = [_opened(path, request.shards) for path in request.runs]
@@ -96,11 +106,9 @@ def evaluate(request: EvaluateRequest, options: RunOptions) -> Evaluation:
 
 
 def named(words: Sequence[str], shards: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the folders of runs among the words, and the shards with the other words after the first folder."""
-    folders = [word for word in words if Store(word).read("run.json") is not None]
-    if not folders:
-        return list(words), list(shards)
-    return folders, [*shards, *(word for word in words if word not in folders)]
+    """Return the folders of runs among the words, and the shards with the other words."""
+    tars = [word for word in words[1:] if word.endswith(ENDINGS) or Store(word).read("run.json") is None]
+    return [word for word in words if word not in tars], [*shards, *tars]
 
 
 def _opened(path: str, patterns: Sequence[str]) -> tuple[SaliencyRun, list[Shard], list[str]]:
@@ -156,8 +164,8 @@ def _measure(
     with contextlib.redirect_stdout(sys.stderr):
         job = Job(plan, partial(MetricProcessor, source=source, family=FAMILIES[name]))
         result = conduct(job, replace(options, out=root, overwrite=overwrite))
-    if result.code == 130:
-        raise KeyboardInterrupt
+    if result.code not in (0, 1):
+        raise StoppedError(result)
     done = [shard for shard in shards if shard.name in read_receipts(store, plan(load_run(store), "cpu", 1)[0])]
     if len(done) + len(result.failures) < len(shards):
         raise UserError(f"{root}: the evaluation stopped before its end; repeat the command to go on")
@@ -212,10 +220,8 @@ def _prepare(store: Store, plan: Callable[[str, int], tuple[Run, list[str]]], di
         return True
     if existing.shards != run.shards:  # others of the run's, or at other places
         store.write("run.json", run.to_json())
-    stale = [
-        name for name, receipt in read_receipts(store, run).items() if receipt.content != content_of(digests[name])
-    ]
-    store.remove(map(receipt_name, stale))
+    receipts = read_receipts(store, run).items()
+    store.remove(receipt_name(name) for name, receipt in receipts if not is_of(receipt, digests[name]))
     return False
 
 

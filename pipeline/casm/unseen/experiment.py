@@ -20,7 +20,7 @@ from saltern.pipeline.extract.extraction import extract
 from saltern.pipeline.machine import pick_device
 from saltern.pipeline.masknet.checkpoint import Checkpoints
 from saltern.pipeline.metrics.estimate import read_subjects
-from saltern.pipeline.metrics.evaluate import EvaluateRequest, evaluate
+from saltern.pipeline.metrics.evaluate import EvaluateRequest, StoppedError, evaluate
 from saltern.pipeline.metrics.mean import Mean
 from saltern.pipeline.naming import brief
 from saltern.pipeline.storage.files import write
@@ -188,7 +188,10 @@ def _extract(request: TrainRequest, val: Sequence[str], training: Path, run: Pat
 
 def _judge(run: Path, val: Sequence[str], split: Split, subsets: str) -> dict[str, Means]:
     """Return LE by subject and subset, of the samples whose class is in the split."""
-    evaluation = evaluate(EvaluateRequest([str(run)], val, ["le"]), RunOptions(str(run), engine="local"))
+    try:
+        evaluation = evaluate(EvaluateRequest([str(run)], val, ["le"]), RunOptions(str(run), engine="local"))
+    except StoppedError as stopped:
+        raise KeyboardInterrupt from stopped
     for name, reason in evaluation.unread.items():
         raise UserError(f"{run}: the shard {name} cannot be judged: {reason}")
     judged = evaluation.runs[0].run
