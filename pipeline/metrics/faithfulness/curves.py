@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from saltern.pipeline.metrics.faithfulness.passes import BATCH, Logits, probability, target_probability
+from saltern.pipeline.metrics.faithfulness.passes import BATCH, Logits, probability, shared_passes, target_probability
 
 STEPS = 50
 ZERO, BLUR = BASELINES = ("zero", "blur")  # what replaces a pixel: 0 of the normalised input, or the blurred image
@@ -141,15 +141,11 @@ def _probabilities(
         span: first and last point, of how many steps.
     """
     (before_BCHW, after_BCHW), (first, last, steps) = pair, span
-    samples, pixels, device = len(target_B), map_BHW[0].numel(), map_BHW.device
+    samples, pixels = len(target_B), map_BHW[0].numel()
     rank_BHW = ranks(map_BHW).view(map_BHW.shape)
     parts = []
-    total = (last - first + 1) * samples
-    for start in range(0, total, batch):
-        # Image r of all: point r // samples of sample r % samples.
-        image_R = torch.arange(start, min(start + batch, total), device=device)
-        sample_R = image_R % samples
-        changed_R = (first + image_R // samples) * pixels // steps
+    for point_R, sample_R in shared_passes(last - first + 1, samples, batch, map_BHW.device):
+        changed_R = (first + point_R) * pixels // steps
         changed_R1HW = (rank_BHW[sample_R] < changed_R[:, None, None])[:, None]
         x_RCHW = torch.where(changed_R1HW, after_BCHW[sample_R], before_BCHW[sample_R])
         parts.append(probability(logits(x_RCHW), target_B[sample_R]))

@@ -1,9 +1,9 @@
 """What the metrics of this room share: scaled maps, masked images, probabilities in passes of a bounded size.
 
-Shape suffixes: B batch, C H W the network's input, K classes.
+Shape suffixes: B batch, C H W the network's input, K classes, R images of one pass.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,17 @@ def target_probability(logits: Logits, x_BCHW: Tensor, target_B: Tensor, *, batc
     """Return probability_B of the targets, float32, by passes of at most `batch` images."""
     starts = range(0, len(target_B), batch)
     return torch.cat([probability(logits(x_BCHW[at : at + batch]), target_B[at : at + batch]) for at in starts])
+
+
+def shared_passes(versions: int, samples: int, batch: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (version_R, sample_R), int64: the images of each pass, at most `batch`, over all versions of all samples.
+
+    The order is version by version, so that the results of all passes, joined, have the shape (versions, samples).
+    """
+    total = versions * samples
+    for start in range(0, total, batch):
+        image_R = torch.arange(start, min(start + batch, total), device=device)
+        yield image_R // samples, image_R % samples
 
 
 def unit_maps(map_BHW: Tensor) -> Tensor:

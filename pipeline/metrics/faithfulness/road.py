@@ -2,11 +2,12 @@
 
 Rong 2022 (2202.00449); the combination of both orders is pytorch-grad-cam's ROADCombined.
 
-Shape suffixes: B batch, C H W the network's input, P percentiles, R images of one pass.
+Shape suffixes: B batch, C H W the network's input, P percentiles, R images of one pass, O orders, N values.
 """
 
 # ruff: noqa: N815  (fields carry a shape suffix)
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from saltern.pipeline.methods.gradients.noise import gaussian
 from saltern.pipeline.metrics.faithfulness.curves import ranks
 from saltern.pipeline.metrics.faithfulness.imputation import impute
-from saltern.pipeline.metrics.faithfulness.passes import BATCH, Logits, probability, target_probability
+from saltern.pipeline.metrics.faithfulness.passes import BATCH, Logits, probability, shared_passes, target_probability
 
 PERCENTILES = (20, 40, 60, 80)  # a percentile p removes 100 - p percent of the pixels
 NOISE = 0.01  # standard deviation, in units of the normalised input, as published
@@ -62,20 +63,19 @@ def road(
     """
     if whole_B is None:
         whole_B = target_probability(logits, x_BCHW, target_B, batch=batch)
-    pixels, samples, device = map_BHW[0].numel(), len(target_B), map_BHW.device
-    kept = [-(-percentile * (pixels - 1) // 100) for percentile in percentiles]
-    removed_P = torch.tensor([pixels - count for count in kept], device=device)
     rank_OBHW = torch.stack([ranks(map_BHW), ranks(-map_BHW)]).view(2, *map_BHW.shape)
-    parts, total = [], 2 * len(kept) * samples
-    for start in range(0, total, batch):
-        # Image r of all: draw r // samples of sample r % samples; a draw is an order and a percentile.
-        image_R = torch.arange(start, min(start + batch, total), device=device)
-        sample_R, draw_R = image_R % samples, image_R // samples
-        count_R = removed_P[draw_R % len(kept)]
-        removed_RHW = rank_OBHW[draw_R // len(kept), sample_R] < count_R[:, None, None]
+    removed_P = _removed(map_BHW[0].numel(), percentiles).to(map_BHW.device)
+    parts = []
+    for version_R, sample_R in shared_passes(2 * len(removed_P), len(target_B), batch, map_BHW.device):
+        order_R, percentile_R = version_R // len(removed_P), version_R % len(removed_P)
+        removed_RHW = rank_OBHW[order_R, sample_R] < removed_P[percentile_R][:, None, None]
         x_RCHW = impute(x_BCHW[sample_R], removed_RHW)
-        noise_RCHW = gaussian(seed_B[sample_R] + (draw_R << 32), range(1), x_RCHW[0].numel())[0].view(x_RCHW.shape)
-        x_RCHW = x_RCHW + noise * noise_RCHW * removed_RHW[:, None]
+        noise_RN = gaussian(seed_B[sample_R] + (version_R << 32), range(1), x_RCHW[0].numel())[0]
+        x_RCHW = x_RCHW + noise * noise_RN.view(x_RCHW.shape) * removed_RHW[:, None]
         parts.append(probability(logits(x_RCHW), target_B[sample_R]))
-    morf_B, lerf_B = torch.cat(parts).view(2, len(kept), samples).mean(1) - whole_B
+    morf_B, lerf_B = torch.cat(parts).view(2, len(removed_P), -1).mean(1) - whole_B
     return Road((lerf_B - morf_B) / 2, morf_B, lerf_B)
+
+
+def _removed(pixels: int, percentiles: Sequence[int]) -> Tensor:
+    return torch.tensor([pixels - math.ceil(percentile * (pixels - 1) / 100) for percentile in percentiles])
