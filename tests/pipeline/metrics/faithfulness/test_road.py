@@ -69,6 +69,9 @@ def test_noise_follows_the_seed_of_each_sample_and_has_its_size() -> None:
         [0.8, 0.6, 0.4, 0.2], abs=0.01
     )
     assert float((noisy - clean).movedim(1, -1)[changed].std()) == pytest.approx(0.5, rel=0.05)
+    first, second = (noisy - clean).view(2, 4, 3, 3, 12, 12)[0, :2]
+    both = changed.view(2, 4, 3, 12, 12)[0, 1]  # removed at both percentiles
+    assert (first != second).movedim(1, -1)[both].all()  # each image has its own noise
 
 
 def test_orders_and_percentiles_share_passes() -> None:
