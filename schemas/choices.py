@@ -25,6 +25,7 @@ MapDtype = StrEnum("MapDtype", "uint8 float16 float32")
 
 # export
 ExportFormat = StrEnum("ExportFormat", "wds npy png coco labelstudio")
+
 # evaluate
 TableFormat = StrEnum("TableFormat", "text markdown csv json")
 

@@ -11,6 +11,8 @@ CONTROLS = ("random", "centre-blob", "edges", CENTRE, WHOLE)
 NO_BOXES = "no_boxes"  # the sample has no true boxes to judge by
 BAD_BOXES = "bad_boxes"  # its annotation cannot be read
 
+HIT_BYTES = 128  # of the column box_hits
+
 _IDENTITY = [
     pa.field("key", pa.string(), nullable=False),
     pa.field("shard", pa.string(), nullable=False),  # the shard's name, as in run.json
@@ -28,10 +30,18 @@ def _floats(*names: str) -> list[pa.Field]:
 # By the family of metrics, which is the name of its folder in RUN/metrics. A value is null if it could not be measured.
 FIELDS: dict[str, list[pa.Field]] = {
     # le, om: 0 or 1, om null without a label; f1 in [0, 1], f1 null if the run stores no maps
-    "localization": [*_floats("le", "om", "f1", "f1_mask"), pa.field("other_size", pa.bool_())],
+    "localization": [
+        *_floats("le", "om", "f1", "f1_mask"),
+        # 4 x 256 packed bits, the first one highest: at which levels of the 8-bit map a box hits a true one, by an IoU
+        # of at least 0.5 (largest contour), 0.3, 0.5 and 0.7 (all contours); null if the run stores no maps
+        pa.field("box_hits", pa.binary(HIT_BYTES)),
+        pa.field("other_size", pa.bool_()),
+    ],
     "statistics": _floats("total_variation", "entropy", "map_mean", "map_std", "mask_area"),
     "perturbation": _floats("insertion", "deletion"),  # in [0, 1]
     # average_drop in [0, 1]; increase 0 or 1; rho_plus null for a map of zeros, rho_minus for a map of ones
+    "road": _floats("road"),  # in [-1, 1]
+    "composite": _floats("coherency", "adcc", "arcc"),  # in [0, 1]; null for controls
     "confidence": _floats("average_drop", "increase", "rho_plus", "rho_minus"),
 }
 

@@ -2,12 +2,25 @@
 
 from collections.abc import Sequence
 
-from saltern.pipeline.metrics.faithfulness.families import ConfidenceFamily, PerturbationFamily, StatisticsFamily
+from saltern.pipeline.metrics.faithfulness.families import (
+    CompositeFamily,
+    ConfidenceFamily,
+    PerturbationFamily,
+    RoadFamily,
+)
+from saltern.pipeline.metrics.faithfulness.maps import StatisticsFamily
 from saltern.pipeline.metrics.family import Family
 from saltern.pipeline.metrics.judge import Localization
 from saltern.schemas.errors import UserError
 
-_ALL: tuple[type[Family], ...] = (Localization, StatisticsFamily, PerturbationFamily, ConfidenceFamily)
+_ALL: tuple[type[Family], ...] = (
+    Localization,
+    StatisticsFamily,
+    PerturbationFamily,
+    ConfidenceFamily,
+    RoadFamily,
+    CompositeFamily,
+)
 FAMILIES: dict[str, type[Family]] = {family.name: family for family in _ALL}
 DEFAULT = ("localization", "statistics")  # families that need no forward passes
 

@@ -1,22 +1,27 @@
 """The family `localization`: boxes, maps and masks against the true boxes of the samples."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from saltern.pipeline.maps.frame import lay
 from saltern.pipeline.metrics.census import Census
 from saltern.pipeline.metrics.control_rows import BOXES
+from saltern.pipeline.metrics.estimate import Estimate, estimate_means, read_subjects
 from saltern.pipeline.metrics.family import Batch, Better, Family, Metric
+from saltern.pipeline.metrics.localization.accuracy import BoxAccuracies
 from saltern.pipeline.metrics.localization.boxes import box_f1, is_hit, map_f1, unit
+from saltern.pipeline.metrics.localization.maxbox import IOUS, box_hits
 from saltern.pipeline.runs.columns import Record
 from saltern.pipeline.runs.reader import Row
 from saltern.pipeline.shards.annotations import Annotation, read_annotation
-from saltern.pipeline.shards.samples import Sample
+from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import EvaluateConfig, ExtractConfig
 from saltern.schemas.errors import UserError
-from saltern.schemas.evaluation import BAD_BOXES, FOUND, NO_BOXES
+from saltern.schemas.evaluation import BAD_BOXES, FOUND, HIT_BYTES, NO_BOXES
+from saltern.schemas.run import Shard
 from saltern.schemas.saliency import Box
 
 UNIT_MAPS = ("casm",)  # methods whose map is already a mask in [0, 1]
@@ -47,6 +52,8 @@ class Localization(Family):
         "om": Metric("OM %", Better.LESS, "no such box, or the top-1 is wrong"),
         "f1": Metric("F1 %", Better.MORE, "continuous F1 of the map"),
         "f1_mask": Metric("F1 % of the mask", Better.MORE, "continuous F1 of the mask"),
+        "max_box_acc": Metric("MaxBoxAcc %", Better.MORE, "largest contour, IoU >= 0.5, at the best threshold"),
+        "max_box_acc_v2": Metric("MaxBoxAccV2 %", Better.MORE, "all contours, mean over IoU >= 0.3, 0.5, 0.7"),
     }
 
     def __init__(self, config: ExtractConfig, how: EvaluateConfig, device: torch.device):
@@ -61,22 +68,61 @@ class Localization(Family):
         fix = "`saltern pack --boxes` packs ILSVRC annotations as `boxes` of the json member"
         raise UserError(f"none of the {census.statuses.total():,} samples has boxes to judge by ({why or fix})")
 
-    def measure(self, batch: Batch) -> list[Record]:
-        return [self._one(batch.subject, *pair) for pair in zip(batch.samples, batch.rows, strict=True)]
+    @classmethod
+    def summarise(cls, store: Store, shards: Sequence[Shard]) -> dict[str, dict[str, Estimate]]:
+        found = estimate_means(store, shards, ["le", "om", "f1", "f1_mask"])
+        sums: dict[str, BoxAccuracies] = {}
+        for _, subject, _, rows in read_subjects(store, shards, ["box_hits"]):
+            hits = rows["box_hits"].drop_null()
+            if len(hits):
+                raw = np.frombuffer(b"".join(hits.to_pylist()), np.uint8)
+                sums.setdefault(subject, BoxAccuracies()).add(raw.reshape(len(hits), len(IOUS), -1))
+        for subject, sum_ in sums.items():
+            for name, best in (("max_box_acc", sum_.max_box_acc()), ("max_box_acc_v2", sum_.max_box_acc_v2())):
+                found[subject][name] = Estimate(best.value, best.low, best.high, sum_.samples)
+        return found
 
-    def _one(self, subject: str, sample: Sample, row: Row) -> Record:
-        try:
-            truth = read_annotation(sample)
-        except ValueError as error:
-            return {"status": BAD_BOXES, "error": str(error)}
-        if truth is None:
-            return {"status": NO_BOXES, "error": "its json has no boxes"}
+    def measure(self, batch: Batch) -> list[Record]:
+        records: list[Record] = []
+        true: dict[int, Annotation] = {}
+        for at, (sample, row) in enumerate(zip(batch.samples, batch.rows, strict=True)):
+            try:
+                truth = read_annotation(sample)
+            except ValueError as error:
+                records.append({"status": BAD_BOXES, "error": str(error)})
+                continue
+            if truth is None:
+                records.append({"status": NO_BOXES, "error": "its json has no boxes"})
+                continue
+            true[at] = truth
+            records.append(self._one(batch.subject, row, truth))
+        if self._maps != NO_MAPS:
+            for at, hits in zip(true, _box_hits([batch.rows[at] for at in true], list(true.values())), strict=True):
+                records[at]["box_hits"] = hits
+        return records
+
+    def _one(self, subject: str, row: Row, truth: Annotation) -> Record:
         size = size_of(row)
         other = {"other_size": None not in (size, truth.size) and size != truth.size}
         if subject in BOXES:
             size = size or truth.size
             return other | box_scores(row, truth, BOXES[subject](*size) if size else None)
         return other | scores(row, truth, self._maps if subject == FOUND else SCALED)
+
+
+def _box_hits(rows: Sequence[Row], true: Sequence[Annotation]) -> list[bytes]:
+    """Return the packed hits of each row's map at each threshold; none for a row without a map."""
+    found = [bytes(HIT_BYTES)] * len(rows)
+    at_M = [at for at, row in enumerate(rows) if row.map_bytes is not None]
+    if at_M:
+        shown = [rows[at] for at in at_M]
+        map_Mhw, geometry_M4 = np.stack([row.map() for row in shown]), np.array([row.geometry for row in shown])
+        size_M2 = np.array([size_of(row) for row in shown], np.int32)
+        boxes = [true[at].boxes for at in at_M]
+        hits_M = box_hits(map_Mhw, shown[0].layout.input_shape, geometry_M4, size_M2, boxes)
+        for at, hits in zip(at_M, hits_M, strict=True):
+            found[at] = hits.tobytes()
+    return found
 
 
 def size_of(row: Row) -> tuple[int, int] | None:

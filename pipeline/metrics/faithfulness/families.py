@@ -1,11 +1,12 @@
-"""The families that need no boxes: statistics of maps, and what the network says to images that a map has changed.
+"""The families that pass changed images through the run's network.
 
-Shape suffixes: N samples of a batch, M measured ones, B the same, H W the network's input, C channels.
+Shape suffixes: B batch, H W the network's input, C channels.
 """
+# ruff: noqa: N815  (fields carry a shape suffix)
 
-import math
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -13,118 +14,73 @@ from torch import Tensor
 
 from saltern.pipeline.device import memory_format
 from saltern.pipeline.extract.explain import AUTOCAST
-from saltern.pipeline.extract.extraction import load_model
+from saltern.pipeline.extract.extraction import load_method
 from saltern.pipeline.maps.discretize import upsample
+from saltern.pipeline.metrics.controls import sample_seeds
+from saltern.pipeline.metrics.faithfulness.composite import adcc, arcc, coherency, complexity
 from saltern.pipeline.metrics.faithfulness.confidence import average_drop, densities, marked_probability
 from saltern.pipeline.metrics.faithfulness.curves import deletion, insertion
+from saltern.pipeline.metrics.faithfulness.maps import MapFamily
 from saltern.pipeline.metrics.faithfulness.passes import NORMALISED, black_level, target_probability
-from saltern.pipeline.metrics.faithfulness.statistics import map_statistics, mask_share
-from saltern.pipeline.metrics.family import Batch, Better, Family, Metric
+from saltern.pipeline.metrics.faithfulness.road import road
+from saltern.pipeline.metrics.family import Better, Metric
 from saltern.pipeline.models.passes import frozen, logits_of
-from saltern.pipeline.runs.columns import Record
 from saltern.pipeline.runs.reader import Row
 from saltern.schemas.config import EvaluateConfig, ExtractConfig
-from saltern.schemas.errors import UserError
+from saltern.schemas.evaluation import FOUND
 
 
-class MapFamily(Family):
-    """Base of the families that measure maps at the network's input. A row without a map has no values."""
+@dataclass(frozen=True)
+class Images:
+    """A batch of images with the maps of one subject, on the device."""
 
-    @classmethod
-    def check(cls, path: str, config: ExtractConfig) -> None:
-        if not config.save_map:
-            raise UserError(f"{path} stores no maps (--no-map), and {cls.name} needs them")
-
-    def measure(self, batch: Batch) -> list[Record]:
-        records: list[Record] = [{} for _ in batch.rows]
-        at_M = [at for at, row in enumerate(batch.rows) if row.map_bytes is not None]
-        if not at_M:
-            return records
-        rows = [batch.rows[at] for at in at_M]
-        map_MHW = torch.stack([input_map(row) for row in rows]).to(self.device)
-        values = self.measure_maps(rows, map_MHW, self._pixels(batch, at_M))
-        columns = {name: value.float().cpu().tolist() for name, value in values.items()}
-        for slot, at in enumerate(at_M):
-            records[at] = {name: None if math.isnan(column[slot]) else column[slot] for name, column in columns.items()}
-        return records
-
-    def _pixels(self, batch: Batch, at_M: list[int]) -> Tensor | None:
-        """Return the images of the rows at these positions."""
-        if batch.pixels_MHWC is None:
-            return None
-        decoded = [at for at, row in enumerate(batch.rows) if row.geometry is not None]
-        slot = {at: number for number, at in enumerate(decoded)}
-        return batch.pixels_MHWC[[slot[at] for at in at_M]]
-
-    @abstractmethod
-    def measure_maps(self, rows: list[Row], map_MHW: Tensor, pixels_MHWC: Tensor | None) -> dict[str, Tensor]:
-        """Return one value a row, by column."""
-
-
-def input_map(row: Row) -> Tensor:
-    """Return the row's map at the network's input, float32."""
-    return upsample(torch.from_numpy(row.map())[None], row.layout.input_shape)[0]
-
-
-class StatisticsFamily(MapFamily):
-    """What a map looks like: blurring alone raises ROAD, and many metrics barely tell a method from noise."""
-
-    name = "statistics"
-    metrics: ClassVar[Mapping[str, Metric]] = {
-        "total_variation": Metric("TV", Better.NEITHER, "total variation of the scaled map, over its pixels", False),
-        "entropy": Metric("entropy, bits", Better.NEITHER, "of the map's values in 256 bins", False),
-        "map_mean": Metric("mean", Better.NEITHER, "of the map, scaled to [0, 1]", False),
-        "map_std": Metric("std", Better.NEITHER, "of the scaled map, over its pixels", False),
-        "mask_area": Metric("mask %", Better.NEITHER, "share of the image in the mask"),
-    }
-
-    def measure_maps(self, rows: list[Row], map_MHW: Tensor, pixels_MHWC: Tensor | None) -> dict[str, Tensor]:
-        found = map_statistics(map_MHW)
-        mask_MHW = torch.stack([torch.from_numpy(row.mask()) for row in rows])
-        return {
-            "total_variation": found.total_variation_B,
-            "entropy": found.entropy_B,
-            "map_mean": found.mean_B,
-            "map_std": found.std_B,
-            "mask_area": mask_share(mask_MHW),
-        }
+    subject: str
+    x_BCHW: Tensor  # float32, normalised
+    map_BHW: Tensor  # float32
+    target_B: Tensor  # int64: the class of each map; of a class-agnostic one, the network's top-1
+    seed_B: Tensor  # int64
 
 
 class NetworkFamily(MapFamily):
-    """Base of the families that pass changed images through the run's network."""
+    """Base of these families."""
 
     needs_pixels = runs_network = True
 
     def __init__(self, config: ExtractConfig, how: EvaluateConfig, device: torch.device):
         super().__init__(config, how, device)
         self._precision, self.batch = how.precision, how.batch_size
-        self._model = load_model(config, device).eval()
+        self._model, self._method = load_method(config, device)
+        self._model.eval()
         mean, std = config.preprocess.mean, config.preprocess.std
         self._mean, self._std = (torch.tensor(value, device=device).view(3, 1, 1) for value in (mean, std))
-        self._black_C11 = black_level(mean, std, NORMALISED, device)
+        self.black_C11 = black_level(mean, std, NORMALISED, device)
 
-    def measure_maps(self, rows: list[Row], map_MHW: Tensor, pixels_MHWC: Tensor | None) -> dict[str, Tensor]:
+    def measure_maps(
+        self, subject: str, rows: list[Row], map_MHW: Tensor, pixels_MHWC: Tensor | None
+    ) -> dict[str, Tensor]:
         assert pixels_MHWC is not None  # noqa: S101 - the family needs pixels
         layout = memory_format(self._precision, self.device)
         x_BCHW = pixels_MHWC.to(self.device).permute(0, 3, 1, 2).to(torch.float32, memory_format=layout)
         x_BCHW = x_BCHW.div_(255).sub_(self._mean).div_(self._std)
-        # A class-agnostic map is judged by the network's own choice.
-        classes = [row.predicted if row.target is None else row.target for row in rows]
-        target_B = torch.tensor(classes, device=self.device)
-        half = self._precision in AUTOCAST
-        with (
-            torch.no_grad(),
-            frozen(self._model),
-            torch.autocast(self.device.type, AUTOCAST.get(self._precision), half),
-        ):
-            return self.measure_images(x_BCHW, map_MHW, target_B)
+        target_B = torch.tensor([row.predicted if row.target is None else row.target for row in rows])
+        seed_B = sample_seeds(self.config.seed, [row.key for row in rows])
+        images = Images(subject, x_BCHW, map_MHW, target_B.to(self.device), seed_B.to(self.device))
+        cast = torch.autocast(self.device.type, AUTOCAST.get(self._precision), self._precision in AUTOCAST)
+        with torch.no_grad(), frozen(self._model), cast:
+            return self.measure_images(images)
 
     def logits(self, x_BCHW: Tensor) -> Tensor:
         return logits_of(self._model(x_BCHW))
 
+    def explain(self, x_BCHW: Tensor, target_B: Tensor) -> Tensor:
+        """Return the method's maps of other images, at the network's input."""
+        map_Bhw = self._method(x_BCHW, target_B if self._method.needs_target else None)
+        assert isinstance(map_Bhw, Tensor)  # noqa: S101 - a run's method has one layer
+        return upsample(map_Bhw, (x_BCHW.shape[2], x_BCHW.shape[3]))
+
     @abstractmethod
-    def measure_images(self, x_BCHW: Tensor, map_BHW: Tensor, target_B: Tensor) -> dict[str, Tensor]:
-        """Return one value a sample, by column."""
+    def measure_images(self, images: Images) -> dict[str, Tensor]:
+        """Return one value an image, by column."""
 
 
 class PerturbationFamily(NetworkFamily):
@@ -136,9 +92,9 @@ class PerturbationFamily(NetworkFamily):
         "deletion": Metric("deletion", Better.LESS, "area while the mean colour replaces pixels, 50 steps", False),
     }
 
-    def measure_images(self, x_BCHW: Tensor, map_BHW: Tensor, target_B: Tensor) -> dict[str, Tensor]:
-        whole_B = target_probability(self.logits, x_BCHW, target_B, batch=self.batch)
-        inputs = self.logits, x_BCHW, map_BHW, target_B
+    def measure_images(self, images: Images) -> dict[str, Tensor]:
+        inputs = self.logits, images.x_BCHW, images.map_BHW, images.target_B
+        whole_B = target_probability(self.logits, images.x_BCHW, images.target_B, batch=self.batch)
         return {
             "insertion": insertion(*inputs, batch=self.batch, whole_B=whole_B).area_B,
             "deletion": deletion(*inputs, batch=self.batch, whole_B=whole_B).area_B,
@@ -156,8 +112,8 @@ class ConfidenceFamily(NetworkFamily):
         "rho_minus": Metric("ρ-", Better.LESS, "negative map density: p((1 - m) x) / mean(1 - m)", False),
     }
 
-    def measure_images(self, x_BCHW: Tensor, map_BHW: Tensor, target_B: Tensor) -> dict[str, Tensor]:
-        inputs = self.logits, x_BCHW, map_BHW, target_B, self._black_C11
+    def measure_images(self, images: Images) -> dict[str, Tensor]:
+        inputs = self.logits, images.x_BCHW, images.map_BHW, images.target_B, self.black_C11
         marked_B = marked_probability(*inputs, batch=self.batch)
         change = average_drop(*inputs, batch=self.batch, marked_B=marked_B)
         density = densities(*inputs, batch=self.batch, marked_B=marked_B)
@@ -166,4 +122,44 @@ class ConfidenceFamily(NetworkFamily):
             "increase": change.increase_B,
             "rho_plus": density.positive_B,
             "rho_minus": density.negative_B,
+        }
+
+
+class RoadFamily(NetworkFamily):
+    """Remove and debias: the probability of the class without the most and without the least relevant pixels."""
+
+    name = "road"
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "road": Metric(
+            "ROAD", Better.MORE, "(LeRF - MoRF) / 2 at 20, 40, 60 and 80 %; blurring a map raises it", False
+        ),
+    }
+
+    def measure_images(self, images: Images) -> dict[str, Tensor]:
+        inputs = self.logits, images.x_BCHW, images.map_BHW, images.target_B, images.seed_B
+        return {"road": road(*inputs, batch=self.batch).combined_B}
+
+
+class CompositeFamily(NetworkFamily):
+    """Harmonic means of coherency, simplicity and faithfulness. Controls have none, as coherency needs a method."""
+
+    name = "composite"
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "coherency": Metric("coherency", Better.MORE, "correlation of the map and that of the masked image", False),
+        "adcc": Metric("ADCC", Better.MORE, "of coherency, 1 - mean of the map, 1 - average drop", False),
+        "arcc": Metric("ARCC", Better.MORE, "of coherency, 1 - mean of the map, ROAD", False),
+    }
+
+    def measure_images(self, images: Images) -> dict[str, Tensor]:
+        x_BCHW, map_BHW, target_B = images.x_BCHW, images.map_BHW, images.target_B
+        if images.subject != FOUND:
+            return {}
+        coherency_B = coherency(self.explain, x_BCHW, map_BHW, target_B, self.black_C11)
+        complexity_B = complexity(map_BHW)
+        drop_B = average_drop(self.logits, x_BCHW, map_BHW, target_B, self.black_C11, batch=self.batch).drop_B
+        road_B = road(self.logits, x_BCHW, map_BHW, target_B, images.seed_B, batch=self.batch).combined_B
+        return {
+            "coherency": coherency_B,
+            "adcc": adcc(coherency_B, complexity_B, drop_B),
+            "arcc": arcc(coherency_B, complexity_B, road_B),
         }
