@@ -16,6 +16,7 @@ from saltern.pipeline.metrics.localization.basins import Basins, Bytes, Ints, La
 
 LEVELS = 255  # level t is the pixels above t: 0 to 254
 _FEW = 40  # basins of a map that are measured one by one; more are measured together
+_MANY = 4096  # basins; the tables of more are not made for several maps together
 _Alive = tuple[int, int, NDArray[np.int32]]
 
 
@@ -35,8 +36,18 @@ def parts_and_holes(map_BHW: Bytes) -> tuple[Parts, Parts]:
         map_BHW: 8-bit maps.
     """
     bright, dark = bright_and_dark(map_BHW)
+    if len(map_BHW) > 1 and len(bright.top) + len(dark.top) > _MANY:
+        each = zip(*(parts_and_holes(map_BHW[number : number + 1]) for number in range(len(map_BHW))), strict=True)
+        parts, holes = (_joined(one_by_one) for one_by_one in each)
+        return parts, holes
     holes = _parts(dark, areas=False)
     return _parts(bright, areas=True), holes._replace(level=LEVELS - 1 - holes.level)
+
+
+def _joined(one_by_one: Sequence[Parts]) -> Parts:
+    """Return the parts of maps in one table."""
+    numbered = [each._replace(map=each.map + number) for number, each in enumerate(one_by_one)]
+    return Parts(*(np.concatenate(columns) for columns in zip(*numbered, strict=True)))
 
 
 def _parts(basins: Basins, *, areas: bool) -> Parts:
