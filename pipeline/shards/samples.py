@@ -91,7 +91,12 @@ class Sample:
 
 
 def read_samples(
-    shard: Shard, numbers: Mapping[int, int] | None = None, *, named: Members = _USUAL, as_listed: bool = False
+    shard: Shard,
+    numbers: Mapping[int, int] | None = None,
+    *,
+    named: Members = _USUAL,
+    as_listed: bool = False,
+    more: frozenset[str] = frozenset(),
 ) -> Iterator[Sample]:
     """Yield a shard's samples, only the first `shard.take` if that is set.
 
@@ -103,6 +108,7 @@ def read_samples(
         numbers: the model's class for each number in `cls`; None: the same numbers.
         named: the members that hold image and class.
         as_listed: require the time of change that the listing gave, besides the size.
+        more: extensions of further members to read. They count in `fold`.
 
     Raises:
         ShardError: the data is broken: cut, damaged, not a tar, or followed by other data.
@@ -110,7 +116,7 @@ def read_samples(
             it was listed, or changed while it was read.
     """
     with _opened(shard, seekable=False, as_listed=as_listed) as tape:
-        yield from islice(_samples(_members(tape, data_of=_wanted(named)), numbers, named), shard.take)
+        yield from islice(_samples(_members(tape, data_of=_wanted(named) | more), numbers, named), shard.take)
 
 
 def fold(crc: int, sample: Sample) -> int:

@@ -64,3 +64,31 @@ def naive_hits(map_HW: Any, true: Sequence[Box], thresholds: Sequence[float] = T
         for into, best, least in zip(hits, (one, every, every, every), (50, 30, 50, 70), strict=True):
             into.append(best >= least / 100)
     return hits
+
+
+def naive_pxap(maps: Sequence[Any], masks: Sequence[Any]) -> float:
+    """Return PxAP as MaskEvaluator computes it, in [0, 1]; masks have 1 foreground, 0 background, 255 ignored."""
+    edges = np.append(np.arange(0, 1, 0.001), [1.0, 2.0, 3.0])
+    true = false = np.zeros(len(edges) - 1)
+    for map_HW, mask_HW in zip(maps, masks, strict=True):
+        scoremap = normalised(map_HW)
+        true = true + np.histogram(scoremap[mask_HW == 1], bins=edges)[0]
+        false = false + np.histogram(scoremap[mask_HW == 0], bins=edges)[0]
+    tp, fp = true[::-1].cumsum(), false[::-1].cumsum()
+    there = (tp + fp) != 0
+    area = 0.0
+    for at in range(1, len(tp)):
+        if there[at]:
+            area += tp[at] / (tp[at] + fp[at]) * (tp[at] - tp[at - 1]) / tp[-1]
+    return area
+
+
+def naive_pointing(map_YX: Any, boxes: Sequence[Box], tolerance: int = 15) -> bool:
+    """Return the result of TorchRay's PointingGame.evaluate for the map's first largest pixel."""
+    height, width = map_YX.shape
+    mask = np.zeros(map_YX.shape, bool)
+    for x0, y0, x1, y1 in boxes:
+        mask[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)] = True
+    y, x = np.unravel_index(map_YX.argmax(), map_YX.shape)
+    v, u = np.meshgrid((np.arange(height) - y) ** 2, (np.arange(width) - x) ** 2, indexing="ij")
+    return bool((mask & ((v + u) < tolerance**2)).any())

@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 
 from saltern.pipeline.metrics.localization.levels import LEVELS
 from saltern.pipeline.metrics.localization.maxbox import BYTES, IOUS
+from saltern.pipeline.metrics.localization.resampling import DrawnSums, interval
 
-_TOGETHER = 1024  # samples that are unpacked together
-_TAIL = 2.5  # percent on each side of a 95 % interval
 THRESHOLDS = np.arange(0, 1, 0.001)  # clovaai's list
+_TOGETHER = 1024  # samples that are unpacked together
 
 
 @dataclass(frozen=True)
 class Best:
-    """An accuracy at its best threshold, which is an oracle's choice: no other split picked it."""
+    """An accuracy at its best threshold, which is an oracle's choice: it is chosen on the same samples."""
 
     value: float  # in [0, 1]
     low: float  # of the 95 % interval
@@ -28,31 +28,25 @@ class Best:
 
 
 class BoxAccuracies:
-    """The share of hits at each level, and the same of bootstrap draws, without keeping the samples.
+    """The share of hits at each level, of all samples and of bootstrap draws, without keeping the samples.
 
-    Each draw weighs each sample by a Poisson number of mean 1, which is the bootstrap over samples if they are many
-    (Chamandy et al. 2012). The best thresholds are chosen within each draw again. Samples in the same order give the
-    same interval.
+    The best thresholds are chosen again within each draw. See DrawnSums.
     """
 
     def __init__(self, draws: int = 1000, seed: int = 0):
-        self.samples = 0
-        self._random = np.random.default_rng(seed)
-        self._hits_IL = np.zeros((len(IOUS), LEVELS))
-        self._drawn_D, self._drawn_DIL = np.zeros(draws), np.zeros((draws, len(IOUS), LEVELS))
+        self._hits = DrawnSums((len(IOUS), LEVELS), draws, seed)
+
+    @property
+    def samples(self) -> int:
+        """The number of samples that were added."""
+        return self._hits.samples
 
     def add(self, hits_NIS: NDArray[np.uint8]) -> None:
         """Add samples, as `box_hits` returns them; zeros for a sample without a map."""
         if hits_NIS.shape[1:] != (len(IOUS), BYTES):
             raise ValueError(f"hits of shape {hits_NIS.shape} are not (N, {len(IOUS)}, {BYTES})")
         for start in range(0, len(hits_NIS), _TOGETHER):
-            hit_NX = np.unpackbits(hits_NIS[start : start + _TOGETHER], axis=2, count=LEVELS).astype(np.float32)
-            hit_NX = hit_NX.reshape(len(hit_NX), -1)
-            weight_ND = self._random.poisson(1, (len(hit_NX), len(self._drawn_D))).astype(np.float32)
-            self.samples += len(hit_NX)
-            self._hits_IL += hit_NX.sum(0, np.float64).reshape(len(IOUS), LEVELS)
-            self._drawn_D += weight_ND.sum(0, np.float64)
-            self._drawn_DIL += (weight_ND.T @ hit_NX).reshape(-1, len(IOUS), LEVELS)
+            self._hits.add(np.unpackbits(hits_NIS[start : start + _TOGETHER], axis=2, count=LEVELS))
 
     def max_box_acc(self) -> Best:
         """Return MaxBoxAcc: the largest box, IoU >= 0.5."""
@@ -63,10 +57,10 @@ class BoxAccuracies:
         return self._best(slice(1, 4))
 
     def _best(self, which: slice) -> Best:
-        share_IL = self._hits_IL[which] / max(self.samples, 1)
-        drawn_D = self._drawn_DIL[:, which].max(2).mean(1) / np.maximum(self._drawn_D, 1)
-        low, high = np.percentile(drawn_D, [_TAIL, 100 - _TAIL]).tolist()
-        return Best(share_IL.max(1).mean(), low, high, tuple(threshold_of(int(level)) for level in share_IL.argmax(1)))
+        share_IL = self._hits.sums[which] / max(self.samples, 1)
+        best_D = self._hits.drawn_sums[:, which].max(2).mean(1) / np.maximum(self._hits.drawn_samples_D, 1)
+        thresholds = tuple(threshold_of(int(level)) for level in share_IL.argmax(1))
+        return Best(float(share_IL.max(1).mean()), *interval(best_D), thresholds)
 
 
 def levels_of(thresholds: Iterable[float]) -> list[int]:

@@ -19,6 +19,12 @@ def area(box: Box) -> int:
     return max(box[2] - box[0], 0) * max(box[3] - box[1], 0)
 
 
+def clipped(box: Box, height: int, width: int) -> Box:
+    """Return the part of the box inside the image; a box without pixels if there is none."""
+    x0, y0, x1, y1 = box
+    return max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
+
+
 def overlap(one: Box, other: Box) -> int:
     """Return the number of pixels in both boxes."""
     return area((max(one[0], other[0]), max(one[1], other[1]), min(one[2], other[2]), min(one[3], other[3])))

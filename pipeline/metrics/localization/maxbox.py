@@ -67,17 +67,26 @@ def box_hits(
     return hits
 
 
+def unit_map(map_HW: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Scale a map to [0, 1] from its smallest to its largest value, in double precision as clovaai does.
+
+    A map that is constant or not finite becomes zeros.
+    """
+    low, high = np.float64(map_HW.min()), np.float64(map_HW.max())
+    if not low < high or np.isinf(low) or np.isinf(high):
+        return np.zeros(map_HW.shape)
+    unit_HW: NDArray[np.float64] = map_HW - low
+    unit_HW /= high - low
+    return unit_HW
+
+
 def eight_bits(map_BHW: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Scale maps from their smallest to their largest value to 0..255, rounded down, in double precision."""
-    low_B, high_B = map_BHW.min((1, 2)).astype(np.float64), map_BHW.max((1, 2)).astype(np.float64)
-    flat_B = ~(low_B < high_B) | np.isinf(low_B) | np.isinf(high_B)
-    levels_BHW = np.zeros(map_BHW.shape, np.uint8)
-    for levels_HW, map_HW, low, high, flat in zip(levels_BHW, map_BHW, low_B, high_B, flat_B, strict=True):
-        if not flat:
-            unit_HW = map_HW - low
-            unit_HW /= high - low
-            unit_HW *= 255
-            levels_HW[:] = unit_HW
+    """Scale maps to 0..255 as `unit_map` does, rounded down."""
+    levels_BHW = np.empty(map_BHW.shape, np.uint8)
+    for levels_HW, map_HW in zip(levels_BHW, map_BHW, strict=True):
+        unit_HW = unit_map(map_HW)
+        unit_HW *= 255
+        levels_HW[:] = unit_HW
     return levels_BHW
 
 
