@@ -23,6 +23,8 @@ from saltern.schemas.run import Shard
 from saltern.schemas.saliency import DUPLICATE_KEY, MISSING_IMAGE, TOO_LARGE
 
 MAX_MEMBER = 2**28  # bytes of a sample's members; those beyond are not read
+Numbers = Mapping[int, int] | None  # the model's class for each number in `cls`; None: the same numbers
+Exts = frozenset[str]
 _USUAL = Members()
 _NUMBER = re.compile(rb"(?:\xef\xbb\xbf)?\s*([+-]?0*[0-9]{1,10})\s*")
 _SHOWN = 8  # extensions in a message
@@ -91,12 +93,7 @@ class Sample:
 
 
 def read_samples(
-    shard: Shard,
-    numbers: Mapping[int, int] | None = None,
-    *,
-    named: Members = _USUAL,
-    as_listed: bool = False,
-    more: frozenset[str] = frozenset(),
+    shard: Shard, numbers: Numbers = None, *, named: Members = _USUAL, as_listed: bool = False, more: Exts = frozenset()
 ) -> Iterator[Sample]:
     """Yield a shard's samples, only the first `shard.take` if that is set.
 
@@ -105,7 +102,7 @@ def read_samples(
 
     Args:
         shard: the shard to read.
-        numbers: the model's class for each number in `cls`; None: the same numbers.
+        numbers: see Numbers.
         named: the members that hold image and class.
         as_listed: require the time of change that the listing gave, besides the size.
         more: extensions of further members to read. They count in `fold`.
@@ -175,7 +172,7 @@ class Place(NamedTuple):
     label: int | None  # as `Sample.label`
 
 
-def locate_images(shard: Shard, numbers: Mapping[int, int] | None = None) -> Iterator[Place]:
+def locate_images(shard: Shard, numbers: Numbers = None) -> Iterator[Place]:
     """Yield the place of each image that `read_samples` gives, without repeats. On a local tar it only seeks.
 
     The shard must not be compressed.
@@ -252,9 +249,7 @@ class _Member(NamedTuple):
     name: str  # in the tar
 
 
-def _members(
-    tape: Tape, *, data_of: frozenset[str] = frozenset(), files: frozenset[str] = frozenset()
-) -> Iterator[_Member]:
+def _members(tape: Tape, *, data_of: Exts = frozenset(), files: Exts = frozenset()) -> Iterator[_Member]:
     """Yield the members of samples, with the data of those with these extensions.
 
     Links are refused under the extensions `files`, by default those whose data is read, or could be.
@@ -298,7 +293,7 @@ def storable(name: str) -> str:
     return name if name.isascii() else name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _samples(members: Iterable[_Member], numbers: Mapping[int, int] | None, named: Members) -> Iterator[Sample]:
+def _samples(members: Iterable[_Member], numbers: Numbers, named: Members) -> Iterator[Sample]:
     seen: dict[str, int] = {}
     for index, group in enumerate(_groups(members)):
         key = storable(next(iter(group.values())).key)
