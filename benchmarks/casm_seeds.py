@@ -25,10 +25,10 @@ from saltern.pipeline.casm.algorithm.hyperparameters import PRESETS, Hyperparame
 from saltern.pipeline.casm.algorithm.thinning import thinning_named
 from saltern.pipeline.casm.training.loop import Normalise, batches_of, build
 from saltern.pipeline.casm.training.plan import TrainRequest, make_plan
-from saltern.pipeline.casm.training.ranks import Ranks
 from saltern.pipeline.device import arithmetic
 from saltern.pipeline.shards.resample import send
 from saltern.pipeline.tables import markdown_table
+from saltern.pipeline.training.ranks import Ranks
 
 RECIPE = Path(__file__).parent.parent / "deploy/casm-tiny-imagenet.toml"
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -35,14 +35,14 @@ from saltern.pipeline.bench.workload import ExtractBench, make_images, write_sha
 from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.algorithm.thinning import thinning_named
-from saltern.pipeline.casm.data.batches import Batches
-from saltern.pipeline.casm.data.index import make_index
 from saltern.pipeline.casm.training.loop import Normalise
 from saltern.pipeline.device import arithmetic
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.shards.decoder import choose_decoder, make_decoder
 from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.resample import send
+from saltern.pipeline.training.batches import Batches
+from saltern.pipeline.training.index import make_index
 from saltern.schemas.config import Preprocess
 
 SALTERN = [sys.executable, "-m", "saltern"]

@@ -38,9 +38,10 @@ ROOMS: dict[str, set[str]] = {
     "show": _RUNS,
     "export": _RUNS,
     "synthesis": {"extract", "show", "engine", *_RUNS, *_MODELS, *_BASE},
-    "casm": {"extract", "metrics", "show", "engine", "tables", *_RUNS, *_MODELS, *_BASE},
+    "training": {"engine", *_RUNS, *_MODELS, *_BASE},
+    "casm": {"training", "extract", "metrics", "show", "engine", "tables", *_RUNS, *_MODELS, *_BASE},
     "submit": {"naming", "storage"},
-    "bench": {"casm", "extract", "engine", "tables", *_RUNS, *_MODELS, *_BASE},
+    "bench": {"casm", "training", "extract", "engine", "tables", *_RUNS, *_MODELS, *_BASE},
 }
 HEAVY = ("torch", "ray", "pyarrow", "webdataset", "numpy")
 

@@ -16,10 +16,10 @@ from saltern.pipeline.casm.algorithm.hyperparameters import PRESETS, Hyperparame
 from saltern.pipeline.casm.algorithm.thinning import thinning_named
 from saltern.pipeline.casm.training.loop import Normalise, batches_of, build
 from saltern.pipeline.casm.training.plan import TrainingPlan, TrainRequest, make_plan
-from saltern.pipeline.casm.training.ranks import Ranks
 from saltern.pipeline.device import arithmetic
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.shards.resample import send
+from saltern.pipeline.training.ranks import Ranks
 
 GOAL = 0.9
 _STEPS = {"cpu": 4, "cuda": 64}  # of one round; the first batch is not decoded ahead

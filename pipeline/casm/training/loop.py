@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 from saltern.pipeline.casm.algorithm.collapse import DEAD, SETBACKS, SLOWER, Collapse, Watch
 from saltern.pipeline.casm.algorithm.step import Training
-from saltern.pipeline.casm.data.batches import Batches, own
 from saltern.pipeline.casm.training.journal import Journal
 from saltern.pipeline.casm.training.plan import TrainingPlan, preprocess_of
-from saltern.pipeline.casm.training.ranks import Ranks
 from saltern.pipeline.casm.watch import curves
 from saltern.pipeline.casm.watch.validation import Validation
 from saltern.pipeline.device import arithmetic, faults
@@ -27,6 +25,8 @@ from saltern.pipeline.masknet.head import restrict
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.shards.decoder import make_decoder
 from saltern.pipeline.shards.resample import send
+from saltern.pipeline.training.batches import Batches, own
+from saltern.pipeline.training.ranks import Ranks
 from saltern.schemas.errors import CollapseError, DeviceLostError, ShardError, UserError
 
 _GB = 1e9

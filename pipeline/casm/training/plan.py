@@ -10,8 +10,6 @@ import torch
 
 from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.algorithm.step import Training
-from saltern.pipeline.casm.data.batches import MIN_CROP
-from saltern.pipeline.casm.data.index import Index, make_index
 from saltern.pipeline.extract.labels import AUTO, Numbers, choose_labels
 from saltern.pipeline.extract.request import absolute
 from saltern.pipeline.extract.tryout import one_line
@@ -25,6 +23,8 @@ from saltern.pipeline.models.probe import probe
 from saltern.pipeline.naming import install_hint
 from saltern.pipeline.shards.decoder import choose_decoder
 from saltern.pipeline.shards.expand import expand
+from saltern.pipeline.training.batches import MIN_CROP
+from saltern.pipeline.training.index import Index, make_index
 from saltern.schemas.config import PILLOW, Preprocess
 from saltern.schemas.errors import UserError
 from saltern.schemas.run import Shard

@@ -17,7 +17,7 @@ def train_rank(config: dict[str, Any]) -> None:
     """
     from saltern.pipeline import machine
     from saltern.pipeline.casm.training.loop import run
-    from saltern.pipeline.casm.training.ranks import Ranks
+    from saltern.pipeline.training.ranks import Ranks
 
     context, queue = ray.train.get_context(), config["queue"]
     try:

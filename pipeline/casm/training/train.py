@@ -9,10 +9,10 @@ import torch
 
 from saltern.pipeline.casm.training.loop import locked, run
 from saltern.pipeline.casm.training.plan import TrainRequest, make_plan
-from saltern.pipeline.casm.training.ranks import Ranks
 from saltern.pipeline.engine.selection import secure
 from saltern.pipeline.machine import pick_device, sigterm_as_interrupt
 from saltern.pipeline.masknet.checkpoint import Checkpoint, Checkpoints
+from saltern.pipeline.training.ranks import Ranks
 from saltern.schemas.errors import UserError
 
 __all__ = ["TrainRequest", "print_to_stderr", "train"]

@@ -27,8 +27,8 @@ from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS
 from saltern.pipeline.casm.training.loop import run
 from saltern.pipeline.casm.training.plan import make_plan
-from saltern.pipeline.casm.training.ranks import Ranks
 from saltern.pipeline.masknet.checkpoint import open_checkpoint
+from saltern.pipeline.training.ranks import Ranks
 from saltern.schemas.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray Train warns of its own settings

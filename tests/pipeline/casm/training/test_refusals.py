@@ -9,9 +9,9 @@ from making import picture, write_tar
 
 from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS
-from saltern.pipeline.casm.data.batches import Batches
 from saltern.pipeline.casm.training import loop
 from saltern.pipeline.casm.training.train import train
+from saltern.pipeline.training.batches import Batches
 from saltern.schemas.errors import UserError
 
 

@@ -22,8 +22,8 @@ from saltern.pipeline.casm.algorithm.hyperparameters import PRESETS, Hyperparame
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS
 from saltern.pipeline.casm.training.loop import Normalise, _Loop
-from saltern.pipeline.casm.training.ranks import Ranks
 from saltern.pipeline.masknet.stages import find_stages
+from saltern.pipeline.training.ranks import Ranks
 
 META = torch.device("meta")
 

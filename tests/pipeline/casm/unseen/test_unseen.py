@@ -17,13 +17,13 @@ from unseen_toys import SPLIT, STEPS, request, run, write_train, write_val
 from saltern.jobs.main import app
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS
-from saltern.pipeline.casm.data.batches import Batches
 from saltern.pipeline.casm.training.train import TrainRequest
 from saltern.pipeline.casm.unseen import experiment
 from saltern.pipeline.casm.unseen.experiment import TRAININGS, unseen_classes
 from saltern.pipeline.casm.unseen.split import make_split
 from saltern.pipeline.engine.conduct import Book
 from saltern.pipeline.extract.processor import Processor
+from saltern.pipeline.training.batches import Batches
 from saltern.schemas.errors import ShardError, UserError
 
 pytestmark = pytest.mark.slow

@@ -15,15 +15,15 @@ from making import picture, write_tar
 from PIL import Image
 from torchvision.transforms import v2
 
-from saltern.pipeline.casm.data import batches as module
-from saltern.pipeline.casm.data.batches import Batches, crop_box, random_cut
-from saltern.pipeline.casm.data.index import make_index
 from saltern.pipeline.shards.decode import from_pixels
 from saltern.pipeline.shards.decoder import CpuDecoder, decode_jpeg, make_decoder
 from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.nvjpeg import GpuDecoder
 from saltern.pipeline.shards.resample import resample_regions
 from saltern.pipeline.shards.samples import read_samples
+from saltern.pipeline.training import batches as module
+from saltern.pipeline.training.batches import Batches, crop_box, random_cut
+from saltern.pipeline.training.index import make_index
 from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import ShardError
 

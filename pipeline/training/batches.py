@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from pyarrow import fs
 from torch import Tensor
 
-from saltern.pipeline.casm.data.index import Index
 from saltern.pipeline.shards.decode import Region
 from saltern.pipeline.shards.decoder import CpuDecoder, Decoder
 from saltern.pipeline.shards.prefetch import prefetch
 from saltern.pipeline.storage.filesystem import filesystem
+from saltern.pipeline.training.index import Index
 from saltern.schemas.errors import ShardError
 
 AHEAD = 2  # batches decoded before they are needed

@@ -1,1 +1,0 @@
-"""Training batches in a fixed, resumable order."""

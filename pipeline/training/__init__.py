@@ -1,0 +1,1 @@
+"""Train networks: batches in a fixed order, ranks, and the loop that resumes to the bit."""
