@@ -23,11 +23,12 @@ from PIL import Image, ImageDraw
 
 from saltern.pipeline.casm.algorithm.hyperparameters import PRESETS, Hyperparameters
 from saltern.pipeline.casm.algorithm.thinning import thinning_named
-from saltern.pipeline.casm.training.loop import Normalise, batches_of, build
 from saltern.pipeline.casm.training.plan import TrainRequest, make_plan
+from saltern.pipeline.casm.training.trainee import build
 from saltern.pipeline.device import arithmetic
 from saltern.pipeline.shards.resample import send
 from saltern.pipeline.tables import markdown_table
+from saltern.pipeline.training.loop import Normalise, batches_of
 from saltern.pipeline.training.ranks import Ranks
 
 RECIPE = Path(__file__).parent.parent / "deploy/casm-tiny-imagenet.toml"
@@ -80,7 +81,7 @@ def measure(given: argparse.Namespace, shards: list[str], seed: int, folder: Pat
     )  # fmt: skip
     plan, ranks = make_plan(request, device, None, lambda text: None), Ranks(torch.device(device))
     with arithmetic(threads=plan.config["torch_threads"]):
-        training, normalise = build(plan, ranks), Normalise(plan, ranks.device)
+        training, normalise = build(plan, ranks), Normalise(plan.config, ranks.device)
         logs = [
             training.step(normalise(batch.pixels_BHWC), send(batch.label_B, ranks.device)).floats()
             for batch in batches_of(plan, ranks).run(0, given.steps)

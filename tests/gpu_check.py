@@ -23,7 +23,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,7 +34,6 @@ from saltern.pipeline.bench.workload import ExtractBench, make_images, write_sha
 from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.algorithm.thinning import thinning_named
-from saltern.pipeline.casm.training.loop import Normalise
 from saltern.pipeline.device import arithmetic
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.shards.decoder import choose_decoder, make_decoder
@@ -43,6 +41,7 @@ from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.resample import send
 from saltern.pipeline.training.batches import Batches
 from saltern.pipeline.training.index import make_index
+from saltern.pipeline.training.loop import Normalise
 from saltern.schemas.config import Preprocess
 
 SALTERN = [sys.executable, "-m", "saltern"]
@@ -236,7 +235,6 @@ def casm_waits(place: Place) -> dict[str, Any]:
     device, how = torch.device(place.device), Preprocess(place.side, place.side)
     shards = write_shards(place.folder / "casm-feed", place.images, 1, 64)
     index = make_index(expand([str(shards)])[0], 1000)
-    plan: Any = SimpleNamespace(config={"mean": how.mean, "std": how.std})
     name = choose_decoder("auto", place.device)
     fed, on_cpu = (
         Batches(index, 16, make_decoder(how, *words), threads=4)
@@ -248,7 +246,7 @@ def casm_waits(place: Place) -> dict[str, Any]:
     network = classifiers.load(place.models[0], "none", side=place.side).model.to(device)
     often = replace(thinning_named("L100"), save_every=2, hp=0.6)
     training = Training(network, Hyperparameters(often, lam="auto", pool_size=3), side=place.side)
-    normalise, members = Normalise(plan, device), []
+    normalise, members = Normalise({"mean": how.mean, "std": how.std}, device), []
     with arithmetic("fp32"):
         try:
             for number, batch in enumerate(batches):

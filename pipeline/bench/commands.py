@@ -16,9 +16,9 @@ import torch
 
 from saltern.pipeline.bench.figures import by_turns
 from saltern.pipeline.bench.workload import make_images, option_words, write_shards
-from saltern.pipeline.casm.training.journal import EVERY
 from saltern.pipeline.engine.driver import IN_FLIGHT
 from saltern.pipeline.machine import cores
+from saltern.pipeline.training.journal import EVERY
 from saltern.schemas.errors import UserError
 from saltern.schemas.receipt import PHASES, Receipt
 

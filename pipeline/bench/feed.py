@@ -14,11 +14,12 @@ from saltern.pipeline.bench.figures import Figure, by_turns, ratio
 from saltern.pipeline.bench.workload import make_images, write_shards
 from saltern.pipeline.casm.algorithm.hyperparameters import PRESETS, Hyperparameters
 from saltern.pipeline.casm.algorithm.thinning import thinning_named
-from saltern.pipeline.casm.training.loop import Normalise, batches_of, build
 from saltern.pipeline.casm.training.plan import TrainingPlan, TrainRequest, make_plan
+from saltern.pipeline.casm.training.trainee import build
 from saltern.pipeline.device import arithmetic
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.shards.resample import send
+from saltern.pipeline.training.loop import Normalise, batches_of
 from saltern.pipeline.training.ranks import Ranks
 
 GOAL = 0.9
@@ -61,7 +62,7 @@ class Feed:
     def __init__(self, plan: TrainingPlan, device: torch.device, steps: int) -> None:
         ranks = Ranks(device)
         self._training, self._batches = build(plan, ranks), batches_of(plan, ranks)
-        self._normalise, self._steps = Normalise(plan, device), steps
+        self._normalise, self._steps = Normalise(plan.config, device), steps
 
     def fed(self) -> float:
         """Train on batches from the shards."""

@@ -25,7 +25,7 @@ from saltern.schemas.saliency import DUPLICATE_KEY, MISSING_IMAGE, TOO_LARGE
 MAX_MEMBER = 2**28  # bytes of a sample's members; those beyond are not read
 Numbers = Mapping[int, int] | None  # the model's class for each number in `cls`; None: the same numbers
 Exts = frozenset[str]
-_USUAL = Members()
+USUAL = Members()
 _NUMBER = re.compile(rb"(?:\xef\xbb\xbf)?\s*([+-]?0*[0-9]{1,10})\s*")
 _SHOWN = 8  # extensions in a message
 
@@ -39,7 +39,7 @@ class Sample:
     members: dict[str, bytes] = field(default_factory=dict)  # by extension, lower case: only images, class and json
     problem: tuple[str, str] | None = None  # a status of saltern.schemas.saliency, and the reason
     numbers: Mapping[int, int] | None = None  # the model's class for each number in `cls`; None: the same numbers
-    named: Members = _USUAL
+    named: Members = USUAL
 
     @property
     def image(self) -> bytes | None:
@@ -89,11 +89,11 @@ class Sample:
     def release(self) -> None:
         """Drop the members, except the class."""
         self.members = {} if self.given is None else {"cls": b"%d" % self.given}
-        self.named = _USUAL
+        self.named = USUAL
 
 
 def read_samples(
-    shard: Shard, numbers: Numbers = None, *, named: Members = _USUAL, as_listed: bool = False, more: Exts = frozenset()
+    shard: Shard, numbers: Numbers = None, *, named: Members = USUAL, as_listed: bool = False, more: Exts = frozenset()
 ) -> Iterator[Sample]:
     """Yield a shard's samples, only the first `shard.take` if that is set.
 
@@ -124,7 +124,7 @@ def fold(crc: int, sample: Sample) -> int:
     return zlib.crc32(head, crc)
 
 
-def content_of(shard: Shard, *, named: Members = _USUAL, as_listed: bool = False) -> str:
+def content_of(shard: Shard, *, named: Members = USUAL, as_listed: bool = False) -> str:
     """Return the CRC-32 of a shard's samples, 8 hex digits. It reads the whole tar.
 
     Args:
@@ -149,7 +149,7 @@ def list_keys(shard: Shard) -> list[str]:
         return [storable(next(iter(group.values())).key) for group in islice(_groups(_members(tape)), shard.take)]
 
 
-def list_images(shard: Shard, *, named: Members = _USUAL) -> Iterator[tuple[str, str | None]]:
+def list_images(shard: Shard, *, named: Members = USUAL) -> Iterator[tuple[str, str | None]]:
     """Yield the key of each sample of `read_samples` and the name of its image file in the tar; None without one.
 
     Of a local tar only the headers are read.
@@ -172,19 +172,22 @@ class Place(NamedTuple):
     label: int | None  # as `Sample.label`
 
 
-def locate_images(shard: Shard, numbers: Numbers = None) -> Iterator[Place]:
+def locate_images(shard: Shard, numbers: Numbers = None, *, named: Members = USUAL) -> Iterator[Place]:
     """Yield the place of each image that `read_samples` gives, without repeats. On a local tar it only seeks.
 
     The shard must not be compressed.
+
+    Args:
+        shard, numbers, named: as of `read_samples`; the class is read from `cls`.
 
     Raises:
         ShardError, OSError: as `read_samples`.
     """
     with _opened(shard, seekable=True) as tape:
         seen: set[str] = set()
-        members = _members(tape, data_of=frozenset({"cls"}), files=_wanted(_USUAL))
+        members = _members(tape, data_of=frozenset({"cls"}), files=_wanted(named))
         for index, group in enumerate(islice(_groups(members), shard.take)):
-            image = next((group[ext] for ext in IMAGES if ext in group), None)
+            image = next((group[ext] for ext in _images(named) if ext in group), None)
             key = storable(next(iter(group.values())).key)
             if image is not None and image.size <= MAX_MEMBER and key not in seen:
                 data = {ext: member.data for ext, member in group.items() if member.data is not None}
@@ -256,7 +259,7 @@ def _members(tape: Tape, *, data_of: Exts = frozenset(), files: Exts = frozenset
     """
     key, held = "", 0  # the last sample's key, and the bytes of its data
     aside, first = 0, ""  # files that belong to no sample, while no sample was found
-    files = files or data_of or _wanted(_USUAL)
+    files = files or data_of or _wanted(USUAL)
     for name, size, is_link in tape:
         named = split_name(name)
         if named is None:

@@ -45,7 +45,8 @@ class Batch(NamedTuple):
     """The share of a batch that one rank has."""
 
     pixels_BHWC: Tensor  # uint8, RGB, cropped, half of them mirrored; on the decoder's device
-    label_B: Tensor  # int64, positions among the classes in play; on the host
+    label_B: Tensor  # int64, `label_N` of the index; on the host
+    crop_B4: Tensor  # float32, scale x, scale y, offset x, offset y from input pixels to the original; on the host
     damaged: int  # images that could not be decoded; the next image in the index that can be decoded replaces each
 
 
@@ -89,8 +90,8 @@ class Batches:
         if not isinstance(self.decoder, CpuDecoder):
             return self._samples(places, each)
         parts = each(self._samples, ([place] for place in places))
-        pixels, labels, damaged = zip(*parts, strict=True)
-        return Batch(torch.cat(pixels), torch.cat(labels), sum(damaged))
+        pixels, labels, crops, damaged = zip(*parts, strict=True)
+        return Batch(torch.cat(pixels), torch.cat(labels), torch.cat(crops), sum(damaged))
 
     def _places(self, step: int) -> range:
         """Return the places of this rank's images in the row of all passes."""
@@ -103,10 +104,12 @@ class Batches:
         numbers = [self._number(place) for place in places]
         cuts = [partial(random_cut, f"casm {self.seed} {place} crop", self.min_crop) for place in places]
         pixels_BHWC, waiting, damaged = None, list(range(len(places))), 0
+        crop_B4 = np.zeros((len(places), 4), np.float32)
         for _ in range(_DAMAGED_IN_A_ROW):
             images = list(each(self._bytes, [numbers[position] for position in waiting]))
             decoded = self.decoder(images, [cuts[position] for position in waiting])
             own(decoded.pixels_BHWC)
+            crop_B4[waiting] = decoded.geometry_B4
             if pixels_BHWC is None:
                 pixels_BHWC = decoded.pixels_BHWC
             else:
@@ -114,7 +117,8 @@ class Batches:
                     pixels_BHWC[position] = decoded.pixels_BHWC[slot]
             waiting = [waiting[slot] for slot in sorted(decoded.problems)]
             if not waiting:
-                return Batch(pixels_BHWC, torch.from_numpy(self.index.label_N[numbers]), damaged)
+                label_B = torch.from_numpy(self.index.label_N[numbers])
+                return Batch(pixels_BHWC, label_B, torch.from_numpy(crop_B4), damaged)
             damaged += len(waiting)
             for position in waiting:
                 numbers[position] = (numbers[position] + 1) % len(self.index)

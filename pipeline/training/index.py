@@ -12,7 +12,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from saltern.pipeline.shards.samples import Place, locate_images
+from saltern.pipeline.shards.samples import USUAL, Place, locate_images
+from saltern.schemas.config import Members
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.run import Shard
 
@@ -28,7 +29,7 @@ class Index:
     shard_N: NDArray[np.int64]  # number of the shard
     offset_N: NDArray[np.int64]  # of the image, bytes
     size_N: NDArray[np.int64]  # bytes
-    label_N: NDArray[np.int64]  # position among the classes in play
+    label_N: NDArray[np.int64]  # position among the classes in play; for a localizer, number of the pseudo-label
 
     def __len__(self) -> int:
         return len(self.shard_N)
@@ -59,7 +60,7 @@ def make_index(
     logit = {number: position for position, number in enumerate(wanted)}
     rows: list[tuple[int, int, int, int]] = []
     with ThreadPoolExecutor(_THREADS, "saltern-index") as pool:
-        for number, places in enumerate(pool.map(partial(_places, numbers=numbers), shards)):
+        for number, places in enumerate(pool.map(partial(places_of, numbers=numbers), shards)):
             for place in places:
                 label = _label(place, shards[number], count)
                 if label in logit:
@@ -73,11 +74,20 @@ def make_index(
     return index
 
 
-def _places(shard: Shard, numbers: Mapping[int, int] | None) -> list[Place]:
+def places_of(shard: Shard, numbers: Mapping[int, int] | None = None, named: Members = USUAL) -> list[Place]:
+    """Return the place of each image of a shard.
+
+    Args:
+        numbers: the model's class for each number in `cls`; None: the same numbers.
+        named: the members that hold image and class.
+
+    Raises:
+        UserError: the shard is broken or compressed.
+    """
     if shard.url.endswith((".gz", ".tgz")):
         raise UserError(f"{shard.url}: training reads images in any order, and a compressed tar has one; gunzip it")
     try:
-        return list(locate_images(shard, numbers))
+        return list(locate_images(shard, numbers, named=named))
     except ShardError as error:
         raise UserError(f"a shard is broken: {error}") from error
 

@@ -2,6 +2,8 @@
 
 from torch import Tensor, stack
 
+from saltern.pipeline.training.trainee import Repeat
+
 LOW, HIGH = 0.02, 0.98  # mean masks beyond which a step is dead
 DEAD = 100  # dead steps in a row that are a collapse
 SETBACKS = 2  # collapses after which a training is repeated from its last healthy checkpoint
@@ -9,7 +11,7 @@ SLOWER = 0.5  # factor on the mask network's learning rate after each of them
 _EVERY = 20  # steps between two readings of the device, each of which waits for it
 
 
-class Collapse(Exception):  # noqa: N818 - a turn of the training, which repeats some steps
+class Collapse(Repeat):
     """The masks have collapsed."""
 
     def __init__(self, step: int, area: float) -> None:

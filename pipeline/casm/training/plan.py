@@ -1,15 +1,17 @@
 """Turn a request into a plan: fill in the defaults, and find every error before the training starts."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from saltern.pipeline.casm.algorithm.collapse import DEAD, SETBACKS, SLOWER, Collapse
 from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.algorithm.step import Training
+from saltern.pipeline.casm.training.trainee import CasmTrainee
 from saltern.pipeline.extract.labels import AUTO, Numbers, choose_labels
 from saltern.pipeline.extract.request import absolute
 from saltern.pipeline.extract.tryout import one_line
@@ -20,18 +22,18 @@ from saltern.pipeline.masknet.stages import find_stages
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.models.presets import Preset, adapt
 from saltern.pipeline.models.probe import probe
-from saltern.pipeline.naming import install_hint
 from saltern.pipeline.shards.decoder import choose_decoder
 from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.training.batches import MIN_CROP
-from saltern.pipeline.training.index import Index, make_index
+from saltern.pipeline.training.index import make_index
+from saltern.pipeline.training.ranks import Ranks
+from saltern.pipeline.training.request import check_request, resumed_config
+from saltern.pipeline.training.trainee import Plan, Repeat, Trainee
 from saltern.schemas.config import PILLOW, Preprocess
-from saltern.schemas.errors import UserError
+from saltern.schemas.errors import CollapseError
 from saltern.schemas.run import Shard
 
 SHARE = 5  # an epoch is a fifth of the data, as published
-_WIDE = 150  # characters of a value in an error
-_FREE = ("workers", "torch_threads")  # may differ in a resumed training; only the last bits of its results then do
 
 
 @dataclass(frozen=True)
@@ -62,19 +64,20 @@ class TrainRequest:
 
 
 @dataclass(frozen=True)
-class TrainingPlan:
-    """A checked training, as each of its ranks receives it."""
+class TrainingPlan(Plan):
+    """A checked training of CASM, as each of its ranks receives it."""
 
-    root: Path
-    weights: str
     hyperparameters: Hyperparameters
-    index: Index
     val: Sequence[Shard]
-    steps_per_epoch: int
-    threads: int | None  # that decode in each worker; None: as its machine has cores
-    config: dict[str, Any]  # of the checkpoints
     val_labels: Numbers  # of `val`
-    tensorboard: bool = False
+
+    def start(self, ranks: Ranks, say: Callable[[str], None]) -> Trainee:
+        return CasmTrainee(self, ranks, say)
+
+    def recover(self, error: Repeat, setbacks: int) -> str:
+        if not isinstance(error, Collapse):
+            raise error
+        return _describe_setback(error, self.hyperparameters, setbacks)
 
 
 def make_plan(
@@ -90,7 +93,7 @@ def make_plan(
     Raises:
         UserError: the request cannot be met, or differs from the existing training.
     """
-    _check(request)
+    check_request(request)
     shards, hints = expand(request.shards)
     val, val_hints = expand(request.val) if request.val else ([], [])
     for hint in (*hints, *val_hints):
@@ -119,18 +122,18 @@ def make_plan(
     if existing is None:
         _try_step(classifier, hyperparameters, how.crop)
     else:
-        config = _resumed_config(existing, config, root, say)
+        config = resumed_config(existing, config, root, say)
     return TrainingPlan(
         root,
         absolute(request.weights),
-        hyperparameters,
         index,
-        val,
         steps_per_epoch,
         request.decode_threads,
         config,
-        val_labels,
         request.tensorboard,
+        hyperparameters,
+        val,
+        val_labels,
     )
 
 
@@ -151,24 +154,6 @@ def _labels(
     return numbers
 
 
-def _check(request: TrainRequest) -> None:
-    for name in ("epochs", "steps_per_epoch", "batch_size", "side", "checkpoint_every", "decode_threads", "workers"):
-        value = getattr(request, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: it must be 1 or more")
-    if request.batch_size % request.workers:
-        raise UserError(
-            f"--batch-size {request.batch_size} is of all workers, and {request.workers} cannot share it equally"
-        )
-    if request.tensorboard:
-        try:
-            import torch.utils.tensorboard  # noqa: F401
-        except ImportError as error:
-            raise UserError(f"--tensorboard needs the package tensorboard: {install_hint('tensorboard')}") from error
-    if not 0 < request.min_crop <= 1:
-        raise UserError(f"--min-crop {request.min_crop}: it is a share of the image, more than 0 and at most 1")
-
-
 def _try_step(classifier: classifiers.Classifier, hyperparameters: Hyperparameters, side: int) -> None:
     """Do one step with a copy of the classifier on two random images of the run's size. Raises UserError."""
     copied = copy.deepcopy(classifier.model)
@@ -182,18 +167,6 @@ def preprocessing(preset: Preset, side: int | None) -> Preprocess:
     """Return the preprocessing of validation images; with a side, the whole shorter side of each is used."""
     squash = preset.preprocess.squash and not preset.unusual
     return adapt(preset, crop=side, resize=None if squash else side)
-
-
-def preprocess_of(config: Mapping[str, Any]) -> Preprocess:
-    """Return the preprocessing in the config of a checkpoint; those of 0.1 have no squash."""
-    return Preprocess(
-        resize=config["resize"],
-        crop=config["side"],
-        squash=config.get("squash", False),
-        interpolation=config["interpolation"],
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-    )
 
 
 def _config(
@@ -218,31 +191,16 @@ def _config(
     }
 
 
-def _resumed_config(
-    existing: Checkpoint, config: dict[str, Any], root: Path, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Return the requested config with the torch threads of the existing training.
-
-    Raises:
-        UserError: the two differ in more than `_FREE`.
-    """
-    held = {"squash": False, "pull": 0.0, "decoder": PILLOW, **existing.config}  # absent from checkpoints of 0.1
-    old, new = ({**each, **each["settings"], "settings": None} for each in (held, config))
-    if differing := differences(old, new):
-        raise UserError(
-            f"{root} holds a training under another config: {differing}. Resume with the old options, or give another "
-            "--out"
-        )
-    if old["workers"] != new["workers"]:
-        say(f"{old['workers']} workers before, {new['workers']} now: results differ in the last bits from here on")
-        return config
-    return {**config, "torch_threads": old["torch_threads"]}
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Name the keys, except `_FREE`, whose values differ between two configs; "" if none does."""
-    return "; ".join(
-        f"{key}: {repr(old.get(key))[:_WIDE]} there, {repr(new.get(key))[:_WIDE]} requested"
-        for key in {**old, **new}
-        if old.get(key) != new.get(key) and key not in _FREE
+def _describe_setback(collapse: Collapse, hyperparameters: Hyperparameters, setbacks: int) -> str:
+    """Describe a collapse from which the training recovers. Raises CollapseError if there were too many before it."""
+    found = f"masks collapsed: they have taken out {collapse.what} for {DEAD} steps, up to step {collapse.step:,}"
+    if setbacks <= SETBACKS:
+        factor = SLOWER**setbacks
+        return f"warning: {found}; back to the last healthy checkpoint, with {factor:g} x --lr-mask"
+    fix = f"lower --lr-mask ({hyperparameters.lr_mask:g}) or --tv ({hyperparameters.tv:g}), or raise --batch-size"
+    if hyperparameters.lam != "auto":
+        way = "lower" if collapse.what == "nothing" else "raise"
+        fix = f"{way} --lambda ({hyperparameters.start_lambda():g}), or use --lambda auto with --preset steady"
+    raise CollapseError(
+        f"{found}, again after {SETBACKS} repetitions with a smaller step; {fix}, and give another --out"
     )

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from saltern.pipeline.casm.training.plan import differences, make_plan
+from saltern.pipeline.casm.training.plan import make_plan
 from saltern.pipeline.casm.training.train import TrainRequest, print_to_stderr, train
 from saltern.pipeline.casm.unseen.split import SUBSETS, Split, check_val, make_split
 from saltern.pipeline.engine.conduct import RunOptions
@@ -26,6 +26,7 @@ from saltern.pipeline.naming import brief
 from saltern.pipeline.storage.files import write
 from saltern.pipeline.storage.store import Store
 from saltern.pipeline.tables import markdown_table
+from saltern.pipeline.training.request import differences
 from saltern.schemas.errors import UserError
 from saltern.schemas.evaluation import CENTRE, FOUND, WHOLE
 

@@ -1,28 +1,19 @@
-"""Rows of a training's current networks, as `extract` would store them.
+"""Rows of CASM's current networks, as `extract` would store them.
 
 Shape suffixes: B batch, C H W the network's input, K classes, h w the decoder's grid.
 """
 
-import math
 from collections.abc import Sequence
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from saltern.pipeline.casm.algorithm.step import Training
-from saltern.pipeline.extract.batch import Batch
-from saltern.pipeline.extract.explain import Explainer
-from saltern.pipeline.extract.extraction import Storage
 from saltern.pipeline.methods import Method
-from saltern.pipeline.runs.reader import Layout, Row
+from saltern.pipeline.training.live import LiveRows
 from saltern.schemas.config import Preprocess
-from saltern.schemas.rules import Rule, Target
-from saltern.schemas.run import Shard
-from saltern.schemas.saliency import table_schema
 
 
-class LiveRows:
+class LiveMasks(LiveRows):
     """Makes rows with the networks of a training, with the defaults of `extract --method casm`.
 
     Args:
@@ -32,24 +23,7 @@ class LiveRows:
     """
 
     def __init__(self, training: Training, preprocess: Preprocess, class_numbers: Sequence[int]) -> None:
-        target, rule = Target.parse("label", 1), Rule.parse("mean:1")
-        self._layout = Layout(_Live.default_map_dtype, (preprocess.crop, preprocess.crop))
-        self._explain = Explainer(
-            _Live(training), training.device, preprocess, target=target, rule=rule, map_dtype=self._layout.map_dtype
-        )
-        self._class_numbers = np.asarray(class_numbers)
-
-    def __call__(self, shard: Shard, batch: Batch) -> list[Row]:
-        """Return a row for each sample of the batch."""
-        explained, grid = None, None
-        if batch.pixels_DHWC is not None:
-            label_D = torch.zeros(len(batch.decoded), dtype=torch.long)  # not used: masks have no target
-            explained = self._explain(batch.pixels_DHWC, label_D).wait()[0]
-            columns = explained.columns
-            columns["predicted"], grid = self._class_numbers[columns["predicted"]], columns["map"].shape[1:]
-        schema = table_schema(None if grid is None else math.prod(grid))
-        rows = Storage(grid, True, self._layout.input_shape).rows(schema)(shard, batch, explained)
-        return [Row.from_record(self._layout, record) for record in rows.to_pylist()]
+        super().__init__(_Live(training), training.device, preprocess, "mean:1", class_numbers)
 
 
 class _Live(Method):

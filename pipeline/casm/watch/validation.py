@@ -7,10 +7,8 @@ numbers.
 import contextlib
 import json
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -19,24 +17,20 @@ import torch
 from saltern.pipeline.casm.algorithm.step import Average, Training
 from saltern.pipeline.casm.watch import curves
 from saltern.pipeline.casm.watch.epochs_page import epochs_page, keep_masks
-from saltern.pipeline.casm.watch.live import LiveRows
+from saltern.pipeline.casm.watch.live import LiveMasks
 from saltern.pipeline.casm.watch.mask_page import Chosen, mask_page
-from saltern.pipeline.extract.batch import Batch, Piece, join
+from saltern.pipeline.extract.batch import Batch
 from saltern.pipeline.metrics.judge import AS_IS, scores
 from saltern.pipeline.metrics.mean import Mean
 from saltern.pipeline.runs.reader import Row
 from saltern.pipeline.shards.annotations import read_annotation
-from saltern.pipeline.shards.decoder import Decoder, make_decoder
-from saltern.pipeline.shards.prefetch import prefetch
-from saltern.pipeline.shards.samples import Sample, list_keys, read_samples
+from saltern.pipeline.shards.samples import Sample
 from saltern.pipeline.storage.files import write
+from saltern.pipeline.training.whole import Whole, check_boxes
 from saltern.schemas.config import Preprocess
-from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.run import Shard
 
 LINES = "validation.jsonl"
-AHEAD = 2  # batches decoded before they are needed
-_Batch = tuple[Shard, Sequence[Sample], list[Piece]]  # with its samples
 _MEASURED = ("le", "f1", "top1", "mask", "damaged")  # a mean of each, in [0, 1]
 
 
@@ -61,7 +55,7 @@ class Validation:
     labels: Mapping[int, int] | None = None  # the model's class for each number in `cls`; None: the same numbers
 
     def __post_init__(self) -> None:
-        _check(self.shards)
+        check_boxes(self.shards)
 
     def __call__(self, training: Training) -> dict[str, float]:
         """Measure the training at its present step, on all ranks at once. Its next steps do not depend on this.
@@ -77,14 +71,11 @@ class Validation:
             ShardError: a shard broke after the training began.
             OSError: a shard cannot be read now, or the root accepts no files.
         """
-        live, chosen = LiveRows(training, self.preprocess, self.class_numbers), Chosen()
+        live, chosen = LiveMasks(training, self.preprocess, self.class_numbers), Chosen()
         means, in_play = {name: Mean() for name in _MEASURED}, frozenset(self.class_numbers)
-        with (
-            self._decoders() as pool,
-            contextlib.closing(prefetch(lambda: self._batches(pool, chosen), AHEAD, _size)) as batches,
-        ):
-            for shard, samples, pieces in batches:
-                batch = _joined(pieces)
+        offer = chosen.offer if self.rank == 0 else lambda shard, sample: None
+        with contextlib.closing(self._whole().batches(offer)) as batches:
+            for shard, samples, batch in batches:
                 _add(means, samples, batch, live(shard, batch), in_play)
         # All ranks exchange their sums here.
         sums = torch.tensor([astuple(mean) for mean in means.values()], dtype=torch.float64, device=training.device)
@@ -105,43 +96,14 @@ class Validation:
             if file.stem.isdecimal() and int(file.stem) > start:
                 file.unlink()
 
-    def _decoders(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self.threads, "saltern-decode")
+    def _whole(self) -> Whole:
+        size, threads = self.batch_size, self.threads
+        return Whole(self.shards, self.preprocess, size, threads, self.rank, self.world, self.labels)
 
-    def _batches(self, pool: ThreadPoolExecutor, chosen: Chosen) -> Iterator[_Batch]:
-        """Yield batches of this rank's samples, each of one shard, while their images are decoded."""
-        numbers, decoder = count(), make_decoder(self.preprocess)
-        for shard in self.shards:
-            own = self._own(shard, numbers, chosen)
-            while samples := list(islice(own, self.batch_size)):
-                yield shard, samples, self._pieces(pool, decoder, samples)
-
-    def _pieces(self, pool: ThreadPoolExecutor, decoder: Decoder, samples: Sequence[Sample]) -> list[Piece]:
-        """Start to decode samples, a piece of them in each thread."""
-        pieces, each = [], -(-len(samples) // self.threads)
-        for start in range(0, len(samples), each):
-            piece = Piece()
-            for sample in samples[start : start + each]:
-                at = piece.add(sample.key, sample.index, sample.label, None if sample.problem else sample.image)
-                if sample.problem is not None:
-                    piece.problems[at] = sample.problem
-            pieces.append(piece.start(pool, decoder))
-        return pieces
-
-    def _own(self, shard: Shard, numbers: Iterator[int], chosen: Chosen) -> Generator[Sample, None, None]:
-        for sample in read_samples(shard, self.labels):
-            if self.rank == 0:
-                chosen.offer(shard, sample)
-            if next(numbers) % self.world == self.rank:
-                yield sample
-
-    def _write(self, line: dict[str, float], live: LiveRows, chosen: Chosen) -> None:
+    def _write(self, line: dict[str, float], live: LiveMasks, chosen: Chosen) -> None:
         step = int(line["step"])
         self._write_lines([*(old for old in curves.read(self.root / LINES) if old["step"] < step), line])
-        with self._decoders() as pool:
-            decoder = make_decoder(self.preprocess)
-            started = [(shard, sample, self._pieces(pool, decoder, [sample])) for shard, sample in chosen.samples()]
-            shown = [(sample, live(shard, _joined(pieces))[0]) for shard, sample, pieces in started]
+        shown = [(sample, live(shard, batch)[0]) for shard, sample, batch in self._whole().each(chosen.samples())]
         page = mask_page(line, shown, chosen.names, self.preprocess.mean)
         masks = self.root / "masks"
         write(masks / f"{step}.html", page.encode())
@@ -158,11 +120,6 @@ class Validation:
         # JSON has no NaN.
         plain = [{key: None if math.isnan(value) else value for key, value in line.items()} for line in lines]
         write(self.root / LINES, "".join(json.dumps(line) + "\n" for line in plain).encode())
-
-
-def _joined(pieces: Sequence[Piece]) -> Batch:
-    """Wait for the pieces of a batch."""
-    return join([piece.wait()[0] for piece in pieces])
 
 
 def _add(
@@ -194,29 +151,3 @@ def _line(step: int, means: dict[str, Mean], world: int) -> dict[str, float]:
         "in_play": round(world * means["top1"].count),
         "damaged": round(world * means["damaged"].total),
     }
-
-
-def _size(batch: _Batch) -> int:
-    return sum(sample.size for sample in batch[1])
-
-
-def _check(shards: Sequence[Shard]) -> None:
-    try:
-        for shard in shards:
-            list_keys(shard)  # reads the tar to its end
-        if not any(_has_boxes(sample) for shard in shards for sample in read_samples(shard)):
-            raise UserError(
-                "--val: none of the samples has boxes to judge by; `saltern pack --boxes` packs ILSVRC annotations as "
-                "`boxes` of the json member"
-            )
-    except ShardError as error:
-        raise UserError(f"--val: a shard is broken: {error}") from error
-    except OSError as error:
-        raise UserError(f"--val: a shard cannot be read: {error}") from error
-
-
-def _has_boxes(sample: Sample) -> bool:
-    try:
-        return read_annotation(sample) is not None
-    except ValueError:
-        return False

@@ -10,7 +10,7 @@ import torch
 from extracting import extract
 
 from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
-from saltern.pipeline.casm.training.plan import TrainRequest, make_plan, preprocess_of
+from saltern.pipeline.casm.training.plan import TrainRequest, make_plan
 from saltern.pipeline.extract.explain import Explainer
 from saltern.pipeline.extract.request import ExtractRequest, resolve
 from saltern.pipeline.models import classifiers
@@ -21,6 +21,7 @@ from saltern.pipeline.synthesis.attack import AttackRequest
 from saltern.pipeline.synthesis.attack import plan as plan_attack
 from saltern.pipeline.synthesis.visualize import VisualizeRequest
 from saltern.pipeline.synthesis.visualize import plan as plan_visualize
+from saltern.pipeline.training.loop import preprocess_of
 from saltern.schemas.config import Preprocess
 
 BASE = Preprocess(40, 32, False, "bilinear", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))

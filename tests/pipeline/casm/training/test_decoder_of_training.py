@@ -7,11 +7,12 @@ import pytest
 import torch
 from casm_toys import CutError, files, interrupt, log_lines, quiet, request
 
-from saltern.pipeline.casm.training import loop, plan
+from saltern.pipeline.casm.training import plan
 from saltern.pipeline.casm.training.train import train
 from saltern.pipeline.masknet.checkpoint import open_checkpoint
 from saltern.pipeline.shards.decoder import CpuDecoder, choose_decoder, decode_jpeg
 from saltern.pipeline.shards.nvjpeg import GpuDecoder
+from saltern.pipeline.training import loop
 from saltern.schemas.errors import UserError
 
 

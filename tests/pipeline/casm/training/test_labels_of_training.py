@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from casm_toys import request as request_for
 from making import picture, write_tar
 
 from saltern.pipeline.casm.algorithm.log import MEASURED, Log
-from saltern.pipeline.casm.training import journal, plan
+from saltern.pipeline.casm.training import plan
 from saltern.pipeline.casm.training.plan import TrainingPlan, make_plan
+from saltern.pipeline.casm.training.trainee import Labels
 from saltern.pipeline.models import classifiers
+from saltern.pipeline.training import journal
 from saltern.schemas.errors import UserError
 
 MODEL = ["cat", "dog", "fox", "owl", "elk", "bat"]
@@ -67,7 +70,9 @@ def test_labels_that_the_classifier_never_predicts_are_warned_of_once(
     tmp_path: Path, right: float, start: int, warned: int
 ) -> None:
     said: list[str] = []
-    with journal.Journal(tmp_path, start, 300, 64, said.append, 1000) as watched:
+    labels = Labels(1000, 64, start)
+    trainee = SimpleNamespace(warn=lambda line: labels.warn(line["right"]), describe=lambda line: "")
+    with journal.Journal(tmp_path, start, 300, 64, said.append, trainee) as watched:
         for step in range(start, start + 40):
             measured = torch.full((len(MEASURED),), 0.5, dtype=torch.float64)
             measured[MEASURED.index("right")] = right

@@ -25,9 +25,9 @@ from making import HELPERS, PYTHONPATH, picture, write_tar
 from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS
-from saltern.pipeline.casm.training.loop import run
 from saltern.pipeline.casm.training.plan import make_plan
 from saltern.pipeline.masknet.checkpoint import open_checkpoint
+from saltern.pipeline.training.loop import run
 from saltern.pipeline.training.ranks import Ranks
 from saltern.schemas.errors import UserError
 

@@ -9,7 +9,7 @@ from making import picture, write_tar
 
 from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS
-from saltern.pipeline.casm.training import loop
+from saltern.pipeline.casm.training import trainee
 from saltern.pipeline.casm.training.train import train
 from saltern.pipeline.training.batches import Batches
 from saltern.schemas.errors import UserError
@@ -89,7 +89,7 @@ def test_the_pools_memory_is_stated_and_refused_where_it_does_not_fit(shards, tm
     said: list[str] = []
     train(request(shards, tmp_path / "fits", epochs=1), said.append)
     assert any("the pool takes up to 0.00 GB of memory (3 classifiers)" in text for text in said)
-    monkeypatch.setattr(loop, "available_memory", lambda: 20_000)
+    monkeypatch.setattr(trainee, "available_memory", lambda: 20_000)
     refused(request(shards, tmp_path / "run"), r"lower --pool-size \(to \d at most\).*--pool-half")
     alone = Hyperparameters(thinning=THINNINGS["L"])
     train(request(shards, tmp_path / "none", epochs=1, steps_per_epoch=1, hyperparameters=alone), quiet)

@@ -287,7 +287,7 @@ def test_a_training_refused_for_lack_of_memory_does_not_bind_the_folder(data, tm
         raise UserError("too little memory")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("saltern.pipeline.casm.training.loop._check_memory", lacking)
+        patch.setattr("saltern.pipeline.casm.training.trainee._check_memory", lacking)
         with pytest.raises(UserError, match="too little memory"):
             run(data, tmp_path / "out")
     assert (tmp_path / "out/train-F").is_dir()

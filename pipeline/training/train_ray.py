@@ -17,10 +17,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Empty, Queue
 
 from saltern.pipeline import machine, naming
-from saltern.pipeline.casm.training.loop import describe_checkpoint, locked
-from saltern.pipeline.casm.training.plan import TrainingPlan, TrainRequest, make_plan
-from saltern.pipeline.casm.training.ray_rank import train_rank
 from saltern.pipeline.masknet.checkpoint import Checkpoint, Checkpoints
+from saltern.pipeline.training.loop import describe_checkpoint, locked
+from saltern.pipeline.training.ray_rank import train_rank
+from saltern.pipeline.training.request import MakePlan, R, Request
+from saltern.pipeline.training.trainee import Plan
 from saltern.schemas.errors import CollapseError, UserError
 
 ATTEMPTS = 3  # deaths from one checkpoint to the next that end a training
@@ -29,11 +30,16 @@ _STUCK_S = 1800  # a rank that waits longer for the others fails
 
 
 def train_on_ray(
-    request: TrainRequest, existing: Checkpoint | None, resources: dict[str, float], say: Callable[[str], None]
+    request: R,
+    make_plan: MakePlan[R],
+    existing: Checkpoint | None,
+    resources: dict[str, float],
+    say: Callable[[str], None],
 ) -> Path:
     """Train as `training.train.train` does, with `request.workers` ranks on the cluster that this process joined.
 
     Args:
+        request, make_plan: as of `train`.
         existing: the checkpoint to resume from.
         resources: of the cluster, by name.
         say: takes a line for the user.
@@ -56,7 +62,7 @@ def train_on_ray(
             shutil.rmtree(storage, ignore_errors=True)  # Ray Train needs a folder, and leaves a marker in it
 
 
-def _gpus_per_rank(request: TrainRequest, device: str, resources: dict[str, float]) -> float:
+def _gpus_per_rank(request: Request, device: str, resources: dict[str, float]) -> float:
     gpus = float(device == "cuda") if request.gpus_per_worker is None else request.gpus_per_worker
     if device == "cpu" and gpus:
         raise UserError(f"--gpus-per-worker {gpus:g} with --device cpu: leave one of them out")
@@ -78,7 +84,7 @@ def _scaling(workers: int, gpus: float, resources: dict[str, float]) -> ScalingC
 
 
 def _train_until_done(
-    plan: TrainingPlan, scaling: ScalingConfig, backend: TorchConfig, storage: Path, say: Callable[[str], None]
+    plan: Plan, scaling: ScalingConfig, backend: TorchConfig, storage: Path, say: Callable[[str], None]
 ) -> Path:
     """Start all ranks again after each death; give up after ATTEMPTS deaths without a new checkpoint."""
     deaths, step_before = 0, -1
@@ -90,7 +96,7 @@ def _train_until_done(
             torch_config=backend,
             scaling_config=scaling,
             run_config=RunConfig(  # type: ignore[call-arg]  # typed as that of Train's first version
-                storage_path=str(storage), name="casm", worker_runtime_env={"env_vars": _environment(plan)}
+                storage_path=str(storage), name="training", worker_runtime_env={"env_vars": _environment(plan)}
             ),
         )
         reason = _fit(trainer, queue, plan.root, say)
@@ -110,7 +116,7 @@ class _Trainer(TorchTrainer):
         """Leave Ctrl-C to this job: Ray would answer it with an abort, and exit code 0."""
 
 
-def _environment(plan: TrainingPlan) -> dict[str, str]:
+def _environment(plan: Plan) -> dict[str, str]:
     return {
         **machine.ENVIRONMENT,
         "OMP_NUM_THREADS": str(plan.config["torch_threads"]),

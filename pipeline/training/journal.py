@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from saltern.pipeline.casm.algorithm.log import Log
 from saltern.pipeline.engine.progress import clock
-from saltern.pipeline.runs.agreement import SAMPLES, Agreement
 from saltern.pipeline.storage.files import write
+from saltern.pipeline.training.trainee import Entry, Trainee
 from saltern.schemas.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ class Journal:
         total: steps of the whole training.
         batch_size: images of a step, of all ranks.
         say: takes a line for the user.
-        classes: in play.
+        trainee: describes lines for the user, and warns of them.
         tensorboard: also write all measurements as scalars to DIR/tensorboard.
     """
 
@@ -45,7 +44,7 @@ class Journal:
         total: int,
         batch_size: int,
         say: Callable[[str], None],
-        classes: int,
+        trainee: Trainee,
         *,
         tensorboard: bool = False,
     ) -> None:
@@ -56,9 +55,8 @@ class Journal:
         _cut(root / "speed.jsonl", start)
         self._log, self._speed = ((root / name).open("a") for name in ("log.jsonl", "speed.jsonl"))
         self._scalars = _writer(root / "tensorboard", start) if tensorboard else None
-        self._waiting: list[tuple[Log, Tensor]] = []
-        self._classes, self._compared = classes, 0 if start == 0 else SAMPLES  # samples whose label was compared
-        self._right = 0.0  # of them
+        self._waiting: list[tuple[Entry, Tensor]] = []
+        self._trainee = trainee
         self._began = self._read = self._said = time.monotonic()
 
     def __enter__(self) -> "Journal":
@@ -70,9 +68,9 @@ class Journal:
         if self._scalars is not None:
             self._scalars.close()
 
-    def add(self, log: Log, damaged: Tensor) -> None:
+    def add(self, entry: Entry, damaged: Tensor) -> None:
         """Add a step and the number of its damaged images; it is written with the next `flush`, or soon."""
-        self._waiting.append((log, damaged))
+        self._waiting.append((entry, damaged))
         if len(self._waiting) >= EVERY:
             self.flush()
 
@@ -84,17 +82,18 @@ class Journal:
         """
         if not self._waiting:
             return
-        for log, damaged in self._waiting:
-            line = {**log.floats(), "damaged": int(damaged)}
+        for entry, damaged in self._waiting:
+            line = {**entry.floats(), "damaged": int(damaged)}
             self._log.write(json.dumps(line) + "\n")
-            self._show("training", line, log.step)
+            self._show("training", line, entry.step)
             if not all(map(math.isfinite, line.values())):
                 self._log.flush()
                 raise UserError(
-                    f"step {log.step}: a loss is not finite; train in another folder with lower rates "
-                    "(--lr-classifier, --lr-mask)"
+                    f"step {entry.step}: a loss is not finite; train in another folder with {self._trainee.remedy}"
                 )
-            self._compare(line["right"])
+            warning = self._trainee.warn(line)
+            if warning is not None:
+                self._say(warning)
         now, count, last = time.monotonic(), len(self._waiting), self._waiting[-1][0].step
         rate = count * self._batch_size / max(now - self._read, 1e-9)
         self._speed.write(json.dumps({"step": last, "images_per_s": rate}) + "\n")
@@ -121,19 +120,8 @@ class Journal:
         pace = (now - self._began) / (done - self._start)
         return (
             f"step {done:,}/{self._total:,} | {self._batch_size / pace:,.1f} images/s | "
-            f"ETA {clock((self._total - done) * pace)} | mask loss {line['mask_loss']:.3f}, mean mask "
-            f"{line['mask_mean']:.2f}, lambda {line['lambda']:.3g}, right {line['right']:.2f}"
+            f"ETA {clock((self._total - done) * pace)} | {self._trainee.describe(line)}"
         )
-
-    def _compare(self, right: float) -> None:
-        """Warn if the classifier is right about the first samples no more often than by chance."""
-        if self._compared >= SAMPLES:
-            return
-        self._compared += self._batch_size
-        self._right += right * self._batch_size
-        agreement = Agreement(self._compared, round(self._right), self._classes, True)
-        if self._compared >= SAMPLES and agreement.doubtful:
-            self._say(f"WARNING: {agreement.text}, or the model is not trained; see --labels")
 
 
 def _writer(folder: Path, start: int) -> "SummaryWriter":

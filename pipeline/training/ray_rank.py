@@ -16,7 +16,7 @@ def train_rank(config: dict[str, Any]) -> None:
     cause. A note is a plain tuple: for a class of this module, the process of the queue would import torch.
     """
     from saltern.pipeline import machine
-    from saltern.pipeline.casm.training.loop import run
+    from saltern.pipeline.training.loop import run
     from saltern.pipeline.training.ranks import Ranks
 
     context, queue = ray.train.get_context(), config["queue"]
