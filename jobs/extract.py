@@ -19,7 +19,7 @@ def extract(
     layer: opt.Layer = None,
     options: opt.Options = None,
     checkpoint: Annotated[
-        str | None, opt.model("Folder of `saltern train-casm`, for --method casm.", metavar="DIR")
+        str | None, opt.model("Folder of `saltern train-casm` or `train-localizer`, for that method.", metavar="DIR")
     ] = None,
     target: Annotated[str, opt.model("Class to explain: label, top1, top:N or class:ID.")] = "label",
     labels: opt.Labels = "auto",
@@ -37,8 +37,9 @@ def extract(
     std: opt.Std = None,
     out: opt.Out,
     discretize: Annotated[
-        str, opt.output("Rule that makes masks: mean:1, otsu, quantile:.9, ...", metavar="RULE")
-    ] = "mean:1",
+        str | None,
+        opt.output("Rule that makes masks: mean:1, otsu, quantile:.9, ...; default: the method's.", metavar="RULE"),
+    ] = None,
     map_size: opt.MapSize = choices.MapSize.native,
     map_dtype: opt.MapDtype = None,
     no_map: Annotated[bool, opt.output("Store masks and boxes only.", "--no-map")] = False,

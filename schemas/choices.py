@@ -42,3 +42,7 @@ ClassifierLoss = StrEnum("ClassifierLoss", "sequential sum")
 BatchNorm = StrEnum("BatchNorm", "train eval")
 PoolDraw = StrEnum("PoolDraw", {"shared": "shared", "per_rank": "per-rank"})
 TrainingPrecision = StrEnum("TrainingPrecision", "fp32 tf32 bf16")
+
+# train-localizer
+LabelKind = StrEnum("LabelKind", "maps masks boxes")
+TrunkKind = StrEnum("TrunkKind", "frozen tuned")

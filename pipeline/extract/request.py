@@ -61,7 +61,7 @@ class ExtractRequest(MethodRequest):
     """Options of `extract`."""
 
     target: str = "label"  # label | top1 | top:N | class:ID
-    discretize: str = "mean:1"
+    discretize: str | None = None  # None: the method's
     map_size: str = "native"  # native | input
     map_dtype: str | None = None  # uint8 | float16 | float32
     save_map: bool = True
@@ -86,7 +86,7 @@ def resolve(request: ExtractRequest, existing: Run | None, device: str, workers:
             check_choice(f"--{key.replace('_', '-')}", getattr(request, key), choices)
     if not request.save_map and (request.map_dtype or request.map_size != "native"):
         raise UserError("--map-dtype and --map-size have no effect with --no-map; leave one of them out")
-    rule = Rule.parse(request.discretize)
+    rule = Rule.parse(request.discretize or find(request.method).default_rule)
     shards, hints = wanted_shards(request)
     classifier = load_classifier(request.model, request.weights, request.seed, request.crop)
     target = Target.parse(request.target, classifier.classes)

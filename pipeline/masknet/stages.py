@@ -56,7 +56,7 @@ def find_stages(model: nn.Module, side: int | None = None) -> Stages:
     if len(taps) < 1 + len(STRIDES):
         raise UserError(
             f"{type(model).__name__} has no stages at strides 4, 8, 16 and 32 with channels before the grid, which "
-            "CASM taps; use a ResNet, RegNet, EfficientNet, MobileNet, DenseNet, VGG or ConvNeXt"
+            "CASM and localizers tap; use a ResNet, RegNet, EfficientNet, MobileNet, DenseNet, VGG or ConvNeXt"
         )
     return Stages(tuple(tap.name for tap in taps), tuple(tap.channels for tap in taps))
 

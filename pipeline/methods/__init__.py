@@ -28,6 +28,7 @@ from saltern.pipeline.methods.gradients.gradient import Gradient, InputXGradient
 from saltern.pipeline.methods.gradients.occlusion import Occlusion
 from saltern.pipeline.methods.gradients.paths import IntegratedGradients, SmoothGrad
 from saltern.pipeline.methods.gradients.rectified import Deconvnet, GuidedBackprop, GuidedGradCAM
+from saltern.pipeline.methods.localizer import LocalizerMap
 from saltern.pipeline.methods.options import OptionSpec
 from saltern.pipeline.methods.relevance.lrp import CLRP, LRP, SGLRP, RelevanceCAM
 from saltern.pipeline.naming import import_object, nearest
@@ -37,7 +38,17 @@ __all__ = ["Last", "Method", "OptionSpec", "available", "build", "find"]
 
 _CAMS = (CAM, GradCAM, GradCAMPlusPlus, LayerCAM, HiResCAM, XGradCAM, EigenCAM, ScoreCAM, AblationCAM, CAMERAS)
 _GRADIENTS = (Gradient, InputXGradient, SmoothGrad, IntegratedGradients, Deconvnet, GuidedBackprop, GuidedGradCAM)
-_CLASSES: tuple[type[Method], ...] = (*_CAMS, *_GRADIENTS, Occlusion, LRP, CLRP, SGLRP, RelevanceCAM, CASM)
+_CLASSES: tuple[type[Method], ...] = (
+    *_CAMS,
+    *_GRADIENTS,
+    Occlusion,
+    LRP,
+    CLRP,
+    SGLRP,
+    RelevanceCAM,
+    CASM,
+    LocalizerMap,
+)
 _METHODS = {kind.name: kind for kind in sorted(_CLASSES, key=lambda kind: kind.name)}
 
 

@@ -57,6 +57,7 @@ class Method:
     needs_target: ClassVar[bool] = True  # False: class-agnostic
     heavy_tailed: ClassVar[bool] = False  # uint8 storage scales to a quantile instead of the maximum
     default_map_dtype: ClassVar[str] = "float32"  # uint8 | float16 | float32, as stored
+    default_rule: ClassVar[str] = "mean:1"  # that makes the masks
     layered: ClassVar[bool] = False  # has target layers
     many_layers: ClassVar[bool] = False  # allows several target layers in one pass
 

@@ -24,7 +24,7 @@ from saltern.schemas.evaluation import BAD_BOXES, FOUND, HIT_BYTES, NO_BOXES
 from saltern.schemas.run import Shard
 from saltern.schemas.saliency import Box
 
-UNIT_MAPS = ("casm",)  # methods whose map is already a mask in [0, 1]
+UNIT_MAPS = ("casm", "localizer")  # methods whose map is already a mask in [0, 1]
 SCALED, AS_IS, NO_MAPS = MAPS = ("scaled", "as-is", "none")  # scaled to [0, 1]; already in [0, 1]; not stored
 
 

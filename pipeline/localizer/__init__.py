@@ -1,0 +1,1 @@
+"""Train a localizer on the maps, masks and boxes of a run."""
