@@ -21,6 +21,7 @@ from saltern.jobs.show import show
 from saltern.jobs.status import status
 from saltern.jobs.submit import submit
 from saltern.jobs.train_casm import train_casm
+from saltern.jobs.train_localizer import train_localizer
 from saltern.jobs.unseen_classes import unseen_classes
 from saltern.jobs.verify import verify
 from saltern.jobs.visualize_class import visualize_class
@@ -42,7 +43,7 @@ app = typer.Typer(
 
 _COMMANDS: dict[str, list[Callable[..., Any]]] = {
     "Datasets of saliency": [pack, plan, extract, status, verify, show, evaluate, export],
-    "Other jobs": [attack, visualize_class, train_casm, unseen_classes],
+    "Other jobs": [attack, visualize_class, train_casm, unseen_classes, train_localizer],
     "Help and tools": [methods, models, metrics, demo],
 }
 for _panel, _commands in _COMMANDS.items():

@@ -166,7 +166,7 @@ steps = partial(_option, "Optimization")
 
 Steps = Annotated[int, steps("Gradient steps for each image.", min=1)]
 
-# --- Training: train-casm and unseen-classes
+# --- Training: train-casm, unseen-classes and train-localizer
 
 training = partial(_option, "Training")
 
@@ -190,6 +190,12 @@ TrainingPreset = Annotated[
 Epochs = Annotated[int, training("Epochs; learning rates fall to a tenth after each third.", min=1)]
 StepsPerEpoch = Annotated[int | None, training("Steps of an epoch; default: a fifth of the data.", min=1)]
 TrainingBatchSize = Annotated[int, training("Images of a step, over all workers.", "--batch-size", min=1)]
+WeightDecay = Annotated[float, training("Weight decay of both.", min=0)]
+Tensorboard = Annotated[
+    bool, output("Also write all measurements to DIR/tensorboard, for TensorBoard.", "--tensorboard")
+]
+CheckpointEvery = Annotated[int | None, execution("Steps between checkpoints; default: an epoch.", min=1)]
+Resume = Annotated[bool, execution("Resume from the newest checkpoint in DIR.", "--resume")]
 TrainingPrecision = Annotated[
     choices.TrainingPrecision,
     training("Arithmetic of the passes; tf32 rounds inside a GPU only; bf16: autocast.", "--precision"),

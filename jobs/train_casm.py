@@ -66,20 +66,16 @@ def train_casm(
     batch_size: opt.TrainingBatchSize = 128,
     lr_classifier: Annotated[float, opt.training("Learning rate of the classifier's SGD.", min=0)] = 2e-4,
     lr_mask: Annotated[float, opt.training("Learning rate of the mask network's Adam.", min=0)] = 3e-4,
-    weight_decay: Annotated[float, opt.training("Weight decay of both.", min=0)] = 1e-4,
+    weight_decay: opt.WeightDecay = 1e-4,
     precision: opt.TrainingPrecision = choices.TrainingPrecision.fp32,
     device: opt.Device = choices.Device.auto,
     workers: opt.TrainingWorkers = 1,
     gpus_per_worker: opt.GpusPerWorker = None,
     address: opt.Address = None,
     decode_threads: opt.DecodeThreads = None,
-    tensorboard: Annotated[
-        bool, opt.output("Also write all measurements to DIR/tensorboard, for TensorBoard.", "--tensorboard")
-    ] = False,
-    checkpoint_every: Annotated[
-        int | None, opt.execution("Steps between checkpoints; default: an epoch.", min=1)
-    ] = None,
-    resume: Annotated[bool, opt.execution("Resume from the newest checkpoint in DIR.", "--resume")] = False,
+    tensorboard: opt.Tensorboard = False,
+    checkpoint_every: opt.CheckpointEvery = None,
+    resume: opt.Resume = False,
     config: opt.Config = None,
 ) -> None:
     """Train a mask network on a classifier's trunk (CASM), for `saltern extract --method casm --checkpoint DIR`.

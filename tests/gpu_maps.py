@@ -18,7 +18,7 @@ from saltern.schemas.rules import Rule, Target
 
 TOLERANCE = 2e-4  # of a map on the GPU, as a share of its maximum, to the same in float64 on the CPU
 MAP_SIDE = 64  # pixels, of the images of float64 maps, which the CPU makes
-APART = {"casm"}  # methods that need more than a model
+APART = {"casm", "localizer"}  # methods that need more than a model
 
 
 class Skip(Exception):  # noqa: N818

@@ -40,6 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "synthesis": {"extract", "show", "engine", *_RUNS, *_MODELS, *_BASE},
     "training": {"extract", "engine", *_RUNS, *_MODELS, *_BASE},
     "casm": {"training", "extract", "metrics", "show", "engine", "tables", *_RUNS, *_MODELS, *_BASE},
+    "localizer": {"training", "extract", "metrics", "engine", "tables", *_RUNS, *_MODELS, *_BASE},
     "submit": {"naming", "storage"},
     "bench": {"casm", "training", "extract", "engine", "tables", *_RUNS, *_MODELS, *_BASE},
 }

@@ -25,7 +25,7 @@ from saltern.pipeline.shards.decoder import choose_decoder
 from saltern.pipeline.training.ranks import Ranks
 from saltern.pipeline.training.request import check_request, resumed_config
 from saltern.pipeline.training.trainee import Plan, Repeat, Trainee
-from saltern.schemas.config import PILLOW, Preprocess
+from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
 
 
@@ -122,12 +122,17 @@ def make_plan(
         },
         "labels_digest": digest,
         "device": device,
-        "decoder": choose_decoder("auto", device, None if existing is None else existing.config.get("decoder", PILLOW)),
+        "decoder": choose_decoder("auto", device, None if existing is None else existing.config["decoder"]),
         "workers": request.workers,
         "torch_threads": torch_threads(device, request.workers),
     }
     if existing is not None:
-        config = resumed_config(existing, config, root, say)
+        try:
+            config = resumed_config(existing, config, root, say)
+        except UserError:
+            if existing.config.get("labels_digest") != digest:
+                labels.path.unlink()  # of another run
+            raise
     return LocalizerPlan(
         root,
         absolute(weights),

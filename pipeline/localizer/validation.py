@@ -16,9 +16,12 @@ from torch import Tensor
 from saltern.pipeline.localizer.step import LocalizerTraining
 from saltern.pipeline.methods import Method
 from saltern.pipeline.methods.localizer import LocalizerMap
-from saltern.pipeline.metrics.evaluate import UNIT_MAPS, Mean
-from saltern.pipeline.metrics.judge import AS_IS, CENTRE, FOUND, NO_MAPS, SCALED, SUBJECTS, WHOLE, Judged
+from saltern.pipeline.metrics.control_rows import BOXES
+from saltern.pipeline.metrics.judge import AS_IS, box_scores, maps_of, scores, size_of
+from saltern.pipeline.metrics.mean import Mean
 from saltern.pipeline.runs.reader import SaliencyRun, open_run
+from saltern.pipeline.shards.annotations import Annotation, read_annotation
+from saltern.pipeline.shards.samples import Sample
 from saltern.pipeline.storage.files import write
 from saltern.pipeline.tables import markdown_table
 from saltern.pipeline.training.live import LiveRows
@@ -27,6 +30,7 @@ from saltern.pipeline.training.trainee import Say
 from saltern.pipeline.training.whole import Whole, check_boxes
 from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
+from saltern.schemas.evaluation import CENTRE
 
 LINES = "validation.jsonl"
 MEASURED = ("le", "f1")
@@ -80,10 +84,9 @@ class Validation:
         )  # fmt: skip
         with contextlib.closing(whole.batches()) as batches:
             for shard, samples, batch in batches:
-                judged = Judged(AS_IS)
                 for sample, row in zip(samples, live(shard, batch), strict=True):
-                    judged.add(sample, [row])
-                _add(means, judged, FOUND)
+                    if (truth := _truth(sample)) is not None:
+                        _add(means, scores(row, truth, AS_IS))
         sums = torch.tensor([astuple(mean) for mean in means.values()], dtype=torch.float64, device=training.device)
         self.ranks.average([sums])
         means = {name: Mean(*row) for name, row in zip(means, sums.tolist(), strict=True)}
@@ -116,20 +119,20 @@ class Validation:
     @cached_property
     def _others(self) -> dict[str, dict[str, float | None]]:
         """The figures of the teacher's rows and of the controls."""
-        config = self.run.config
-        maps = NO_MAPS if not config.save_map else AS_IS if config.method in UNIT_MAPS else SCALED
-        means = {subject: {name: Mean() for name in MEASURED} for subject in SUBJECTS}
-        for shard in self.run.shards:
-            judged = Judged(maps)
-            for sample, rows in self.run.joined(shard):
-                judged.add(sample, rows)
-            for subject in SUBJECTS:
-                _add(means[subject], judged, subject)
+        config, maps = self.run.config, maps_of(self.run.config)
         teacher = f"its teacher, {config.method} {config.discretize.text}"
-        names = {FOUND: teacher, CENTRE: "centre box", WHOLE: "whole image"}
+        names = {name: f"{name} box" if name == CENTRE else f"{name} image" for name in BOXES}
+        means = {name: {metric: Mean() for metric in MEASURED} for name in (teacher, *names.values())}
+        for shard in self.run.shards:
+            for sample, rows in self.run.joined(shard):
+                if (truth := _truth(sample)) is not None:
+                    _add(means[teacher], scores(rows[0], truth, maps))
+                    size = size_of(rows[0]) or truth.size
+                    for subject, name in names.items():
+                        _add(means[name], box_scores(rows[0], truth, BOXES[subject](*size) if size else None))
         return {
-            names[subject]: {name: 100 * mean.value if mean.count else None for name, mean in by_name.items()}
-            for subject, by_name in means.items()
+            name: {metric: 100 * mean.value if mean.count else None for metric, mean in by_metric.items()}
+            for name, by_metric in means.items()
         }
 
     def _lines(self) -> list[dict[str, Any]]:
@@ -140,10 +143,17 @@ class Validation:
         write(self.root / LINES, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
-def _add(means: dict[str, Mean], judged: Judged, subject: str) -> None:
-    for row in judged.rows:
-        for name, mean in means.items():
-            mean.add(row[f"{subject}_{name}"])
+def _truth(sample: Sample) -> Annotation | None:
+    """Return the true boxes of a sample; None if it has none that can be read."""
+    try:
+        return read_annotation(sample)
+    except ValueError:
+        return None
+
+
+def _add(means: dict[str, Mean], judged: Mapping[str, float | None]) -> None:
+    for name, mean in means.items():
+        mean.add(judged[name])
 
 
 class _Live(Method):

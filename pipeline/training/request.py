@@ -7,7 +7,6 @@ from typing import Any, Protocol, TypeVar
 from saltern.pipeline.masknet.checkpoint import Checkpoint
 from saltern.pipeline.naming import install_hint
 from saltern.pipeline.training.trainee import Plan
-from saltern.schemas.config import PILLOW
 from saltern.schemas.errors import UserError
 
 _WIDE = 150  # characters of a value in an error
@@ -80,14 +79,17 @@ def check_request(request: Request) -> None:
 
 
 def resumed_config(
-    existing: Checkpoint, config: dict[str, Any], root: Path, say: Callable[[str], None]
+    existing: Checkpoint, config: dict[str, Any], root: Path, say: Callable[[str], None], **absent: Any
 ) -> dict[str, Any]:
     """Return the requested config with the torch threads of the existing training.
+
+    Args:
+        absent: the values of keys that older checkpoints lack.
 
     Raises:
         UserError: the two differ in more than `_FREE`.
     """
-    held = {"squash": False, "pull": 0.0, "decoder": PILLOW, **existing.config}  # absent from checkpoints of 0.1
+    held = {**absent, **existing.config}
     old, new = ({**each, **each["settings"], "settings": None} for each in (held, config))
     if differing := differences(old, new):
         raise UserError(

@@ -34,6 +34,13 @@ DIFFERENT = {
     "--precision": "of an extraction; of a training, which has no fp16",
     "--shards": "of the run that evaluate measures; to measure on in bench extract, which makes some by default",
     "--thinning": "one for a training; several to measure in bench casm",
+    "--model": "must be given; in train-localizer the default is the run's",
+    "--weights": "the default is DEFAULT; in train-localizer the run's",
+    "--side": "the default is the weights'; in train-localizer the run's",
+    "--val": "shards; a run in train-localizer",
+    "--labels": "what `cls` holds; what a mask learns in train-localizer",
+    "--epochs": "with rates in thirds; with a cosine in train-localizer",
+    "--steps-per-epoch": "the default is a fifth of the data; all of it in train-localizer",
     "--address": "of a Ray cluster; of a cluster's dashboard in submit",
 }
 
@@ -79,6 +86,8 @@ def requests() -> dict[str, tuple[tuple[type, ...], set[str]]]:
     from saltern.pipeline.casm.training.train import TrainRequest
     from saltern.pipeline.engine.conduct import RunOptions
     from saltern.pipeline.extract.request import ExtractRequest
+    from saltern.pipeline.localizer import plan as localizer
+    from saltern.pipeline.localizer.hyperparameters import Hyperparameters as OfLocalizer
     from saltern.pipeline.synthesis.perturb import PGD
     from saltern.pipeline.synthesis.visualize import VisualizeRequest
 
@@ -89,6 +98,7 @@ def requests() -> dict[str, tuple[tuple[type, ...], set[str]]]:
         "plan": ((ExtractRequest,), {"as_json", "device", "workers"}),
         "train-casm": ((TrainRequest, Hyperparameters), {"config", "preset", "lam"}),
         "unseen-classes": ((TrainRequest, Hyperparameters), {"as_json", "preset", "lam"}),
+        "train-localizer": ((localizer.TrainRequest, OfLocalizer), {"config"}),
     }
 
 

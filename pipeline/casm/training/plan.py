@@ -122,7 +122,8 @@ def make_plan(
     if existing is None:
         _try_step(classifier, hyperparameters, how.crop)
     else:
-        config = resumed_config(existing, config, root, say)
+        of_0_1 = {"squash": False, "pull": 0.0, "decoder": PILLOW}
+        config = resumed_config(existing, config, root, say, **of_0_1)
     return TrainingPlan(
         root,
         absolute(request.weights),

@@ -1,0 +1,187 @@
+"""A whole training of a localizer: resumed to the bit, loaded by hand, used as a method, refused in one line."""
+
+import json
+import multiprocessing
+import os
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from casm_toys import SIDE, calm, files, log_lines, quiet, small
+from commands import call, refused
+from localizer_toys import CutError, extract, interrupt, request, write_shards
+from making import PYTHONPATH
+from safetensors.torch import load_file
+
+from saltern.pipeline import methods
+from saltern.pipeline.localizer.hyperparameters import Hyperparameters
+from saltern.pipeline.localizer.plan import make_plan
+from saltern.pipeline.localizer.train import train
+from saltern.pipeline.masknet.localizer import Head, Localizer
+from saltern.pipeline.metrics.evaluate import evaluate
+from saltern.pipeline.training.loop import run as run_loop
+from saltern.pipeline.training.ranks import Ranks
+from saltern.schemas.errors import UserError
+
+TUNED = Hyperparameters(seed=3, trunk="tuned", labels="maps")
+
+
+def test_the_training_trains_and_writes_no_pickle(undisturbed):
+    log = log_lines(undisturbed)
+    assert [line["step"] for line in log] == list(range(9))
+    assert log[-1]["loss"] < log[0]["loss"]
+    suffixes = {path.suffix for path in undisturbed.rglob("*") if path.is_file() and path.stat().st_size}
+    assert suffixes == {".json", ".jsonl", ".safetensors", ".bin"}  # .bin: plain records of the labels
+
+
+@pytest.mark.parametrize("step", [2, 7])
+def test_an_interrupted_training_ends_as_an_undisturbed_one(step, run, val, undisturbed, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, step)
+        with pytest.raises(CutError):
+            train(request(run, tmp_path / "run", val=str(val)), quiet)
+    train(request(run, tmp_path / "run", val=str(val), resume=True), quiet)
+    assert files(tmp_path / "run") == files(undisturbed)
+
+
+def test_a_tuned_trunk_is_resumed_too_and_moves(run, tmp_path):
+    for name, cut in (("whole", None), ("cut", 6)):
+        with pytest.MonkeyPatch.context() as patch:
+            if cut is not None:
+                interrupt(patch, cut)
+                with pytest.raises(CutError):
+                    train(request(run, tmp_path / name, hyperparameters=TUNED), quiet)
+        train(request(run, tmp_path / name, hyperparameters=TUNED, resume=cut is not None), quiet)
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    tensors = load_file(tmp_path / "whole/localizer.safetensors")
+    moved = {key for key, value in calm().state_dict().items() if not torch.equal(value, tensors[f"trunk/{key}"])}
+    assert "stem.0.weight" in moved
+    assert "fc.weight" not in moved  # the taps do not depend on it
+
+
+def test_the_files_load_by_hand_and_give_the_method_s_maps(undisturbed):
+    config = json.loads((undisturbed / "localizer.json").read_text())
+    tensors = load_file(undisturbed / "localizer.safetensors")
+    model = calm()
+    channels = [tensors[f"head/lateral.{number}.0.weight"].shape[1] for number in range(len(config["taps"]))]
+    head = Head(channels)
+    head.load_state_dict({key.removeprefix("head/"): value for key, value in tensors.items()})
+    x_BCHW = torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        map_Bhw, box_B4, logits_BK = Localizer(model, config["taps"], head).predict(x_BCHW)
+    with methods.build("localizer", calm(), checkpoint=str(undisturbed)) as method:
+        torch.testing.assert_close(method(x_BCHW), map_Bhw, rtol=0, atol=0)
+        torch.testing.assert_close(method.last.logits_BK, logits_BK, rtol=0, atol=0)
+        assert method.last.target_B is None
+    assert map_Bhw.shape == (3, SIDE // 4, SIDE // 4)
+    assert 0 <= map_Bhw.min() <= map_Bhw.max() <= 1
+    assert bool((box_B4[:, 2:] > box_B4[:, :2]).all())
+
+
+def test_extract_finds_what_the_validation_measured(undisturbed, val, tmp_path):
+    shards = json.loads((val / "run.json").read_text())["shards"]
+    tars = [shard["url"] for shard in shards]
+    out = extract(tars[0], tmp_path / "found", method="localizer", layer=None, options={"checkpoint": str(undisturbed)})
+    figures = json.loads((undisturbed / "localizer.json").read_text())["validation"]
+    found = evaluate(str(out)).means["found"]
+    assert figures["localizer"] == pytest.approx({name: 100 * found[name].value for name in ("le", "f1")})
+    teacher = evaluate(str(val))
+    for name, subject in zip(figures, ("localizer", "found", "centre", "whole"), strict=True):
+        if subject != "localizer":
+            values = {metric: 100 * teacher.means[subject][metric].value for metric in ("le", "f1")}
+            assert figures[name] == pytest.approx(values), name
+    assert json.loads((out / "run.json").read_text())["config"]["discretize"] == "fixed:0.5"
+    assert list(figures)[1] == "its teacher, grad-cam mean:1"
+
+
+def as_rank(rank: int, meeting: str, asked) -> None:
+    sys.path[:0] = PYTHONPATH.split(os.pathsep)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    ranks = Ranks(torch.device("cpu"), rank, 2, 2)
+    run_loop(make_plan(asked, "cpu", None, print), ranks, print)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_worlds_of_1_and_2_have_the_same_losses(run, val, undisturbed, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
+    asked = request(run, tmp_path / "two", val=str(val), workers=2)
+    context = multiprocessing.get_context("spawn")
+    started = [context.Process(target=as_rank, args=(rank, f"{tmp_path}/meeting", asked)) for rank in range(2)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(300)
+    assert [process.exitcode for process in started] == [0, 0]
+    for one, two in zip(log_lines(undisturbed), log_lines(tmp_path / "two"), strict=True):
+        assert two == pytest.approx(one, rel=1e-5, abs=1e-6)
+    figures = [
+        json.loads((folder / "localizer.json").read_text())["validation"] for folder in (undisturbed, tmp_path / "two")
+    ]
+    assert figures[0]["localizer"] == pytest.approx(figures[1]["localizer"], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"weights": "none"}, "--weights none without --model"),
+        ({"min_crop": 0.0}, "--min-crop 0.0: it is a share"),
+        ({"batch_size": 5, "workers": 2}, "2 cannot share it equally"),
+        ({"model": "making:tiny"}, "has no stages at strides 4, 8, 16 and 32"),
+    ],
+)
+def test_wrong_calls_are_refused(changed, match, run, tmp_path):
+    with pytest.raises(UserError, match=match):
+        make_plan(request(run, tmp_path / "out", **changed), "cpu", None, quiet)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_validation_that_tells_nothing_is_refused(run, val, tmp_path):
+    with pytest.raises(UserError, match="which is trained on; give a run of other shards"):
+        train(request(run, tmp_path / "out", val=str(run)), quiet)
+    other = extract(write_shards(tmp_path / "in", 1, 2), tmp_path / "otsu", discretize="otsu")
+    with pytest.raises(UserError, match="has discretize otsu, and .* has mean:1: give a run"):
+        train(request(run, tmp_path / "out", val=str(other)), quiet)
+
+
+def test_other_labels_and_other_settings_cannot_continue_a_training(run, undisturbed, val, tmp_path):
+    before = files(undisturbed)
+    usual = request(run, undisturbed, val=str(val), resume=True)
+    with pytest.raises(UserError, match="batch_size: 4 there, 8 requested"):
+        train(replace(usual, batch_size=8), quiet)
+    with pytest.raises(UserError, match="labels_digest"):
+        train(replace(usual, run=str(val), val=None), quiet)
+    assert files(undisturbed) == before
+
+
+def test_wrong_localizers_are_refused(undisturbed, tmp_path):
+    with pytest.raises(UserError, match="of `saltern train-localizer`"):
+        methods.build("localizer", calm())
+    with pytest.raises(UserError, match="holds no localizer"):
+        methods.build("localizer", calm(), checkpoint=str(tmp_path))
+    with pytest.raises(UserError, match="is not the localizer of this run"):
+        methods.build("localizer", calm(), checkpoint=str(undisturbed), digest="0" * 64)
+    moved = small()
+    with torch.no_grad():
+        moved.stem[0].weight.add_(0.1)
+    with pytest.raises(UserError, match="was trained on other weights of the frozen trunk"):
+        methods.build("localizer", moved, checkpoint=str(undisturbed))
+    for name in ("localizer.json", "localizer.safetensors"):
+        (tmp_path / name).write_bytes((undisturbed / name).read_bytes())
+    content = bytearray((tmp_path / "localizer.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "localizer.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"is not the file that localizer.json names"):
+        methods.build("localizer", calm(), checkpoint=str(tmp_path))
+
+
+def test_the_command_trains(run, tmp_path):
+    words = ["train-localizer", run, "--out", tmp_path / "out", "--epochs", "1", "--batch-size", "4", "--device", "cpu"]
+    ended = call(*words, "--labels", "boxes")
+    assert ended.returncode == 0, ended.stderr
+    assert "next: saltern extract ... --method localizer --checkpoint" in ended.stdout
+    assert "--resume continues it" in refused(call(*words))
+    assert "'mask' is not one of" in call(*words, "--labels", "mask").stderr
