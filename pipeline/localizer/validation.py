@@ -5,6 +5,7 @@ Rows are made as `extract --method localizer` makes them and judged as `evaluate
 
 import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +31,6 @@ from saltern.pipeline.training.trainee import Say
 from saltern.pipeline.training.whole import Whole, check_boxes
 from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
-from saltern.schemas.evaluation import CENTRE
 
 LINES = "validation.jsonl"
 MEASURED = ("le", "f1")
@@ -121,15 +121,14 @@ class Validation:
         """The figures of the teacher's rows and of the controls."""
         config, maps = self.run.config, maps_of(self.run.config)
         teacher = f"its teacher, {config.method} {config.discretize.text}"
-        names = {name: f"{name} box" if name == CENTRE else f"{name} image" for name in BOXES}
-        means = {name: {metric: Mean() for metric in MEASURED} for name in (teacher, *names.values())}
+        means = {name: {metric: Mean() for metric in MEASURED} for name in (teacher, *BOXES)}
         for shard in self.run.shards:
             for sample, rows in self.run.joined(shard):
                 if (truth := _truth(sample)) is not None:
                     _add(means[teacher], scores(rows[0], truth, maps))
                     size = size_of(rows[0]) or truth.size
-                    for subject, name in names.items():
-                        _add(means[name], box_scores(rows[0], truth, BOXES[subject](*size) if size else None))
+                    for name, box_of in BOXES.items():
+                        _add(means[name], box_scores(rows[0], truth, box_of(*size) if size else None))
         return {
             name: {metric: 100 * mean.value if mean.count else None for metric, mean in by_metric.items()}
             for name, by_metric in means.items()

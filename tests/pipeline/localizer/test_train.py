@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from casm_toys import SIDE, calm, files, log_lines, quiet, small
 from commands import call, refused
+from judging import judge
 from localizer_toys import CutError, extract, interrupt, request, write_shards
 from making import PYTHONPATH
 from safetensors.torch import load_file
@@ -20,7 +21,6 @@ from saltern.pipeline.localizer.hyperparameters import Hyperparameters
 from saltern.pipeline.localizer.plan import make_plan
 from saltern.pipeline.localizer.train import train
 from saltern.pipeline.masknet.localizer import Head, Localizer
-from saltern.pipeline.metrics.evaluate import evaluate
 from saltern.pipeline.training.loop import run as run_loop
 from saltern.pipeline.training.ranks import Ranks
 from saltern.schemas.errors import UserError
@@ -85,15 +85,16 @@ def test_extract_finds_what_the_validation_measured(undisturbed, val, tmp_path):
     tars = [shard["url"] for shard in shards]
     out = extract(tars[0], tmp_path / "found", method="localizer", layer=None, options={"checkpoint": str(undisturbed)})
     figures = json.loads((undisturbed / "localizer.json").read_text())["validation"]
-    found = evaluate(str(out)).means["found"]
-    assert figures["localizer"] == pytest.approx({name: 100 * found[name].value for name in ("le", "f1")})
-    teacher = evaluate(str(val))
-    for name, subject in zip(figures, ("localizer", "found", "centre", "whole"), strict=True):
-        if subject != "localizer":
-            values = {metric: 100 * teacher.means[subject][metric].value for metric in ("le", "f1")}
-            assert figures[name] == pytest.approx(values), name
+    found, teacher = judge(out, metrics=("le", "f1")), judge(val, metrics=("le", "f1"))
+    estimates = [
+        found.runs[0].estimates,
+        teacher.runs[0].estimates,
+        *map(teacher.controls.get, ("centre-box", "whole-image")),
+    ]
+    for values, estimated in zip(figures.values(), estimates, strict=True):
+        assert values == pytest.approx({name: 100 * estimated[name].value for name in ("le", "f1")})
     assert json.loads((out / "run.json").read_text())["config"]["discretize"] == "fixed:0.5"
-    assert list(figures)[1] == "its teacher, grad-cam mean:1"
+    assert list(figures) == ["localizer", "its teacher, grad-cam mean:1", "centre-box", "whole-image"]
 
 
 def as_rank(rank: int, meeting: str, asked) -> None:
