@@ -144,7 +144,7 @@ def test_a_validation_that_tells_nothing_is_refused(run, val, tmp_path):
     with pytest.raises(UserError, match="which is trained on; give a run of other shards"):
         train(request(run, tmp_path / "out", val=str(run)), quiet)
     other = extract(write_shards(tmp_path / "in", 1, 2), tmp_path / "otsu", discretize="otsu")
-    with pytest.raises(UserError, match="has discretize otsu, and .* has mean:1: give a run"):
+    with pytest.raises(UserError, match=r"has discretize otsu, and .* has mean:1: give a run"):
         train(request(run, tmp_path / "out", val=str(other)), quiet)
 
 
