@@ -42,7 +42,7 @@ ROOMS: dict[str, set[str]] = {
     "casm": {"training", "extract", "metrics", "show", "engine", "tables", *_RUNS, *_MODELS, *_BASE},
     "localizer": {"training", "extract", "metrics", "engine", "tables", *_RUNS, *_MODELS, *_BASE},
     "submit": {"naming", "storage"},
-    "bench": {"casm", "training", "extract", "engine", "tables", *_RUNS, *_MODELS, *_BASE},
+    "bench": {"casm", "training", "extract", "metrics", "engine", "tables", *_RUNS, *_MODELS, *_BASE},
 }
 HEAVY = ("torch", "ray", "pyarrow", "webdataset", "numpy")
 

@@ -6,7 +6,7 @@ L levels, V values, R parts at one level.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -118,10 +118,10 @@ def _tables(basins: Basins, areas: bool) -> NDArray[np.int32]:
             continue
         for basin in range(first, end):
             x0, y0, x1, y1 = region_K4[basin]
-            column_KW[basin, x0:x1] = (value_HW[y0:y1, x0:x1] * (basin_HW[y0:y1, x0:x1] == basin)).max(0)
-            if areas:
-                region = slice(y0, y1), slice(max(x0 - 1, 0), x1)
-                table_K5L[basin, 4] = _area([each_HW[region] for each_HW in squares_HW], basin)
+            mask_hw = (basin_HW[y0:y1, x0:x1] == basin).view(np.uint8)
+            column_KW[basin, x0:x1] = (value_HW[y0:y1, x0:x1] * mask_hw).max(0)
+        if areas and first < end:
+            table_K5L[first:end, 4] = _areas_by_region(squares_HW, region_K4[first:end], first)
     _span(column_KW, table_K5L[:, 0], table_K5L[:, 2])
     _span(row_KH, table_K5L[:, 1], table_K5L[:, 3])
     return table_K5L
@@ -171,16 +171,33 @@ def _squares(value_P: Bytes, basin_P: Labels, stride: int) -> tuple[Bytes, Bytes
     return lowest_P, second_P, of_P
 
 
-def _area(squares_hw: Sequence[Bytes | Labels], basin: int) -> Ints:
-    """Return twice the area of one basin above each level."""
-    lowest_hw, second_hw, basin_hw = squares_hw
-    mask_hw = (basin_hw == basin).view(np.uint8)
+def _areas_by_region(squares_HW: Sequence[NDArray[Any]], region_K4: Sequence[Sequence[int]], first: int) -> Ints:
+    """Return twice the area of each basin of one map above each level (K, L); `first` is the number of the first."""
+    lowest_HW, second_HW, basin_HW = squares_HW
+    widest = max(range(len(region_K4)), key=lambda basin: _extent(region_K4[basin]))
+    above_KL = np.zeros((len(region_K4), LEVELS), np.int64)
+    above_KL[widest] = _counts_above(lowest_HW, second_HW, None)
+    for basin, (x0, y0, x1, y1) in enumerate(region_K4):
+        if basin != widest:
+            region = slice(y0, y1), slice(max(x0 - 1, 0), x1)
+            mask_hw = (basin_HW[region] == first + basin).view(np.uint8)
+            above_KL[basin] = _counts_above(lowest_HW[region], second_HW[region], mask_hw)
+            above_KL[widest] -= above_KL[basin]
+    return above_KL
+
+
+def _extent(region: Sequence[int]) -> int:
+    return (region[2] - region[0]) * (region[3] - region[1])
+
+
+def _counts_above(lowest_hw: Bytes, second_hw: Bytes, mask_hw: Bytes | None) -> Ints:
+    """Return how many of both values are above each level (L)."""
     lowest_V, second_V = (cv2.calcHist([each_hw], [0], mask_hw, [256], [0, 256]) for each_hw in (lowest_hw, second_hw))
     above_L: Ints = (lowest_V + second_V).reshape(-1)[:0:-1].astype(np.int64).cumsum()[::-1]
     return above_L
 
 
-def _areas(squares_HW: Sequence[Bytes | Labels], first: int, end: int) -> Ints:
+def _areas(squares_HW: Sequence[NDArray[Any]], first: int, end: int) -> Ints:
     """Return twice the area of each basin of one map above each level (K, L)."""
     lowest_HW, second_HW, basin_HW = squares_HW
     y, x = np.nonzero(second_HW)
