@@ -17,7 +17,7 @@ from saltern.schemas.config import check_keys
 from saltern.schemas.errors import UserError
 
 if TYPE_CHECKING:
-    from saltern.pipeline.engine.conduct import Job, RunResult
+    from saltern.pipeline.engine.conduct import Job, Jobs, RunResult
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, PurePath) else value
 
 
-def drive(ctx: typer.Context, job: "Job") -> None:
+def drive(ctx: typer.Context, job: "Job | Jobs") -> None:
     """Run the job with the command's run options, and exit with its code."""
     from saltern.pipeline.engine.conduct import RunOptions, conduct
 
@@ -115,13 +115,14 @@ def _is_number(value: Any) -> bool:
 
 
 def parse_options(words: list[str] | None) -> dict[str, Any]:
-    """Return `key=value` words as a dict. A value is JSON if it parses as JSON, else a list of numbers, else text."""
+    """Return `key=value` and `METHOD:key=value` words as a dict. A value is JSON if it parses as JSON, else a list of numbers, else text."""
     found: dict[str, Any] = {}
     for word in words or ():
-        key, equals, value = word.partition("=")
+        name, equals, value = word.partition("=")
+        method, colon, key = name.rpartition(":")
         if not equals or not key:
             raise UserError(f"-O {word!r} is not key=value")
-        found[key.replace("-", "_")] = _json_or_text(value)
+        found[f"{method}{colon}{key.replace('-', '_')}"] = _json_or_text(value)
     return found
 
 

@@ -14,7 +14,7 @@ def extract(
     shards: opt.Shards,
     *,
     model: opt.Model,
-    method: opt.Method,
+    method: opt.Methods,
     weights: opt.Weights = "DEFAULT",
     layer: opt.Layer = None,
     options: opt.Options = None,

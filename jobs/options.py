@@ -82,6 +82,15 @@ Model = Annotated[
 ]
 Weights = Annotated[str, model("DEFAULT, none (random weights), the name of weights, or a file.", metavar="NAME|FILE")]
 Method = Annotated[str, model("Name from `saltern methods`, captum:NAME or package.module:Class.", metavar="NAME")]
+Methods = Annotated[
+    str,
+    model(
+        "Name from `saltern methods`, captum:NAME or package.module:Class; several with commas between them write "
+        "one run each, DIR/NAME.",
+        "--method",
+        metavar="NAME,...",
+    ),
+]
 Labels = Annotated[
     str,
     model(
@@ -95,7 +104,13 @@ Layer = Annotated[
 ]
 Options = Annotated[
     list[str] | None,
-    model("Option of the method; repeatable.", "--option", "-O", metavar="KEY=VALUE", callback=parse_options),
+    model(
+        "Option of the method, or METHOD:KEY=VALUE of one of several; repeatable.",
+        "--option",
+        "-O",
+        metavar="KEY=VALUE",
+        callback=parse_options,
+    ),
 ]
 Precision = Annotated[
     choices.Precision, model("Arithmetic of the passes; tf32 rounds inside a GPU only; bf16 and fp16: autocast.")

@@ -18,9 +18,8 @@ from ray.job_config import JobConfig
 
 from saltern.pipeline import machine, naming
 from saltern.pipeline.engine.pool import Died, Done, Event, Factory, Raised, Ready, ShardProcessor
-from saltern.pipeline.runs.outlet import Made
+from saltern.pipeline.runs.outlet import Earlier, Made, MadeTogether
 from saltern.schemas.errors import UserError
-from saltern.schemas.receipt import Receipt
 from saltern.schemas.run import Shard
 
 COUNT_EVERY_S = 2.0  # the progress line asks every actor, and each call costs core time on both sides
@@ -134,8 +133,9 @@ class _Worker:
         self._processor: ShardProcessor = factory()
         return node
 
-    def process(self, shard: Shard, earlier: Receipt | None) -> Made:
-        return self._processor.process(shard, earlier)
+    def process(self, shard: Shard, earlier: Earlier) -> Made | MadeTogether:
+        made: Made | MadeTogether = self._processor.process(shard, earlier)
+        return made
 
     def images(self) -> dict[str, int]:
         return dict(self._processor.images)
@@ -192,7 +192,7 @@ class RayPool:
         return number
 
     @_reaching_cluster()
-    def submit(self, worker: int, shard: Shard, earlier: Receipt | None) -> None:
+    def submit(self, worker: int, shard: Shard, earlier: Earlier) -> None:
         self._calls[self._actors[worker].process.remote(shard, earlier)] = (worker, shard)
 
     @_reaching_cluster()

@@ -6,28 +6,26 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
+from saltern.pipeline.engine.book import Books
 from saltern.pipeline.engine.driver import DEVICE, Driver
+from saltern.pipeline.engine.folders import Folder, read_folders, start
 from saltern.pipeline.engine.local import LocalPool
 from saltern.pipeline.engine.outcome import Outcome
 from saltern.pipeline.engine.pool import Factory, ShardProcessor
 from saltern.pipeline.engine.progress import Progress, clock, shares
 from saltern.pipeline.engine.selection import Engine, make_pool, select_engine
 from saltern.pipeline.machine import decode_threads, sigterm_as_interrupt
-from saltern.pipeline.runs.begin import Begun, begin, check_folder, read_begun
-from saltern.pipeline.runs.manifest import failure_name, load_run, receipt_name
-from saltern.pipeline.runs.outlet import Made, Spec, accepted
+from saltern.pipeline.runs.outlet import Spec
 from saltern.pipeline.runs.reasons import reasons_of, too_few_ok
-from saltern.pipeline.runs.recover import recover
 from saltern.pipeline.shards.samples import list_keys
-from saltern.pipeline.storage.lock import Lock
-from saltern.pipeline.storage.session import Session, session
 from saltern.pipeline.storage.store import Store
-from saltern.schemas.errors import DamagedRunError, ShardError, UserError
-from saltern.schemas.receipt import Failure, Receipt
+from saltern.schemas.errors import ShardError, UserError
+from saltern.schemas.receipt import Receipt
 from saltern.schemas.run import Run, Shard
 from saltern.schemas.text import counted
 
@@ -75,82 +73,96 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Jobs:
+    """Several runs that one processor makes from the same shards, each in its folder below --out.
+
+    Args:
+        names: of the runs and of their folders.
+        plan: as of Job, for the runs of these names.
+        processor: builds the processor of a worker.
+        close: as of Job, for each run.
+    """
+
+    names: Sequence[str]
+    plan: Callable[[Mapping[str, Run | None], str, int], tuple[dict[str, Run], list[str]]]
+    processor: Callable[[Mapping[str, Spec]], ShardProcessor]
+    close: Callable[[Store, Run], None] = lambda store, run: None
+
+
+@dataclass(frozen=True)
 class RunResult:
-    """The result of a run."""
+    """The result of a run, or of several."""
 
     path: str  # the run's folder or URL
     code: int  # of the command: 0 done; 1 failed shards, too few rows ok, stopped; 75 lost device; 130 interrupted
     shards: int  # number of the run's shards
-    done: int  # shards, including those of earlier calls
+    done: int  # shards, including those of earlier calls; of several runs, those that all have
     rows: dict[str, int] = field(default_factory=dict)  # by status, of all shards that are done
     failures: dict[str, str] = field(default_factory=dict)  # kind and reason, by shard
     stuck: bool = False  # a thread may never end: leave the process with os._exit
+    runs: dict[str, "RunResult"] = field(default_factory=dict)  # of each of several runs, by name
 
 
-def conduct(job: Job, options: RunOptions) -> RunResult:
+def conduct(job: Job | Jobs, options: RunOptions) -> RunResult:
     """Run the job, or resume it.
 
     Raises:
         UserError: the options are invalid or not possible on this machine; nothing was started.
     """
     root = options.out if "://" in options.out else os.path.abspath(options.out)
-    store = Store(root)
     engine = select_engine(options.engine, options.device, options.address, options.workers, options.gpus_per_worker)
-    existing, damage = None, None
     with _explained(options.out):
-        try:
-            existing = load_run(store)
-        except DamagedRunError as error:
-            damage = error
-    run, hints = job.plan(None if options.overwrite else existing, engine.device, engine.workers)
+        folders = read_folders(root, [""] if isinstance(job, Job) else job.names)
+    hints = _plan(job, folders, options, engine)
     for line in (*hints, str(engine)):
         print(line, file=sys.stderr)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_sigterm())
         with _explained(options.out):
-            held, run, begun = _start(stack, store, run, existing, damage, options.overwrite)
-        spec = Spec(run, root, held.scratch, engine.device, options.decode_threads or 0, options.retry_failed)
+            start(stack, root, folders, options.overwrite)
+        specs = {it.name: _spec(it, options, engine) for it in folders}
+        build = partial(_build, job.processor, specs[""] if isinstance(job, Job) else specs)
         try:
-            result = _drive(
-                spec,
-                begun,
-                Book(store, held.lock, begun),
-                partial(_build, job.processor, spec.without_shards()),
-                options,
-                engine,
-            )
+            result = _drive(root, folders, build, options, engine)
         except Exception:
-            if existing is None and not store.sizes("data"):
-                store.remove(["run.json"])  # nothing was done, and it would refuse the corrected command
+            for it in folders:
+                if it.existing is None and not it.store.sizes("data"):
+                    it.store.remove(["run.json"])  # nothing was done, and it would refuse the corrected command
             raise
         if result.code in (0, 1):
             with _explained(options.out):
-                job.close(store, run)
+                for it in folders:
+                    job.close(it.store, it.run)
         return result
 
 
-def _build(processor: Callable[[Spec], ShardProcessor], spec: Spec) -> ShardProcessor:
+def _plan(job: Job | Jobs, folders: Sequence[Folder], options: RunOptions, engine: Engine) -> list[str]:
+    """Plan the runs of the folders. Return hints for the user."""
+    existing = {it.name: None if options.overwrite else it.existing for it in folders}
+    if isinstance(job, Job):
+        folders[0].run, hints = job.plan(existing[""], engine.device, engine.workers)
+        return hints
+    runs, hints = job.plan(existing, engine.device, engine.workers)
+    for it in folders:
+        it.run = runs[it.name]
+    return hints
+
+
+def _spec(folder: Folder, options: RunOptions, engine: Engine) -> Spec:
+    threads = options.decode_threads or 0
+    spec = Spec(folder.run, folder.root, folder.held.scratch, engine.device, threads, options.retry_failed)
+    return spec.without_shards()
+
+
+def _build(processor: Callable[[Any], ShardProcessor], specs: Spec | Mapping[str, Spec]) -> ShardProcessor:
     """Build a worker's processor, on the worker's machine."""
-    return processor(replace(spec, decode_threads=spec.decode_threads or decode_threads()))
+    if isinstance(specs, Spec):
+        return processor(_with_threads(specs))
+    return processor({name: _with_threads(spec) for name, spec in specs.items()})
 
 
-def _start(
-    stack: contextlib.ExitStack,
-    store: Store,
-    run: Run,
-    existing: Run | None,
-    damage: UserError | None,
-    overwrite: bool,
-) -> tuple[Session, Run, Begun]:
-    """Own the run's folder, and begin the run in it. If its run.json is missing or damaged, write it again."""
-    recovered, why = (None, "") if existing else recover(store, run, damage)
-    check_folder(store, existing or recovered, run, why)
-    held = stack.enter_context(session(store))
-    if recovered is not None:
-        store.write("run.json", recovered.to_json())
-        print("run.json was missing or damaged, and is written again: all files are of this command", file=sys.stderr)
-    run = begin(store, run, overwrite=overwrite)
-    return held, run, read_begun(store, run)
+def _with_threads(spec: Spec) -> Spec:
+    return replace(spec, decode_threads=spec.decode_threads or decode_threads())
 
 
 @contextlib.contextmanager
@@ -168,33 +180,29 @@ def _sigterm() -> contextlib.AbstractContextManager[None]:
     return sigterm_as_interrupt() if main else contextlib.nullcontext()
 
 
-def _drive(spec: Spec, begun: Begun, book: "Book", factory: Factory, options: RunOptions, engine: Engine) -> RunResult:
-    run, receipts = spec.run, begun.receipts
-    earlier = {
-        name: receipt
-        for name, receipt in receipts.items()
-        if name in begun.doubtful or (options.retry_failed and receipt.failed)
-    }
-    pending = [shard for shard in run.shards if shard.name not in receipts or shard.name in earlier]
+def _drive(
+    root: str, folders: Sequence[Folder], factory: Factory, options: RunOptions, engine: Engine
+) -> RunResult:
+    run, books = folders[0].run, Books(folders, options.retry_failed)
+    pending = [shard for shard in run.shards if books.lacking(shard.name)]
     done = len(run.shards) - len(pending)
-    for line in begun.notes():
-        print(line, file=sys.stderr)
-    print(f"{done} of {len(run.shards)} shards done, {len(pending)} to do", file=sys.stderr)
+    _say_begun(folders, done, len(pending))
     if not pending:
-        print(f"nothing to do: all shards of {spec.root} are done")
-        code = _judge(receipts.values())
-        return RunResult(spec.root, code, len(run.shards), done, _rows(receipts.values()))
+        print(f"nothing to do: all shards of {root} are done")
+        return _result(root, folders, books, Outcome(), done)
     pool = make_pool(engine, factory, options.decode_threads, run.config.torch_threads)
     started = time.monotonic()
+    receipts = {name: receipt for it in folders for name, receipt in it.begun.receipts.items()}
+    failures = [failure for it in folders for failure in it.begun.failures.values() if failure.kind == DEVICE]
     with Progress(done, len(run.shards), _expected(pending, receipts)) as progress:
         driver = Driver(
             pool,
-            book,
+            books,
             workers=min(engine.workers, len(pending)),
             timeout_s=options.shard_timeout_s,
             max_failed=options.max_failed_shards,
-            earlier=earlier,
-            kills={name: it.attempts for name, it in begun.failures.items() if it.kind == DEVICE},
+            earlier=books,
+            kills={it.shard: it.attempts for it in sorted(failures, key=lambda failure: failure.attempts)},
             tick=progress,
         )
         try:
@@ -203,43 +211,43 @@ def _drive(spec: Spec, begun: Begun, book: "Book", factory: Factory, options: Ru
             outcome = driver.state.outcome
             outcome.stopped = "interrupted"
     done += len(outcome.receipts)
-    _report(outcome, len(run.shards), done, spec.root, time.monotonic() - started)
+    names = f" ({', '.join(it.name for it in folders)})" if folders[0].name else ""
+    _report(outcome, len(run.shards), done, f"{root}{names}", time.monotonic() - started)
     _say_halved(outcome.receipts.values(), run.config.batch_size)
-    failures = {name: f"{failure.kind}: {failure.reason}" for name, failure in outcome.failures.items()}
-    finished = {**receipts, **outcome.receipts}.values()
-    code = _judge(finished) or int(bool(failures or outcome.stopped))
-    code = 130 if outcome.stopped == "interrupted" else AGAIN if outcome.device_lost else code
     # A process without its device may not end by itself either.
     stuck = isinstance(pool, LocalPool) and (pool.abandoned or outcome.device_lost)
-    return RunResult(spec.root, code, len(run.shards), done, _rows(finished), failures, stuck)
+    return replace(_result(root, folders, books, outcome, done), stuck=stuck)
 
 
-class Book:
-    """The driver's access to the run's folder. Nothing else publishes."""
+def _say_begun(folders: Sequence[Folder], done: int, pending: int) -> None:
+    """Say what the runs have."""
+    counts = {it.name: sum(shard.name in it.begun.receipts for shard in it.run.shards) for it in folders}
+    for it in folders:
+        for line in it.begun.notes():
+            it.say(line)
+        if len(set(counts.values())) > 1:
+            it.say(f"{counts[it.name]} of {done + pending} shards done")
+    each = " in all runs" if len(folders) > 1 else ""
+    print(f"{done} of {done + pending} shards done{each}, {pending} to do", file=sys.stderr)
 
-    def __init__(self, store: Store, lock: Lock, begun: Begun):
-        self.store, self._lock = store, lock
-        self._recorded = {*begun.receipts, *begun.invalid}
-        self._failing = set(begun.failures)
 
-    def publish(self, made: Made) -> Receipt:
-        """Publish a shard's files, then its receipt. An old receipt goes first, so that none is ever of other data."""
-        receipt = made.receipt
-        with accepted(self.store):
-            self._lock.check()
-            if made.files and receipt.shard in self._recorded:
-                self.store.remove([receipt_name(receipt.shard)])
-            for name, source in made.files.items():
-                self.store.move(source, name)
-            self.store.write(receipt_name(receipt.shard), receipt.to_json())
-            if receipt.shard in self._failing:
-                self.store.remove([failure_name(receipt.shard)])
-        return receipt
-
-    def failed(self, failure: Failure) -> None:
-        with accepted(self.store):
-            self._lock.check()
-            self.store.write(failure_name(failure.shard), failure.to_json())
+def _result(root: str, folders: Sequence[Folder], books: Books, outcome: Outcome, done: int) -> RunResult:
+    """Judge the rows of each run, and return the result of all."""
+    failures = {name: f"{failure.kind}: {failure.reason}" for name, failure in outcome.failures.items()}
+    stopped = 130 if outcome.stopped == "interrupted" else AGAIN if outcome.device_lost else 0
+    runs = {}
+    for it in folders:
+        receipts = {**it.begun.receipts, **books.published[it.name]}
+        judged = _judge(receipts.values(), it.say)
+        lacking = {name: why for name, why in failures.items() if books.lacks(it.name, name)}
+        code = stopped or judged or int(bool(lacking or outcome.stopped))
+        own = sum(not books.lacks(it.name, shard.name) for shard in it.run.shards)
+        runs[it.name] = RunResult(it.root, code, len(it.run.shards), own, _rows(receipts.values()), lacking)
+    if not folders[0].name:
+        return runs[""]
+    rows: Counter[str] = sum((Counter(each.rows) for each in runs.values()), Counter())
+    code = max(each.code for each in runs.values())
+    return RunResult(root, code, len(folders[0].run.shards), done, dict(rows.most_common()), failures, runs=runs)
 
 
 def _expected(pending: Sequence[Shard], receipts: dict[str, Receipt]) -> int | None:
@@ -279,14 +287,14 @@ def _say_halved(receipts: Collection[Receipt], batch_size: int) -> None:
         )
 
 
-def _judge(receipts: Collection[Receipt]) -> int:
-    """Print why rows are not ok. Return the exit code, 1 if too few are ok."""
+def _judge(receipts: Collection[Receipt], say: Callable[[str], None]) -> int:
+    """Say why rows are not ok. Return the exit code, 1 if too few are ok."""
     reasons, rows = reasons_of(receipts), _rows(receipts)
     for reason, count in reasons.items():
-        print(f"{counted(count, 'row')} {reason}", file=sys.stderr)
+        say(f"{counted(count, 'row')} {reason}")
     problem = too_few_ok(rows, reasons) if receipts else None
     if problem:
-        print(f"FAILED: {problem}", file=sys.stderr)
+        say(f"FAILED: {problem}")
     return int(problem is not None)
 
 

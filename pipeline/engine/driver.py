@@ -14,12 +14,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from saltern.pipeline.engine.circuit import Circuit
 from saltern.pipeline.engine.outcome import Outcome, State
 from saltern.pipeline.engine.pool import Died, Done, Event, Pool, Raised, Ready
-from saltern.pipeline.runs.outlet import Made
 from saltern.schemas.errors import DeviceLostError, OutputError, ShardError
 from saltern.schemas.receipt import Failure, Receipt
 from saltern.schemas.run import Shard
@@ -38,10 +37,16 @@ PUBLISHERS = 8  # threads: publishing takes an object store several requests
 class Book(Protocol):
     """The record of results: the run's folder."""
 
-    def publish(self, made: Made) -> Receipt:
+    def publish(self, made: Any) -> Receipt:
         """Publish a shard's files, then its receipt. Runs in several threads. May raise OSError or OutputError."""
 
     def failed(self, failure: Failure) -> None: ...
+
+
+class Records(Protocol):
+    """What processors get of shards that have receipts."""
+
+    def get(self, shard: str, /) -> Any: ...
 
 
 @dataclass
@@ -59,7 +64,7 @@ class Driver:
         workers: how many to start; work begins when the first is ready.
         timeout_s: limit of one shard, from its submission to a worker; None = no limit.
         max_failed: stop when more shards than this have failed; None = never.
-        earlier: receipts of shards whose data files may be kept, in whole or part, by the shard's name.
+        earlier: what a processor gets of shards that have receipts, by the shard's name.
         kills: workers or processes that earlier drives lost with a shard in flight, by its name. It runs last, alone.
         tick: called a few times a second.
     """
@@ -72,7 +77,7 @@ class Driver:
         workers: int = 1,
         timeout_s: float | None = None,
         max_failed: int | None = None,
-        earlier: Mapping[str, Receipt] | None = None,
+        earlier: Records | None = None,
         kills: Mapping[str, int] | None = None,
         tick: Callable[[State], None] = lambda state: None,
     ):

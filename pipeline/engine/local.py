@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from saltern.pipeline.engine.pool import Done, Event, Factory, Raised, Ready, ShardProcessor
-from saltern.schemas.receipt import Receipt
+from saltern.pipeline.runs.outlet import Earlier
 from saltern.schemas.run import Shard
 
 
@@ -55,11 +55,11 @@ class LocalPool:
         except BaseException as error:  # the driver raises it
             self._events.put(Raised(number, None, error))
 
-    def submit(self, worker: int, shard: Shard, earlier: Receipt | None) -> None:
+    def submit(self, worker: int, shard: Shard, earlier: Earlier) -> None:
         self._workers[worker].busy.add(shard.name)
         self._thread(self._process, worker, self._workers[worker], shard, earlier)
 
-    def _process(self, number: int, worker: _Local, shard: Shard, earlier: Receipt | None) -> None:
+    def _process(self, number: int, worker: _Local, shard: Shard, earlier: Earlier) -> None:
         assert worker.processor is not None  # noqa: S101 - the driver waits for Ready
         try:
             event: Event = Done(number, shard, worker.processor.process(shard, earlier))

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from saltern.pipeline.runs.outlet import Made
-from saltern.schemas.receipt import Receipt
+from saltern.pipeline.runs.outlet import Earlier, Made, MadeTogether
 from saltern.schemas.run import Shard
 
 
@@ -13,11 +12,13 @@ class ShardProcessor(Protocol):
     """The processor of a worker. It is built once, then called with shards, two at a time.
 
     It writes into the scratch folder; `earlier` is the receipt of a shard whose data file may be kept in whole or part.
+    A processor of several runs gets the names of the runs that lack the shard, each with its earlier receipt, and
+    returns the parts of these.
     """
 
     images: dict[str, int]  # finished images, by shard in process
 
-    def process(self, shard: Shard, earlier: Receipt | None = None) -> Made: ...
+    def process(self, shard: Shard, earlier: Any = None) -> Any: ...
 
     def close(self) -> None:
         """Release threads, hooks and device memory. No shard is in process."""
@@ -39,7 +40,7 @@ class Done:
 
     worker: int
     shard: Shard
-    made: Made
+    made: Made | MadeTogether
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Pool(Protocol):
     def start(self) -> int:
         """Start a worker and return its number; `Ready` follows."""
 
-    def submit(self, worker: int, shard: Shard, earlier: Receipt | None) -> None: ...
+    def submit(self, worker: int, shard: Shard, earlier: Earlier) -> None: ...
 
     def wait(self, timeout_s: float) -> list[Event]:
         """Wait for the first event, at most `timeout_s`, and return all events, except of killed workers."""

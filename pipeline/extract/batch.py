@@ -5,9 +5,9 @@ Shape suffixes: D decoded samples, H W C an image's pixels and channels.
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import numpy as np
@@ -68,10 +68,14 @@ class Batch:
         self.size_D2, self.geometry_D4 = self.size_D2[others], self.geometry_D4[others]
 
 
-def join(parts: Sequence[Batch]) -> Batch:
-    """Join parts of a batch; there is at least one."""
+def join(parts: Sequence[Batch], *, pixels: bool = True) -> Batch:
+    """Join parts of a batch; there is at least one.
+
+    Args:
+        pixels: False leaves them out; another batch with the same decoded samples has them.
+    """
     if len(parts) == 1:
-        return parts[0]
+        return parts[0] if pixels else replace(parts[0], pixels_DHWC=None)
     starts = np.cumsum([0, *map(len, parts)]).tolist()
     numbered = list(zip(starts, parts, strict=False))
     return Batch(
@@ -81,7 +85,7 @@ def join(parts: Sequence[Batch]) -> Batch:
         {start + at: problem for start, part in numbered for at, problem in part.problems.items()},
         {start + at: rows for start, part in numbered for at, rows in part.kept.items()},
         [start + at for start, part in numbered for at in part.decoded],
-        _together([part.pixels_DHWC for part in parts if part.pixels_DHWC is not None]),
+        _together([part.pixels_DHWC for part in parts if pixels and part.pixels_DHWC is not None]),
         np.concatenate([part.size_D2 for part in parts]),
         np.concatenate([part.geometry_D4 for part in parts]),
     )
@@ -96,32 +100,82 @@ def _together(pixels: Sequence[Tensor]) -> Tensor | None:
     return torch.from_numpy(np.concatenate([part.numpy() for part in pixels]))
 
 
-def regroup(pieces: Iterable[Batch], size: int, longest: int) -> Iterator[Batch]:
-    """Yield the samples of the pieces in batches that end at `size` decoded samples, or at `longest` in all."""
-    parts: list[Batch] = []
-    decoded = length = 0
-    for piece in pieces:
+class Cutter:
+    """Cuts the samples of pieces into batches that end at `size` decoded samples, or at `longest` in all."""
+
+    def __init__(self, size: int, longest: int) -> None:
+        self._size, self._longest = size, longest
+        self._parts: list[Batch] = []
+        self._decoded = self._length = 0
+
+    def add(self, piece: Batch) -> Iterator[list[Batch]]:
+        """Add a piece. Yields the parts of each batch that ends in it."""
         start = 0
         while start < len(piece):
-            stop = piece.end(start, size - decoded, longest - length)
-            parts.append(piece.part(start, stop))
-            decoded, length, start = decoded + len(parts[-1].decoded), length + stop - start, stop
-            if decoded == size or length == longest:
-                yield join(parts)
-                parts, decoded, length = [], 0, 0
-    if parts:
-        yield join(parts)
+            stop = piece.end(start, self._size - self._decoded, self._longest - self._length)
+            self._parts.append(piece.part(start, stop))
+            self._decoded += len(self._parts[-1].decoded)
+            self._length, start = self._length + stop - start, stop
+            if self._decoded == self._size or self._length == self._longest:
+                yield from self.rest()
+
+    def rest(self) -> Iterator[list[Batch]]:
+        """Yield the parts of the last batch, if there are any."""
+        if self._parts:
+            yield self._parts
+        self._parts, self._decoded, self._length = [], 0, 0
+
+
+Lot = dict[str, Batch]  # batches of runs with the same decoded samples, by the run's name; the first has the pixels
+
+
+def lots(cut: Mapping[str, Iterable[list[Batch]]]) -> list[Lot]:
+    """Join the parts of batches that runs have cut from the same pieces, and put batches of the same samples together.
+
+    Returns:
+        The lots; those of a run follow each other as its batches do.
+    """
+    if len(cut) == 1:
+        return [{name: join(parts)} for name, batches in cut.items() for parts in batches]
+    found: dict[tuple[object, ...], tuple[int, Lot]] = {}
+    for name, batches in cut.items():
+        for parts in batches:
+            decoded = tuple(part.indices[at] for part in parts for at in part.decoded)
+            last = parts[-1].indices[-1]
+            _, lot = found.setdefault(decoded or (name, last), (decoded[-1] if decoded else last, {}))
+            lot[name] = join(parts, pixels=not lot)
+    return [lot for _, lot in sorted(found.values(), key=lambda each: each[0])]
+
+
+@dataclass
+class View:
+    """The samples of a piece that one run does not take, by position."""
+
+    problems: dict[int, Problem] = field(default_factory=dict)
+    kept: dict[int, pa.RecordBatch] = field(default_factory=dict)
+
+    def batch(self, piece: "Piece", made: DecodedBatch | None) -> Batch:
+        """Return the samples of a piece; `made` are its decoded images."""
+        columns = piece.keys, piece.indices, piece.labels
+        if made is None:
+            return Batch(*columns, self.problems, self.kept, [], None, np.zeros((0, 2), np.int32), np.zeros((0, 4)))
+        taken = [slot for slot, at in enumerate(piece.slots) if at not in self.problems and at not in self.kept]
+        bad = {piece.slots[slot]: made.problems[slot] for slot in taken if slot in made.problems}
+        good = [slot for slot in taken if slot not in made.problems] if bad else taken
+        whole = len(good) == len(piece.slots)
+        pixels = made.pixels_BHWC if whole else made.pixels_BHWC[good] if good else None
+        sizes = (made.size_B2, made.geometry_B4) if whole else (made.size_B2[good], made.geometry_B4[good])
+        return Batch(*columns, self.problems | bad, self.kept, [piece.slots[slot] for slot in good], pixels, *sizes)
 
 
 @dataclass
 class Piece:
     """Consecutive samples of a shard, as they are read."""
 
+    views: list[View] = field(default_factory=lambda: [View()])  # one for each run
     keys: list[str] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
     labels: list[int | None] = field(default_factory=list)
-    problems: dict[int, Problem] = field(default_factory=dict)
-    kept: dict[int, pa.RecordBatch] = field(default_factory=dict)
     slots: list[int] = field(default_factory=list)  # positions of the samples with an image
     images: list[bytes] = field(default_factory=list)  # emptied when they are decoded
     size: int = 0  # bytes of the images, also when they are decoded
@@ -131,7 +185,7 @@ class Piece:
         return len(self.keys)
 
     def add(self, key: str, index: int, label: int | None, image: bytes | None = None) -> int:
-        """Add a sample, and return its position."""
+        """Add a sample, and return its position. `image` is None if no run takes it."""
         position = len(self.keys)
         self.keys.append(key)
         self.indices.append(index)
@@ -148,23 +202,13 @@ class Piece:
             self._decoding = pool.submit(_decode, decoder, self.images)
         return self
 
-    def wait(self) -> tuple[Batch, float]:
-        """Return the decoded samples, and the seconds that the decoding took."""
-        columns = self.keys, self.indices, self.labels, self.problems, self.kept
-        if self._decoding is None:
-            return Batch(*columns, [], None, np.zeros((0, 2), np.int32), np.zeros((0, 4))), 0.0
-        made, seconds = self._decoding.result()
-        self._decoding, pixels = None, made.pixels_BHWC
-        if pixels.device.type == "cuda":
-            pixels.record_stream(torch.cuda.current_stream())
-        if not made.problems:
-            return Batch(*columns, self.slots, pixels, made.size_B2, made.geometry_B4), seconds
-        self.problems |= {self.slots[slot]: problem for slot, problem in made.problems.items()}
-        good = [slot for slot in range(len(self.slots)) if slot not in made.problems]
-        decoded = [self.slots[slot] for slot in good]
-        return Batch(
-            *columns, decoded, pixels[good] if good else None, made.size_B2[good], made.geometry_B4[good]
-        ), seconds
+    def wait(self) -> tuple[list[Batch], float]:
+        """Return the decoded samples as each view has them, and the seconds that the decoding took."""
+        made, seconds = (None, 0.0) if self._decoding is None else self._decoding.result()
+        self._decoding = None
+        if made is not None and made.pixels_BHWC.device.type == "cuda":
+            made.pixels_BHWC.record_stream(torch.cuda.current_stream())
+        return [view.batch(self, made) for view in self.views], seconds
 
 
 def _decode(decoder: Decoder, images: list[bytes]) -> tuple[DecodedBatch, float]:

@@ -4,6 +4,8 @@ Shape suffixes: B batch, H W the network's input, h w the stored map's grid, K c
 each of its targets), N bytes.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -60,9 +62,15 @@ class Explainer:
         self._std = torch.tensor(preprocess.std, device=device).view(3, 1, 1)
 
     @classmethod
-    def of_run(cls, config: ExtractConfig, method: Method, device: torch.device) -> "Explainer":
-        """Return the explainer of an extraction; its method is built on the run's model, which is on `device`."""
-        parts = method.trunk() if config.compile else []
+    def of_run(
+        cls, config: ExtractConfig, method: Method, device: torch.device, *, compiled: bool = False
+    ) -> "Explainer":
+        """Return the explainer of an extraction; its method is built on the run's model, which is on `device`.
+
+        Args:
+            compiled: the model's parts are compiled already, for another method that has the same ones.
+        """
+        parts = method.trunk() if config.compile and not compiled else []
         explainer = cls(
             method,
             device,
@@ -76,6 +84,7 @@ class Explainer:
         )
         if parts:
             compile_parts(parts, deterministic=config.deterministic)
+        if parts or compiled:
             explainer._full = config.batch_size
         return explainer
 
@@ -97,28 +106,25 @@ class Explainer:
             label_B: int64, on the host; used only if the target is the label.
             seed_B: int64, on the host: seeds the noise of each sample; None = zeros.
         """
-        try:
-            return self._explain(pixels_BHWC, label_B, seed_B)
-        except (RuntimeError, MemoryError) as error:
-            if self._full is None:
-                raise
-            if out_of_memory(error):
-                self._full = max(1, self._full // 2)  # as the processor halves its batches
-            elif refusal := refused(error):
-                raise refusal from error
-            raise
+        return explain_together([self], lambda *inputs: [self.method.explain(*inputs)], pixels_BHWC, label_B, seed_B)[0]
 
-    def _explain(self, pixels_BHWC: Tensor, label_B: Tensor, seed_B: Tensor | None) -> Pending:
-        pending, samples = Pending(self.device), len(pixels_BHWC)
+    def _inputs(
+        self, pixels_BHWC: Tensor, label_B: Tensor, seed_B: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the normalised images, the classes to explain and the seeds, on the device."""
         if self._full is not None:
             pixels_BHWC, label_B = _filled(pixels_BHWC, self._full), _filled(label_B, self._full)
             seed_B = None if seed_B is None else _filled(seed_B, self._full)
         x_BCHW = self._normalise(pixels_BHWC.to(self.device, non_blocking=True))
-        label_B = label_B.to(self.device, non_blocking=True)
-        seed_B = None if seed_B is None else seed_B.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, AUTOCAST.get(self._precision), self._precision in AUTOCAST):
-            found = self.method.explain(x_BCHW, self._chosen(label_B), seed_B, self.rows_each)
-        logits_BK = self.method.last.logits_BK
+        chosen_B = self._chosen(label_B.to(self.device, non_blocking=True))
+        return x_BCHW, chosen_B, None if seed_B is None else seed_B.to(self.device, non_blocking=True)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, AUTOCAST.get(self._precision), self._precision in AUTOCAST)
+
+    def _send(self, found: Sequence[tuple[Maps, Last]], pending: Pending, samples: int) -> Pending:
+        """Make the stored columns of the first samples, and start their copy to the host."""
+        logits_BK = found[0][1].logits_BK
         probability_BK = logits_BK.float().softmax(1)
         parts = [self._columns(maps, last, probability_BK) for maps, last in found]
         for part in parts:
@@ -126,6 +132,13 @@ class Explainer:
         # Row order: sample by sample, the targets of a sample adjacent.
         columns = {name: torch.stack([part[name] for part in parts], 1).flatten(0, 1) for name in parts[0]}
         return pending.send({name: column[: samples * self.rows_each] for name, column in columns.items()})
+
+    def _failed(self, error: Exception) -> None:
+        """Use smaller batches if memory ran out. Raises UserError if the compiler refuses the model."""
+        if self._full is not None and out_of_memory(error):
+            self._full = max(1, self._full // 2)  # as the processor halves its batches
+        elif self._full is not None and (refusal := refused(error)):
+            raise refusal from error
 
     def _normalise(self, pixels_BHWC: Tensor) -> Tensor:
         layout = memory_format(self._precision, self.device)
@@ -161,6 +174,37 @@ class Explainer:
             "mask_area": mask_BHW.float().mean((1, 2)) * usable_B,
         }
         return columns | ({"map": stored_Bhw} if self._save_map else {})
+
+
+Explain = Callable[[Tensor, Tensor | None, Tensor | None, int], list[list[tuple[Maps, Last]]]]
+
+
+def explain_together(
+    explainers: Sequence[Explainer], explain: Explain, pixels_BHWC: Tensor, label_B: Tensor, seed_B: Tensor | None
+) -> list[Pending]:
+    """Explain one batch by several explainers that differ only in their methods.
+
+    Args:
+        explain: returns the results of `Method.explain` of each method.
+        pixels_BHWC, label_B, seed_B: as for a call.
+
+    Returns:
+        The results of each. The time of what they share counts to the first.
+    """
+    first = next((each for each in explainers if each.method.needs_target), explainers[0])
+    started = Pending(first.device)
+    try:
+        inputs = first._inputs(pixels_BHWC, label_B, seed_B)
+        with first._autocast():
+            found = explain(*inputs, first.rows_each)
+        return [
+            explainer._send(results, Pending(explainer.device) if number else started, len(pixels_BHWC))
+            for number, (explainer, results) in enumerate(zip(explainers, found, strict=True))
+        ]
+    except (RuntimeError, MemoryError) as error:
+        for explainer in explainers:
+            explainer._failed(error)
+        raise
 
 
 def _filled(values: Tensor, length: int) -> Tensor:

@@ -4,7 +4,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -17,18 +17,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from saltern.pipeline.device import memory_format
-from saltern.pipeline.engine.conduct import Job, RunOptions, RunResult, conduct
+from saltern.pipeline.engine.conduct import Job, Jobs, RunOptions, RunResult, conduct
 from saltern.pipeline.extract.batch import Batch
-from saltern.pipeline.extract.explain import Explainer
+from saltern.pipeline.extract.explain import AUTOCAST, Explainer, explain_together
 from saltern.pipeline.extract.processor import Processor
 from saltern.pipeline.extract.request import ExtractRequest, resolve
+from saltern.pipeline.extract.several import each_method, resolve_each
 from saltern.pipeline.extract.rows import Rows
-from saltern.pipeline.extract.task import STATUSES, Explained, Pending
+from saltern.pipeline.extract.task import STATUSES, Explained, Pending, Task
 from saltern.pipeline.maps.boxes import largest_boxes
 from saltern.pipeline.maps.encode import packed_rows
 from saltern.pipeline.maps.frame import to_original
 from saltern.pipeline.masknet.checkpoint import mark_used
-from saltern.pipeline.methods import Method, build
+from saltern.pipeline.methods import Method, available, build, find
+from saltern.pipeline.methods.cams.one_pass import OnePass, SharedPass
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.runs.agreement import label_doubt
 from saltern.pipeline.runs.columns import binary, box_lists, numbers
@@ -51,25 +53,31 @@ REASONS = {
 
 
 def extract(
-    shards: str | os.PathLike[str] | Sequence[str], out: str | os.PathLike[str], *, model: str, method: str, **more: Any
+    shards: str | os.PathLike[str] | Sequence[str],
+    out: str | os.PathLike[str],
+    *,
+    model: str,
+    method: str | Sequence[str],
+    **more: Any,
 ) -> RunResult:
     """Extract maps, masks and boxes, or resume an extraction, as `saltern extract` does.
 
     Args:
         shards: a tar, a glob, a folder or a URL, or several of them.
         out: folder or URL of the run.
-        model, method: by name, as on the command line.
+        model, method: by name, as on the command line. Of several methods, each has its run in `out/<method>`.
         more: any other field of ExtractRequest or RunOptions, as target="top1", options={"size": 7}, workers=2.
 
     Returns:
-        How the run ended. Shards that failed are in its `failures`.
+        How the run ended. Shards that failed are in its `failures`, the results of several methods in its `runs`.
 
     Raises:
         UserError: an option is unknown or invalid, or the folder has another run. Nothing was started.
         KeyboardInterrupt: interrupted. Finished shards are kept, and the same call resumes the run.
     """
     shards = [os.fspath(shards)] if isinstance(shards, str | os.PathLike) else list(shards)
-    given = {"shards": shards, "out": os.fspath(out), "model": model, "method": method, **more}
+    name = method if isinstance(method, str) else ",".join(method)
+    given = {"shards": shards, "out": os.fspath(out), "model": model, "method": name, **more}
     request_keys, run_keys = ([item.name for item in fields(kind)] for kind in (ExtractRequest, RunOptions))
     check_keys(given, [*request_keys, *run_keys], "the options of extract")
     request = ExtractRequest(**{key: value for key, value in given.items() if key in request_keys})
@@ -79,9 +87,18 @@ def extract(
     return result
 
 
-def extraction(request: ExtractRequest) -> Job:
-    """Return the job of `saltern extract`."""
-    return Job(partial(resolve, request), partial(Processor, task=Extraction), _doubt_labels)
+def extraction(request: ExtractRequest) -> Job | Jobs:
+    """Return the job of `saltern extract`, or the jobs of a request that names several methods.
+
+    Raises:
+        UserError: a method, or an option of one, is unknown.
+    """
+    requests = each_method(request)
+    if "," in request.method:
+        plan = partial(resolve_each, requests)
+        return Jobs(list(requests), plan, partial(Processor, task=extractions), _doubt_labels)
+    (only,) = requests.values()
+    return Job(partial(resolve, only), partial(Processor, task=Extraction), _doubt_labels)
 
 
 def _doubt_labels(store: Store, run: Run) -> None:
@@ -91,14 +108,18 @@ def _doubt_labels(store: Store, run: Run) -> None:
         print(f"WARNING: {doubt}", file=sys.stderr)
 
 
-class Extraction:
+class Extraction(Task):
     """The task of `extract`: explains each image and makes its rows."""
 
-    def __init__(self, spec: Spec, device: torch.device):
+    def __init__(self, spec: Spec, device: torch.device, explainer: Explainer | None = None):
         config = self._config = spec.run.config_of(ExtractConfig)
         if config.checkpoint is not None:
             mark_used(Path(config.checkpoint))
-        self._explain = Explainer.of_run(config, load_method(config, device)[1], device)
+        self._explain = explainer or Explainer.of_run(config, load_method(config, device)[1], device)
+        method = self._explain.method
+        if isinstance(method, OnePass) and type(method) in available().values():  # another may compute as it likes
+            self.team = (id(method.model), *method.layer)
+        self._shared: dict[tuple[Method, ...], SharedPass] = {}  # by the methods of the tasks that share one
         crop = config.preprocess.crop
         stored = self._explain_grey(crop)
         shape = None if stored is None else (int(stored.shape[1]), int(stored.shape[2]))
@@ -114,6 +135,13 @@ class Extraction:
     def __call__(self, pixels_BHWC: Tensor, label_B: Tensor, seed_B: Tensor) -> Pending:
         return self._explain(pixels_BHWC, label_B, seed_B)
 
+    def together(self, others: Sequence["Extraction"], *inputs: Tensor) -> list[Pending]:
+        explainers = [task._explain for task in (self, *others)]
+        methods = tuple(explainer.method for explainer in explainers)
+        if methods not in self._shared:
+            self._shared[methods] = SharedPass([method for method in methods if isinstance(method, OnePass)])
+        return explain_together(explainers, self._shared[methods].explain, *inputs)
+
     def problem(self, sample: Sample, label: int | None) -> tuple[str, str] | None:
         if self._config.target.kind != "label" or not self._explain.method.needs_target:
             return None
@@ -126,6 +154,37 @@ class Extraction:
 
     def close(self) -> None:
         self._explain.method.close()
+
+
+def extractions(specs: Mapping[str, Spec], device: torch.device) -> dict[str, Extraction]:
+    """Return the tasks of several runs that differ in their methods only. Their methods share one model if they can."""
+    configs = {name: spec.run.config_of(ExtractConfig) for name, spec in specs.items()}
+    models: dict[object, nn.Module] = {}
+    for config in configs.values():
+        if _model_key(config) not in models:
+            models[_model_key(config)] = load_model(config, device)
+    # All are built before any casts or compiles the weights of its model.
+    methods = {name: _method(config, models[_model_key(config)]) for name, config in configs.items()}
+    compiled: set[object] = set()
+    tasks = {}
+    for name, config in configs.items():
+        key = _model_key(config)
+        explainer = Explainer.of_run(config, methods[name], device, compiled=key in compiled)
+        if config.compile:
+            compiled.add(key)
+        tasks[name] = Extraction(specs[name], device, explainer)
+    return tasks
+
+
+def _model_key(config: ExtractConfig) -> object:
+    """Return a key that is equal for runs whose methods can have one model: they cast and compile the same parts."""
+    kind = find(config.method)
+    if kind not in available().values():
+        return config.method
+    if config.compile:
+        return (kind.differentiates, *config.layer) if issubclass(kind, OnePass) else config.method
+    own = kind.networks is not Method.networks or kind.passes is not Method.passes
+    return config.method if own and config.precision in AUTOCAST else None
 
 
 def _no_label(sample: Sample, classes: int) -> str:
@@ -194,7 +253,11 @@ class Storage:
 def load_method(config: MethodConfig, device: torch.device) -> tuple[nn.Module, Method]:
     """Load the run's model, and build its method on it."""
     model = load_model(config, device)
-    return model, build(
+    return model, _method(config, model)
+
+
+def _method(config: MethodConfig, model: nn.Module) -> Method:
+    return build(
         config.method,
         model,
         layer=next(iter(config.layer), None),

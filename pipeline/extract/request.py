@@ -70,13 +70,39 @@ class ExtractRequest(MethodRequest):
     compile: str = "auto"  # auto | on | off
 
 
-def resolve(request: ExtractRequest, existing: Run | None, device: str, workers: int) -> tuple[Run, list[str]]:
+@dataclass(frozen=True)
+class Inputs:
+    """What a request names, found and loaded."""
+
+    shards: list[Shard]
+    hints: list[str]
+    classifier: Classifier
+
+
+def find_inputs(request: MethodRequest) -> Inputs:
+    """Return the shards and the classifier of a request. Raises UserError if one is not available."""
+    shards, hints = wanted_shards(request)
+    return Inputs(shards, hints, load_classifier(request.model, request.weights, request.seed, request.crop))
+
+
+def resolve(
+    request: ExtractRequest,
+    existing: Run | None,
+    device: str,
+    workers: int,
+    *,
+    inputs: Inputs | None = None,
+    sibling: Run | None = None,
+) -> tuple[Run, list[str]]:
     """Return the requested run, and hints for the user.
 
     Args:
         existing: the run in the folder; its batch size and threads are the defaults.
         device: cpu | cuda, which decides their defaults.
         workers: on this machine; they share its cores.
+        inputs: of the request, if they are loaded already.
+        sibling: a run of another method that is made together with this one; its batch size, threads, decoder and
+            labels are the defaults if there is no existing run.
 
     Raises:
         UserError: an option is invalid, or a shard, the model or the method is not available.
@@ -87,11 +113,11 @@ def resolve(request: ExtractRequest, existing: Run | None, device: str, workers:
     if not request.save_map and (request.map_dtype or request.map_size != "native"):
         raise UserError("--map-dtype and --map-size have no effect with --no-map; leave one of them out")
     rule = Rule.parse(request.discretize or find(request.method).default_rule)
-    shards, hints = wanted_shards(request)
-    classifier = load_classifier(request.model, request.weights, request.seed, request.crop)
+    inputs = inputs or find_inputs(request)
+    shards, classifier = inputs.shards, inputs.classifier
     target = Target.parse(request.target, classifier.classes)
-    fields, method = method_fields(request, classifier, existing, device, workers)
-    labels, remarks = _labels(request, existing, shards, classifier, needed=target.kind == "label")
+    fields, method = method_fields(request, classifier, existing or sibling, device, workers)
+    labels, remarks = _labels(request, existing or sibling, shards, classifier, needed=target.kind == "label")
     compiled, why = choose_compile(request, existing, method, sum(shard.size for shard in shards) // workers, device)
     fields["map_dtype"] = request.map_dtype or ("uint8" if request.map_size == "input" else fields["map_dtype"])
     config = ExtractConfig(
@@ -107,7 +133,7 @@ def resolve(request: ExtractRequest, existing: Run | None, device: str, workers:
     if not is_proven(config, existing):
         try_extract(method, config, device)
     method.close()
-    said = [why, *describe_decoder(config.decoder, device), *hints, *remarks, *_newer_checkpoint(request, config)]
+    said = [why, *describe_decoder(config.decoder, device), *inputs.hints, *remarks, *_newer_checkpoint(request, config)]
     return new_run(config, shards, classifier.class_names), said
 
 

@@ -1,6 +1,7 @@
 """The interface between the processor and a job's task, and the data that they exchange."""
 
 import time
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,9 +26,14 @@ class Task(Protocol):
     """
 
     schema: pa.Schema  # of the data files; has the columns key, shard, index, status and error
+    team: Hashable = None  # tasks of an equal team share their passes in `together`; None: shares none
 
     def __call__(self, pixels_BHWC: Tensor, label_B: Tensor, seed_B: Tensor) -> "Pending":
         """Start one batch: labels and seeds int64, on the host; pixels uint8, where the decoder leaves them."""
+
+    def together(self, others: Sequence[Any], *inputs: Tensor) -> "list[Pending]":
+        """Start one batch for this task and others of its team; `inputs` as for a call."""
+        return [task(*inputs) for task in (self, *others)]
 
     def problem(self, sample: Sample, label: int | None) -> tuple[str, str] | None:
         """Return status and reason if the task cannot use a sample with an image, else None; `label` is its label."""

@@ -4,7 +4,8 @@ Shape suffixes: B batch, C H W the network's input, K classes, h w a map's own g
 """
 # ruff: noqa: N815  (fields carry a shape suffix)
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar, Self
@@ -161,14 +162,25 @@ class Method:
             x_BCHW, target_B, seed_B: as for a call.
             number: of targets, the most probable classes; more than 1 only if no target is given.
         """
+        with self.call(x_BCHW, target_B, seed_B) as x_BCHW:
+            each = type(self).compute_each if self.shares_forward() else Method.compute_each
+            computed = each(self, x_BCHW, target_B, number)
+        return self.finish(*computed)
+
+    @contextmanager
+    def call(self, x_BCHW: Tensor, target_B: Tensor | None, seed_B: Tensor | None) -> Iterator[Tensor]:
+        """Prepare the model and the method for one `compute_each`. Yields the images to give to it."""
         _check(x_BCHW, target_B, seed_B)
         zeros = torch.zeros(len(x_BCHW), dtype=torch.int64, device=x_BCHW.device)
         self.seed_B = zeros if seed_B is None else seed_B.to(x_BCHW.device)
         with torch.inference_mode(False), torch.enable_grad(), frozen(self.model):
             # A tensor made under inference mode cannot take part in a gradient.
-            x_BCHW = x_BCHW.clone() if x_BCHW.is_inference() else x_BCHW.detach()
-            each = type(self).compute_each if self.shares_forward() else Method.compute_each
-            raw, logits_BK, targets = each(self, x_BCHW, target_B, number)
+            yield x_BCHW.clone() if x_BCHW.is_inference() else x_BCHW.detach()
+
+    def finish(
+        self, raw: Sequence[Maps], logits_BK: Tensor, targets: Sequence[Tensor | None]
+    ) -> list[tuple[Maps, Last]]:
+        """Return the results of `explain` from those of `compute_each`."""
         logits_BK = logits_BK.detach()
         found = [self._checked(maps, logits_BK, target_B) for maps, target_B in zip(raw, targets, strict=True)]
         self.last = found[0][1]

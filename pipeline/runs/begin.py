@@ -110,18 +110,23 @@ def begin(store: Store, run: Run, *, overwrite: bool = False) -> Run:
     """
     existing = load_run(store)
     if existing is not None and not overwrite:
-        differing = existing.config.differences(run.config) + _shard_differences(existing.shards, run.shards)
-        if differing:
-            raise UserError(
-                f"{store.path} holds a run with another config: {'; '.join(differing)}. "
-                "Use the old settings, choose another --out, or replace the run with --overwrite"
-            )
+        check_same(store, existing, run)
         run = replace(existing, config=run.config, shards=run.shards)  # weights may have another place now
     elif existing is not None:
         remove_run(store, existing, run)
     if run != existing:
         store.write("run.json", run.to_json())
     return run
+
+
+def check_same(store: Store, existing: Run, run: Run) -> None:
+    """Check that a run can be resumed. Raises UserError if config or shards differ; the message names each key."""
+    differing = existing.config.differences(run.config) + _shard_differences(existing.shards, run.shards)
+    if differing:
+        raise UserError(
+            f"{store.path} holds a run with another config: {'; '.join(differing)}. "
+            "Use the old settings, choose another --out, or replace the run with --overwrite"
+        )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import socket
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -83,6 +83,32 @@ class Made:
 
     receipt: Receipt
     files: dict[str, str]  # finished scratch files by the names that they get in the run; the data file is last
+
+    @property
+    def parts(self) -> "dict[str, Made]":
+        return {"": self}
+
+
+@dataclass(frozen=True)
+class MadeTogether:
+    """The outputs of a worker for one shard of several runs, by the run's name."""
+
+    parts: dict[str, Made]
+
+    @property
+    def receipt(self) -> Receipt:
+        """A receipt for counts and times: rows and seconds of all parts, samples of the shard."""
+        receipts = [made.receipt for made in self.parts.values()]
+        return replace(
+            receipts[0],
+            rows=sum(receipt.rows for receipt in receipts),
+            statuses=dict(sum((Counter(receipt.statuses) for receipt in receipts), Counter())),
+            seconds={name: sum(receipt.seconds[name] for receipt in receipts) for name in receipts[0].seconds},
+            batch_size=min(receipt.batch_size for receipt in receipts),
+        )
+
+
+Earlier = Receipt | Mapping[str, Receipt | None] | None  # of a shard; with several runs of those that lack it, by name
 
 
 @contextlib.contextmanager

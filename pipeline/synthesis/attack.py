@@ -25,7 +25,7 @@ from saltern.pipeline.extract.request import (
     wanted_shards,
 )
 from saltern.pipeline.extract.rows import Rows
-from saltern.pipeline.extract.task import STATUSES, Explained, Pending
+from saltern.pipeline.extract.task import STATUSES, Explained, Pending, Task
 from saltern.pipeline.extract.tryout import is_proven, try_gradient, try_method
 from saltern.pipeline.maps.discretize import upsample
 from saltern.pipeline.methods import find
@@ -102,7 +102,7 @@ class Hit(NamedTuple):
     image: Tensor  # uint8 (B, H, W, C)
 
 
-class Attack:
+class Attack(Task):
     """The task of `attack`: makes the map of the clean image, then both perturbations."""
 
     def __init__(self, spec: Spec, device: torch.device):

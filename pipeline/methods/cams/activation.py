@@ -10,46 +10,36 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from saltern.pipeline.methods.base import Each, Maps, Method, safe_divide, weighted_sum
+from saltern.pipeline.methods.base import Maps, safe_divide, weighted_sum
+from saltern.pipeline.methods.cams.one_pass import OnePass
 from saltern.pipeline.models.compiling import large_parts, parts_up_to
 from saltern.pipeline.models.halves import full_of
-from saltern.pipeline.models.passes import frozen, full_precision, pick_targets
+from saltern.pipeline.models.passes import frozen, full_precision
 from saltern.pipeline.models.probe import probe
-from saltern.pipeline.models.taps import Taps
 from saltern.schemas.errors import UserError
 
 
-class GradientCAM(Method):
+class GradientCAM(OnePass):
     """Base of the CAMs of an activation A and its gradient G = dz_c/dA. A subclass implements `combine`."""
 
     cost = "1 forward, and the backward down to the layer"
-    layered = True
     many_layers = True
-
-    def prepare(self) -> None:
-        self._taps = Taps(self.model, self.layer)
 
     def trunk(self) -> Sequence[nn.Module]:
         with frozen(self.model):
-            return parts_up_to(self.model, self._taps.modules, probe(self.model, self.input_side)[:1])
+            return parts_up_to(self.model, self.taps.modules, probe(self.model, self.input_side)[:1])
 
     def combine(self, A_BKhw: Tensor, G_BKhw: Tensor) -> Tensor:
         """Return map_Bhw from the float32 activations and gradients of one layer."""
         raise NotImplementedError
 
-    def compute_each(self, x_BCHW: Tensor, target_B: Tensor | None, number: int) -> Each:
-        logits_BK, outputs = self._taps.forward(x_BCHW, differentiable=True)
-        targets = pick_targets(logits_BK, target_B, number)
-        each = self._taps.gradients(logits_BK, targets, outputs)
-        return [self._combined(outputs, gradients, x_BCHW) for gradients in each], logits_BK, targets
-
-    def _combined(self, outputs: list[Tensor], gradients: list[Tensor], x_BCHW: Tensor) -> Maps:
-        image = x_BCHW.shape[2:]
-        with full_precision(x_BCHW.device), torch.no_grad():
-            return tuple(
-                self.combine(self._taps.grid(index, output, image), self._taps.grid(index, gradient, image))
-                for index, (output, gradient) in enumerate(zip(outputs, gradients, strict=True))
-            )
+    def maps_of(
+        self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], target_B: Tensor | None, image: Sequence[int]
+    ) -> Maps:
+        return tuple(
+            self.combine(self.taps.grid(index, output, image), self.taps.grid(index, gradient, image))
+            for index, (output, gradient) in enumerate(zip(outputs, gradients, strict=True))
+        )
 
 
 class GradCAM(GradientCAM):
@@ -116,7 +106,7 @@ class XGradCAM(GradientCAM):
         return weighted_sum(weight_BK, A_BKhw).relu()
 
 
-class EigenCAM(Method):
+class EigenCAM(OnePass):
     """Cells projected on the first principal component of a layer's channels; no class (Muhammad 2020, section III).
 
     The channels are first centred over the cells. The map is therefore signed and sums to 0; it has no ReLU. The sign
@@ -128,24 +118,19 @@ class EigenCAM(Method):
     name = "eigen-cam"
     cost = "1 forward, and an eigendecomposition"
     needs_target = False
-    layered = True
     many_layers = True
-
-    def prepare(self) -> None:
-        self._taps = Taps(self.model, self.layer)
+    differentiates = False
 
     def trunk(self) -> Sequence[nn.Module]:
-        return large_parts(self.model, self._taps.modules)
+        return large_parts(self.model, self.taps.modules)
 
-    def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
-        logits_BK, outputs = self._taps.forward(x_BCHW)
-        image = x_BCHW.shape[2:]
-        with full_precision(x_BCHW.device):
-            maps = tuple(first_component(self._taps.grid(index, output, image)) for index, output in enumerate(outputs))
-        return maps, logits_BK, None
+    def maps_of(
+        self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], target_B: Tensor | None, image: Sequence[int]
+    ) -> Maps:
+        return tuple(first_component(self.taps.grid(index, output, image)) for index, output in enumerate(outputs))
 
 
-class CAM(Method):
+class CAM(OnePass):
     """Activations weighted by the linear head after global average pooling; signed, no gradient (Zhou 2016, eq. 2).
 
     The ReLU of this map equals h * w times Grad-CAM. A functional ReLU between the layer and the pooling (DenseNet)
@@ -154,15 +139,15 @@ class CAM(Method):
 
     name = "cam"
     cost = "1 forward"
-    layered = True
+    differentiates = False
 
     def prepare(self) -> None:
-        self._taps = Taps(self.model, self.layer)
+        super().prepare()
         heads = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
         x_BCHW = probe(self.model, self.input_side)
         with torch.no_grad(), full_precision(x_BCHW.device):
-            logits_BK, outputs = self._taps.forward(x_BCHW)
-            A_BKhw = self._taps.grid(0, outputs[0], x_BCHW.shape[2:])
+            logits_BK, outputs = self.taps.forward(x_BCHW)
+            A_BKhw = self.taps.grid(0, outputs[0], x_BCHW.shape[2:])
             for rectified in (False, True):
                 if heads and _explains(heads[-1], A_BKhw.relu() if rectified else A_BKhw, logits_BK.float()):
                     self._head, self._rectified = heads[-1], rectified
@@ -170,7 +155,7 @@ class CAM(Method):
         self._refuse()
 
     def trunk(self) -> Sequence[nn.Module]:
-        return large_parts(self.model, self._taps.modules)
+        return large_parts(self.model, self.taps.modules)
 
     def _refuse(self) -> None:
         raise UserError(
@@ -178,15 +163,12 @@ class CAM(Method):
             f"with layer {self.layer[0]!r} has none; use grad-cam"
         )
 
-    def compute_each(self, x_BCHW: Tensor, target_B: Tensor | None, number: int) -> Each:
-        logits_BK, outputs = self._taps.forward(x_BCHW)
-        targets = pick_targets(logits_BK, target_B, number)
-        with full_precision(x_BCHW.device):
-            A_BKhw = self._taps.grid(0, outputs[0], x_BCHW.shape[2:])
-            A_BKhw = A_BKhw.relu() if self._rectified else A_BKhw
-            weight_KK = full_of(self._head.weight)
-            maps = [weighted_sum(weight_KK[target].float(), A_BKhw) for target in targets]
-        return maps, logits_BK, targets
+    def maps_of(
+        self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], target_B: Tensor | None, image: Sequence[int]
+    ) -> Maps:
+        A_BKhw = self.taps.grid(0, outputs[0], image)
+        weight_KK = full_of(self._head.weight)
+        return weighted_sum(weight_KK[target_B].float(), A_BKhw.relu() if self._rectified else A_BKhw)
 
 
 def first_component(A_BKhw: Tensor) -> Tensor:

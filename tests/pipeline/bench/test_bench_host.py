@@ -55,7 +55,7 @@ def test_the_whole_pipeline_works_on_the_images(monkeypatch: pytest.MonkeyPatch)
 
     def kept(processor: Processor, *given: object) -> object:
         made = process(processor, *given)  # type: ignore[arg-type]
-        tables.append(pq.read_table(next(processor._outlet._folder.rglob(next(iter(made.files.values()))))))
+        tables.append(pq.read_table(next(processor._outlets[""]._folder.rglob(next(iter(made.files.values()))))))
         return made
 
     monkeypatch.setattr(Processor, "process", kept)

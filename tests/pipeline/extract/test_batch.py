@@ -1,7 +1,7 @@
 """Pieces of samples become batches of exact sizes, whatever the pieces and whichever images fail."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from saltern.pipeline.extract.batch import Batch, Piece, regroup
+from saltern.pipeline.extract.batch import Batch, Cutter, Piece, View, join, lots
 from saltern.pipeline.shards.decoder import DecodedBatch, empty_batch
 
 GOOD, BAD, WITHOUT, KEPT = range(4)  # an image, a damaged one, none, and rows of an earlier run
@@ -41,13 +41,20 @@ def pieces(kinds: Sequence[int], sizes: random.Random, pool: ThreadPoolExecutor)
             image = {GOOD: b"%d" % index, BAD: b"x%d" % index}.get(kind)
             at = piece.add(f"k{index}", index, index % 3 or None, image)
             if kind == WITHOUT:
-                piece.problems[at] = ("missing_image", f"{index}")
+                piece.views[0].problems[at] = ("missing_image", f"{index}")
             elif kind == KEPT:
-                piece.kept[at] = pa.record_batch({"index": [index]})
-        batch, _ = piece.start(pool, Numbered()).wait()
+                piece.views[0].kept[at] = pa.record_batch({"index": [index]})
+        (batch,), _ = piece.start(pool, Numbered()).wait()
         assert piece.images == []  # the files' bytes are dropped
         yield batch
         start = stop
+
+
+def cut(pieces: Iterable[Batch], size: int, longest: int) -> Iterator[Batch]:
+    cutter = Cutter(size, longest)
+    for piece in pieces:
+        yield from map(join, cutter.add(piece))
+    yield from map(join, cutter.rest())
 
 
 def naive_ends(kinds: Sequence[int], size: int, longest: int) -> list[int]:
@@ -70,7 +77,7 @@ def test_batches_have_exact_sizes_and_all_samples_in_order(shares: Sequence[int]
             kinds = draw.choices(range(4), shares, k=count)
             start = 0
             for batch, stop in zip(
-                regroup(pieces(kinds, draw, pool), size, longest), naive_ends(kinds, size, longest), strict=True
+                cut(pieces(kinds, draw, pool), size, longest), naive_ends(kinds, size, longest), strict=True
             ):
                 check(batch, kinds, start, stop)
                 start = stop
@@ -101,7 +108,7 @@ def check(batch: Batch, kinds: Sequence[int], start: int, stop: int) -> None:
 
 def test_refused_images_become_problems() -> None:
     with ThreadPoolExecutor(1) as pool:
-        (batch,) = regroup(pieces([GOOD, WITHOUT, GOOD, GOOD, BAD, GOOD], random.Random(0), pool), 9, 9)
+        (batch,) = cut(pieces([GOOD, WITHOUT, GOOD, GOOD, BAD, GOOD], random.Random(0), pool), 9, 9)
     batch.refuse([1, 3], ("out_of_memory", "why"))
     assert batch.decoded == [0, 3]
     assert batch.size_D2.tolist() == [[0, 1], [3, 4]]
@@ -112,3 +119,33 @@ def test_refused_images_become_problems() -> None:
         4: "decode_failed",
         5: "out_of_memory",
     }
+
+
+def test_runs_share_the_batches_with_the_same_decoded_samples() -> None:
+    """The second run leaves out sample 5, the third takes only samples 1 and 6."""
+    size, made = 3, {"all": [], "less": [], "few": []}
+    left_out = {"all": set(), "less": {5}, "few": {0, 2, 3, 4, 5, 7, 8}}
+    cutters = {name: Cutter(size, 9) for name in made}
+    shared = []
+    with ThreadPoolExecutor(1) as pool:
+        for start in range(0, 9, 2):
+            piece = Piece([View() for _ in made])
+            for index in range(start, min(start + 2, 9)):
+                at = piece.add(f"k{index}", index, 0, b"%d" % index)
+                for (name, view), _ in zip(zip(made, piece.views, strict=True), made, strict=True):
+                    if index in left_out[name]:
+                        view.problems[at] = ("missing_label", "why")
+            batches, _ = piece.start(pool, Numbered()).wait()
+            found = lots({name: [*cutters[name].add(batch)] for name, batch in zip(made, batches, strict=True)})
+            shared += found
+        shared += lots({name: [*cutter.rest()] for name, cutter in cutters.items()})
+    for lot in shared:
+        (first, *rest) = lot.values()
+        indices = [first.indices[at] for at in first.decoded]
+        assert first.pixels_DHWC[:, 0, 0, 0].tolist() == indices
+        assert all(batch.pixels_DHWC is None for batch in rest)
+        assert all([batch.indices[at] for at in batch.decoded] == indices for batch in rest)
+        for name, batch in lot.items():
+            made[name] += batch.indices
+    assert [sorted(lot) for lot in shared] == [["all", "less"], ["all"], ["less"], ["few"], ["all"], ["less"]]
+    assert all(indices == [*range(9)] for indices in made.values())
