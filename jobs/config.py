@@ -115,7 +115,10 @@ def _is_number(value: Any) -> bool:
 
 
 def parse_options(words: list[str] | None) -> dict[str, Any]:
-    """Return `key=value` and `METHOD:key=value` words as a dict. A value is JSON if it parses as JSON, else a list of numbers, else text."""
+    """Return `key=value` and `METHOD:key=value` words as a dict.
+
+    A value is JSON if it parses as JSON, else a list of numbers, else text.
+    """
     found: dict[str, Any] = {}
     for word in words or ():
         name, equals, value = word.partition("=")

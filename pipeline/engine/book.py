@@ -10,6 +10,7 @@ from saltern.pipeline.storage.lock import Lock
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.receipt import Failure, Receipt
 
+
 class Book:
     """The driver's access to a run's folder. Nothing else publishes."""
 
@@ -53,9 +54,7 @@ class Books:
     def lacking(self, shard: str) -> dict[str, Receipt | None]:
         """Return the runs that lack a shard, by name, each with its earlier receipt."""
         return {
-            name: folder.begun.receipts.get(shard)
-            for name, folder in self._folders.items()
-            if self.lacks(name, shard)
+            name: folder.begun.receipts.get(shard) for name, folder in self._folders.items() if self.lacks(name, shard)
         }
 
     def lacks(self, run: str, shard: str) -> bool:

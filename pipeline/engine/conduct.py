@@ -180,9 +180,7 @@ def _sigterm() -> contextlib.AbstractContextManager[None]:
     return sigterm_as_interrupt() if main else contextlib.nullcontext()
 
 
-def _drive(
-    root: str, folders: Sequence[Folder], factory: Factory, options: RunOptions, engine: Engine
-) -> RunResult:
+def _drive(root: str, folders: Sequence[Folder], factory: Factory, options: RunOptions, engine: Engine) -> RunResult:
     run, books = folders[0].run, Books(folders, options.retry_failed)
     pending = [shard for shard in run.shards if books.lacking(shard.name)]
     done = len(run.shards) - len(pending)

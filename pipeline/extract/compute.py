@@ -32,7 +32,9 @@ class Computer:
     ) -> None:
         self._configs, self._device = configs, device
         self._config = next(iter(configs.values()))
-        self.chunk = dict.fromkeys(configs, self._config.batch_size)  # images of a call, by run; halved by lack of memory
+        self.chunk = dict.fromkeys(
+            configs, self._config.batch_size
+        )  # images of a call, by run; halved by lack of memory
         self._thread = ThreadPoolExecutor(1, "saltern-device", self._begin)
         self.tasks = self._thread.submit(self._build, build).result()
         teams: dict[object, list[str]] = {}
@@ -72,9 +74,7 @@ class Computer:
     def _arithmetic(self, names: Sequence[str]) -> contextlib.AbstractContextManager[None]:
         methods = ", ".join(dict.fromkeys(self._configs[name].method for name in names))
         config = self._config
-        return arithmetic(
-            config.precision, deterministic=config.deterministic, what=f"{methods} of {config.model}"
-        )
+        return arithmetic(config.precision, deterministic=config.deterministic, what=f"{methods} of {config.model}")
 
     def _release(self) -> None:
         for task in self.tasks.values():

@@ -22,8 +22,8 @@ from saltern.pipeline.extract.batch import Batch
 from saltern.pipeline.extract.explain import AUTOCAST, Explainer, explain_together
 from saltern.pipeline.extract.processor import Processor
 from saltern.pipeline.extract.request import ExtractRequest, resolve
-from saltern.pipeline.extract.several import each_method, resolve_each
 from saltern.pipeline.extract.rows import Rows
+from saltern.pipeline.extract.several import each_method, resolve_each
 from saltern.pipeline.extract.task import STATUSES, Explained, Pending, Task
 from saltern.pipeline.maps.boxes import largest_boxes
 from saltern.pipeline.maps.encode import packed_rows

@@ -133,7 +133,13 @@ def resolve(
     if not is_proven(config, existing):
         try_extract(method, config, device)
     method.close()
-    said = [why, *describe_decoder(config.decoder, device), *inputs.hints, *remarks, *_newer_checkpoint(request, config)]
+    said = [
+        why,
+        *describe_decoder(config.decoder, device),
+        *inputs.hints,
+        *remarks,
+        *_newer_checkpoint(request, config),
+    ]
     return new_run(config, shards, classifier.class_names), said
 
 

@@ -89,9 +89,10 @@ def _check_common(runs: Mapping[str, Run]) -> None:
     first, *others = ((name, run.config_of(ExtractConfig)) for name, run in runs.items())
     for name, config in others:
         for key in _COMMON:
-            mine, theirs = getattr(first[1], key), getattr(config, key)
-            if mine != theirs:
+            values = getattr(first[1], key), getattr(config, key)
+            if values[0] != values[1]:
+                mine, theirs = (str(value)[:40] for value in values)
                 raise UserError(
-                    f"the run of {first[0]} has {key} {str(mine):.40}, that of {name} {str(theirs):.40}: they cannot be made together; "
+                    f"the run of {first[0]} has {key} {mine}, that of {name} {theirs}: they cannot be made together; "
                     "resume each by a command with one --method"
                 )

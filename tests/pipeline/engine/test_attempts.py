@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from saltern.pipeline.engine import driver
-from saltern.pipeline.engine.conduct import Book
+from saltern.pipeline.engine.book import Book
 from saltern.pipeline.engine.driver import Driver
 from saltern.pipeline.engine.local import LocalPool
 from saltern.pipeline.engine.pool import Died, Event

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from saltern.pipeline.extract.batch import Batch, Cutter, Piece, View, join, lots
+from saltern.pipeline.extract.batch import Batch, Cutter, Lot, Piece, View, join, lots
 from saltern.pipeline.shards.decoder import DecodedBatch, empty_batch
 
 GOOD, BAD, WITHOUT, KEPT = range(4)  # an image, a damaged one, none, and rows of an earlier run
@@ -123,16 +123,16 @@ def test_refused_images_become_problems() -> None:
 
 def test_runs_share_the_batches_with_the_same_decoded_samples() -> None:
     """The second run leaves out sample 5, the third takes only samples 1 and 6."""
-    size, made = 3, {"all": [], "less": [], "few": []}
-    left_out = {"all": set(), "less": {5}, "few": {0, 2, 3, 4, 5, 7, 8}}
-    cutters = {name: Cutter(size, 9) for name in made}
-    shared = []
+    left_out: dict[str, set[int]] = {"all": set(), "less": {5}, "few": {0, 2, 3, 4, 5, 7, 8}}
+    made: dict[str, list[int]] = {name: [] for name in left_out}
+    cutters = {name: Cutter(3, 9) for name in made}
+    shared: list[Lot] = []
     with ThreadPoolExecutor(1) as pool:
         for start in range(0, 9, 2):
             piece = Piece([View() for _ in made])
             for index in range(start, min(start + 2, 9)):
                 at = piece.add(f"k{index}", index, 0, b"%d" % index)
-                for (name, view), _ in zip(zip(made, piece.views, strict=True), made, strict=True):
+                for name, view in zip(made, piece.views, strict=True):
                     if index in left_out[name]:
                         view.problems[at] = ("missing_label", "why")
             batches, _ = piece.start(pool, Numbered()).wait()
@@ -142,6 +142,7 @@ def test_runs_share_the_batches_with_the_same_decoded_samples() -> None:
     for lot in shared:
         (first, *rest) = lot.values()
         indices = [first.indices[at] for at in first.decoded]
+        assert first.pixels_DHWC is not None
         assert first.pixels_DHWC[:, 0, 0, 0].tolist() == indices
         assert all(batch.pixels_DHWC is None for batch in rest)
         assert all([batch.indices[at] for at in batch.decoded] == indices for batch in rest)

@@ -21,7 +21,7 @@ from saltern.pipeline.casm.training.train import TrainRequest
 from saltern.pipeline.casm.unseen import experiment
 from saltern.pipeline.casm.unseen.experiment import TRAININGS, unseen_classes
 from saltern.pipeline.casm.unseen.split import make_split
-from saltern.pipeline.engine.conduct import Book
+from saltern.pipeline.engine.book import Book
 from saltern.pipeline.extract.processor import Processor
 from saltern.pipeline.training.batches import Batches
 from saltern.schemas.errors import ShardError, UserError
