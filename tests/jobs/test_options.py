@@ -25,6 +25,7 @@ COMMANDS: dict[str, Any] = {
 # Options whose meaning depends on the command.
 DIFFERENT = {
     "--out": "a run's folder or URL; a local folder; the page of show",
+    "--method": "one; in extract one or several",
     "--limit": "samples to read; rows to show",
     "--step-size": "a fraction of the pixel range in attack; a factor in visualize-class",
     "--lambda": "weight of the mask's size, or auto; weight of the squared norm in visualize-class",
