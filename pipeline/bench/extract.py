@@ -17,6 +17,7 @@ import torch
 from saltern.pipeline.bench import footprint
 from saltern.pipeline.bench.commands import RunRate, measure_run
 from saltern.pipeline.bench.figures import Figure, by_turns, ratio
+from saltern.pipeline.bench.several import gains
 from saltern.pipeline.bench.workload import ExtractBench, make_images, read_images, write_shards
 from saltern.pipeline.device import arithmetic, memory_format
 from saltern.pipeline.extract.explain import AUTOCAST
@@ -44,6 +45,7 @@ def measure(bench: ExtractBench) -> Iterator[Figure]:
         parts: dict[str, Callable[[], Sequence[Figure]]] = {
             "end to end, model-bound": lambda: model_bound(bench, small),
             "end to end, decode-bound": lambda: [decode_bound(bench, large, threads) for threads in _core_counts()],
+            "several methods": lambda: gains(bench, small),
             "bytes stored": lambda: [footprint.stored(bench, write_shards(folder / "one", images, 1, len(images)))],
             "memory": lambda: [footprint.memory(bench, folder, images)],
             "resume": lambda: footprint.resume(bench, folder),

@@ -125,7 +125,17 @@ def test_every_figure_is_measured(tmp_path: Path, ray_address: str, monkeypatch:
         assert row["value"] > 0, row["name"]
         assert row["verdict"].startswith(("met", "MISSED")), row["name"]
     names = " ".join(row["name"] for row in made["figures"])
-    for part in ("method alone", "decoding alone", "stored", "memory", "resume", "driver loop", "--help", "2 actors"):
+    for part in (
+        "method alone",
+        "decoding alone",
+        "stored",
+        "memory",
+        "resume",
+        "driver loop",
+        "--help",
+        "2 actors",
+        "one command",
+    ):
         assert part in names
     assert (tmp_path / "out" / "extract.md").read_text() == table
     assert table.count("\n| ") == 2 + len(made["figures"])  # heads and the line below them
