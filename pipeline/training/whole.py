@@ -74,7 +74,7 @@ class Whole:
             for sample in samples[start : start + each]:
                 at = piece.add(sample.key, sample.index, sample.label, None if sample.problem else sample.image)
                 if sample.problem is not None:
-                    piece.problems[at] = sample.problem
+                    piece.views[0].problems[at] = sample.problem
             pieces.append(piece.start(pool, decoder))
         return pieces
 
@@ -110,7 +110,7 @@ def _has_boxes(sample: Sample) -> bool:
 
 def _joined(pieces: Sequence[Piece]) -> Batch:
     """Wait for the pieces of a batch."""
-    return join([piece.wait()[0] for piece in pieces])
+    return join([piece.wait()[0][0] for piece in pieces])
 
 
 def _size(batch: _Pieces) -> int:
