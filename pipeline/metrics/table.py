@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from saltern.pipeline.metrics.census import Census
@@ -48,11 +48,20 @@ def lines_of(evaluation: Evaluation) -> list[tuple[str, dict[str, Estimate]]]:
     return runs + [(_CONTROLS[subject], found) for subject, found in evaluation.controls.items()]
 
 
-def as_markdown(evaluation: Evaluation) -> str:
-    """Return a Markdown table: means with half the width of their 95 % intervals."""
-    columns = columns_of(evaluation)
-    rows = [[name, *(_cell(found.get(key), it) for key, it in columns.items())] for name, found in lines_of(evaluation)]
-    return markdown_table(["", *map(_head, columns.values())], rows)
+def as_markdown(evaluation: Evaluation, more: Mapping[str, Sequence[str]] | None = None) -> str:
+    """Return a Markdown table: means with half the width of their 95 % intervals.
+
+    Args:
+        evaluation: of some runs.
+        more: further columns by title, with a cell for each run.
+    """
+    columns, more = columns_of(evaluation), more or {}
+    rows = []
+    for number, (name, found) in enumerate(lines_of(evaluation)):
+        cells = [format_estimate(found.get(key), metric) for key, metric in columns.items()]
+        cells += [column[number] if number < len(column) else "-" for column in more.values()]
+        rows.append([name, *cells])
+    return markdown_table(["", *map(head_of, columns.values()), *more], rows)
 
 
 def as_text(evaluation: Evaluation) -> str:
@@ -91,11 +100,13 @@ def as_json(evaluation: Evaluation) -> str:
     return json.dumps({"better": better, "runs": runs, "controls": controls}, indent=1)
 
 
-def _head(metric: Metric) -> str:
+def head_of(metric: Metric) -> str:
+    """Return a metric's title with an arrow to its better values."""
     return f"{metric.title} {metric.better.value}".rstrip()
 
 
-def _cell(estimate: Estimate | None, metric: Metric) -> str:
+def format_estimate(estimate: Estimate | None, metric: Metric) -> str:
+    """Return the mean with half the width of its 95 % interval."""
     if estimate is None or not estimate.count:
         return "-"
     if metric.percent:

@@ -62,10 +62,35 @@ class Card:
     values: dict[str, Number] = field(default_factory=dict)  # values that the reader can sort by
 
 
-def render(title: str, facts: Iterable[tuple[str, str]], notes: Iterable[str], cards: Sequence[Card]) -> str:
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table."""
+
+    text: str
+    value: Number = None  # that the reader can sort by
+    best: bool = False  # of its column
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table above the cards; the first cell of a row is its name."""
+
+    heads: Sequence[str]
+    hints: Sequence[str]  # one line on each column
+    rows: Sequence[Sequence[Cell]]
+
+
+def render(
+    title: str,
+    facts: Iterable[tuple[str, str]],
+    notes: Iterable[str],
+    cards: Sequence[Card],
+    table: Table | None = None,
+) -> str:
     """Return the page. The template escapes all text."""
     return _template().render(
         title=title,
+        table=table,
         run_facts=facts,
         notes=notes,
         cards=cards,

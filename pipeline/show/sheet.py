@@ -4,8 +4,8 @@ For one run, each row's photograph, map, mask and box; for several runs, each im
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import pyarrow as pa
@@ -15,7 +15,7 @@ from saltern.pipeline.runs.agreement import label_doubt, measure_agreement
 from saltern.pipeline.runs.reader import Row, SaliencyRun
 from saltern.pipeline.shards.annotations import extra
 from saltern.pipeline.shards.samples import Sample, read_samples
-from saltern.pipeline.show.page import Card, Picture, View, render
+from saltern.pipeline.show.page import Card, Number, Picture, Table, View, render
 from saltern.pipeline.show.thumbnails import encode, given_boxes, overlay, photograph, pictures
 from saltern.schemas.config import ExtractConfig
 from saltern.schemas.errors import ShardError, UserError
@@ -51,11 +51,28 @@ def contact_sheet(run: SaliencyRun, sort: str | None = None, limit: int = 48) ->
     return render(title, [*_provenance(run), ("shown", counts)], notes, cards)
 
 
-def comparison(runs: Sequence[SaliencyRun], sort: str | None = None, limit: int = 48) -> str:
+def comparison(
+    runs: Sequence[SaliencyRun],
+    sort: str | None = None,
+    limit: int = 48,
+    *,
+    title: str | None = None,
+    table: Table | None = None,
+    notes: Sequence[str] = (),
+    values: Mapping[tuple[str, int], dict[str, Number]] | None = None,
+) -> str:
     """Return an HTML page of images, each with the maps of several runs side by side.
 
     The rows are those of the first run, chosen and sorted as in `contact_sheet`. Another run shows its row of the same
     key, shard and target. Without one it shows its first row of the same key and shard, or else of the same key.
+
+    Args:
+        runs: the first decides the rows.
+        sort, limit: as in `contact_sheet`.
+        title: of the page; None = the names of the runs.
+        table: above the images.
+        notes: lines for the reader.
+        values: to sort by, in place of the columns of the first run, by shard and index.
 
     Raises:
         UserError: the column does not exist; the runs share no sample; a run is given twice.
@@ -67,18 +84,21 @@ def comparison(runs: Sequence[SaliencyRun], sort: str | None = None, limit: int 
     rows = {number: first.at(number) for number in sorted(numbers)}
     samples, names, problems = _samples(first, rows.values())
     cards, matches = [], 0
-    notes: list[str] = []
+    signed: list[str] = []
     for row in map(rows.__getitem__, numbers):
         matching = [_same(row, run) for run in others]
         matches += sum(other is not None for other in matching)
         sample = samples.get((row.shard, row.index))
-        notes = notes or _signed([row, *filter(None, matching)])
-        cards.append(_wide_card(row, sample, dict(zip(captions, [row, *matching], strict=True)), names))
-    if cards and not matches:
+        signed = signed or _signed([row, *filter(None, matching)])
+        card = _wide_card(row, sample, dict(zip(captions, [row, *matching], strict=True)), names)
+        own = None if values is None else values.get((row.shard, row.index), {})
+        cards.append(card if own is None else replace(card, values=own))
+    if cards and others and not matches:
         raise UserError(f"{first.path} shares no sample with {', '.join(run.path for run in others)}")
     facts = [(caption, _in_short(run)) for caption, run in zip(captions, runs, strict=True)]
     shown = ("shown", f"{len(cards):,} of {len(first):,} rows, {order}")
-    return render(" | ".join(captions), [*facts, shown], [*_doubts(runs), *notes, *problems], cards)
+    said = [*notes, *_doubts(runs), *signed, *problems]
+    return render(title or " | ".join(captions), [*facts, shown], said, cards, table)
 
 
 def _signed(rows: Iterable[Row]) -> list[str]:
