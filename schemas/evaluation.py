@@ -32,6 +32,8 @@ FIELDS: dict[str, list[pa.Field]] = {
     # le, om: 0 or 1, om null without a label; f1 in [0, 1], f1 null if the run stores no maps
     "localization": [
         *_floats("le", "om", "f1", "f1_mask"),
+        # 0 or 1, 0 or 1, [0, 1]; null if the run stores no maps, pointing_difficult also outside of the subset
+        *_floats("pointing", "pointing_difficult", "energy"),
         # 4 x 256 packed bits, the first one highest: at which levels of the 8-bit map a box hits a true one, by an IoU
         # of at least 0.5 (largest contour), 0.3, 0.5 and 0.7 (all contours); null if the run stores no maps
         pa.field("box_hits", pa.binary(HIT_BYTES)),

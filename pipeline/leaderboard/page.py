@@ -38,7 +38,10 @@ def board_page(evaluation: Evaluation, rates: Sequence[float], shown: int) -> st
 def board_table(evaluation: Evaluation, rates: Sequence[float]) -> Table:
     """Return the table; the best of the runs in each column is marked."""
     columns, lines = columns_of(evaluation), lines_of(evaluation)
-    best = {key: _best(key, metric, [found for _, found in lines[: len(evaluation.runs)]]) for key, metric in columns.items()}
+    best = {
+        key: _best(key, metric, [found for _, found in lines[: len(evaluation.runs)]])
+        for key, metric in columns.items()
+    }
     rows = []
     for number, (name, found) in enumerate(lines):
         cells = [Cell(name)]
@@ -80,7 +83,7 @@ def _add(
 ) -> None:
     """Add the values of the run's first samples."""
     store, seen = Store(f"{run.path.rstrip('/')}/metrics/{family}"), 0
-    for shard, _, _, rows in read_subjects(store, run.shards, ["index", *columns]):
+    for shard, _, rows in read_subjects(store, run.shards, ["index", *columns]):
         for row in rows.to_pylist():
             own = sums.setdefault((shard, row["index"]), {})
             for name in columns:

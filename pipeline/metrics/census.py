@@ -54,7 +54,7 @@ def take_census(store: Store, shards: Sequence[Shard], other_size: bool) -> Cens
     """
     census = Census()
     columns = ["key", "status", "error", *(["other_size"] * other_size)]
-    for shard, _, _, rows in read_subjects(store, shards, columns):
+    for shard, _, rows in read_subjects(store, shards, columns):
         census.statuses.update(rows["status"].to_pylist())
         if other_size:
             census.other_size += pc.sum(rows["other_size"]).as_py() or 0

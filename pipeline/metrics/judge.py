@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from saltern.pipeline.maps.frame import lay
 from saltern.pipeline.metrics.census import Census
@@ -14,6 +15,7 @@ from saltern.pipeline.metrics.family import Batch, Better, Family, Metric
 from saltern.pipeline.metrics.localization.accuracy import BoxAccuracies
 from saltern.pipeline.metrics.localization.boxes import box_f1, is_hit, map_f1, unit
 from saltern.pipeline.metrics.localization.maxbox import IOUS, box_hits
+from saltern.pipeline.metrics.localization.pointing import energy_inside, highest_point, is_difficult, is_pointed_at
 from saltern.pipeline.runs.columns import Record
 from saltern.pipeline.runs.reader import Row
 from saltern.pipeline.shards.annotations import Annotation, read_annotation
@@ -52,6 +54,11 @@ class Localization(Family):
         "om": Metric("OM %", Better.LESS, "no such box, or the top-1 is wrong"),
         "f1": Metric("F1 %", Better.MORE, "continuous F1 of the map"),
         "f1_mask": Metric("F1 % of the mask", Better.MORE, "continuous F1 of the mask"),
+        "pointing": Metric("pointing %", Better.MORE, "the maximum lies within 15 pixels of a true box"),
+        "pointing_difficult": Metric(
+            "difficult %", Better.MORE, "pointing, where the boxes cover under a quarter and distractors are known"
+        ),
+        "energy": Metric("energy %", Better.MORE, "share of the scaled map's sum in the true boxes"),
         "max_box_acc": Metric("MaxBoxAcc %", Better.MORE, "largest contour, IoU >= 0.5, at the best threshold"),
         "max_box_acc_v2": Metric("MaxBoxAccV2 %", Better.MORE, "all contours, mean over IoU >= 0.3, 0.5, 0.7"),
     }
@@ -70,9 +77,9 @@ class Localization(Family):
 
     @classmethod
     def summarise(cls, store: Store, shards: Sequence[Shard]) -> dict[str, dict[str, Estimate]]:
-        found = estimate_means(store, shards, ["le", "om", "f1", "f1_mask"])
+        found = estimate_means(store, shards, [name for name in cls.metrics if not name.startswith("max_box")])
         sums: dict[str, BoxAccuracies] = {}
-        for _, subject, _, rows in read_subjects(store, shards, ["box_hits"]):
+        for _, subject, rows in read_subjects(store, shards, ["box_hits"]):
             hits = rows["box_hits"].drop_null()
             if len(hits):
                 raw = np.frombuffer(b"".join(hits.to_pylist()), np.uint8)
@@ -104,10 +111,12 @@ class Localization(Family):
     def _one(self, subject: str, row: Row, truth: Annotation) -> Record:
         size = size_of(row)
         other = {"other_size": None not in (size, truth.size) and size != truth.size}
+        maps = self._maps if subject == FOUND else SCALED
+        found = scores(row, truth, maps)
         if subject in BOXES:
             size = size or truth.size
-            return other | box_scores(row, truth, BOXES[subject](*size) if size else None)
-        return other | scores(row, truth, self._maps if subject == FOUND else SCALED)
+            found = box_scores(row, truth, BOXES[subject](*size) if size else None)
+        return other | found | _pointing(row, truth, maps)
 
 
 def _box_hits(rows: Sequence[Row], true: Sequence[Annotation]) -> list[bytes]:
@@ -155,6 +164,25 @@ def _hit(row: Row, truth: Annotation, boxes: list[Box]) -> dict[str, float | Non
     return {"le": float(not hit), "om": None if row.label is None else float(not (hit and row.predicted == row.label))}
 
 
+def _pointing(row: Row, truth: Annotation, maps: str) -> dict[str, float | None]:
+    """Judge where the map's maximum and its energy lie; a row without a map points nowhere."""
+    if maps == NO_MAPS:
+        return {}
+    size, hit, energy, difficult = size_of(row), False, 0.0, None
+    if row.map_bytes is not None and row.geometry is not None and size is not None:
+        map_hw, shape = row.map(), row.layout.input_shape
+        hit = is_pointed_at(highest_point(map_hw, shape, row.geometry, *size), truth.boxes, *size)
+        energy = energy_inside(lay(_scaled(map_hw, maps), shape, row.geometry, *size, smooth=True), truth.boxes)
+    if size is not None:
+        difficult = is_difficult(truth.boxes, truth.distractors, *size)
+    return {"pointing": float(hit), "pointing_difficult": float(hit) if difficult else None, "energy": energy}
+
+
+def _scaled(map_hw: NDArray[np.float32], maps: str) -> NDArray[np.float32]:
+    """Return the map in [0, 1]."""
+    return map_hw.clip(0, 1) if maps == AS_IS else unit(map_hw)
+
+
 def _map_f1(row: Row, truth: Annotation, maps: str) -> float | None:
     """Return the F1 of the row's map; None if the run stores no maps."""
     if maps == NO_MAPS:
@@ -162,8 +190,7 @@ def _map_f1(row: Row, truth: Annotation, maps: str) -> float | None:
     size = size_of(row)
     if row.map_bytes is None or row.geometry is None or size is None:
         return 0.0
-    map_hw = row.map().clip(0, 1) if maps == AS_IS else unit(row.map())
-    return map_f1(lay(map_hw, row.layout.input_shape, row.geometry, *size, smooth=True), truth.boxes)
+    return map_f1(lay(_scaled(row.map(), maps), row.layout.input_shape, row.geometry, *size, smooth=True), truth.boxes)
 
 
 def _mask_f1(row: Row, truth: Annotation) -> float:

@@ -34,7 +34,8 @@ def judge(path: Path, shards: Sequence[str] = (), metrics: Sequence[str] = ("loc
 
 
 def found_of(path: Path, shards: Sequence[str] = ()) -> dict[str, Estimate]:
-    return judge(path, shards).runs[0].estimates
+    found = judge(path, shards).runs[0].estimates
+    return {name: estimate for name, estimate in found.items() if estimate.count}  # NaN equals nothing
 
 
 def rows_of(made: Made, folder: str = "localization", subject: str = FOUND) -> list[dict[str, Any]]:

@@ -202,7 +202,7 @@ def _judge(run: Path, val: Sequence[str], split: Split, subsets: str) -> dict[st
     means = {subject: {name: Mean() for name in SUBSETS} for subject in (FOUND, *_BASELINES)}
     means[FOUND] |= {SEEN: Mean(), UNSEEN: Mean()}
     for folder in ("localization", "localization-controls"):
-        for shard, subject, _, part in read_subjects(Store(f"{run}/metrics/{folder}"), judged.shards, ["index", "le"]):
+        for shard, subject, part in read_subjects(Store(f"{run}/metrics/{folder}"), judged.shards, ["index", "le"]):
             for row in part.to_pylist() if subject in means else ():
                 subset = subset_at[shard, row["index"]]
                 if subset is not None:

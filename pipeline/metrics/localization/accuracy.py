@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from saltern.pipeline.metrics.localization.levels import LEVELS
 from saltern.pipeline.metrics.localization.maxbox import BYTES, IOUS
-from saltern.pipeline.metrics.localization.resampling import DrawnSums, interval
+from saltern.pipeline.metrics.resampling import DrawnSums, interval
 
 THRESHOLDS = np.arange(0, 1, 0.001)  # clovaai's list
 _TOGETHER = 1024  # samples that are unpacked together

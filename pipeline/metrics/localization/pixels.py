@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from saltern.pipeline.maps.discretize import upsample
 from saltern.pipeline.metrics.localization.maxbox import unit_map
-from saltern.pipeline.metrics.localization.resampling import DrawnSums, interval
+from saltern.pipeline.metrics.resampling import DrawnSums, interval
 from saltern.pipeline.shards.annotations import FOREGROUND, IGNORED
 
 _EDGES = np.append(np.arange(0, 1, 0.001), [1.0, 2.0, 3.0])  # of the bins, the last but one for exactly 1

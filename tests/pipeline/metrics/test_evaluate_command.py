@@ -18,7 +18,10 @@ from saltern.jobs.main import app
 from saltern.pipeline.runs.manifest import receipt_name
 from saltern.schemas.errors import UserError
 
-COLUMNS = ("le", "om", "f1", "f1_mask", "max_box_acc", "max_box_acc_v2")
+COLUMNS = (
+    *("le", "om", "f1", "f1_mask", "pointing", "pointing_difficult", "energy"),
+    *("max_box_acc", "max_box_acc_v2"),
+)
 
 
 def test_shards_that_were_moved_or_are_some_of_the_runs(tmp_path: Path) -> None:

@@ -3,11 +3,18 @@
 Shape suffixes: N samples, D draws, X numbers of a sample.
 """
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
 _TOGETHER = 1024  # samples that are weighed together
 _TAILS = (2.5, 97.5)  # percent below the ends of a 95 % interval
+
+# A Poisson number of mean 1 for each 16-bit random number: drawing from this table takes a quarter of numpy's time.
+_POISSON = np.searchsorted(
+    np.cumsum([2**16 * math.exp(-1) / math.factorial(count) for count in range(8)]), np.arange(2**16), "right"
+).astype(np.float32)
 
 
 class DrawnSums:
@@ -30,7 +37,7 @@ class DrawnSums:
         for start in range(0, len(numbers), _TOGETHER):
             part_NX = numbers[start : start + _TOGETHER].astype(np.float32)
             part_NX = part_NX.reshape(len(part_NX), self.sums.size)
-            weight_DN = self._random.poisson(1, (len(part_NX), len(self.drawn_sums))).T.astype(np.float32)
+            weight_DN = _POISSON[self._random.integers(0, 2**16, (len(part_NX), len(self.drawn_sums)), np.uint16)].T
             self.samples += len(part_NX)
             self.sums += part_NX.sum(0, np.float64).reshape(self.sums.shape)
             self.drawn_samples_D += weight_DN.sum(1, np.float64)
