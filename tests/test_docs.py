@@ -11,6 +11,7 @@ import typer
 
 from saltern.jobs.main import EXIT_CODES, app
 from saltern.pipeline.methods import available
+from saltern.pipeline.metrics.families import FAMILIES, option_name
 from saltern.schemas.saliency import STATUSES, table_schema
 
 ROOT = Path(__file__).parents[1]
@@ -108,6 +109,15 @@ def test_the_methods_are_complete() -> None:
     table = re.search(r"^\| family \|.*?\n\n", text("docs/methods.md"), re.M | re.S)[0]
     named = set(re.findall(r"`([\w+-]+)`", table)) - {"--method"}
     assert named == set(available())
+
+
+def test_the_metrics_are_complete_with_their_directions() -> None:
+    table = re.search(r"^\| family \| metric \|.*?\n\n", text("docs/evaluation.md"), re.M | re.S)[0]
+    cells = [row.split("|")[2] for row in table.splitlines()[2:] if row.startswith("|")]
+    named = [pair for cell in cells for pair in re.findall(r"`([\w-]+)` ?([↑↓]?)", cell)]
+    metrics = {name: metric for family in FAMILIES.values() for name, metric in family.metrics.items()}
+    assert named == [(option_name(name), metric.better.value) for name, metric in metrics.items()]
+    assert re.findall(r"^\| `([\w-]+)` \|", table, re.M) == list(FAMILIES)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
