@@ -1,1 +1,0 @@
-"""Methods against metrics over the same shards: one table and one page."""
