@@ -3,14 +3,16 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from saltern.pipeline.masknet.members import Member
-from saltern.pipeline.training.batches import Batch
-from saltern.pipeline.training.index import Index
 from saltern.pipeline.training.ranks import Ranks
+
+if TYPE_CHECKING:  # these import pyarrow, which an algorithm does not need
+    from saltern.pipeline.training.batches import Batch
+    from saltern.pipeline.training.index import Index
 
 Say = Callable[[str], None]  # takes a line for the user
 
@@ -49,7 +51,7 @@ class Trainee:
     def begin(self) -> None:
         """Prepare the first step. The state and `setbacks` are loaded."""
 
-    def step(self, batch: Batch) -> Entry:
+    def step(self, batch: "Batch") -> Entry:
         """Train on this rank's share of a batch."""
         raise NotImplementedError
 
@@ -94,7 +96,7 @@ class Plan:
 
     root: Path
     weights: str
-    index: Index
+    index: "Index"
     steps_per_epoch: int
     threads: int | None  # that decode in each worker; None: as its machine has cores
     config: dict[str, Any]  # of the checkpoints; it has all that `loop` reads, as CASM's does
