@@ -17,6 +17,7 @@ from saltern.jobs.extract import extract
 from saltern.jobs.listing import methods, metrics, models
 from saltern.jobs.pack import pack
 from saltern.jobs.plan import plan
+from saltern.jobs.sanity import sanity
 from saltern.jobs.show import show
 from saltern.jobs.status import status
 from saltern.jobs.submit import submit
@@ -42,7 +43,7 @@ app = typer.Typer(
 )
 
 _COMMANDS: dict[str, list[Callable[..., Any]]] = {
-    "Datasets of saliency": [pack, plan, extract, status, verify, show, evaluate, export],
+    "Datasets of saliency": [pack, plan, extract, status, verify, show, evaluate, sanity, export],
     "Other jobs": [attack, visualize_class, train_casm, unseen_classes, train_localizer],
     "Help and tools": [methods, models, metrics, demo],
 }

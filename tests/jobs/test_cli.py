@@ -9,7 +9,7 @@ from making import TINY, picture, write_shard, write_shards
 
 COMMANDS = (
     *("pack", "plan", "extract", "attack", "visualize-class", "train-casm", "unseen-classes", "evaluate", "status"),
-    *("train-localizer",),
+    *("train-localizer", "sanity"),
     *("verify", "show", "export", "methods", "models", "demo", "submit", "bench"),
 )
 
