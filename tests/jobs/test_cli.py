@@ -35,7 +35,7 @@ def test_without_a_command_help_is_printed() -> None:
     ended = call()
     assert ended.returncode == 2
     assert " extract " in ended.stdout + ended.stderr
-    assert refused(call("extrct")) == "saltern: No such command 'extrct'. Did you mean 'extract', 'export'?"
+    assert refused(call("extrct")).startswith("saltern: No such command 'extrct'. Did you mean 'extract'")
 
 
 @pytest.mark.slow

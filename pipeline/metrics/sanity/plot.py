@@ -26,7 +26,10 @@ def plot(curves: Curves, title: str) -> bytes:
     FigureCanvasAgg(figure)
     panel = figure.subplots()
     at_P = np.arange(len(curves.layers) + 1)
+    signed = not np.array_equal(curves.values("spearman"), curves.values("absolute"))
     for name, (label, colour) in _CURVES.items():
+        if name == "spearman" and not signed:
+            continue  # the same curve as that of absolute maps
         found = curves.stages(name)
         value_P, around_P = (
             np.array([first, *(getattr(one, part) for one in found)])
