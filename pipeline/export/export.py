@@ -64,7 +64,7 @@ def export(path: str, form: str, out: str, patterns: Sequence[str] = ()) -> Expo
             try:
                 exported.rows += take(shard)
                 exported.shards += 1
-            except ShardError as error:
+            except (ShardError, ValueError) as error:  # ValueError: of a row that lacks what its map needs
                 exported.failures[shard.name] = str(error)
             line.tick(exported)
     return exported

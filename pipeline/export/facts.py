@@ -69,8 +69,8 @@ def _images(run: SaliencyRun, shard: Shard) -> Iterator[tuple[str, str | None]]:
 
 def classes(run: SaliencyRun) -> dict[int, str]:
     """Return the names of the classes that maps can explain, by number."""
-    names = run.run.class_names or [str(number) for number in range(run.config.classes)]
-    return dict(enumerate(names))
+    names = run.run.class_names or ()
+    return {number: names[number] if number < len(names) else f"{number}" for number in range(run.config.classes)}
 
 
 def safe(key: str) -> str:

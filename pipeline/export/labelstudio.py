@@ -46,7 +46,8 @@ class _Tasks:
         self._folder, self._run = folder, run
         self._version = f"saltern {run.config.method} {run.config.model} {run.run.fingerprint}"
         # Two classes of ImageNet have one name.
-        self.labels = {number: printable(f"{number} {name}") for number, name in classes(run).items()}
+        names = classes(run) if run.run.class_names else dict.fromkeys(classes(run), "")
+        self.labels = {number: printable(f"{number} {name}".strip()) for number, name in names.items()}
 
     def write(self, shard: Shard) -> int:
         """Write the tasks of a shard. Returns the number of its rows."""

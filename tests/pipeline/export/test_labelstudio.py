@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from made_run import Made, make_run
+from made_run import Made, make_run, write_shard
 from test_rle import unpack
 
 from saltern.pipeline.export.export import export
@@ -63,3 +63,22 @@ def test_a_tar_that_is_gone_fails_its_shard_alone(tmp_path: Path) -> None:
     assert "--shards" in done.failures["part1/train"]
     assert not (tmp_path / "out" / "part1/train.json").exists()
     assert len(json.loads((tmp_path / "out" / "part2/train.json").read_bytes())) == 5
+
+
+def test_classes_without_names_are_their_numbers(tmp_path: Path) -> None:
+    made = make_run(tmp_path, shards=1, samples=1)
+    export(str(made.path), "labelstudio", str(tmp_path / "out"))
+    (task,) = tasks(made, tmp_path / "out")
+    assert task["predictions"][0]["result"][0]["value"]["rectanglelabels"] == ["0"]
+    assert (tmp_path / "out" / "labels.xml").read_text().count('<Label value="9"/>') == 2
+
+
+def test_a_damaged_row_fails_its_shard_alone(tmp_path: Path) -> None:
+    made = make_run(tmp_path, samples=1)
+    row = next(iter(open_run(str(made.path))))
+    names = ("key", "shard", "index", "boxes", "image_height", "image_width", "status", "target")
+    record = {name: getattr(row, name) for name in names} | {"mask": row.mask_bytes}
+    write_shard(made, 0, 1, [record], (4, 4))
+    done = export(str(made.path), "labelstudio", str(tmp_path / "out"))
+    assert (done.shards, list(done.failures)) == (2, ["part0/train"])
+    assert "no geometry" in done.failures["part0/train"]
