@@ -3,6 +3,7 @@
 Shape suffixes: B maps, h w a map's grid, H W the network's input.
 """
 
+import os
 import resource
 import sys
 import time
@@ -68,7 +69,8 @@ def measure(bench: LocalizationBench) -> Iterator[Figure]:
     total = sum(each[name] for name in IN_GOAL)
     parts = ", ".join(f"{name} {ms:.2g}" for name, ms in each.items())
     name = f"{' + '.join(IN_GOAL)} of a sample"
-    yield Figure(name, total, GOAL_MS, "core-ms", False, f"{bench.samples:,} samples; {parts}")
+    miss = f"the load was {os.getloadavg()[0]:.1f}"
+    yield Figure(name, total, GOAL_MS, "core-ms", False, f"{bench.samples:,} samples; {parts}", miss)
     yield _against_peer(bench, each["MaxBoxAcc and V2"])
     early = peaks[len(peaks) // 10]
     note = f"{peaks[-1]:.0f} MB after all samples / {early:.0f} MB after a tenth"
