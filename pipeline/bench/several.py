@@ -20,7 +20,7 @@ from saltern.schemas.run import Shard
 
 # Methods that share passes, and methods that share only reading, decoding and the model; with the goals.
 SETS = {
-    ("cam", "grad-cam", "grad-cam++", "xgrad-cam", "layer-cam", "hires-cam", "eigen-cam"): 4.0,
+    ("cam", "grad-cam", "grad-cam++", "xgrad-cam", "layer-cam", "hires-cam", "eigen-cam"): 5.0,
     ("gradient", "input-x-gradient"): 1.0,
 }
 _SHARDS = 2  # of a round
