@@ -1,5 +1,6 @@
 """A run from shards in an object store into another folder of the store: resume, verify, no leftovers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,22 @@ def test_a_run_in_a_bucket_equals_one_on_a_disk(s3: S3, tmp_path: Path, monkeypa
     assert not [name for name in s3.requests if name.startswith("GET in/") and "part-000001" not in name]
     verdict = verify(*load_run_folder(settings.out))
     assert (verdict.findings, verdict.rows) == ([], 15)
+
+
+def test_several_runs_in_a_bucket_equal_those_on_a_disk(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(HELPERS)
+    write_shards(tmp_path / "in", 2, 5)
+    methods = ["grad-cam++", "eigen-cam"]
+    assert extract(tmp_path / "in", tmp_path / "runs", method=",".join(methods)) == 0
+    request = replace(REQUEST, shards=[str(tmp_path / "in")], torch_threads=1, method=",".join(methods))
+    settings = RunOptions(f"s3://{BUCKET}/runs", device="cpu", engine="local")
+    assert conduct(extraction(request), settings).code == 0
+    for method in methods:
+        folder = f"runs/{method}/"
+        stored = {
+            name.removeprefix(folder): raw for name, raw in s3.objects.items() if name.startswith(f"{folder}data")
+        }
+        assert stored == files(tmp_path / "runs" / method)
+    assert not [name for name in s3.objects if "_tmp-" in name]
