@@ -99,20 +99,23 @@ def _hits(
     batch, height, width = map_BHW.shape
     parts, holes = parts_and_holes(map_BHW)
     flat = _of_flat_maps(map_BHW)
-    found = [parts.box + _LARGER, holes.box + _OUTLINE, flat.box]
+    box_R4 = np.concatenate([parts.box + _LARGER, holes.box + _OUTLINE, flat.box])
     key_R = np.concatenate([each.map * LEVELS + each.level for each in (parts, holes, flat)])
     largest, open_key = _largest(parts, holes, key_R, batch)
-    again = [_largest_contour(map_BHW[key // LEVELS], key % LEVELS) for key in open_key.tolist()]
-    box_R4 = np.concatenate([*found, np.array(again, np.int64).reshape(-1, 4)])
-    box_R4[:, 2:] = np.minimum(box_R4[:, 2:], [width, height])
-    map_R = np.concatenate([key_R, open_key]) // LEVELS
-    iou_R = _best_iou(to_original(box_R4, geometry_B4[map_R], size_B2[map_R]), map_R, true)
 
+    def ious(box_R4: _Ints, map_R: _Ints) -> NDArray[np.float64]:
+        box_R4[:, 2:] = np.minimum(box_R4[:, 2:], [width, height])
+        return _best_iou(to_original(box_R4, geometry_B4[map_R], size_B2[map_R]), map_R, true)
+
+    iou_R = ious(box_R4, key_R // LEVELS)
     best = np.zeros((len(IOUS), batch * LEVELS))
-    np.maximum.at(best[1], key_R, iou_R[: len(key_R)])
+    np.maximum.at(best[1], key_R, iou_R)
     best[2:] = best[1]
     best[0, key_R[largest]] = iou_R[largest]
-    best[0, open_key] = iou_R[len(key_R) :]
+    # If no box of a level hits, then that of its largest contour does not either.
+    open_key = open_key[best[1, open_key] >= IOUS[0]]
+    again = [_largest_contour(map_BHW[key // LEVELS], key % LEVELS) for key in open_key.tolist()]
+    best[0, open_key] = ious(np.array(again, np.int64).reshape(-1, 4), open_key // LEVELS)
     hit = best >= np.array(IOUS)[:, None]
     return np.packbits(hit.reshape(len(IOUS), batch, LEVELS).swapaxes(0, 1), axis=2)
 
