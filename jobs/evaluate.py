@@ -20,7 +20,7 @@ def evaluate(
     metric: Annotated[
         list[str] | None,
         opt.output(
-            "Metrics, or families of them, as `saltern metrics` lists them; default: those without forward passes.",
+            "Metrics, or families of them, as `saltern metrics` lists them; default: localization, statistics.",
             metavar="le,om,f1",
         ),
     ] = None,

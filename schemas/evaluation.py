@@ -10,15 +10,19 @@ CONTROLS = ("random", "centre-blob", "edges", CENTRE, WHOLE)
 # Statuses of a row besides those of the run's row (schemas.saliency).
 NO_BOXES = "no_boxes"  # the sample has no true boxes to judge by
 BAD_BOXES = "bad_boxes"  # its annotation cannot be read
+NO_MASK = "no_mask"  # the sample has no pixel mask to judge by
+BAD_MASK = "bad_mask"  # its pixel mask cannot be read
+MISSING, UNREADABLE = (NO_BOXES, NO_MASK), (BAD_BOXES, BAD_MASK)  # such samples are not judged
 
 HIT_BYTES = 128  # of the column box_hits
+PIXEL_BINS = 1002  # of the column pixel_counts
 
 _IDENTITY = [
     pa.field("key", pa.string(), nullable=False),
     pa.field("shard", pa.string(), nullable=False),  # the shard's name, as in run.json
     pa.field("index", pa.int32(), nullable=False),  # the sample's position in the shard, from 0
     pa.field("subject", pa.string(), nullable=False),  # FOUND or one of CONTROLS
-    pa.field("status", pa.string(), nullable=False),  # of the run's row, or NO_BOXES, or BAD_BOXES
+    pa.field("status", pa.string(), nullable=False),  # of the run's row, or of MISSING or UNREADABLE
     pa.field("error", pa.string()),  # the reason, if status is neither ok nor zero_map
 ]
 
@@ -34,10 +38,18 @@ FIELDS: dict[str, list[pa.Field]] = {
         *_floats("le", "om", "f1", "f1_mask"),
         # 0 or 1, 0 or 1, [0, 1]; null if the run stores no maps, pointing_difficult also outside of the subset
         *_floats("pointing", "pointing_difficult", "energy"),
+        *_floats("box_iou"),  # in [0, 1]
         # 4 x 256 packed bits, the first one highest: at which levels of the 8-bit map a box hits a true one, by an IoU
         # of at least 0.5 (largest contour), 0.3, 0.5 and 0.7 (all contours); null if the run stores no maps
         pa.field("box_hits", pa.binary(HIT_BYTES)),
         pa.field("other_size", pa.bool_()),
+    ],
+    "pixels": [
+        *_floats("segmentation_iou"),  # in [0, 1]; null if neither mask has a pixel
+        # 2 x PIXEL_BINS uint32, little-endian: how many pixels of the foreground, then of the background, have a value
+        # in each bin (pipeline/metrics/localization/pixels.py); null if the image could not be read or the run stores
+        # no maps
+        pa.field("pixel_counts", pa.binary(2 * PIXEL_BINS * 4)),
     ],
     "statistics": _floats("total_variation", "entropy", "map_mean", "map_std", "mask_area"),
     "perturbation": _floats("insertion", "deletion"),  # in [0, 1]

@@ -102,6 +102,12 @@ class Laid:
         """Return the box of the whole original."""
         return whole_image(len(self.y.share), len(self.x.share))
 
+    def pixels(self) -> Numbers:
+        """Return the value of each pixel of the original, (Y, X). Only of a map that is not interpolated."""
+        (y_Y, in_Y), (x_X, in_X) = self.y.cells(self.map_hw.shape[0]), self.x.cells(self.map_hw.shape[1])
+        values_YX: Numbers = self.map_hw[y_Y][:, x_X] * (in_Y[:, None] & in_X)
+        return values_YX
+
     def sum(self, box: Box) -> float:
         """Return the sum over the pixels in the box."""
         x0, y0, x1, y1 = (max(edge, 0) for edge in box)
@@ -116,6 +122,10 @@ class _Axis:
 
     share: Numbers
     smooth: bool
+
+    def cells(self, cells: int) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+        """Return the cell of each pixel, and whether the pixel lies in the input."""
+        return (self.share * cells).astype(int).clip(0, cells - 1), (self.share >= 0) & (self.share < 1)
 
     def weights(self, start: int, stop: int, cells: int) -> NDArray[np.float64]:
         """Return the weight of each of the map's cells in the sum of the pixels start..stop."""

@@ -1,7 +1,7 @@
 """Count the samples of an evaluation by how they could be judged, and name those that could not."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +9,8 @@ import pyarrow.compute as pc
 
 from saltern.pipeline.metrics.estimate import read_subjects
 from saltern.pipeline.storage.store import Store
-from saltern.schemas.evaluation import BAD_BOXES, NO_BOXES
+from saltern.schemas.errors import UserError
+from saltern.schemas.evaluation import MISSING, UNREADABLE
 from saltern.schemas.run import Shard
 from saltern.schemas.saliency import OK, ZERO_MAP
 
@@ -28,12 +29,34 @@ class Census:
     @property
     def judged(self) -> int:
         """Samples that the means are over."""
-        return self.statuses.total() - self.statuses[NO_BOXES] - self.statuses[BAD_BOXES]
+        return self.statuses.total() - self.missing - self.unreadable
+
+    @property
+    def missing(self) -> int:
+        """Samples without an annotation."""
+        return sum(self.statuses[status] for status in MISSING)
+
+    @property
+    def unreadable(self) -> int:
+        """Samples whose annotation cannot be read."""
+        return sum(self.statuses[status] for status in UNREADABLE)
 
     @property
     def failures(self) -> int:
         """Samples whose row in the run failed."""
         return self.judged - self.statuses[OK] - self.statuses[ZERO_MAP]
+
+    def require(self, what: str, fix: str, unread: Mapping[str, str]) -> None:
+        """Raise UserError if all shards were read and no sample could be judged.
+
+        Args:
+            what: that each sample needs.
+            fix: how samples get it.
+            unread: shards that could not be read.
+        """
+        if not self.judged and not unread:
+            why = "; ".join(f"{place}: {reason}" for place, reason in list(self.bad.items())[:1])
+            raise UserError(f"none of the {self.statuses.total():,} samples has {what} ({why or fix})")
 
     def summary(self) -> dict[str, Any]:
         """Return the counts as JSON."""
@@ -66,7 +89,7 @@ def take_census(store: Store, shards: Sequence[Shard], other_size: bool) -> Cens
 def _name(census: Census, shard: str, rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         place, status = f"{shard}: {row['key']}", row["status"]
-        if status == BAD_BOXES and len(census.bad) < LISTED:
+        if status in UNREADABLE and len(census.bad) < LISTED:
             census.bad[place] = row["error"]
-        elif status not in (OK, ZERO_MAP, NO_BOXES, BAD_BOXES) and len(census.failed) < LISTED:
+        elif status not in (OK, ZERO_MAP, *MISSING, *UNREADABLE) and len(census.failed) < LISTED:
             census.failed[place] = f"{status}: {row['error']}"

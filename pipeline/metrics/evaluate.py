@@ -32,7 +32,7 @@ class EvaluateRequest:
 
     runs: Sequence[str]  # folders or URLs
     shards: Sequence[str] = ()  # where tars of the runs are now; none = all, where the runs read them
-    metrics: Sequence[str] = ()  # names of metrics or families; none = those that need no forward passes
+    metrics: Sequence[str] = ()  # names of metrics or families; none = families.DEFAULT
     precision: str = "fp32"  # fp32 | tf32 | bf16 | fp16
     batch_size: int | None = None
     torch_threads: int | None = None

@@ -11,10 +11,12 @@ from saltern.pipeline.metrics.faithfulness.families import (
 from saltern.pipeline.metrics.faithfulness.maps import StatisticsFamily
 from saltern.pipeline.metrics.family import Family
 from saltern.pipeline.metrics.judge import Localization
+from saltern.pipeline.metrics.segmentation import Pixels
 from saltern.schemas.errors import UserError
 
 _ALL: tuple[type[Family], ...] = (
     Localization,
+    Pixels,
     StatisticsFamily,
     PerturbationFamily,
     ConfidenceFamily,
@@ -22,7 +24,7 @@ _ALL: tuple[type[Family], ...] = (
     CompositeFamily,
 )
 FAMILIES: dict[str, type[Family]] = {family.name: family for family in _ALL}
-DEFAULT = ("localization", "statistics")  # families that need no forward passes
+DEFAULT = ("localization", "statistics")  # families that need neither forward passes nor pixel masks
 
 
 def choose_metrics(words: Sequence[str]) -> dict[str, list[str]]:

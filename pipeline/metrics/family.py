@@ -61,6 +61,7 @@ class Family:
     metrics: ClassVar[Mapping[str, Metric]]  # by the column that they average
     needs_pixels: ClassVar[bool] = False
     runs_network: ClassVar[bool] = False
+    members: ClassVar[frozenset[str]] = frozenset()  # extensions that it reads of the samples, besides the run's
 
     def __init__(self, config: ExtractConfig, how: EvaluateConfig, device: torch.device):
         self.config, self.how, self.device = config, how, device

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from saltern.pipeline.maps.frame import lay
+from saltern.pipeline.maps.frame import Laid, lay
 from saltern.pipeline.metrics.census import Census
 from saltern.pipeline.metrics.control_rows import BOXES
 from saltern.pipeline.metrics.estimate import Estimate, estimate_means, read_subjects
 from saltern.pipeline.metrics.family import Batch, Better, Family, Metric
 from saltern.pipeline.metrics.localization.accuracy import BoxAccuracies
-from saltern.pipeline.metrics.localization.boxes import box_f1, is_hit, map_f1, unit
+from saltern.pipeline.metrics.localization.boxes import box_f1, clipped, covered, is_hit, map_f1, mask_iou, unit
 from saltern.pipeline.metrics.localization.maxbox import IOUS, box_hits
 from saltern.pipeline.metrics.localization.pointing import energy_inside, highest_point, is_difficult, is_pointed_at
 from saltern.pipeline.runs.columns import Record
@@ -21,7 +21,6 @@ from saltern.pipeline.runs.reader import Row
 from saltern.pipeline.shards.annotations import Annotation, read_annotation
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import EvaluateConfig, ExtractConfig
-from saltern.schemas.errors import UserError
 from saltern.schemas.evaluation import BAD_BOXES, FOUND, HIT_BYTES, NO_BOXES
 from saltern.schemas.run import Shard
 from saltern.schemas.saliency import Box
@@ -59,6 +58,7 @@ class Localization(Family):
             "difficult %", Better.MORE, "pointing, where the boxes cover under a quarter and distractors are known"
         ),
         "energy": Metric("energy %", Better.MORE, "share of the scaled map's sum in the true boxes"),
+        "box_iou": Metric("box IoU %", Better.MORE, "IoU of the mask and the true boxes, filled"),
         "max_box_acc": Metric("MaxBoxAcc %", Better.MORE, "largest contour, IoU >= 0.5, at the best threshold"),
         "max_box_acc_v2": Metric("MaxBoxAccV2 %", Better.MORE, "all contours, mean over IoU >= 0.3, 0.5, 0.7"),
     }
@@ -69,11 +69,8 @@ class Localization(Family):
 
     @classmethod
     def check_census(cls, path: str, census: Census, unread: Mapping[str, str]) -> None:
-        if census.judged or unread:
-            return
-        why = "; ".join(f"{place}: {reason}" for place, reason in list(census.bad.items())[:1])
         fix = "`saltern pack --boxes` packs ILSVRC annotations as `boxes` of the json member"
-        raise UserError(f"none of the {census.statuses.total():,} samples has boxes to judge by ({why or fix})")
+        census.require("boxes to judge by", fix, unread)
 
     @classmethod
     def summarise(cls, store: Store, shards: Sequence[Shard]) -> dict[str, dict[str, Estimate]]:
@@ -112,10 +109,13 @@ class Localization(Family):
         size = size_of(row)
         other = {"other_size": None not in (size, truth.size) and size != truth.size}
         maps = self._maps if subject == FOUND else SCALED
-        found = scores(row, truth, maps)
+        found = {**scores(row, truth, maps), "box_iou": _box_iou(row, truth)}
         if subject in BOXES:
             size = size or truth.size
-            found = box_scores(row, truth, BOXES[subject](*size) if size else None)
+            box = BOXES[subject](*size) if size else None
+            found = {**box_scores(row, truth, box), "box_iou": 0.0}
+            if box and size:
+                found["box_iou"] = covered(box, [clipped(one, *size) for one in truth.boxes])
         return other | found | _pointing(row, truth, maps)
 
 
@@ -195,8 +195,19 @@ def _map_f1(row: Row, truth: Annotation, maps: str) -> float | None:
 
 def _mask_f1(row: Row, truth: Annotation) -> float:
     """Return the F1 of the row's mask."""
+    laid = laid_mask(row)
+    return 0.0 if laid is None else map_f1(laid, truth.boxes)
+
+
+def _box_iou(row: Row, truth: Annotation) -> float:
+    """Return the IoU of the row's mask and the true boxes, filled."""
+    laid = laid_mask(row)
+    return 0.0 if laid is None else mask_iou(laid, truth.boxes)
+
+
+def laid_mask(row: Row) -> Laid | None:
+    """Lay the row's mask over the original, each pixel with its cell's value; None if the row has no mask."""
     size = size_of(row)
     if row.mask_bytes is None or row.geometry is None or size is None:
-        return 0.0
-    mask_HW = row.mask().astype(float)
-    return map_f1(lay(mask_HW, row.layout.input_shape, row.geometry, *size, smooth=False), truth.boxes)
+        return None
+    return lay(row.mask().astype(float), row.layout.input_shape, row.geometry, *size, smooth=False)

@@ -82,7 +82,7 @@ class MetricProcessor:
             OutputError: the folder accepts no more data.
         """
         if earlier is not None and is_of(earlier, self._source.digests[shard.name]):
-            read = content_of(self._run.tar(shard), named=self._run.config.members)
+            read = content_of(self._run.tar(shard), named=self._run.config.members, more=self._family.members)
             if read is not None and earlier.content is not None and earlier.content.endswith(read):
                 return Made(replace(earlier, mtime_ns=shard.mtime_ns), {})
         self.images[shard.name] = 0
@@ -128,7 +128,7 @@ class MetricProcessor:
 
     def _joined(self, shard: Shard) -> Iterator[Joined]:
         """Yield batches, decoded. Runs in a thread ahead of the rest."""
-        pairs = self._run.joined(shard)
+        pairs = self._run.joined(shard, self._family.members)
         while batch := list(islice(pairs, self._config.batch_size)):
             samples, rows = [sample for sample, _ in batch], [own[0] for _, own in batch]
             yield samples, rows, self._pixels([sample for sample, row in zip(samples, rows, strict=True) if seen(row)])

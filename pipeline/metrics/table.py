@@ -14,7 +14,7 @@ from saltern.pipeline.metrics.families import FAMILIES, option_name
 from saltern.pipeline.metrics.family import Better, Metric
 from saltern.pipeline.metrics.judge import AS_IS, NO_MAPS, SCALED, maps_of
 from saltern.pipeline.tables import markdown_table
-from saltern.schemas.evaluation import BAD_BOXES, CENTRE, NO_BOXES, WHOLE
+from saltern.schemas.evaluation import BAD_MASK, CENTRE, NO_MASK, WHOLE
 from saltern.schemas.text import counted
 
 _MAPS = {
@@ -135,12 +135,13 @@ def remarks(evaluation: Evaluation) -> Iterator[str]:
 
 
 def _skipped(census: Census) -> Iterator[str]:
-    if census.statuses[NO_BOXES]:
-        yield f"skipped: {counted(census.statuses[NO_BOXES], 'sample')} without boxes"
-    if census.statuses[BAD_BOXES]:
+    what = "pixel masks" if census.statuses[NO_MASK] or census.statuses[BAD_MASK] else "boxes"
+    if census.missing:
+        yield f"skipped: {counted(census.missing, 'sample')} without {what}"
+    if census.unreadable:
         place, reason = next(iter(census.bad.items()))
-        bad = counted(census.statuses[BAD_BOXES], "sample")
-        yield f"skipped: {bad} whose boxes cannot be read, the first {place}: {reason}"
+        bad = counted(census.unreadable, "sample")
+        yield f"skipped: {bad} whose {what} cannot be read, the first {place}: {reason}"
     if census.other_size:
         yield f"{census.other_size:,} samples were annotated at another size: were their images rescaled?"
     for place, reason in list(census.failed.items())[:_SHOWN]:

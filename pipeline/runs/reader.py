@@ -201,15 +201,19 @@ class SaliencyRun:
         """Return the shard. Raises ShardError if its tar must not be read: see `places.readable`."""
         return readable(shard, shard.name in self.given)
 
-    def joined(self, shard: Shard) -> Iterator[tuple[Sample, list[Row]]]:
+    def joined(self, shard: Shard, more: frozenset[str] = frozenset()) -> Iterator[tuple[Sample, list[Row]]]:
         """Yield each sample of one shard's tar with its rows.
+
+        Args:
+            shard: one of the run's.
+            more: extensions of further members to read, besides those of the run.
 
         Raises:
             ShardError: tar and data file do not hold the same samples; or as read_samples does.
             OSError: the tar cannot be read.
         """
         rows = groupby(self.read(shard), lambda row: row.index)
-        samples = read_samples(self.tar(shard), named=self.config.members)
+        samples = read_samples(self.tar(shard), named=self.config.members, more=more)
         for sample, group in zip_longest(samples, (list(group) for _, group in rows)):
             if sample is None or group is None or (sample.index, sample.key) != (group[0].index, group[0].key):
                 there = "ends" if sample is None else f"has {sample.key!r} at {sample.index}"

@@ -124,17 +124,17 @@ def fold(crc: int, sample: Sample) -> int:
     return zlib.crc32(head, crc)
 
 
-def content_of(shard: Shard, *, named: Members = USUAL, as_listed: bool = False) -> str:
+def content_of(shard: Shard, *, named: Members = USUAL, as_listed: bool = False, more: Exts = frozenset()) -> str:
     """Return the CRC-32 of a shard's samples, 8 hex digits. It reads the whole tar.
 
     Args:
-        shard, named, as_listed: as for `read_samples`.
+        shard, named, as_listed, more: as for `read_samples`.
 
     Raises:
         ShardError, OSError: as `read_samples`.
     """
     crc = 0
-    for sample in read_samples(shard, named=named, as_listed=as_listed):
+    for sample in read_samples(shard, named=named, as_listed=as_listed, more=more):
         crc = fold(crc, sample)
     return f"{crc:08x}"
 

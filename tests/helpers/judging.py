@@ -15,15 +15,15 @@ from saltern.pipeline.metrics.evaluate import EvaluateRequest, Evaluation, evalu
 from saltern.schemas.evaluation import FOUND
 
 
-def annotate(made: Made, boxes: Callable[[str], bytes | None], samples: int = 5) -> None:
-    """Replace the tars by ones of the same size, with another json member for each key."""
+def annotate(made: Made, boxes: Callable[[str], bytes | None], samples: int = 5, member: str = "json") -> None:
+    """Replace the tars by ones of the same size, with another json member, or another member, for each key."""
     for number, shard in enumerate(made.run.shards):
         members: dict[str, dict[str, bytes]] = {}
         for index in range(samples):
             key = f"s{number}k{index}"
             content = boxes(key)
             members[key] = {"jpg": picture(index, *SIZE), "cls": str(index).encode()}
-            members[key] |= {} if content is None else {"json": content.ljust(200)}
+            members[key] |= {} if content is None else {member: content.ljust(200)}
         write_tar(Path(shard.url), members.items())
         with Path(shard.url).open("ab") as tar:
             tar.write(bytes(shard.size - Path(shard.url).stat().st_size))

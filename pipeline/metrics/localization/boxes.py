@@ -6,6 +6,7 @@ Shape suffixes: h w a map's grid.
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +51,34 @@ def is_hit(found: Sequence[Box], true: Sequence[Box]) -> bool:
 def box_f1(found: Box, true: Sequence[Box]) -> float:
     """Return the continuous F1, in [0, 1], of the map that is 1 in the box and 0 outside of it."""
     return max((2 * overlap(found, box) / (area(found) + area(box)) for box in true), default=0.0)
+
+
+def disjoint(boxes: Sequence[Box]) -> list[Box]:
+    """Split the union of boxes into boxes that share no pixel."""
+    parts: list[Box] = []
+    for y0, y1 in pairwise(sorted({edge for box in boxes for edge in (box[1], box[3])})):
+        spans = sorted((box[0], box[2]) for box in boxes if box[1] <= y0 and y1 <= box[3])
+        end = spans[0][0] if spans else 0
+        for x0, x1 in spans:
+            parts += [(max(x0, end), y0, x1, y1)] if x1 > end else []
+            end = max(end, x1)
+    return parts
+
+
+def mask_iou(laid: Laid, true: Sequence[Box]) -> float:
+    """Return the IoU, in [0, 1], of a mask that is laid over the original and all true boxes, filled."""
+    _, _, width, height = laid.frame
+    parts = [box for box in disjoint([clipped(box, height, width) for box in true]) if area(box)]
+    common, filled = sum(map(laid.sum, parts)), sum(map(area, parts))
+    union = laid.sum(laid.frame) + filled - common
+    return common / union if union else 0.0
+
+
+def covered(found: Box, true: Sequence[Box]) -> float:
+    """Return the IoU, in [0, 1], of a box and all true boxes, filled."""
+    parts = disjoint(true)
+    common = sum(overlap(found, box) for box in parts)
+    return common / (area(found) + sum(map(area, parts)) - common)
 
 
 def map_f1(laid: Laid, true: Sequence[Box]) -> float:

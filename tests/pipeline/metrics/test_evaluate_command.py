@@ -19,7 +19,7 @@ from saltern.pipeline.runs.manifest import receipt_name
 from saltern.schemas.errors import UserError
 
 COLUMNS = (
-    *("le", "om", "f1", "f1_mask", "pointing", "pointing_difficult", "energy"),
+    *("le", "om", "f1", "f1_mask", "pointing", "pointing_difficult", "energy", "box_iou"),
     *("max_box_acc", "max_box_acc_v2"),
 )
 
