@@ -1,4 +1,4 @@
-"""saltern train-localizer: train a mask and box head on a run's pseudo-labels."""
+"""saltern train-localizer: train a mask head on a run's pseudo-labels."""
 
 from typing import Annotated
 
@@ -41,7 +41,7 @@ def train_localizer(
     trunk: Annotated[
         choices.TrunkKind, opt.training("Keep the classifier's trunk as it is, or train it too.")
     ] = choices.TrunkKind.frozen,
-    box: Annotated[float, opt.training("Weight of the box's losses against the mask's.", min=0)] = 1.0,
+    tv: opt.TotalVariation = 0.0,
     epochs: Annotated[int, opt.training("Passes over the run's samples; rates fall by a cosine.", min=1)] = 10,
     steps_per_epoch: Annotated[int | None, opt.training("Steps of an epoch; default: the whole data.", min=1)] = None,
     batch_size: opt.TrainingBatchSize = 64,

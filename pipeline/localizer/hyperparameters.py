@@ -13,7 +13,7 @@ class Hyperparameters:
 
     labels: str = "masks"  # what the mask learns: maps | masks | boxes
     trunk: str = "frozen"  # frozen | tuned
-    box: float = 1.0  # weight of the boxes' losses against the mask's
+    tv: float = 0.0  # weight of the masks' total variation
     lr: float = 1e-3  # of the head; AdamW
     lr_trunk: float = 1e-4  # of a tuned trunk
     weight_decay: float = 1e-4
@@ -24,7 +24,7 @@ class Hyperparameters:
         check_choice("--labels", self.labels, LabelKind)
         check_choice("--trunk", self.trunk, TrunkKind)
         check_choice("--precision", self.precision, TrainingPrecision)
-        for name in ("box", "lr", "lr_trunk", "weight_decay"):
+        for name in ("tv", "lr", "lr_trunk", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be 0 or more, and finite")
 

@@ -34,8 +34,6 @@ class Targets(NamedTuple):
 
     mask_Bgg: Tensor  # float32, in [0, 1]
     known_Bgg: Tensor  # float32, 1 where the label is known: inside of what the run's network saw
-    box_B4: Tensor  # float32, x0 y0 x1 y1 as shares of the crop, in 0..1
-    has_box_B: Tensor  # float32, 1 where the box has a part in the crop
 
 
 @dataclass(frozen=True)
@@ -155,19 +153,17 @@ def targets(
     # Shares of the crop -> shares of the run's input: a * share + b.
     span_B2 = geometry_B4[:, :2] * side
     a_B2, b_B2 = scale_B2 / span_B2, (offset_B2 - geometry_B4[:, 2:]) / span_B2
-    edges_B4 = (box_B4 - offset_B2.repeat(1, 2)) / scale_B2.repeat(1, 2)
-    low_B2, high_B2 = (pick(edges_B4[:, :2], edges_B4[:, 2:]).clamp(0, 1) for pick in (torch.minimum, torch.maximum))
-    box = torch.cat([low_B2, high_B2], 1)
     centre_g = (torch.arange(cells, device=crop_B4.device) + 0.5) / cells
     at_B2g = a_B2[:, :, None] * centre_g + b_B2[:, :, None]
     known_B2g = (at_B2g >= 0) & (at_B2g <= 1)
     known_Bgg = (known_B2g[:, 1, :, None] & known_B2g[:, 0, None, :]).float()
     if kind == BOXES:
-        inside_B2g = (centre_g >= low_B2[:, :, None]) & (centre_g < high_B2[:, :, None])
+        place_B2g = offset_B2[:, :, None] + scale_B2[:, :, None] * centre_g
+        inside_B2g = (place_B2g >= box_B4[:, :2, None]) & (place_B2g < box_B4[:, 2:, None])
         mask_Bgg = (inside_B2g[:, 1, :, None] & inside_B2g[:, 0, None, :]).float()
     else:
         x_Bgg = at_B2g[:, 0, None, :].expand(-1, cells, -1)
         place_Bgg2 = torch.stack([x_Bgg, at_B2g[:, 1, :, None].expand_as(x_Bgg)], 3) * 2 - 1
         stored_B1hw = grid_Bhw[:, None].float() / 255
         mask_Bgg = F.grid_sample(stored_B1hw, place_Bgg2, padding_mode="border", align_corners=False)[:, 0]
-    return Targets(mask_Bgg, known_Bgg, box, (high_B2 > low_B2).all(1).float())
+    return Targets(mask_Bgg, known_Bgg)

@@ -177,6 +177,5 @@ def _try_step(classifier: classifiers.Classifier, hyperparameters: Hyperparamete
     x_BCHW = probe(copied, side)
     with one_line(copied, x_BCHW):
         training = LocalizerTraining(copied, hyperparameters, 1, side=side)
-        grid = training.localizer(x_BCHW)[0].shape[1:]
-        nothing = torch.zeros(len(x_BCHW))
-        training.step(x_BCHW, Targets(torch.zeros(2, *grid), torch.ones(2, *grid), torch.zeros(2, 4), nothing))
+        grid_Bgg = torch.zeros_like(training.localizer(x_BCHW))
+        training.step(x_BCHW, Targets(grid_Bgg, 1 - grid_Bgg))

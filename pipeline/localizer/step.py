@@ -17,7 +17,7 @@ from saltern.pipeline.masknet.localizer import Head, Localizer
 from saltern.pipeline.masknet.stages import find_stages
 
 Average = Callable[[list[Tensor]], None]  # replaces each tensor by its mean over all ranks, in place
-MEASURED = ("mask_loss", "l1", "giou", "mask_mean", "box_area", "boxes")
+MEASURED = ("mask_loss", "variation", "mask_mean", "label_mean")
 CLIP = 1.0  # norm of the head's gradient
 
 
@@ -27,17 +27,17 @@ class Log:
 
     step: int
     measured: Tensor  # MEASURED, float64
-    box: float  # weight of the boxes' losses
+    tv: float  # weight of `variation`
 
     def floats(self) -> dict[str, float]:
         """Return a line of the log. Waits for the device.
 
-        mask_loss: cross-entropy of the mask, nats; l1 and giou: of the boxes; loss = mask_loss + box * (l1 + giou).
-        mask_mean: mean of the masks; box_area: mean area of the boxes, as a share; boxes: share of crops with a box.
+        mask_loss: cross-entropy of the mask, nats; loss = mask_loss + tv_term. mask_mean, label_mean: of the masks and
+        of their labels in the crops, in [0, 1].
         """
         line = dict(zip(MEASURED, self.measured.tolist(), strict=True))
-        loss = line["mask_loss"] + self.box * (line["l1"] + line["giou"])
-        return {"step": self.step, "loss": loss, **line}
+        line["tv_term"] = self.tv * line.pop("variation")
+        return {"step": self.step, "loss": line["mask_loss"] + line["tv_term"], **line}
 
 
 class LocalizerTraining:
@@ -86,19 +86,19 @@ class LocalizerTraining:
             group["lr"] = group["rate"] * factor
         with torch.enable_grad():
             with self._autocast():
-                logits_Bgg, box_B4 = self.localizer(x_BCHW)
-            terms = localizer_terms(logits_Bgg, box_B4, wanted)
-            loss = terms.mask + self.hyperparameters.box * (terms.l1 + terms.giou)
+                logits_Bgg = self.localizer(x_BCHW)
+            terms = localizer_terms(logits_Bgg, wanted)
+            loss = terms.mask + self.hyperparameters.tv * terms.variation
             for weight in self._weights:
                 weight.grad = None
             torch.autograd.backward(loss, inputs=self._weights)
         self._average([weight.grad for weight in self._weights if weight.grad is not None])
         nn.utils.clip_grad_norm_(self._weights, CLIP)
         self._optimiser.step()
-        areas = (logits_Bgg.sigmoid().mean(), (box_B4[:, 2:] - box_B4[:, :2]).prod(1).mean(), wanted.has_box_B.mean())
+        areas = logits_Bgg.sigmoid().mean(), wanted.mask_Bgg.mean()
         measured = torch.stack([value.detach().double() for value in (*terms, *areas)])
         self._average([measured])
-        log = Log(self.steps_done, measured, self.hyperparameters.box)
+        log = Log(self.steps_done, measured, self.hyperparameters.tv)
         self.steps_done += 1
         return log
 

@@ -43,7 +43,7 @@ class LocalizerTrainee(Trainee):
         self.device = self.training.device
         self._normalise = Normalise(config, self.device)
         with torch.no_grad():
-            self._cells = self.training.localizer(probe(model, config["side"])[:1])[0].shape[-1]
+            self._cells = self.training.localizer(probe(model, config["side"])[:1]).shape[-1]
 
     @property
     def steps_done(self) -> int:
@@ -95,7 +95,4 @@ class LocalizerTrainee(Trainee):
         self.training.load_state_dict(state)
 
     def describe(self, line: Mapping[str, float]) -> str:
-        return (
-            f"loss {line['loss']:.3f}, mask {line['mask_loss']:.3f}, GIoU {1 - line['giou']:.3f}, mean mask "
-            f"{line['mask_mean']:.2f}, mean box {line['box_area']:.2f}"
-        )
+        return f"loss {line['loss']:.3f}, mean mask {line['mask_mean']:.2f}, mean label {line['label_mean']:.2f}"

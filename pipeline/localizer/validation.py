@@ -167,5 +167,5 @@ class _Live(Method):
 
     def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         with torch.no_grad():
-            map_Bhw, _, logits_BK = self._training.localizer.predict(x_BCHW)
+            map_Bhw, logits_BK = self._training.localizer.predict(x_BCHW)
         return map_Bhw, logits_BK, None

@@ -1,6 +1,6 @@
-"""A localizer: taps of a classifier's trunk, and a small head that returns a mask and a box of no particular class.
+"""A localizer: taps of a classifier's trunk, and a small head that returns a mask of no particular class.
 
-Shape suffixes: B batch, C H W the network's input, K channels, h w a grid, N cells of a grid.
+Shape suffixes: B batch, C H W the network's input, K channels, h w a grid.
 """
 
 import hashlib
@@ -29,14 +29,14 @@ _TENSORS, _REST = "localizer.safetensors", "localizer.json"
 
 
 class Head(nn.Module):
-    """Network from a trunk's taps at strides 8, 16 and 32 to a mask and a box.
+    """Network from a trunk's taps at strides 8, 16 and 32 to a mask.
 
-    Each tap: 1x1 convolution to 64 channels, resized to the grid at stride 8. Their sum: two 3x3 convolutions. From
-    this a 3x3 convolution makes the mask, and another, on every second cell, a box and a weight; the box of the image
-    is the weighted mean of the boxes. Norms are GroupNorm, so that an image's result does not depend on its batch.
+    Each tap: 1x1 convolution to 64 channels. Those at strides 16 and 32, on the grid at stride 16: their sum, and two
+    3x3 convolutions. That and the tap at stride 8, on its grid: their sum, and a 3x3 convolution to the mask. Norms are
+    GroupNorm, so that an image's result does not depend on its batch.
 
     Args:
-        channels: of the taps.
+        channels: of the taps, finest first.
         generator: of the initial weights; None = the global generator.
     """
 
@@ -47,64 +47,26 @@ class Head(nn.Module):
         )
         self.context = nn.Sequential(*_block(), *_block())
         self.mask = nn.Conv2d(WIDTH, 1, 3, padding=1)
-        self.box = nn.Conv2d(WIDTH, 5, 3, padding=1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, generator=generator)
-        for last in (self.mask, self.box):  # the first masks are 0.5, the first boxes the centre
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)  # type: ignore[arg-type]  # it has one
+        nn.init.zeros_(self.mask.weight)  # the first masks are 0.5
+        nn.init.zeros_(self.mask.bias)  # type: ignore[arg-type]  # it has one
 
-    def forward(self, taps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the mask's logits, logits_Bhw, on the first tap's grid, and box_B4, both float32.
-
-        A box is x0, y0, x1, y1 as shares of the input's side, in 0..1.
-        """
-        grid = taps[0].shape[2:]
-        resized = [
-            F.interpolate(lateral(tap), size=grid, mode="bilinear", align_corners=False)
-            for lateral, tap in zip(self.lateral, taps, strict=True)
-        ]
-        features_BKhw = self.context(F.relu(torch.stack(resized).sum(0)))
-        logits_Bhw: Tensor = self.mask(features_BKhw)[:, 0].float()
-        return logits_Bhw, _vote(self.box(F.avg_pool2d(features_BKhw, 2, ceil_mode=True)).float())
+    def forward(self, taps: Sequence[Tensor]) -> Tensor:
+        """Return the mask's logits, logits_Bhw, float32, on the first tap's grid."""
+        fine, middle, coarse = (lateral(tap) for lateral, tap in zip(self.lateral, taps, strict=True))
+        context = self.context(F.relu(middle + _resized(coarse, middle)))
+        logits_Bhw: Tensor = self.mask(F.relu(fine + _resized(context, fine)))[:, 0]
+        return logits_Bhw.float()
 
 
 def _block() -> list[nn.Module]:
     return [nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False), nn.GroupNorm(_GROUPS, WIDTH), nn.ReLU()]
 
 
-def _vote(votes_B5hw: Tensor) -> Tensor:
-    """Return the weighted mean of the cells' boxes, box_B4. Each box contains the centre of its cell."""
-    height, width = votes_B5hw.shape[2:]
-    y_h1 = ((torch.arange(height, device=votes_B5hw.device) + 0.5) / height)[:, None]
-    x_w = (torch.arange(width, device=votes_B5hw.device) + 0.5) / width
-    left, top, right, bottom = votes_B5hw[:, :4].sigmoid().unbind(1)
-    edges = (x_w * (1 - left), y_h1 * (1 - top), x_w + (1 - x_w) * right, y_h1 + (1 - y_h1) * bottom)
-    box_B4N = torch.stack(edges, 1).flatten(2)
-    weight_BN = votes_B5hw[:, 4].flatten(1).softmax(1)
-    return torch.einsum("bn,bfn->bf", weight_BN, box_B4N)
-
-
-def localizer_map(mask_Bhw: Tensor, box_B4: Tensor) -> Tensor:
-    """Return the map, in [0, 1], on a grid twice as fine: the mask inside of the box, 0 outside.
-
-        map = share of the cell in the box * (1 + mask) / 2
-
-    Inside it is at least half of what it is at most, so the rule fixed:0.5 gives the box, whatever the mask.
-    """
-    height, width = (2 * cells for cells in mask_Bhw.shape[1:])
-    mask_BHW = F.interpolate(mask_Bhw[:, None], size=(height, width), mode="bilinear", align_corners=False)[:, 0]
-    x0_B, y0_B, x1_B, y1_B = box_B4.unbind(1)
-    share_BHW = _covered(y0_B, y1_B, height)[:, :, None] * _covered(x0_B, x1_B, width)[:, None, :]
-    return share_BHW * (1 + mask_BHW) / 2
-
-
-def _covered(low_B: Tensor, high_B: Tensor, cells: int) -> Tensor:
-    """Return how much of each of the cells from 0 to 1 lies between two edges, (B, cells), in [0, 1]."""
-    start = torch.arange(cells, device=low_B.device) / cells
-    overlap = torch.minimum(high_B[:, None], start + 1 / cells) - torch.maximum(low_B[:, None], start)
-    return (overlap * cells).clamp(0, 1)
+def _resized(x_BKhw: Tensor, like_BKhw: Tensor) -> Tensor:
+    return F.interpolate(x_BKhw, size=like_BKhw.shape[2:], mode="bilinear", align_corners=False)
 
 
 class Localizer:
@@ -126,16 +88,16 @@ class Localizer:
         """The tapped modules."""
         return self._trunk.modules
 
-    def __call__(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mask's logits, logits_Bhw, and box_B4, as `Head` does."""
-        logits_Bhw, box_B4 = self.head(self._trunk(x_BCHW)[1])
-        return logits_Bhw, box_B4
+    def __call__(self, x_BCHW: Tensor) -> Tensor:
+        """Return the mask's logits, logits_Bhw, as `Head` does."""
+        logits_Bhw: Tensor = self.head(self._trunk(x_BCHW)[1])
+        return logits_Bhw
 
-    def predict(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the map of a batch, map_Bhw, in [0, 1]; box_B4; and the classifier's logits_BK."""
+    def predict(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mask, map_Bhw, in [0, 1], on a grid of a quarter of the input's side; and the class logits_BK."""
         class_logits_BK, taps = self._trunk(x_BCHW)
-        logits_Bhw, box_B4 = self.head(taps)
-        return localizer_map(logits_Bhw.sigmoid(), box_B4), box_B4, class_logits_BK
+        logits_B1hw = F.interpolate(self.head(taps)[:, None], scale_factor=2, mode="bilinear", align_corners=False)
+        return logits_B1hw[:, 0].sigmoid(), class_logits_BK
 
     def trunk_weights(self, side: int | None) -> list[nn.Parameter]:
         """Return the parameters that the taps depend on: the last layers of a classifier do not take part."""

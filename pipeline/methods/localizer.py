@@ -22,8 +22,8 @@ from saltern.schemas.errors import UserError
 class LocalizerMap(Method):
     """Where a localizer trained by `saltern train-localizer` finds the object, whatever its class.
 
-    Values are in [0, 1], on a grid of a quarter of the input's side: 0 outside of the found box, and 0.5 or more inside
-    of it, higher where the mask is. Head, and trunk if it was tuned, come from the checkpoint. The given model must be
+    Values are in [0, 1], on a grid of a quarter of the input's side: how sure it is that a pixel is in the mask that it
+    learnt. Head, and trunk if it was tuned, come from the checkpoint. The given model must be
     of the architecture that the localizer was trained on, with a frozen trunk also of its weights. The logits are those
     of the given model.
     """
@@ -70,7 +70,7 @@ class LocalizerMap(Method):
 
     def compute(self, x_BCHW: Tensor, target_B: Tensor | None) -> tuple[Maps, Tensor, Tensor | None]:
         with no_grad():
-            map_Bhw, _, logits_BK = self._localizer.predict(x_BCHW)
+            map_Bhw, logits_BK = self._localizer.predict(x_BCHW)
             own = self._localizer.model is self.model
             return map_Bhw, logits_BK if own else logits_of(self.model(x_BCHW)), None
 
