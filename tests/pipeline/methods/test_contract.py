@@ -12,7 +12,7 @@ import saltern.pipeline.methods
 from saltern.pipeline.methods import available, find
 from saltern.schemas.errors import UserError
 
-# These need a checkpoint: see tests/pipeline/casm/training/test_train.py and tests/pipeline/localizer/test_train_localizer.py.
+# These need a checkpoint: tests/pipeline/casm/training and tests/pipeline/localizer make one.
 NAMES = [name for name in available() if name not in ("casm", "localizer")]
 TARGETED = [name for name in NAMES if find(name).needs_target]
 ON_PIXELS = [name for name in NAMES if not find(name).layered] + ["cameras", "guided-grad-cam"]
