@@ -24,6 +24,13 @@ def evaluate(
             metavar="le,om,f1",
         ),
     ] = None,
+    classifiers: Annotated[
+        list[str] | None,
+        opt.model(
+            "Of the metrics masked-in, masked-out and inpainted: further classifiers, besides the run's own.",
+            metavar="MODEL,MODEL=WEIGHTS,...",
+        ),
+    ] = None,
     format: Annotated[choices.TableFormat, opt.output("Form of the table.")] = choices.TableFormat.text,
     precision: opt.Precision = choices.Precision.fp32,
     deterministic: opt.Deterministic = None,
@@ -49,7 +56,8 @@ def evaluate(
 
     # If the shell expands a glob, `--shards` takes the first path and the others come as arguments.
     folders, tars = named(runs, shards or [])
-    request = collect(EvaluateRequest, ctx, runs=folders, shards=tars, metrics=metric or [])
+    further = [word.strip() for text in classifiers or [] for word in text.split(",") if word.strip()]
+    request = collect(EvaluateRequest, ctx, runs=folders, shards=tars, metrics=metric or [], classifiers=further)
     try:
         evaluation = measure(request, collect(RunOptions, ctx, out=folders[0]))
     except StoppedError as stopped:

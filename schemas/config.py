@@ -214,6 +214,17 @@ class VisualizeConfig(RunConfig):
         return {"ascent": Ascent(**stored["job_options"])}
 
 
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """A further classifier of an evaluation. It sees the run's crops, normalised as its own weights need."""
+
+    model: str
+    weights: str
+    digest: str  # sha256 of the state dict
+    mean: tuple[float, ...]  # of RGB in [0, 1]
+    std: tuple[float, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(RunConfig):
     """The config of `evaluate`: one family of metrics over the rows of another run."""
@@ -222,14 +233,19 @@ class EvaluateConfig(RunConfig):
     family: str  # of metrics, a key of schemas.evaluation.FIELDS
     source: str  # fingerprint of the run whose rows are judged
     controls: bool  # judge the controls instead of the run's maps
+    classifiers: tuple[ClassifierConfig, ...] = ()  # besides the run's own, in the order of the columns' values
 
     def _to_stored(self) -> dict[str, Any]:
-        names = ("family", "source", "controls")
-        return {"job_options": {name: getattr(self, name) for name in names}}
+        options = {name: getattr(self, name) for name in ("family", "source", "controls")}
+        further = [{**asdict(one), "mean": list(one.mean), "std": list(one.std)} for one in self.classifiers]
+        return {"job_options": {**options, **({"classifiers": further} if further else {})}}
 
     @classmethod
     def _from_stored(cls, stored: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(stored["job_options"])
+        options = dict(stored["job_options"])
+        further = options.pop("classifiers", [])
+        further = [{**one, "mean": tuple(one["mean"]), "std": tuple(one["std"])} for one in further]
+        return {**options, "classifiers": tuple(ClassifierConfig(**one) for one in further)}
 
 
 _KINDS: tuple[type[RunConfig], ...] = (ExtractConfig, AttackConfig, VisualizeConfig, EvaluateConfig)

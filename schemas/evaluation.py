@@ -56,6 +56,9 @@ FIELDS: dict[str, list[pa.Field]] = {
     # average_drop in [0, 1]; increase 0 or 1; rho_plus null for a map of zeros, rho_minus for a map of ones
     "road": _floats("road"),  # in [-1, 1]
     "composite": _floats("coherency", "adcc", "arcc"),  # in [0, 1]; null for controls
+    # A value for each classifier: the run's own, then the further ones in the order of the evaluation's config. Whether
+    # its top-1 is the label; null without a label or a mask
+    "masked": [pa.field(name, pa.list_(pa.bool_())) for name in ("whole", "masked_in", "masked_out", "inpainted")],
     "confidence": _floats("average_drop", "increase", "rho_plus", "rho_minus"),
 }
 

@@ -12,6 +12,7 @@ from saltern.pipeline.engine.conduct import Job, RunOptions, RunResult, conduct
 from saltern.pipeline.extract.request import new_run, pin
 from saltern.pipeline.metrics.census import Census, take_census
 from saltern.pipeline.metrics.estimate import Estimate
+from saltern.pipeline.metrics.faithfulness.further import further_classifiers
 from saltern.pipeline.metrics.families import FAMILIES, choose_metrics
 from saltern.pipeline.metrics.processor import MetricProcessor, Source, is_of
 from saltern.pipeline.metrics.wanted import wanted_shards
@@ -20,9 +21,9 @@ from saltern.pipeline.runs.manifest import load_run, read_receipts, receipt_name
 from saltern.pipeline.runs.reader import SaliencyRun, open_run
 from saltern.pipeline.shards.expand import ENDINGS
 from saltern.pipeline.storage.store import Store
-from saltern.schemas.config import EvaluateConfig
+from saltern.schemas.config import ClassifierConfig, EvaluateConfig
 from saltern.schemas.errors import UserError
-from saltern.schemas.evaluation import evaluation_schema
+from saltern.schemas.evaluation import FOUND, evaluation_schema
 from saltern.schemas.run import Run, Shard
 
 
@@ -33,6 +34,7 @@ class EvaluateRequest:
     runs: Sequence[str]  # folders or URLs
     shards: Sequence[str] = ()  # where tars of the runs are now; none = all, where the runs read them
     metrics: Sequence[str] = ()  # names of metrics or families; none = families.DEFAULT
+    classifiers: Sequence[str] = ()  # MODEL or MODEL=WEIGHTS, besides each run's own; of families that take them
     precision: str = "fp32"  # fp32 | tf32 | bf16 | fp16
     batch_size: int | None = None
     torch_threads: int | None = None
@@ -92,14 +94,22 @@ def evaluate(request: EvaluateRequest, options: RunOptions) -> Evaluation:
     chosen = choose_metrics(request.metrics)
     runs = [_opened(path, request.shards) for path in request.runs]
     evaluation = Evaluation(chosen, [Judged(run, notes) for run, _, notes in runs])
+    if request.classifiers and not any(FAMILIES[name].takes_classifiers for name in chosen):
+        raise UserError("--classifiers are for --metric masked, which is not among the chosen metrics")
     for name in chosen:
+        own = []
         for judged, (run, shards, _) in zip(evaluation.runs, runs, strict=True):
             FAMILIES[name].check(run.path, run.config)
-            _judge_run(judged, name, shards, request, options, chosen[name])
+            own.append(_judge_run(judged, name, shards, request, options, chosen[name]))
         run, shards, _ = runs[0]
         _, found = _measure(run, name, shards, request, options, controls=True)
         for subject, estimates in found.items():
             evaluation.controls.setdefault(subject, {}).update(estimates)
+        for (run, _, _), estimates in zip(runs, own, strict=True):
+            picture = FAMILIES[name].draw({FOUND: estimates, **found})
+            if picture is not None:
+                with _writing(run.path):
+                    run.store.write(f"metrics/{name}.png", picture)
     for judged in evaluation.runs:
         judged.notes += _notes(judged, evaluation)
     return evaluation
@@ -118,8 +128,8 @@ def _opened(path: str, patterns: Sequence[str]) -> tuple[SaliencyRun, list[Shard
 
 def _judge_run(
     judged: Judged, name: str, shards: list[Shard], request: EvaluateRequest, options: RunOptions, metrics: list[str]
-) -> None:
-    """Measure a run by one family, and write the summary."""
+) -> dict[str, Estimate]:
+    """Measure a run by one family, and write the summary. Returns all of its estimates."""
     unread, found = _measure(judged.run, name, shards, request, options, controls=False)
     done = [shard for shard in shards if shard.name not in unread]
     store = Store(_folder(judged.run, name, controls=False))
@@ -132,6 +142,7 @@ def _judge_run(
     summary = {**describe(judged.run), **census.summary(), "unread_shards": unread, "metrics": to_json(estimates)}
     with _writing(judged.run.path):
         judged.run.store.write(f"metrics/{name}.json", json.dumps(summary, indent=1).encode())
+    return estimates
 
 
 def describe(run: SaliencyRun) -> dict[str, Any]:
@@ -157,7 +168,8 @@ def _measure(
     store = Store(root)
     digests = {shard.name: receipt.digest for shard, receipt in zip(run.shards, run.receipts, strict=True)}
     source = Source(run.path, replace(run.run, shards=[]), digests, run.given)
-    plan = partial(_plan, request, run, name, shards, controls)
+    further = further_classifiers(request.classifiers, run.config) if FAMILIES[name].takes_classifiers else ()
+    plan = partial(_plan, request, run, name, shards, controls, further)
     with _writing(run.path):
         overwrite = _prepare(store, partial(plan, load_run(store)), digests)
     # Only the table goes to stdout.
@@ -182,6 +194,7 @@ def _plan(
     name: str,
     shards: list[Shard],
     controls: bool,
+    classifiers: tuple[ClassifierConfig, ...],
     existing: Run | None,
     device: str,
     workers: int,
@@ -199,6 +212,7 @@ def _plan(
         family=name,
         source=run.run.fingerprint,
         controls=controls,
+        classifiers=classifiers,
         **pin(request, existing, device, workers),
     )
     return new_run(made, shards, run.run.class_names), []

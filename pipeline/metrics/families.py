@@ -9,6 +9,7 @@ from saltern.pipeline.metrics.faithfulness.families import (
     RoadFamily,
 )
 from saltern.pipeline.metrics.faithfulness.maps import StatisticsFamily
+from saltern.pipeline.metrics.faithfulness.masked_family import MaskedFamily
 from saltern.pipeline.metrics.family import Family
 from saltern.pipeline.metrics.judge import Localization
 from saltern.pipeline.metrics.segmentation import Pixels
@@ -22,6 +23,7 @@ _ALL: tuple[type[Family], ...] = (
     ConfidenceFamily,
     RoadFamily,
     CompositeFamily,
+    MaskedFamily,
 )
 FAMILIES: dict[str, type[Family]] = {family.name: family for family in _ALL}
 DEFAULT = ("localization", "statistics")  # families that need neither forward passes nor pixel masks

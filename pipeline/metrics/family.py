@@ -5,9 +5,10 @@ Shape suffixes: N samples of a batch, M measured ones, H W the network's input, 
 # ruff: noqa: N815  (fields carry a shape suffix)
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ class Batch:
     samples: list[Sample]
     rows: list[Row]  # the first row of each sample; of a control, with its map, mask and box
     pixels_MHWC: Tensor | None  # uint8, of the samples whose row has a geometry; None if the family needs none
+    begun: Any = None  # what `Family.begin` returned
 
 
 class Family:
@@ -61,6 +63,7 @@ class Family:
     metrics: ClassVar[Mapping[str, Metric]]  # by the column that they average
     needs_pixels: ClassVar[bool] = False
     runs_network: ClassVar[bool] = False
+    takes_classifiers: ClassVar[bool] = False
     members: ClassVar[frozenset[str]] = frozenset()  # extensions that it reads of the samples, besides the run's
 
     def __init__(self, config: ExtractConfig, how: EvaluateConfig, device: torch.device):
@@ -74,6 +77,9 @@ class Family:
     def check_census(cls, path: str, census: Census, unread: Mapping[str, str]) -> None:
         """Raise UserError if all shards were read and no sample could be judged."""
 
+    def begin(self, batch: Batch, pool: Executor) -> Any:
+        """Start work of the CPU that `measure` will need, up to some batches ahead. Called in another thread."""
+
     def measure(self, batch: Batch) -> list[Record]:
         """Return the values of each sample, by column; a record may replace `status` and `error` of its row."""
         raise NotImplementedError
@@ -82,3 +88,8 @@ class Family:
     def summarise(cls, store: Store, shards: Sequence[Shard]) -> dict[str, dict[str, Estimate]]:
         """Return the estimate of each metric by subject, from the data files of the shards."""
         return estimate_means(store, shards, list(cls.metrics))
+
+    @classmethod
+    def draw(cls, found: Mapping[str, Mapping[str, Estimate]]) -> bytes | None:
+        """Return a PNG of the estimates of the run and of the controls, by subject; None if the family has no plot."""
+        return None

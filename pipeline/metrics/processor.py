@@ -31,8 +31,6 @@ from saltern.schemas.saliency import OK
 _AHEAD = 2  # batches that are decoded before they are needed
 _THREADS = 16  # that decode, at most
 
-Joined = tuple[list[Sample], list[Row], Tensor | None]  # samples, the first row of each, pixels of those that were read
-
 
 @dataclass(frozen=True)
 class Source:
@@ -107,16 +105,16 @@ class MetricProcessor:
             self._outlet.open(self.schema, tally) as writer,
             contextlib.closing(prefetch(lambda: self._joined(shard), _AHEAD, _bytes)) as batches,
         ):
-            for samples, rows, pixels_MHWC in batches:
+            for batch in batches:
                 with tally.phase("compute"):
-                    records = self._compute.submit(self._guarded, self._measure, samples, rows, pixels_MHWC).result()
+                    records = self._compute.submit(self._guarded, self._measure, batch).result()
                 with self._outlet.writing(tally):
                     writer.write(from_records(records, self.schema))
-                for sample in samples:
+                for sample in batch.samples:
                     content = fold(content, sample)
-                tally.samples += len(samples)
+                tally.samples += len(batch.samples)
                 tally.statuses[OK] += len(records)  # each was judged; a record's own status says how
-                self.images[shard.name] += len(samples)
+                self.images[shard.name] += len(batch.samples)
             tally.content = int(self._source.digests[shard.name][:8], 16) << 32 | content
             return self._outlet.close(shard, writer, tally, self._config.batch_size)
 
@@ -126,12 +124,17 @@ class MetricProcessor:
         with arithmetic(config.precision, deterministic=config.deterministic, what=config.family), faults():
             return work(*inputs)
 
-    def _joined(self, shard: Shard) -> Iterator[Joined]:
-        """Yield batches, decoded. Runs in a thread ahead of the rest."""
+    def _joined(self, shard: Shard) -> Iterator[Batch]:
+        """Yield batches of the run's rows, decoded. Runs in a thread ahead of the rest."""
         pairs = self._run.joined(shard, self._family.members)
-        while batch := list(islice(pairs, self._config.batch_size)):
-            samples, rows = [sample for sample, _ in batch], [own[0] for _, own in batch]
-            yield samples, rows, self._pixels([sample for sample, row in zip(samples, rows, strict=True) if seen(row)])
+        while some := list(islice(pairs, self._config.batch_size)):
+            samples, rows = [sample for sample, _ in some], [own[0] for _, own in some]
+            pixels_MHWC = self._pixels([sample for sample, row in zip(samples, rows, strict=True) if seen(row)])
+            batch = Batch(FOUND, samples, rows, pixels_MHWC)
+            yield batch if self._config.controls else self._begun(batch)
+
+    def _begun(self, batch: Batch) -> Batch:
+        return replace(batch, begun=self._family.begin(batch, self._threads))
 
     def _pixels(self, samples: Sequence[Sample]) -> Tensor | None:
         """Decode the images as the run did, each thread some of them."""
@@ -145,16 +148,21 @@ class MetricProcessor:
                 raise ShardError(f"{samples[at].key}: the run could read this image, and now it is {status}: {reason}")
         return torch.cat([part.pixels_BHWC for part in parts])
 
-    def _measure(self, samples: list[Sample], rows: list[Row], pixels_MHWC: Tensor | None) -> list[Record]:
+    def _measure(self, batch: Batch) -> list[Record]:
         """Return the records of a batch, sample by sample, those of a sample in the order of the subjects."""
-        subjects = CONTROLS if self._config.controls else (FOUND,)
         found = []
-        for subject in subjects:
-            shown = rows if subject == FOUND else control_rows(subject, rows, pixels_MHWC, self._run.config)
-            batch = Batch(subject, samples, shown, pixels_MHWC)
-            values = self._family.measure(batch)
-            found.append([record_of(subject, row, own) for row, own in zip(shown, values, strict=True)])
+        for own in self._controls(batch) if self._config.controls else [batch]:
+            values = self._family.measure(own)
+            found.append([record_of(own.subject, *pair) for pair in zip(own.rows, values, strict=True)])
         return [record for records in zip(*found, strict=True) for record in records]
+
+    def _controls(self, batch: Batch) -> list[Batch]:
+        """Return the batch under each control."""
+        made = []
+        for subject in CONTROLS:
+            rows = control_rows(subject, batch.rows, batch.pixels_MHWC, self._run.config)
+            made.append(self._begun(replace(batch, subject=subject, rows=rows)))
+        return made
 
 
 def seen(row: Row) -> bool:
@@ -176,6 +184,5 @@ def is_of(receipt: Receipt, digest: str) -> bool:
     return receipt.content is not None and receipt.content[:-8] == f"{int(digest[:8], 16):x}"
 
 
-def _bytes(batch: Joined) -> int:
-    samples, _, pixels_MHWC = batch
-    return sum(sample.size for sample in samples) + (0 if pixels_MHWC is None else pixels_MHWC.nbytes)
+def _bytes(batch: Batch) -> int:
+    return sum(sample.size for sample in batch.samples) + (0 if batch.pixels_MHWC is None else batch.pixels_MHWC.nbytes)
