@@ -80,8 +80,8 @@ class MaskedFamily(Family):
         self._judges += [self._judge(load_further(how, one, device), one.mean, one.std) for one in how.classifiers]
 
     def _judge(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> _Judge:
-        level = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (mean, std))
-        return _Judge(model.eval(), *level, black_level(mean, std, PIXELS, self.device))
+        mean_C11, std_C11 = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (mean, std))
+        return _Judge(model.eval(), mean_C11, std_C11, black_level(mean, std, PIXELS, self.device))
 
     def begin(self, batch: Batch, pool: Executor) -> _Begun | None:
         """Start the inpainting of the images that have a label and a mask."""
@@ -105,8 +105,8 @@ class MaskedFamily(Family):
         label_M = torch.tensor([batch.rows[at].label for at in begun.at_M], device=self.device)
         mask_MHW = torch.from_numpy(begun.mask_MHW).to(self.device)
         inpainted_MHWC = np.stack([future.result() for future in begun.inpainted_M])
-        images = [self._unit(pixels_MHWC) for pixels_MHWC in (begun.pixels_MHWC, inpainted_MHWC)]
-        found = [self._correct(judge, *images, mask_MHW, label_M) for judge in self._judges]
+        unit_MCHW, filled_MCHW = self._unit(begun.pixels_MHWC), self._unit(inpainted_MHWC)
+        found = [self._correct(judge, unit_MCHW, filled_MCHW, mask_MHW, label_M) for judge in self._judges]
         # One copy from the device for all classifiers.
         right_M4K = torch.stack([torch.stack(correct, 1) for correct in found], 2).cpu().tolist()
         for at, right_4K in zip(begun.at_M, right_M4K, strict=True):
@@ -120,9 +120,9 @@ class MaskedFamily(Family):
         return pixels_MCHW.to(torch.float32, memory_format=layout).div_(255)
 
     def _correct(
-        self, judge: _Judge, unit_MCHW: Tensor, inpainted_MCHW: Tensor, mask_MHW: Tensor, label_M: Tensor
+        self, judge: _Judge, unit_MCHW: Tensor, filled_MCHW: Tensor, mask_MHW: Tensor, label_M: Tensor
     ) -> Correct:
-        x_MCHW, other_MCHW = ((part - judge.mean_C11) / judge.std_C11 for part in (unit_MCHW, inpainted_MCHW))
+        x_MCHW, other_MCHW = ((part - judge.mean_C11) / judge.std_C11 for part in (unit_MCHW, filled_MCHW))
         precision = self.how.precision
         cast = torch.autocast(self.device.type, AUTOCAST.get(precision), precision in AUTOCAST)
         with torch.no_grad(), frozen(judge.model), cast:
