@@ -17,13 +17,7 @@ def evaluate(
         list[str] | None,
         opt.inputs("Shards of the runs to use; default: all, from where they read them.", metavar="SHARDS..."),
     ] = None,
-    metric: Annotated[
-        list[str] | None,
-        opt.output(
-            "Metrics, or families of them, as `saltern metrics` lists them; default: localization, statistics.",
-            metavar="le,om,f1",
-        ),
-    ] = None,
+    metric: opt.Metrics = None,
     classifiers: Annotated[
         list[str] | None,
         opt.model(

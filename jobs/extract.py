@@ -21,7 +21,7 @@ def extract(
     checkpoint: Annotated[
         str | None, opt.model("Folder of `saltern train-casm` or `train-localizer`, for that method.", metavar="DIR")
     ] = None,
-    target: Annotated[str, opt.model("Class to explain: label, top1, top:N or class:ID.")] = "label",
+    target: opt.Target = "label",
     labels: opt.Labels = "auto",
     precision: opt.Precision = choices.Precision.fp32,
     deterministic: opt.Deterministic = None,
@@ -36,10 +36,7 @@ def extract(
     mean: opt.Mean = None,
     std: opt.Std = None,
     out: opt.Out,
-    discretize: Annotated[
-        str | None,
-        opt.output("Rule that makes masks: mean:1, otsu, quantile:.9, ...; default: the method's.", metavar="RULE"),
-    ] = None,
+    discretize: opt.Discretize = None,
     map_size: opt.MapSize = choices.MapSize.native,
     map_dtype: opt.MapDtype = None,
     no_map: Annotated[bool, opt.output("Store masks and boxes only.", "--no-map")] = False,

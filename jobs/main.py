@@ -14,6 +14,7 @@ from saltern.jobs.demo import demo
 from saltern.jobs.evaluate import evaluate
 from saltern.jobs.export import export
 from saltern.jobs.extract import extract
+from saltern.jobs.leaderboard import leaderboard
 from saltern.jobs.listing import methods, metrics, models
 from saltern.jobs.pack import pack
 from saltern.jobs.plan import plan
@@ -43,7 +44,7 @@ app = typer.Typer(
 )
 
 _COMMANDS: dict[str, list[Callable[..., Any]]] = {
-    "Datasets of saliency": [pack, plan, extract, status, verify, show, evaluate, sanity, export],
+    "Datasets of saliency": [pack, plan, extract, status, verify, show, evaluate, leaderboard, sanity, export],
     "Other jobs": [attack, visualize_class, train_casm, unseen_classes, train_localizer],
     "Help and tools": [methods, models, metrics, demo],
 }

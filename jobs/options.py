@@ -91,6 +91,7 @@ Methods = Annotated[
         metavar="NAME,...",
     ),
 ]
+Target = Annotated[str, model("Class to explain: label, top1, top:N or class:ID.")]
 Labels = Annotated[
     str,
     model(
@@ -134,6 +135,18 @@ output = partial(_option, "Output")
 
 Out = Annotated[str, output("Folder or URL for the results.", metavar="DIR", show_default=False)]
 OutFolder = Annotated[Path, output("Folder for the results.", metavar="DIR")]
+Metrics = Annotated[
+    list[str] | None,
+    output(
+        "Metrics, or families of them, as `saltern metrics` lists them; default: those without forward passes.",
+        "--metric",
+        metavar="le,om,f1",
+    ),
+]
+Discretize = Annotated[
+    str | None,
+    output("Rule that makes masks: mean:1, otsu, quantile:.9, ...; default: the method's.", metavar="RULE"),
+]
 MapSize = Annotated[choices.MapSize, output("Grid of stored maps: the method's own, or the network's input.")]
 MapDtype = Annotated[choices.MapDtype | None, output("Dtype of stored maps; default: the method's.")]
 Overwrite = Annotated[bool, output("Remove the run in the folder first.", "--overwrite")]

@@ -39,10 +39,12 @@ FIELDS: dict[str, list[pa.Field]] = {
         # 0 or 1, 0 or 1, [0, 1]; null if the run stores no maps, pointing_difficult also outside of the subset
         *_floats("pointing", "pointing_difficult", "energy"),
         *_floats("box_iou"),  # in [0, 1]
+        pa.field("other_size", pa.bool_()),
+    ],
+    "max-box": [
         # 4 x 256 packed bits, the first one highest: at which levels of the 8-bit map a box hits a true one, by an IoU
         # of at least 0.5 (largest contour), 0.3, 0.5 and 0.7 (all contours); null if the run stores no maps
         pa.field("box_hits", pa.binary(HIT_BYTES)),
-        pa.field("other_size", pa.bool_()),
     ],
     "pixels": [
         *_floats("segmentation_iou"),  # in [0, 1]; null if neither mask has a pixel

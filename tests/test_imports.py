@@ -36,6 +36,7 @@ ROOMS: dict[str, set[str]] = {
     "extract": {"engine", *_RUNS, *_MODELS, *_BASE},
     "metrics": {"extract", "engine", "tables", *_RUNS, *_MODELS, *_BASE},
     "show": _RUNS,
+    "leaderboard": {"metrics", "show", "extract", "engine", "tables", *_RUNS, *_MODELS, *_BASE},
     "export": _RUNS,
     "synthesis": {"extract", "show", "engine", *_RUNS, *_MODELS, *_BASE},
     "training": {"extract", "engine", *_RUNS, *_MODELS, *_BASE},

@@ -12,11 +12,13 @@ from saltern.pipeline.metrics.faithfulness.maps import StatisticsFamily
 from saltern.pipeline.metrics.faithfulness.masked_family import MaskedFamily
 from saltern.pipeline.metrics.family import Family
 from saltern.pipeline.metrics.judge import Localization
+from saltern.pipeline.metrics.max_box import MaxBox
 from saltern.pipeline.metrics.segmentation import Pixels
 from saltern.schemas.errors import UserError
 
 _ALL: tuple[type[Family], ...] = (
     Localization,
+    MaxBox,
     Pixels,
     StatisticsFamily,
     PerturbationFamily,
@@ -26,7 +28,7 @@ _ALL: tuple[type[Family], ...] = (
     MaskedFamily,
 )
 FAMILIES: dict[str, type[Family]] = {family.name: family for family in _ALL}
-DEFAULT = ("localization", "statistics")  # families that need neither forward passes nor pixel masks
+DEFAULT = ("localization", "statistics")  # families that are quick: no forward passes, no boxes at every threshold
 
 
 def choose_metrics(words: Sequence[str]) -> dict[str, list[str]]:

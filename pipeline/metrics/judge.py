@@ -59,8 +59,6 @@ class Localization(Family):
         ),
         "energy": Metric("energy %", Better.MORE, "share of the scaled map's sum in the true boxes"),
         "box_iou": Metric("box IoU %", Better.MORE, "IoU of the mask and the true boxes, filled"),
-        "max_box_acc": Metric("MaxBoxAcc %", Better.MORE, "largest contour, IoU >= 0.5, at the best threshold"),
-        "max_box_acc_v2": Metric("MaxBoxAccV2 %", Better.MORE, "all contours, mean over IoU >= 0.3, 0.5, 0.7"),
     }
 
     def __init__(self, config: ExtractConfig, how: EvaluateConfig, device: torch.device):
@@ -69,40 +67,12 @@ class Localization(Family):
 
     @classmethod
     def check_census(cls, path: str, census: Census, unread: Mapping[str, str]) -> None:
-        fix = "`saltern pack --boxes` packs ILSVRC annotations as `boxes` of the json member"
-        census.require("boxes to judge by", fix, unread)
-
-    @classmethod
-    def summarise(cls, store: Store, shards: Sequence[Shard]) -> dict[str, dict[str, Estimate]]:
-        found = estimate_means(store, shards, [name for name in cls.metrics if not name.startswith("max_box")])
-        sums: dict[str, BoxAccuracies] = {}
-        for _, subject, rows in read_subjects(store, shards, ["box_hits"]):
-            hits = rows["box_hits"].drop_null()
-            if len(hits):
-                raw = np.frombuffer(b"".join(hits.to_pylist()), np.uint8)
-                sums.setdefault(subject, BoxAccuracies()).add(raw.reshape(len(hits), len(IOUS), -1))
-        for subject, sum_ in sums.items():
-            for name, best in (("max_box_acc", sum_.max_box_acc()), ("max_box_acc_v2", sum_.max_box_acc_v2())):
-                found[subject][name] = Estimate(best.value, best.low, best.high, sum_.samples)
-        return found
+        check_boxes(census, unread)
 
     def measure(self, batch: Batch) -> list[Record]:
-        records: list[Record] = []
-        true: dict[int, Annotation] = {}
-        for at, (sample, row) in enumerate(zip(batch.samples, batch.rows, strict=True)):
-            try:
-                truth = read_annotation(sample)
-            except ValueError as error:
-                records.append({"status": BAD_BOXES, "error": str(error)})
-                continue
-            if truth is None:
-                records.append({"status": NO_BOXES, "error": "its json has no boxes"})
-                continue
-            true[at] = truth
-            records.append(self._one(batch.subject, row, truth))
-        if self._maps != NO_MAPS:
-            for at, hits in zip(true, _box_hits([batch.rows[at] for at in true], list(true.values())), strict=True):
-                records[at]["box_hits"] = hits
+        records, true = read_truth(batch)
+        for at, truth in true.items():
+            records[at] = self._one(batch.subject, batch.rows[at], truth)
         return records
 
     def _one(self, subject: str, row: Row, truth: Annotation) -> Record:
@@ -119,19 +89,28 @@ class Localization(Family):
         return other | found | _pointing(row, truth, maps)
 
 
-def _box_hits(rows: Sequence[Row], true: Sequence[Annotation]) -> list[bytes]:
-    """Return the packed hits of each row's map at each threshold; none for a row without a map."""
-    found = [bytes(HIT_BYTES)] * len(rows)
-    at_M = [at for at, row in enumerate(rows) if row.map_bytes is not None]
-    if at_M:
-        shown = [rows[at] for at in at_M]
-        map_Mhw, geometry_M4 = np.stack([row.map() for row in shown]), np.array([row.geometry for row in shown])
-        size_M2 = np.array([size_of(row) for row in shown], np.int32)
-        boxes = [true[at].boxes for at in at_M]
-        hits_M = box_hits(map_Mhw, shown[0].layout.input_shape, geometry_M4, size_M2, boxes)
-        for at, hits in zip(at_M, hits_M, strict=True):
-            found[at] = hits.tobytes()
-    return found
+def read_truth(batch: Batch) -> tuple[list[Record], dict[int, Annotation]]:
+    """Return the records of a batch, which say why a sample cannot be judged, and the true boxes of the others."""
+    records: list[Record] = []
+    true: dict[int, Annotation] = {}
+    for at, sample in enumerate(batch.samples):
+        record: Record = {}
+        try:
+            truth = read_annotation(sample)
+            if truth is None:
+                record = {"status": NO_BOXES, "error": "its json has no boxes"}
+            else:
+                true[at] = truth
+        except ValueError as error:
+            record = {"status": BAD_BOXES, "error": str(error)}
+        records.append(record)
+    return records, true
+
+
+def check_boxes(census: Census, unread: Mapping[str, str]) -> None:
+    """Raise UserError if all shards were read and no sample has boxes."""
+    fix = "`saltern pack --boxes` packs ILSVRC annotations as `boxes` of the json member"
+    census.require("boxes to judge by", fix, unread)
 
 
 def size_of(row: Row) -> tuple[int, int] | None:

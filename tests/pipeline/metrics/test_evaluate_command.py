@@ -6,22 +6,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from judging import BLANK, alter, annotate, found_of, judge
-from made_run import make_run
+from made_run import CROP, SIZE, make_run
 from making import picture, write_tar
-from naive_metrics import inclusive
+from naive_metrics import HEIGHT, WIDTH, inclusive
+from numpy.typing import NDArray
 from pages import members
 from typer.testing import CliRunner
 
 from saltern.jobs.main import app
+from saltern.pipeline.metrics.localization.levels import LEVELS
+from saltern.pipeline.metrics.localization.maxbox import box_hits
 from saltern.pipeline.runs.manifest import receipt_name
+from saltern.pipeline.runs.reader import Row, open_run
 from saltern.schemas.errors import UserError
 
-COLUMNS = (
-    *("le", "om", "f1", "f1_mask", "pointing", "pointing_difficult", "energy", "box_iou"),
-    *("max_box_acc", "max_box_acc_v2"),
-)
+COLUMNS = ("le", "om", "f1", "f1_mask", "pointing", "pointing_difficult", "energy", "box_iou")
 
 
 def test_shards_that_were_moved_or_are_some_of_the_runs(tmp_path: Path) -> None:
@@ -109,6 +111,26 @@ def test_the_command(tmp_path: Path) -> None:
     assert lines[0] == "name,metric,better,value,low,high,count"
     assert len(lines) == 7
     assert isinstance(call(made.path, "--metric", "f2").exception, UserError)
+
+
+def test_boxes_at_every_threshold_have_a_family(tmp_path: Path) -> None:
+    made = make_run(tmp_path, shards=1, broken=((0, 1),), json=inclusive((0, 0, WIDTH, HEIGHT)))
+    evaluation = judge(made.path, metrics=["max-box"])
+    found = evaluation.runs[0].estimates
+    hits_N = [box_hits_of(row) for row in open_run(str(made.path))]
+    assert found["max_box_acc"].value == pytest.approx(max(np.mean(hits_N, 0)[0]))
+    assert found["max_box_acc_v2"].value == pytest.approx(np.mean(hits_N, 0)[1:].max(1).mean())
+    assert found["max_box_acc"].count == 5
+    assert evaluation.controls["whole-image"]["max_box_acc"].value == 0  # clovaai's convention for a constant map
+
+
+def box_hits_of(row: Row) -> NDArray[np.bool_]:
+    """Return at which levels the boxes of a row hit the whole image, (4, levels)."""
+    if row.map_bytes is None:
+        return np.zeros((4, LEVELS), bool)
+    geometry, size = np.array([row.geometry]), np.array([SIZE], np.int32)
+    (hits,) = box_hits(row.map()[None], (CROP, CROP), geometry, size, [[(0, 0, WIDTH, HEIGHT)]])
+    return np.unpackbits(hits, axis=1, count=LEVELS).astype(bool)
 
 
 def test_several_runs_share_a_table_and_the_controls(tmp_path: Path) -> None:

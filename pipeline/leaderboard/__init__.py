@@ -1,0 +1,1 @@
+"""Methods against metrics over the same shards: one table and one page."""

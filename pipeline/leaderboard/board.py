@@ -1,0 +1,104 @@
+"""Make a leaderboard: extract what is missing, judge all runs by the same metrics, write the table and the page."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from saltern.pipeline.engine.conduct import RunOptions, conduct
+from saltern.pipeline.extract.extraction import extraction
+from saltern.pipeline.extract.request import ExtractRequest
+from saltern.pipeline.extract.several import each_method
+from saltern.pipeline.leaderboard.page import board_page
+from saltern.pipeline.metrics.evaluate import EvaluateRequest, Evaluation, StoppedError, evaluate
+from saltern.pipeline.metrics.table import as_json, as_markdown, remarks
+from saltern.pipeline.runs.reader import SaliencyRun
+from saltern.pipeline.storage.store import Store
+from saltern.schemas.errors import UserError
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """The results of `make_leaderboard`."""
+
+    evaluation: Evaluation
+    rates: dict[str, float]  # images a second of the device, by the run's path; NaN if unknown
+
+    def markdown(self) -> str:
+        """Return the table, with the rates."""
+        return as_markdown(self.evaluation, {"images/s": [f"{rate:,.1f}" for rate in self.rates.values()]})
+
+    def json(self) -> str:
+        """Return everything as JSON."""
+        made: dict[str, Any] = json.loads(as_json(self.evaluation))
+        for run, rate in zip(made["runs"], self.rates.values(), strict=True):
+            run["images_per_second"] = rate
+        return json.dumps(made, indent=1)
+
+
+def make_leaderboard(
+    request: ExtractRequest | None, runs: Sequence[str], judging: EvaluateRequest, options: RunOptions, shown: int
+) -> Leaderboard:
+    """Make a leaderboard, or go on with one: finished shards of runs and metrics are kept.
+
+    Writes OUT/METHOD/ (the runs of the request), OUT/leaderboard.json, .md and .html.
+
+    Args:
+        request: names the methods to extract, commas between them; None if all runs exist.
+        runs: further runs over the same shards, as of `extract --method casm`.
+        judging: its metrics and arithmetic; `runs` and `shards` are not used.
+        options: of the execution; `out` is the folder.
+        shown: images on the page.
+
+    Raises:
+        UserError: as extract and evaluate; or the runs are not of the same shards.
+        StoppedError: interrupted, or the device is lost; finished shards are kept.
+    """
+    out = options.out.rstrip("/")
+    made = [] if request is None else _extract(request, options, out)
+    evaluation = evaluate(replace(judging, runs=[*made, *runs]), options)
+    opened = [judged.run for judged in evaluation.runs]
+    _check_same(opened)
+    board = Leaderboard(evaluation, {run.path: rate_of(run) for run in opened})
+    files = {
+        "leaderboard.json": board.json(),
+        "leaderboard.md": "\n\n".join([board.markdown(), *remarks(evaluation)]) + "\n",
+        "leaderboard.html": board_page(evaluation, list(board.rates.values()), shown),
+    }
+    try:
+        for name, text in files.items():
+            Store(out).write(name, text.encode(errors="backslashreplace"))
+    except OSError as error:
+        raise UserError(f"--out {out}: {error}") from error
+    return board
+
+
+def _extract(request: ExtractRequest, options: RunOptions, out: str) -> list[str]:
+    """Extract the methods' runs, and return their folders."""
+    names = list(each_method(request))
+    alone = f"{out}/{names[0]}" if len(names) == 1 else out
+    # Only the table goes to stdout.
+    with contextlib.redirect_stdout(sys.stderr):
+        result = conduct(extraction(request), replace(options, out=alone))
+    if result.code not in (0, 1):
+        raise StoppedError(result)
+    if result.failures:
+        name, why = next(iter(result.failures.items()))
+        raise UserError(f"{len(result.failures)} shards failed, as {name}: {why}; repair them, and repeat the command")
+    return [f"{out}/{name}" for name in names]
+
+
+def _check_same(runs: Sequence[SaliencyRun]) -> None:
+    """Raise UserError if the runs are not of the same samples: their numbers could not be compared."""
+    first = {shard.name: (shard.size, shard.take) for shard in runs[0].run.shards}
+    for run in runs[1:]:
+        if {shard.name: (shard.size, shard.take) for shard in run.run.shards} != first:
+            raise UserError(f"{run.path} is not of the same shards as {runs[0].path}; a leaderboard compares equals")
+
+
+def rate_of(run: SaliencyRun) -> float:
+    """Return the images a second of one device, from the seconds that it computed; NaN if they are unknown."""
+    seconds = sum(receipt.seconds.get("compute", 0.0) for receipt in run.receipts)
+    return sum(receipt.samples for receipt in run.receipts) / seconds if seconds else float("nan")

@@ -1,0 +1,94 @@
+"""The page of a leaderboard: the table of all methods and controls, and images under all methods."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from saltern.pipeline.metrics.estimate import Estimate, read_subjects
+from saltern.pipeline.metrics.evaluate import Evaluation
+from saltern.pipeline.metrics.families import FAMILIES
+from saltern.pipeline.metrics.family import Better, Metric
+from saltern.pipeline.metrics.table import columns_of, format_estimate, head_of, lines_of, remarks
+from saltern.pipeline.runs.reader import SaliencyRun
+from saltern.pipeline.show.page import Cell, Number, Table
+from saltern.pipeline.show.sheet import comparison
+from saltern.pipeline.storage.store import Store
+from saltern.schemas.evaluation import evaluation_schema
+
+
+def board_page(evaluation: Evaluation, rates: Sequence[float], shown: int) -> str:
+    """Return the page.
+
+    Args:
+        evaluation: of the runs.
+        rates: of each run, images a second.
+        shown: images.
+    """
+    runs = [judged.run for judged in evaluation.runs]
+    title = f"Leaderboard of {', '.join(dict.fromkeys(run.config.model for run in runs))}"
+    return comparison(
+        runs,
+        limit=shown,
+        title=title,
+        table=board_table(evaluation, rates),
+        notes=[*remarks(evaluation), "Sorted by a metric, an image has the mean of it over the methods."],
+        values=sample_values(evaluation, shown),
+    )
+
+
+def board_table(evaluation: Evaluation, rates: Sequence[float]) -> Table:
+    """Return the table; the best of the runs in each column is marked."""
+    columns, lines = columns_of(evaluation), lines_of(evaluation)
+    best = {
+        key: _best(key, metric, [found for _, found in lines[: len(evaluation.runs)]])
+        for key, metric in columns.items()
+    }
+    rows = []
+    for number, (name, found) in enumerate(lines):
+        cells = [Cell(name)]
+        for key, metric in columns.items():
+            estimate = found.get(key)
+            value = None if estimate is None or not estimate.count else estimate.value
+            is_best = number < len(evaluation.runs) and value is not None and value == best[key]
+            cells.append(Cell(format_estimate(estimate, metric), value, is_best))
+        rate = rates[number] if number < len(rates) else math.nan
+        cells.append(Cell("-", None) if math.isnan(rate) else Cell(f"{rate:,.1f}", rate))
+        rows.append(cells)
+    heads = ["", *(head_of(metric) for metric in columns.values()), "images/s"]
+    hints = ["", *(metric.help for metric in columns.values()), "of one device, while it computes"]
+    return Table(heads, hints, rows)
+
+
+def _best(key: str, metric: Metric, lines: Sequence[Mapping[str, Estimate]]) -> float | None:
+    values = [found[key].value for found in lines if key in found and found[key].count]
+    if not values or metric.better is Better.NEITHER:
+        return None
+    return max(values) if metric.better is Better.MORE else min(values)
+
+
+def sample_values(evaluation: Evaluation, shown: int) -> dict[tuple[str, int], dict[str, Number]]:
+    """Return the mean of each metric over the runs, for the first samples, by shard and index."""
+    sums: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for family, metrics in evaluation.chosen.items():
+        columns = [name for name in metrics if name in evaluation_schema(family).names]
+        for judged in evaluation.runs:
+            _add(sums, judged.run, family, columns, shown)
+    titles = {name: metric.title for family in FAMILIES.values() for name, metric in family.metrics.items()}
+    return {
+        place: {titles[name]: sum(values) / len(values) for name, values in own.items()} for place, own in sums.items()
+    }
+
+
+def _add(
+    sums: dict[tuple[str, int], dict[str, list[float]]], run: SaliencyRun, family: str, columns: list[str], shown: int
+) -> None:
+    """Add the values of the run's first samples."""
+    store, seen = Store(f"{run.path.rstrip('/')}/metrics/{family}"), 0
+    for shard, _, rows in read_subjects(store, run.shards, ["index", *columns]):
+        for row in rows.to_pylist():
+            own = sums.setdefault((shard, row["index"]), {})
+            for name in columns:
+                if row[name] is not None:
+                    own.setdefault(name, []).append(float(row[name]))
+        seen += rows.num_rows
+        if seen >= shown:
+            return
