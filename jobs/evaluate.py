@@ -11,7 +11,7 @@ from saltern.schemas import choices
 
 def evaluate(
     ctx: typer.Context,
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders or URLs of runs.", show_default=False)],
+    runs: opt.RunFolders,
     *,
     shards: Annotated[
         list[str] | None,

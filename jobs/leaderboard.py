@@ -38,7 +38,7 @@ def leaderboard(
     out: opt.Out,
     metric: opt.Metrics = None,
     discretize: opt.Discretize = None,
-    images: Annotated[int, opt.output("Images on the page.", min=1)] = 24,
+    shown: Annotated[int, opt.output("Images on the page.", min=1)] = 24,
     engine: opt.Engine = choices.Engine.auto,
     address: opt.Address = None,
     workers: opt.Workers = None,
@@ -65,7 +65,7 @@ def leaderboard(
     request = collect(ExtractRequest, ctx)
     judging = collect(EvaluateRequest, ctx, runs=[], shards=[], metrics=metric or [])
     try:
-        board = make_leaderboard(request, run or [], judging, collect(RunOptions, ctx), images)
+        board = make_leaderboard(request, run or [], judging, collect(RunOptions, ctx), shown)
     except StoppedError as stopped:
         leave(stopped.result)
     typer.echo(board.markdown())

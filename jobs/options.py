@@ -36,6 +36,7 @@ Shards = Annotated[
     ),
 ]
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="Folder or URL of a run.", show_default=False)]
+RunFolders = Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders or URLs of runs.", show_default=False)]
 Limit = Annotated[int | None, inputs("Use only the first N samples.", min=1)]
 ImageMember = Annotated[
     str | None,

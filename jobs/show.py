@@ -3,13 +3,11 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from saltern.jobs import options as opt
 
 
 def show(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders or URLs of runs.", show_default=False)],
+    runs: opt.RunFolders,
     shards: Annotated[
         list[str] | None,
         opt.inputs("Where the runs' shards are now, if they were moved; repeatable, quote globs.", metavar="SHARDS"),

@@ -1,6 +1,6 @@
 """The family `localization`: boxes, maps and masks against the true boxes of the samples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -10,19 +10,14 @@ from numpy.typing import NDArray
 from saltern.pipeline.maps.frame import Laid, lay
 from saltern.pipeline.metrics.census import Census
 from saltern.pipeline.metrics.control_rows import BOXES
-from saltern.pipeline.metrics.estimate import Estimate, estimate_means, read_subjects
 from saltern.pipeline.metrics.family import Batch, Better, Family, Metric
-from saltern.pipeline.metrics.localization.accuracy import BoxAccuracies
 from saltern.pipeline.metrics.localization.boxes import box_f1, clipped, covered, is_hit, map_f1, mask_iou, unit
-from saltern.pipeline.metrics.localization.maxbox import IOUS, box_hits
 from saltern.pipeline.metrics.localization.pointing import energy_inside, highest_point, is_difficult, is_pointed_at
 from saltern.pipeline.runs.columns import Record
 from saltern.pipeline.runs.reader import Row
 from saltern.pipeline.shards.annotations import Annotation, read_annotation
-from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import EvaluateConfig, ExtractConfig
-from saltern.schemas.evaluation import BAD_BOXES, FOUND, HIT_BYTES, NO_BOXES
-from saltern.schemas.run import Shard
+from saltern.schemas.evaluation import BAD_BOXES, FOUND, NO_BOXES
 from saltern.schemas.saliency import Box
 
 UNIT_MAPS = ("casm", "localizer")  # methods whose map is already a mask in [0, 1]

@@ -33,6 +33,7 @@ DIFFERENT = {
     "--workers": "Ray actors; data-parallel workers of a training; workers to plan for",
     "--batch-size": "images; classes in visualize-class; images of a training's step",
     "--precision": "of an extraction; of a training, which has no fp16",
+    "--format": "of the table of evaluate; of the files of export",
     "--shards": "of the run that evaluate measures; to measure on in bench extract, which makes some by default",
     "--thinning": "one for a training; several to measure in bench casm",
     "--model": "must be given; in train-localizer the default is the run's",
