@@ -189,17 +189,17 @@ def explain_together(
         pixels_BHWC, label_B, seed_B: as for a call.
 
     Returns:
-        The results of each. The time of what they share counts to the first.
+        The results of each. The time of what they share counts for each, so that a method's rate is that of the method.
     """
     first = next((each for each in explainers if each.method.needs_target), explainers[0])
-    started = Pending(first.device)
+    pendings = [Pending(explainer.device) for explainer in explainers]
     try:
         inputs = first._inputs(pixels_BHWC, label_B, seed_B)
         with first._autocast():
             found = explain(*inputs, first.rows_each)
         return [
-            explainer._send(results, Pending(explainer.device) if number else started, len(pixels_BHWC))
-            for number, (explainer, results) in enumerate(zip(explainers, found, strict=True))
+            explainer._send(results, pending, len(pixels_BHWC))
+            for explainer, results, pending in zip(explainers, found, pendings, strict=True)
         ]
     except (RuntimeError, MemoryError) as error:
         for explainer in explainers:

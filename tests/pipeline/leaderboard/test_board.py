@@ -1,0 +1,104 @@
+"""A leaderboard extracts and judges what is missing, compares only equals, and its page holds the table."""
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from extracting import REQUEST, extract
+from making import picture, write_tar
+from naive_metrics import inclusive
+
+from saltern.pipeline.engine.conduct import RunOptions
+from saltern.pipeline.leaderboard.board import Leaderboard, make_leaderboard
+from saltern.pipeline.metrics.evaluate import EvaluateRequest
+from saltern.schemas.errors import UserError
+from saltern.schemas.evaluation import CONTROLS
+
+METRICS = ["le,f1,total-variation,average-drop"]
+
+
+def write_shards(folder: Path) -> Path:
+    for shard in range(2):
+        members = [(f"k{shard}{at}", picture(3 * shard + at, 44, 60)) for at in range(3)]
+        box = inclusive((5, 5, 40, 40))
+        write_tar(folder / f"in/{shard}.tar", [(key, {"jpg": image, "json": box}) for key, image in members])
+    return folder / "in"
+
+
+def board(shards: Path, out: Path, methods: str, *runs: Path, shown: int = 3) -> Leaderboard:
+    request = replace(REQUEST, shards=[str(shards)], method=methods, target="top1", torch_threads=1)
+    judging = EvaluateRequest([], metrics=METRICS, torch_threads=1)
+    options = RunOptions(str(out), engine="local", device="cpu")
+    return make_leaderboard(request, [str(run) for run in runs], judging, options, shown)
+
+
+def test_missing_runs_are_extracted_and_all_are_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = write_shards(tmp_path)
+    assert extract(shards, tmp_path / "own", target="top1", method="gradient", layer=None) == 0
+    made = board(shards, tmp_path / "board", "cam,grad-cam", tmp_path / "own")
+    found = json.loads((tmp_path / "board/leaderboard.json").read_text())
+    assert [run["method"] for run in found["runs"]] == ["cam", "grad-cam", "gradient"]
+    assert [run["samples"] for run in found["runs"]] == [6, 6, 6]
+    assert set(found["controls"]) == set(CONTROLS)
+    assert found["better"] == {"le": "less", "f1": "more", "total_variation": "neither", "average_drop": "less"}
+    for run in found["runs"]:
+        assert run["metrics"].keys() == found["better"].keys()
+        assert 0 < run["images_per_second"] < math.inf
+    table = (tmp_path / "board/leaderboard.md").read_text()
+    assert table.startswith("| ")
+    assert made.markdown() in table
+    assert re.search(r"^\| gradient of making:tiny +\| .* [\d,]+\.\d +\|$", table, re.M)
+    capsys.readouterr()
+    board(shards, tmp_path / "board", "cam,grad-cam", tmp_path / "own")  # nothing is done again
+    said = capsys.readouterr().err
+    assert said.count("nothing to do") == 1 + 3 * 3 + 3  # the extraction, three families of three runs, their controls
+
+
+def test_the_page_has_the_table_and_images_under_all_methods(tmp_path: Path) -> None:
+    made = board(write_shards(tmp_path), tmp_path / "board", "cam,eigen-cam", shown=2)
+    page = (tmp_path / "board/leaderboard.html").read_text()
+    assert page.count("<article") == 2
+    rows = re.findall(r"<tr>(<td.*?)</tr>", page)
+    assert len(rows) == 2 + len(CONTROLS)
+    names = [re.search(r"<td>(.*?)</td>", row)[1] for row in rows]  # type: ignore[index]
+    assert names[:2] == ["cam of making:tiny", "eigen-cam of making:tiny"]
+    best = min(judged.estimates["average_drop"].value for judged in made.evaluation.runs)
+    assert f'data-value="{best:.8g}" class="best"' in page
+    assert page.count('class="best"') >= 3
+    assert 'data-by="LE %"' in page
+    assert "src=http" not in page
+
+
+def test_one_method_has_its_folder_too(tmp_path: Path) -> None:
+    board(write_shards(tmp_path), tmp_path / "board", "cam")
+    assert (tmp_path / "board/cam/run.json").exists()
+
+
+def test_runs_of_other_shards_are_refused(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path)
+    assert extract(shards / "0.tar", tmp_path / "own", target="top1") == 0
+    with pytest.raises(UserError, match="not of the same shards"):
+        board(shards, tmp_path / "board", "cam", tmp_path / "own")
+    assert not (tmp_path / "board/leaderboard.json").exists()
+
+
+def test_failed_shards_stop_the_leaderboard(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path)
+    (shards / "1.tar").write_bytes((shards / "1.tar").read_bytes()[:700])
+    with pytest.raises(UserError, match=r"1 shards failed, as 1: data: .*repair"):
+        board(shards, tmp_path / "board", "cam")
+
+
+def test_values_of_samples_are_means_over_the_runs(tmp_path: Path) -> None:
+    from saltern.pipeline.leaderboard.page import sample_values
+
+    made = board(write_shards(tmp_path), tmp_path / "board", "cam,grad-cam")
+    values: dict[Any, Any] = sample_values(made.evaluation, 6)
+    assert len(values) == 6
+    mean = sum(own["F1 %"] for own in values.values()) / 6
+    expected = sum(judged.estimates["f1"].value for judged in made.evaluation.runs) / 2
+    assert mean == pytest.approx(expected, rel=1e-5)
