@@ -219,7 +219,6 @@ TrainingPreset = Annotated[
 Epochs = Annotated[int, training("Epochs; learning rates fall to a tenth after each third.", min=1)]
 StepsPerEpoch = Annotated[int | None, training("Steps of an epoch; default: a fifth of the data.", min=1)]
 TrainingBatchSize = Annotated[int, training("Images of a step, over all workers.", "--batch-size", min=1)]
-TotalVariation = Annotated[float, training("Weight of the masks' total variation.", "--tv", min=0)]
 WeightDecay = Annotated[float, training("Weight decay of both.", min=0)]
 Tensorboard = Annotated[
     bool, output("Also write all measurements to DIR/tensorboard, for TensorBoard.", "--tensorboard")

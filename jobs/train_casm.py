@@ -51,7 +51,7 @@ def train_casm(
     ] = choices.Score.classification,
     lam: opt.Lambda = None,
     mask_area: Annotated[float, opt.training("Mean mask that --lambda auto steers to.")] = MASK_AREA,
-    tv: opt.TotalVariation = 8.0,
+    tv: Annotated[float, opt.training("Weight of the masks' total variation.", min=0)] = 8.0,
     share_encoder: Annotated[
         bool, opt.training("Make masks from the classifier's own trunk.", "--share-encoder/--no-share-encoder")
     ] = True,

@@ -41,7 +41,9 @@ def train_localizer(
     trunk: Annotated[
         choices.TrunkKind, opt.training("Keep the classifier's trunk as it is, or train it too.")
     ] = choices.TrunkKind.frozen,
-    tv: opt.TotalVariation = 0.0,
+    smoothing: Annotated[
+        float, opt.training("How far labels are pulled towards their mean, cell by cell.", min=0)
+    ] = 0.5,
     epochs: Annotated[int, opt.training("Passes over the run's samples; rates fall by a cosine.", min=1)] = 10,
     steps_per_epoch: Annotated[int | None, opt.training("Steps of an epoch; default: the whole data.", min=1)] = None,
     batch_size: opt.TrainingBatchSize = 64,

@@ -13,7 +13,7 @@ class Hyperparameters:
 
     labels: str = "masks"  # what the mask learns: maps | masks | boxes
     trunk: str = "frozen"  # frozen | tuned
-    tv: float = 0.0  # weight of the masks' total variation
+    smoothing: float = 0.5  # how far labels are pulled towards their mean, in [0, 1)
     lr: float = 1e-3  # of the head; AdamW
     lr_trunk: float = 1e-4  # of a tuned trunk
     weight_decay: float = 1e-4
@@ -24,9 +24,11 @@ class Hyperparameters:
         check_choice("--labels", self.labels, LabelKind)
         check_choice("--trunk", self.trunk, TrunkKind)
         check_choice("--precision", self.precision, TrainingPrecision)
-        for name in ("tv", "lr", "lr_trunk", "weight_decay"):
+        for name in ("lr", "lr_trunk", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be 0 or more, and finite")
+        if not 0 <= self.smoothing < 1:
+            raise UserError(f"--smoothing {self.smoothing}: it is a share of the labels, 0 or more and less than 1")
 
 
 def rate(step: int, steps: int) -> float:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from saltern.pipeline.localizer.hyperparameters import Hyperparameters, rate
 from saltern.pipeline.localizer.labels import Targets
-from saltern.pipeline.localizer.losses import localizer_terms
+from saltern.pipeline.localizer.losses import cross_entropy, mask_sums, smoothed
 from saltern.pipeline.masknet.localizer import Head, Localizer
 from saltern.pipeline.masknet.stages import find_stages
 
 Average = Callable[[list[Tensor]], None]  # replaces each tensor by its mean over all ranks, in place
-MEASURED = ("mask_loss", "variation", "mask_mean", "label_mean")
+MEASURED = ("loss", "mask_mean", "label_mean")
 CLIP = 1.0  # norm of the head's gradient
 
 
@@ -27,17 +27,14 @@ class Log:
 
     step: int
     measured: Tensor  # MEASURED, float64
-    tv: float  # weight of `variation`
 
     def floats(self) -> dict[str, float]:
         """Return a line of the log. Waits for the device.
 
-        mask_loss: cross-entropy of the mask, nats; loss = mask_loss + tv_term. mask_mean, label_mean: of the masks and
-        of their labels in the crops, in [0, 1].
+        loss: cross-entropy of the mask, nats. mask_mean, label_mean: of the masks and of their labels in the crops, in
+        [0, 1].
         """
-        line = dict(zip(MEASURED, self.measured.tolist(), strict=True))
-        line["tv_term"] = self.tv * line.pop("variation")
-        return {"step": self.step, "loss": line["mask_loss"] + line["tv_term"], **line}
+        return {"step": self.step, **dict(zip(MEASURED, self.measured.tolist(), strict=True))}
 
 
 class LocalizerTraining:
@@ -84,21 +81,22 @@ class LocalizerTraining:
         factor = rate(self.steps_done, self._steps)
         for group in self._optimiser.param_groups:
             group["lr"] = group["rate"] * factor
+        sums_2gg = mask_sums(wanted)
+        self._average([sums_2gg])
         with torch.enable_grad():
             with self._autocast():
                 logits_Bgg = self.localizer(x_BCHW)
-            terms = localizer_terms(logits_Bgg, wanted)
-            loss = terms.mask + self.hyperparameters.tv * terms.variation
+            loss = cross_entropy(logits_Bgg, smoothed(wanted, sums_2gg, self.hyperparameters.smoothing))
             for weight in self._weights:
                 weight.grad = None
             torch.autograd.backward(loss, inputs=self._weights)
         self._average([weight.grad for weight in self._weights if weight.grad is not None])
         nn.utils.clip_grad_norm_(self._weights, CLIP)
         self._optimiser.step()
-        areas = logits_Bgg.sigmoid().mean(), wanted.mask_Bgg.mean()
-        measured = torch.stack([value.detach().double() for value in (*terms, *areas)])
+        means = loss, logits_Bgg.sigmoid().mean(), wanted.mask_Bgg.mean()
+        measured = torch.stack([value.detach().double() for value in means])
         self._average([measured])
-        log = Log(self.steps_done, measured, self.hyperparameters.tv)
+        log = Log(self.steps_done, measured)
         self.steps_done += 1
         return log
 

@@ -104,14 +104,3 @@ class Decoder(nn.Module):
 def enlarge(mask_B1hw: Tensor, image: Sequence[int]) -> Tensor:
     """Return mask_B1HW: the mask on the pixels of the input, by the nearest cell."""
     return F.interpolate(mask_B1hw, size=tuple(image), mode="nearest")
-
-
-def total_variation(mask_B1hw: Tensor) -> Tensor:
-    """Return the mean squared difference of vertical neighbours plus that of horizontal ones.
-
-    The published loss has no such term. Computed on the decoder's grid, as copies of one cell do not differ. 0 for a
-    grid of one cell.
-    """
-    mask_B1hw = mask_B1hw.float()
-    pairs = (mask_B1hw.diff(dim=2), mask_B1hw.diff(dim=3))
-    return torch.stack([pair.square().sum() / max(pair.numel(), 1) for pair in pairs]).sum()

@@ -7,6 +7,7 @@ Shape suffixes: B batch, K classes, H W the network's input, h w the decoder's g
 import math
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -69,3 +70,14 @@ def entropy(logits_BK: Tensor) -> Tensor:
     """Return the Shannon entropy of softmax(logits), (B), in nats: 0..ln K."""
     log_p_BK = F.log_softmax(logits_BK.float(), 1)
     return -(log_p_BK.exp() * log_p_BK).sum(1)
+
+
+def total_variation(mask_B1hw: Tensor) -> Tensor:
+    """Return the mean squared difference of vertical neighbours plus that of horizontal ones.
+
+    The published loss has no such term. Computed on the decoder's grid, as copies of one cell do not differ. 0 for a
+    grid of one cell.
+    """
+    mask_B1hw = mask_B1hw.float()
+    pairs = (mask_B1hw.diff(dim=2), mask_B1hw.diff(dim=3))
+    return torch.stack([pair.square().sum() / max(pair.numel(), 1) for pair in pairs]).sum()

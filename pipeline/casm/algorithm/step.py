@@ -16,10 +16,10 @@ from saltern.pipeline.casm.algorithm.collapse import SLOWER
 from saltern.pipeline.casm.algorithm.control import Lambda
 from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.algorithm.log import Log, measure
-from saltern.pipeline.casm.algorithm.losses import mask_terms, pull
+from saltern.pipeline.casm.algorithm.losses import mask_terms, pull, total_variation
 from saltern.pipeline.casm.algorithm.pool import Confuser, Pool
 from saltern.pipeline.casm.algorithm.thinning import Plan, plan, repeatable
-from saltern.pipeline.masknet.network import Decoder, Trunk, enlarge, total_variation
+from saltern.pipeline.masknet.network import Decoder, Trunk, enlarge
 from saltern.pipeline.masknet.stages import find_stages
 from saltern.pipeline.models.passes import logits_of
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from saltern.pipeline.casm.algorithm.losses import entropy, mask_terms
-from saltern.pipeline.masknet.network import total_variation
+from saltern.pipeline.casm.algorithm.losses import entropy, mask_terms, total_variation
 
 
 def case():
