@@ -15,6 +15,7 @@ from saltern.jobs.evaluate import evaluate
 from saltern.jobs.export import export
 from saltern.jobs.extract import extract
 from saltern.jobs.leaderboard import leaderboard
+from saltern.jobs.layers import layers
 from saltern.jobs.listing import methods, metrics, models
 from saltern.jobs.pack import pack
 from saltern.jobs.plan import plan
@@ -44,7 +45,7 @@ app = typer.Typer(
 )
 
 _COMMANDS: dict[str, list[Callable[..., Any]]] = {
-    "Datasets of saliency": [pack, plan, extract, status, verify, show, evaluate, leaderboard, sanity, export],
+    "Datasets of saliency": [pack, plan, extract, status, verify, show, evaluate, leaderboard, layers, sanity, export],
     "Other jobs": [attack, visualize_class, train_casm, unseen_classes, train_localizer],
     "Help and tools": [methods, models, metrics, demo],
 }

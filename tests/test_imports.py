@@ -35,6 +35,7 @@ ROOMS: dict[str, set[str]] = {
     "engine": _RUNS | _BASE,
     "extract": {"engine", *_RUNS, *_MODELS, *_BASE},
     "metrics": {"extract", "engine", "tables", *_RUNS, *_MODELS, *_BASE},
+    "layerwise": {"metrics", "extract", "engine", "tables", *_RUNS, *_MODELS, *_BASE},
     "show": _RUNS,
     "leaderboard": {"metrics", "show", "extract", "engine", "tables", *_RUNS, *_MODELS, *_BASE},
     "export": _RUNS,

@@ -1,0 +1,65 @@
+"""saltern layers: compare methods at several layers of one model."""
+
+from typing import Annotated
+
+import typer
+
+from saltern.jobs import options as opt
+from saltern.jobs.config import collect, leave
+from saltern.schemas import choices
+
+
+def layers(
+    ctx: typer.Context,
+    shards: opt.Shards,
+    *,
+    model: opt.Model,
+    method: opt.Methods,
+    layers: Annotated[
+        str, opt.model("Target layers by dotted name, from the image to the logits.", metavar="NAME,...")
+    ],
+    metric: Annotated[list[str] | None, opt.output("As for `saltern evaluate`.", metavar="le,om,f1")] = None,
+    out: opt.Out,
+    weights: opt.Weights = "DEFAULT",
+    options: opt.Options = None,
+    target: Annotated[str, opt.model("Class to explain: label, top1 or class:ID.")] = "label",
+    labels: opt.Labels = "auto",
+    limit: opt.Limit = None,
+    resize: opt.Resize = None,
+    crop: opt.Crop = None,
+    squash: opt.Squash = None,
+    discretize: Annotated[
+        str | None, opt.output("Rule that makes masks; default: each method's.", metavar="RULE")
+    ] = None,
+    precision: opt.Precision = choices.Precision.fp32,
+    seed: opt.Seed = 0,
+    engine: opt.Engine = choices.Engine.auto,
+    address: opt.Address = None,
+    workers: opt.Workers = None,
+    gpus_per_worker: opt.GpusPerWorker = None,
+    device: opt.Device = choices.Device.auto,
+    batch_size: opt.BatchSize = None,
+) -> None:
+    """Extract and judge a run DIR/LAYER/METHOD for each method and layer, with one table and a plot over the layers.
+
+    A repeated command computes only what is missing. Writes layers.json, layers.md and layers.png in DIR.
+    """
+    from saltern.pipeline.engine.conduct import RunOptions
+    from saltern.pipeline.extract.request import ExtractRequest
+    from saltern.pipeline.layerwise.compare import LayersRequest, compare_layers
+    from saltern.pipeline.layerwise.report import as_markdown
+    from saltern.pipeline.metrics.evaluate import StoppedError
+    from saltern.pipeline.metrics.table import remarks
+
+    names = [name.strip() for name in layers.split(",")]
+    request = LayersRequest(collect(ExtractRequest, ctx), names, metric or [])
+    try:
+        comparison = compare_layers(request, collect(RunOptions, ctx))
+    except StoppedError as stopped:
+        leave(stopped.result)
+    typer.echo(as_markdown(comparison))
+    for line in remarks(comparison.evaluation):
+        opt.say(line)
+    for shard, reason in comparison.evaluation.unread.items():
+        opt.say(f"{shard}: {reason}", err=True)
+    raise typer.Exit(1 if comparison.evaluation.unread else 0)
