@@ -12,6 +12,7 @@ from saltern.pipeline.metrics.family import Metric
 from saltern.pipeline.metrics.table import columns_of, format_estimate, head_of, remarks
 from saltern.pipeline.storage.store import Store
 from saltern.pipeline.tables import markdown_table
+from saltern.schemas.errors import UserError
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _STYLES = (":", "--", "-.", (0, (1, 4)), (0, (6, 3)))
@@ -65,11 +66,13 @@ def as_json(comparison: Comparison) -> str:
 
 
 def write_report(comparison: Comparison, store: Store) -> None:
-    """Write layers.json, layers.md and layers.png."""
+    """Write layers.json, layers.md and layers.png. Raises UserError if the folder cannot be written to."""
     text = "\n".join([as_markdown(comparison), "", *(f"- {line}" for line in remarks(comparison.evaluation)), ""])
-    store.write("layers.json", as_json(comparison).encode())
-    store.write("layers.md", text.encode())
-    store.write("layers.png", draw(comparison))
+    for name, content in (("json", as_json(comparison).encode()), ("md", text.encode()), ("png", draw(comparison))):
+        try:
+            store.write(f"layers.{name}", content)
+        except OSError as error:
+            raise UserError(f"--out: layers.{name} cannot be written: {error}") from error
 
 
 def draw(comparison: Comparison) -> bytes:
