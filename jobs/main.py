@@ -14,8 +14,8 @@ from saltern.jobs.demo import demo
 from saltern.jobs.evaluate import evaluate
 from saltern.jobs.export import export
 from saltern.jobs.extract import extract
-from saltern.jobs.leaderboard import leaderboard
 from saltern.jobs.layers import layers
+from saltern.jobs.leaderboard import leaderboard
 from saltern.jobs.listing import methods, metrics, models
 from saltern.jobs.pack import pack
 from saltern.jobs.plan import plan
