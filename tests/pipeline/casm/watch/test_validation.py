@@ -13,6 +13,7 @@ import casm_toys
 import numpy as np
 import pytest
 import torch
+from judging import found_of
 from making import picture, write_tar
 
 from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
@@ -28,7 +29,6 @@ from saltern.pipeline.extract.processor import Processor
 from saltern.pipeline.extract.request import ExtractRequest, resolve
 from saltern.pipeline.masknet.checkpoint import Checkpoints
 from saltern.pipeline.masknet.head import restrict
-from saltern.pipeline.metrics.evaluate import evaluate
 from saltern.pipeline.runs.reader import open_run
 from saltern.pipeline.shards.expand import expand
 from saltern.schemas.config import Preprocess
@@ -130,9 +130,9 @@ def test_numbers_are_those_of_extract_and_evaluate(classes, resize, changed, tmp
     training, val = made(classes, **changed), write_val(tmp_path / "val", **ODD)
     found = validation(val, tmp_path / "casm", resize, class_numbers=classes or range(6))(training)
     run = extracted(training, classes, val, tmp_path / "kept", resize)
-    summary = evaluate(run).summary()
+    estimates = found_of(Path(run))
     for name in ("le", "f1"):
-        assert found[name] == pytest.approx(summary["percent"]["found"][name]["value"], abs=1e-6)
+        assert found[name] == pytest.approx(100 * estimates[name].value, abs=1e-6)
     assert 0 < found["f1"] < 100
     rows = list(open_run(run))
     right = [row.predicted == row.label for row in rows if row.label in (classes or range(6))]
@@ -140,7 +140,7 @@ def test_numbers_are_those_of_extract_and_evaluate(classes, resize, changed, tmp
     areas = torch.tensor([row.map().mean() for row in rows if row.map_bytes is not None], dtype=torch.double)
     assert found["mask_mean"] == pytest.approx(float(areas.mean()))
     assert found["mask_std"] == pytest.approx(float(areas.std(correction=0)), rel=1e-4)
-    counts = {"samples": 20, "with_boxes": summary["samples"], "in_play": len(right), "damaged": 1}
+    counts = {"samples": 20, "with_boxes": estimates["le"].count, "in_play": len(right), "damaged": 1}
     assert {name: found[name] for name in counts} == counts
     assert (counts["with_boxes"], found["step"]) == (18, 3)
     assert lines(tmp_path / "casm") == [found]
