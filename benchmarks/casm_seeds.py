@@ -76,8 +76,8 @@ def measure(given: argparse.Namespace, shards: list[str], seed: int, folder: Pat
     how = {**PRESETS[given.preset], "mask_area": area, "seed": seed, "thinning": thinning_named(given.thinning)}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     request = TrainRequest(
-        shards, str(folder), hyperparameters=Hyperparameters(**how), epochs=20, steps_per_epoch=125, device=device,
-        decode_threads=1, labels="as-is", **setting,
+        shards=shards, out=str(folder), hyperparameters=Hyperparameters(**how), epochs=20, steps_per_epoch=125,
+        device=device, decode_threads=1, labels="as-is", **setting,
     )  # fmt: skip
     plan, ranks = make_plan(request, device, None, lambda text: None), Ranks(torch.device(device))
     with arithmetic(threads=plan.config["torch_threads"]):

@@ -51,7 +51,13 @@ def _plan(bench: CasmBench, folder: Path, say: Callable[[str], None]) -> Trainin
     precision = "bf16" if bench.device == "cuda" else "fp32"
     how = Hyperparameters(**{**PRESETS["steady"], "thinning": thinning_named("L"), "precision": precision})
     request = TrainRequest(
-        [str(shards)], str(folder / "out"), bench.model, how, "none", labels="as-is", batch_size=bench.batch_size
+        shards=[str(shards)],
+        out=str(folder / "out"),
+        model=bench.model,
+        hyperparameters=how,
+        weights="none",
+        labels="as-is",
+        batch_size=bench.batch_size,
     )
     return make_plan(request, bench.device, None, say)
 

@@ -23,36 +23,25 @@ from saltern.pipeline.models.probe import probe
 from saltern.pipeline.runs.reader import SaliencyRun, open_run
 from saltern.pipeline.shards.decoder import choose_decoder
 from saltern.pipeline.training.ranks import Ranks
-from saltern.pipeline.training.request import check_request, resumed_config
+from saltern.pipeline.training.request import Request, check_request, resumed_config
 from saltern.pipeline.training.trainee import Plan, Repeat, Trainee
 from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
 
 
-@dataclass(frozen=True)
-class TrainRequest:
-    """The options of a training; None: the default."""
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest(Request):
+    """The options of a training of a localizer; None: the default."""
 
     run: str  # folder or URL of the run to learn from
-    out: str
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
     shards: Sequence[str] = ()  # where the run's tars are now, if they were moved
     model: str | None = None  # None: the run's, with its weights
     weights: str | None = None  # None: those of the run, or DEFAULT with another model
     val: str | None = None  # a run of the same method over held-out shards with boxes, measured after each epoch
     epochs: int = 10
-    steps_per_epoch: int | None = None  # None: the whole data
-    batch_size: int = 64  # of all workers together
-    side: int | None = None  # of the network's input, pixels; None: the run's
-    min_crop: float = 0.5  # least share of the image that a random crop covers
-    checkpoint_every: int | None = None  # steps; None: an epoch
-    decode_threads: int | None = None  # of a worker
-    device: str = "auto"
-    workers: int = 1
-    gpus_per_worker: float | None = None
-    address: str | None = None  # of a Ray cluster; None: $RAY_ADDRESS, or no cluster
-    resume: bool = False
-    tensorboard: bool = False
+    batch_size: int = 64
+    min_crop: float = 0.5
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What every request for a training has, and the checks that all of them share."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -14,37 +15,24 @@ _FREE = ("workers", "torch_threads")  # may differ in a resumed training; only t
 _COUNTS = ("epochs", "steps_per_epoch", "batch_size", "side", "checkpoint_every", "decode_threads", "workers")
 
 
-class Request(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Request:
     """The options that every training has; None: the default."""
 
-    @property
-    def out(self) -> str: ...
-    @property
-    def epochs(self) -> int: ...
-    @property
-    def steps_per_epoch(self) -> int | None: ...
-    @property
-    def batch_size(self) -> int: ...  # of all workers together
-    @property
-    def side(self) -> int | None: ...  # of the network's input, pixels
-    @property
-    def min_crop(self) -> float: ...  # least share of the image that a random crop covers
-    @property
-    def checkpoint_every(self) -> int | None: ...  # steps; None: an epoch
-    @property
-    def decode_threads(self) -> int | None: ...  # of a worker
-    @property
-    def device(self) -> str: ...
-    @property
-    def workers(self) -> int: ...
-    @property
-    def gpus_per_worker(self) -> float | None: ...
-    @property
-    def address(self) -> str | None: ...  # of a Ray cluster; None: $RAY_ADDRESS, or no cluster
-    @property
-    def resume(self) -> bool: ...
-    @property
-    def tensorboard(self) -> bool: ...
+    out: str
+    epochs: int
+    steps_per_epoch: int | None = None
+    batch_size: int  # of all workers together
+    side: int | None = None  # of the network's input, pixels
+    min_crop: float  # least share of the image that a random crop covers
+    checkpoint_every: int | None = None  # steps; None: an epoch
+    decode_threads: int | None = None  # of a worker
+    device: str = "auto"
+    workers: int = 1
+    gpus_per_worker: float | None = None
+    address: str | None = None  # of a Ray cluster; None: $RAY_ADDRESS, or no cluster
+    resume: bool = False
+    tensorboard: bool = False
 
 
 R = TypeVar("R", bound=Request)

@@ -117,7 +117,7 @@ def request(shards: Path, out: Path, **changed: object) -> TrainRequest:
         "checkpoint_every": 4,
     }
     given = {**usual, "device": "cpu", "decode_threads": 2, **changed}
-    return TrainRequest([str(shards)], str(out), hyperparameters=hyperparameters, **given)
+    return TrainRequest(shards=[str(shards)], out=str(out), hyperparameters=hyperparameters, **given)
 
 
 def quiet(text: str) -> None:

@@ -41,7 +41,7 @@ def request(run: Path, out: Path, **changed: object) -> TrainRequest:
     usual = {"epochs": 3, "steps_per_epoch": 3, "batch_size": 4, "checkpoint_every": 4, "device": "cpu"}
     hyperparameters = changed.pop("hyperparameters", Hyperparameters(seed=3))
     return TrainRequest(
-        str(run), str(out), hyperparameters=hyperparameters, **{"decode_threads": 2, **usual, **changed}
+        run=str(run), out=str(out), hyperparameters=hyperparameters, **{"decode_threads": 2, **usual, **changed}
     )
 
 

@@ -75,10 +75,10 @@ def request(data: Path, out: Path, **changed: object) -> TrainRequest:
     hyperparameters = Hyperparameters(thinning=THINNINGS["L"], lam="auto", lr_classifier=0.01, lr_mask=0.02, seed=5)
     usual = {"epochs": 2, "steps_per_epoch": 2, "batch_size": 4, "side": SIDE, "device": "cpu"}
     return TrainRequest(
-        [str(data / "train")],
-        str(out),
-        "unseen_toys:wide",
-        changed.pop("hyperparameters", hyperparameters),
+        shards=[str(data / "train")],
+        out=str(out),
+        model="unseen_toys:wide",
+        hyperparameters=changed.pop("hyperparameters", hyperparameters),
         **usual | changed,
     )
 

@@ -27,7 +27,7 @@ from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.training.batches import MIN_CROP
 from saltern.pipeline.training.index import make_index
 from saltern.pipeline.training.ranks import Ranks
-from saltern.pipeline.training.request import check_request, resumed_config
+from saltern.pipeline.training.request import Request, check_request, resumed_config
 from saltern.pipeline.training.trainee import Plan, Repeat, Trainee
 from saltern.schemas.config import PILLOW, Preprocess
 from saltern.schemas.errors import CollapseError
@@ -36,12 +36,11 @@ from saltern.schemas.run import Shard
 SHARE = 5  # an epoch is a fifth of the data, as published
 
 
-@dataclass(frozen=True)
-class TrainRequest:
-    """The options of a training; None: the default."""
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest(Request):
+    """The options of a training of CASM; None: the default."""
 
     shards: Sequence[str]
-    out: str
     model: str
     hyperparameters: Hyperparameters  # `steps` is replaced: it follows from the epochs
     weights: str = "DEFAULT"
@@ -49,18 +48,8 @@ class TrainRequest:
     labels: str = AUTO  # auto | as-is | a JSON file from the dataset's classes to the model's
     val: Sequence[str] = ()  # shards with boxes, measured after each epoch
     epochs: int = 60
-    steps_per_epoch: int | None = None
-    batch_size: int = 128  # of all workers together
-    side: int | None = None  # of the network's input, pixels
-    min_crop: float = MIN_CROP  # least share of the image that a random crop covers
-    checkpoint_every: int | None = None  # steps; None: an epoch
-    decode_threads: int | None = None  # of a worker
-    device: str = "auto"
-    workers: int = 1
-    gpus_per_worker: float | None = None
-    address: str | None = None  # of a Ray cluster; None: $RAY_ADDRESS, or no cluster
-    resume: bool = False
-    tensorboard: bool = False
+    batch_size: int = 128
+    min_crop: float = MIN_CROP
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def of_visualize(shards):
 
 
 def of_training(shards):
-    request = TrainRequest([shards], "unused", "making:tiny", Hyperparameters())
+    request = TrainRequest(shards=[shards], out="unused", model="making:tiny", hyperparameters=Hyperparameters())
     return preprocess_of(make_plan(request, "cpu", None, lambda text: None).config)
 
 
