@@ -178,7 +178,8 @@ def _measure(
         result = conduct(job, replace(options, out=root, overwrite=overwrite))
     if result.code not in (0, 1):
         raise StoppedError(result)
-    done = [shard for shard in shards if shard.name in read_receipts(store, plan(load_run(store), "cpu", 1)[0])]
+    receipts = read_receipts(store, plan(load_run(store), "cpu", 1)[0])
+    done = [shard for shard in shards if shard.name in receipts]
     if len(done) + len(result.failures) < len(shards):
         raise UserError(f"{root}: the evaluation stopped before its end; repeat the command to go on")
     return result.failures, FAMILIES[name].summarise(store, done)
