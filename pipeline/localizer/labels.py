@@ -5,6 +5,7 @@ Shape suffixes: N samples of a shard, B batch, H W the run's input, h w the stor
 # ruff: noqa: N815  (fields carry a shape suffix)
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -76,7 +77,7 @@ def make_labels(run: SaliencyRun, kind: str, folder: Path) -> tuple[Index, Label
     if kind == MAPS and not run.config.save_map:
         raise UserError(f"{run.path} was made with --no-map: give --labels {MASKS} or --labels {BOXES}")
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished, digest, places = folder / f".unfinished-labels-{kind}", hashlib.sha256(), []
+    unfinished, digest, places = folder / f".unfinished-labels-{os.getpid()}", hashlib.sha256(), []
     labels = Labels(unfinished, kind, (0, 0), run.config.preprocess.crop, 0)
     with unfinished.open("wb") as file:
         for number, shard in enumerate(run.shards):

@@ -111,21 +111,21 @@ def true_boxes(tar: str) -> list[list[int]]:
     return [[*content["boxes"][0], content["width"], content["height"]] for content in found]
 
 
-def as_rank(rank: int, meeting: str, asked) -> None:
+def as_rank(rank: int, meeting: str, plan) -> None:
     sys.path[:0] = PYTHONPATH.split(os.pathsep)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     ranks = Ranks(torch.device("cpu"), rank, 2, 2)
-    run_loop(make_plan(asked, "cpu", None, print), ranks, print)
+    run_loop(plan, ranks, print)
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_worlds_of_1_and_2_have_the_same_losses(run, val, undisturbed, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
-    asked = request(run, tmp_path / "two", val=str(val), workers=2)
+    plan = make_plan(request(run, tmp_path / "two", val=str(val), workers=2), "cpu", None, quiet)
     context = multiprocessing.get_context("spawn")
-    started = [context.Process(target=as_rank, args=(rank, f"{tmp_path}/meeting", asked)) for rank in range(2)]
+    started = [context.Process(target=as_rank, args=(rank, f"{tmp_path}/meeting", plan)) for rank in range(2)]
     for process in started:
         process.start()
     for process in started:
