@@ -31,7 +31,7 @@ def draw_masked(found: Mapping[str, Mapping[str, Estimate]]) -> bytes | None:
     names = [key.partition("@")[2] for key, estimate in own.items() if key.startswith("whole@") and estimate.count]
     if not names:
         return None
-    figure = Figure(figsize=(4 + 2.2 * len(names), 4), dpi=100, layout="constrained")
+    figure = Figure(figsize=(7 + 2.4 * len(names), 4), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(_PANELS), sharey=True)
     for panel, (column, title) in zip(panels, _PANELS.items(), strict=True):
