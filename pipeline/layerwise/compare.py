@@ -1,17 +1,15 @@
 """Extract and judge a run for each method and layer."""
 
-import contextlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from saltern.pipeline.engine.conduct import RunOptions, conduct
-from saltern.pipeline.extract.extraction import extraction
+from saltern.pipeline.engine.conduct import RunOptions
 from saltern.pipeline.extract.request import ExtractRequest, load_classifier
 from saltern.pipeline.extract.several import each_method
 from saltern.pipeline.layerwise.report import Comparison, Line, write_report
+from saltern.pipeline.leaderboard.board import extract_runs
 from saltern.pipeline.methods import find
-from saltern.pipeline.metrics.evaluate import EvaluateRequest, StoppedError, evaluate
+from saltern.pipeline.metrics.evaluate import EvaluateRequest, evaluate
 from saltern.pipeline.metrics.families import choose_metrics
 from saltern.pipeline.models.layers import resolve
 from saltern.pipeline.storage.store import Store
@@ -51,24 +49,10 @@ def compare_layers(request: LayersRequest, options: RunOptions) -> Comparison:
     model = load_classifier(wanted.model, wanted.weights, wanted.seed, wanted.crop).model
     layers = resolve(model, request.layers, wanted.crop)
     root = options.out.rstrip("/")
-    for layer in layers:
-        _extract(replace(wanted, layer=layer), replace(options, out=_folder(root, layer, methods)))
-    lines = [Line(method, layer, f"{root}/{layer}/{method}") for method in methods for layer in layers]
+    runs = {layer: extract_runs(replace(wanted, layer=layer), options, f"{root}/{layer}") for layer in layers}
+    lines = [Line(method, layer, runs[layer][at]) for at, method in enumerate(methods) for layer in layers]
     how = {name: getattr(wanted, name) for name in ("precision", "batch_size", "torch_threads", "deterministic")}
     found = evaluate(EvaluateRequest([line.run for line in lines], metrics=request.metrics, **how), options)
     comparison = Comparison(wanted.model, layers, methods, lines, found)
     write_report(comparison, Store(root))
     return comparison
-
-
-def _folder(root: str, layer: str, methods: Sequence[str]) -> str:
-    """Return the folder for a layer's extraction, which puts several methods into one folder each."""
-    return f"{root}/{layer}" if len(methods) > 1 else f"{root}/{layer}/{methods[0]}"
-
-
-def _extract(request: ExtractRequest, options: RunOptions) -> None:
-    with contextlib.redirect_stdout(sys.stderr):  # only the table goes to stdout
-        result = conduct(extraction(request), options)
-    # Code 1 without failures: few rows are ok, as at a layer where a method gives zeros.
-    if result.code not in (0, 1) or result.failures or result.done < result.shards:
-        raise StoppedError(result)

@@ -57,7 +57,7 @@ def make_leaderboard(
         StoppedError: interrupted, or the device is lost; finished shards are kept.
     """
     out = options.out.rstrip("/")
-    made = [] if request is None else _extract(request, options, out)
+    made = [] if request is None else extract_runs(request, options, out)
     evaluation = evaluate(replace(judging, runs=[*made, *runs]), options)
     opened = [judged.run for judged in evaluation.runs]
     _check_same(opened)
@@ -75,7 +75,7 @@ def make_leaderboard(
     return board
 
 
-def _extract(request: ExtractRequest, options: RunOptions, out: str) -> list[str]:
+def extract_runs(request: ExtractRequest, options: RunOptions, out: str) -> list[str]:
     """Extract the methods' runs, and return their folders."""
     names = list(each_method(request))
     alone = f"{out}/{names[0]}" if len(names) == 1 else out
