@@ -18,7 +18,11 @@ def show(
     ] = None,
     sort: Annotated[
         str | None,
-        opt.output("Sort by score, mask_area, ... (lowest first) or status (failed first).", metavar="COLUMN"),
+        opt.output(
+            "Sort by a metric that RUN/metrics has, as le (worst first), by score, mask_area, ... (lowest first) or by "
+            "status (failed first).",
+            metavar="COLUMN",
+        ),
     ] = None,
     limit: Annotated[int, opt.output("Rows to show.", min=1)] = 48,
 ) -> None:

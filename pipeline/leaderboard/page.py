@@ -3,16 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from saltern.pipeline.metrics.estimate import Estimate, read_subjects
+from saltern.pipeline.metrics.estimate import Estimate
 from saltern.pipeline.metrics.evaluate import Evaluation
-from saltern.pipeline.metrics.families import FAMILIES
-from saltern.pipeline.metrics.family import Better, Metric
 from saltern.pipeline.metrics.table import columns_of, format_estimate, head_of, lines_of, remarks
-from saltern.pipeline.runs.reader import SaliencyRun
-from saltern.pipeline.show.page import Cell, Number, Table
+from saltern.pipeline.show.page import Cell, Table
 from saltern.pipeline.show.sheet import comparison
-from saltern.pipeline.storage.store import Store
-from saltern.schemas.evaluation import evaluation_schema
+from saltern.schemas.metrics import Better, Metric
 
 
 def board_page(evaluation: Evaluation, rates: Sequence[float], shown: int) -> str:
@@ -30,8 +26,7 @@ def board_page(evaluation: Evaluation, rates: Sequence[float], shown: int) -> st
         limit=shown,
         title=title,
         table=board_table(evaluation, rates),
-        notes=[*remarks(evaluation), "Sorted by a metric, an image has the mean of it over the methods."],
-        values=sample_values(evaluation, shown),
+        notes=[*remarks(evaluation)],
     )
 
 
@@ -63,32 +58,3 @@ def _best(key: str, metric: Metric, lines: Sequence[Mapping[str, Estimate]]) -> 
     if not values or metric.better is Better.NEITHER:
         return None
     return max(values) if metric.better is Better.MORE else min(values)
-
-
-def sample_values(evaluation: Evaluation, shown: int) -> dict[tuple[str, int], dict[str, Number]]:
-    """Return the mean of each metric over the runs, for the first samples, by shard and index."""
-    sums: dict[tuple[str, int], dict[str, list[float]]] = {}
-    for family, metrics in evaluation.chosen.items():
-        columns = [name for name in metrics if name in evaluation_schema(family).names]
-        for judged in evaluation.runs:
-            _add(sums, judged.run, family, columns, shown)
-    titles = {name: metric.title for family in FAMILIES.values() for name, metric in family.metrics.items()}
-    return {
-        place: {titles[name]: sum(values) / len(values) for name, values in own.items()} for place, own in sums.items()
-    }
-
-
-def _add(
-    sums: dict[tuple[str, int], dict[str, list[float]]], run: SaliencyRun, family: str, columns: list[str], shown: int
-) -> None:
-    """Add the values of the run's first samples."""
-    store, seen = Store(f"{run.path.rstrip('/')}/metrics/{family}"), 0
-    for shard, _, rows in read_subjects(store, run.shards, ["index", *columns]):
-        for row in rows.to_pylist():
-            own = sums.setdefault((shard, row["index"]), {})
-            for name in columns:
-                if row[name] is not None:
-                    own.setdefault(name, []).append(float(row[name]))
-        seen += rows.num_rows
-        if seen >= shown:
-            return

@@ -14,10 +14,11 @@ from saltern.pipeline.metrics.census import Census, take_census
 from saltern.pipeline.metrics.estimate import Estimate
 from saltern.pipeline.metrics.faithfulness.further import further_classifiers
 from saltern.pipeline.metrics.families import FAMILIES, choose_metrics
-from saltern.pipeline.metrics.processor import MetricProcessor, Source, is_of
+from saltern.pipeline.metrics.processor import MetricProcessor, Source
 from saltern.pipeline.metrics.wanted import wanted_shards
 from saltern.pipeline.runs.agreement import measure_agreement
 from saltern.pipeline.runs.manifest import load_run, read_receipts, receipt_name
+from saltern.pipeline.runs.measured import is_of
 from saltern.pipeline.runs.reader import SaliencyRun, open_run
 from saltern.pipeline.shards.expand import ENDINGS
 from saltern.pipeline.storage.store import Store

@@ -7,7 +7,6 @@ Shape suffixes: N samples of a batch, M measured ones, H W the network's input, 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any, ClassVar
 
 import torch
@@ -20,23 +19,8 @@ from saltern.pipeline.runs.reader import Row
 from saltern.pipeline.shards.samples import Sample
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import EvaluateConfig, ExtractConfig
+from saltern.schemas.metrics import Metric
 from saltern.schemas.run import Shard
-
-
-class Better(Enum):
-    """Which values of a metric are better."""
-
-    LESS, MORE, NEITHER = "↓", "↑", ""
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A column of the tables."""
-
-    title: str
-    better: Better
-    help: str  # one line
-    percent: bool = True  # shown as 100 times the value
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """The family `localization`: boxes, maps and masks against the true boxes of the samples."""
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -10,7 +9,7 @@ from numpy.typing import NDArray
 from saltern.pipeline.maps.frame import Laid, lay
 from saltern.pipeline.metrics.census import Census
 from saltern.pipeline.metrics.control_rows import BOXES
-from saltern.pipeline.metrics.family import Batch, Better, Family, Metric
+from saltern.pipeline.metrics.family import Batch, Family
 from saltern.pipeline.metrics.localization.boxes import box_f1, clipped, covered, is_hit, map_f1, mask_iou, unit
 from saltern.pipeline.metrics.localization.pointing import energy_inside, highest_point, is_difficult, is_pointed_at
 from saltern.pipeline.runs.columns import Record
@@ -18,6 +17,7 @@ from saltern.pipeline.runs.reader import Row
 from saltern.pipeline.shards.annotations import Annotation, read_annotation
 from saltern.schemas.config import EvaluateConfig, ExtractConfig
 from saltern.schemas.evaluation import BAD_BOXES, FOUND, NO_BOXES
+from saltern.schemas.metrics import METRICS
 from saltern.schemas.saliency import Box
 
 UNIT_MAPS = ("casm", "localizer")  # methods whose map is already a mask in [0, 1]
@@ -43,18 +43,7 @@ class Localization(Family):
     """
 
     name = "localization"
-    metrics: ClassVar[Mapping[str, Metric]] = {
-        "le": Metric("LE %", Better.LESS, "localization error: no box has an IoU of more than 0.5 with a true one"),
-        "om": Metric("OM %", Better.LESS, "no such box, or the top-1 is wrong"),
-        "f1": Metric("F1 %", Better.MORE, "continuous F1 of the map"),
-        "f1_mask": Metric("F1 % of the mask", Better.MORE, "continuous F1 of the mask"),
-        "pointing": Metric("pointing %", Better.MORE, "the maximum lies within 15 pixels of a true box"),
-        "pointing_difficult": Metric(
-            "difficult %", Better.MORE, "pointing, where the boxes cover under a quarter and distractors are known"
-        ),
-        "energy": Metric("energy %", Better.MORE, "share of the scaled map's sum in the true boxes"),
-        "box_iou": Metric("box IoU %", Better.MORE, "IoU of the mask and the true boxes, filled"),
-    }
+    metrics = METRICS["localization"]
 
     def __init__(self, config: ExtractConfig, how: EvaluateConfig, device: torch.device):
         super().__init__(config, how, device)

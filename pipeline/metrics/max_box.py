@@ -4,13 +4,12 @@ Shape suffixes: M measured samples, h w the map's grid.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import numpy as np
 
 from saltern.pipeline.metrics.census import Census
 from saltern.pipeline.metrics.estimate import Estimate, read_subjects
-from saltern.pipeline.metrics.family import Batch, Better, Family, Metric
+from saltern.pipeline.metrics.family import Batch, Family
 from saltern.pipeline.metrics.judge import check_boxes, read_truth, size_of
 from saltern.pipeline.metrics.localization.accuracy import BoxAccuracies
 from saltern.pipeline.metrics.localization.maxbox import IOUS, box_hits
@@ -21,6 +20,7 @@ from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import ExtractConfig
 from saltern.schemas.errors import UserError
 from saltern.schemas.evaluation import HIT_BYTES
+from saltern.schemas.metrics import METRICS
 from saltern.schemas.run import Shard
 
 
@@ -31,10 +31,7 @@ class MaxBox(Family):
     """
 
     name = "max-box"
-    metrics: ClassVar[Mapping[str, Metric]] = {
-        "max_box_acc": Metric("MaxBoxAcc %", Better.MORE, "largest contour, IoU >= 0.5, at the best threshold"),
-        "max_box_acc_v2": Metric("MaxBoxAccV2 %", Better.MORE, "all contours, mean over IoU >= 0.3, 0.5, 0.7"),
-    }
+    metrics = METRICS["max-box"]
 
     @classmethod
     def check(cls, path: str, config: ExtractConfig) -> None:

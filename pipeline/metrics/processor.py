@@ -15,6 +15,7 @@ from saltern.pipeline.metrics.control_rows import control_rows
 from saltern.pipeline.metrics.family import Batch, Family
 from saltern.pipeline.runs.columns import Record, from_records
 from saltern.pipeline.runs.datafile import data_schema
+from saltern.pipeline.runs.measured import is_of
 from saltern.pipeline.runs.outlet import Made, Outlet, Spec, Tally
 from saltern.pipeline.runs.reader import Row, SaliencyRun
 from saltern.pipeline.shards.decoder import Decoder, make_decoder
@@ -174,14 +175,6 @@ def record_of(subject: str, row: Row, values: Record) -> Record:
     """Return a row of the data file."""
     identity = {"key": row.key, "shard": row.shard, "index": row.index, "subject": subject}
     return {**identity, "status": row.status, "error": row.error, **values}
-
-
-def is_of(receipt: Receipt, digest: str) -> bool:
-    """Return whether an evaluation's receipt is of the run's data file of this digest.
-
-    Its content is the start of the digest and the CRC-32 of the tar's samples, 8 hex digits each.
-    """
-    return receipt.content is not None and receipt.content[:-8] == f"{int(digest[:8], 16):x}"
 
 
 def _bytes(batch: Batch) -> int:

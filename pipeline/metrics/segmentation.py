@@ -4,7 +4,6 @@ Shape suffixes: h w a map's grid, H W the network's input, Y X the upright origi
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from saltern.pipeline.metrics.census import Census
 from saltern.pipeline.metrics.control_rows import BOXES
 from saltern.pipeline.metrics.estimate import Estimate, estimate_means, read_subjects
-from saltern.pipeline.metrics.family import Batch, Better, Family, Metric
+from saltern.pipeline.metrics.family import Batch, Family
 from saltern.pipeline.metrics.judge import laid_mask, size_of
 from saltern.pipeline.metrics.localization.pixels import BINS, PixelPrecision, mask_at_input, pixel_counts
 from saltern.pipeline.runs.columns import Record
@@ -21,6 +20,7 @@ from saltern.pipeline.shards.annotations import FOREGROUND, IGNORED, MASK, read_
 from saltern.pipeline.shards.samples import Sample
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.evaluation import BAD_MASK, NO_MASK
+from saltern.schemas.metrics import METRICS
 from saltern.schemas.run import Shard
 
 
@@ -33,10 +33,7 @@ class Pixels(Family):
 
     name = "pixels"
     members = frozenset({MASK})
-    metrics: ClassVar[Mapping[str, Metric]] = {
-        "pxap": Metric("PxAP %", Better.MORE, "area below the precision-recall curve of the pixels of all samples"),
-        "segmentation_iou": Metric("mask IoU %", Better.MORE, "IoU of the mask and the true pixel mask"),
-    }
+    metrics = METRICS["pixels"]
 
     @classmethod
     def check_census(cls, path: str, census: Census, unread: Mapping[str, str]) -> None:

@@ -11,10 +11,10 @@ from saltern.pipeline.metrics.census import Census
 from saltern.pipeline.metrics.estimate import Estimate
 from saltern.pipeline.metrics.evaluate import Evaluation, describe, to_json
 from saltern.pipeline.metrics.families import FAMILIES, option_name
-from saltern.pipeline.metrics.family import Better, Metric
 from saltern.pipeline.metrics.judge import AS_IS, NO_MAPS, SCALED, maps_of
 from saltern.pipeline.tables import markdown_table
 from saltern.schemas.evaluation import BAD_MASK, CENTRE, NO_MASK, WHOLE
+from saltern.schemas.metrics import Better, Metric
 from saltern.schemas.text import counted
 
 _MAPS = {

@@ -5,7 +5,7 @@ A card is an image, followed by a view for each run that explained it.
 
 import base64
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,8 @@ from saltern.schemas.saliency import OK
 
 Number = int | float | None
 FOUND, GIVEN, CROP = "found", "given", "crop"  # kinds of boxes
+Place = tuple[float, float, float, float]  # x0, y0, x1, y1 as shares of a picture's width and height
+WHOLE: Place = (0, 0, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,20 @@ class DrawnBox:
     y1: float
 
 
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """An image that the browser draws over a part of a picture. Pictures of one card may share it."""
+
+    webp: bytes
+    place: Place = WHOLE
+    opacity: float = 1
+
+
 @dataclass(frozen=True)
 class Picture:
-    """A JPEG with the boxes drawn over it."""
+    """Layers, the lowest first, with the boxes drawn over them. What a box of CROP leaves outside is dimmed."""
 
-    jpeg: bytes  # empty: no picture; `words` says why
+    layers: tuple[Layer, ...]  # none: no picture; `words` says why
     width: int
     height: int
     words: str  # text for readers who do not see the picture
@@ -63,6 +74,14 @@ class Card:
 
 
 @dataclass(frozen=True)
+class Order:
+    """How the reader's first press sorts the cards by a value, and what it is."""
+
+    falling: bool = False
+    hint: str = ""
+
+
+@dataclass(frozen=True)
 class Cell:
     """A cell of a table."""
 
@@ -86,15 +105,26 @@ def render(
     notes: Iterable[str],
     cards: Sequence[Card],
     table: Table | None = None,
+    orders: Mapping[str, Order] | None = None,
 ) -> str:
-    """Return the page. The template escapes all text."""
+    """Return the page. The template escapes all text.
+
+    Args:
+        title, facts, notes: of the header.
+        cards: in their first order.
+        table: above the cards.
+        orders: of the cards' values; those without one rise.
+    """
+    names = dict.fromkeys(name for card in cards for name in card.values)
     return _template().render(
         title=title,
         table=table,
         run_facts=facts,
         notes=notes,
         cards=cards,
-        sort_names=["page order", *(cards[0].values if cards else ())],
+        sorts=[(name, (orders or {}).get(name, Order())) for name in names],
+        at={name: at for at, name in enumerate(names)},
+        ids=_Ids(),
         statuses=sorted({card.status for card in cards}),
         ok=OK,
     )
@@ -111,7 +141,7 @@ def _template() -> Template:
         undefined=StrictUndefined,
         finalize=_visible,
     )
-    environment.filters |= {"attribute_name": _attribute_name, "base64": _base64, "digest": _digest}
+    environment.filters |= {"base64": _base64, "digest": _digest}
     return environment.get_template("page.html")
 
 
@@ -120,9 +150,16 @@ def _visible(value: object) -> object:
     return printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
-def _attribute_name(name: str) -> str:
-    """Return a value's name as part of an attribute's name, as the page's script spells it."""
-    return name.replace("_", "-").replace(" ", "-")
+class _Ids:
+    """Numbers layers by identity, so that a page stores each once."""
+
+    def __init__(self) -> None:
+        self._ids: dict[Layer, int] = {}
+
+    def number(self, layer: Layer) -> tuple[int, bool]:
+        """Return the layer's number, and whether it is drawn for the first time."""
+        new = layer not in self._ids
+        return self._ids.setdefault(layer, len(self._ids)), new
 
 
 def _base64(data: bytes) -> str:

@@ -4,34 +4,33 @@ For one run, each row's photograph, map, mask and box; for several runs, each im
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from saltern.pipeline.runs.agreement import label_doubt, measure_agreement
+from saltern.pipeline.runs.measured import read_measured
 from saltern.pipeline.runs.reader import Row, SaliencyRun
 from saltern.pipeline.shards.annotations import extra
 from saltern.pipeline.shards.samples import Sample, read_samples
-from saltern.pipeline.show.page import Card, Number, Picture, Table, View, render
+from saltern.pipeline.show.figures import estimates, means, numbered, orders, titled
+from saltern.pipeline.show.order import choose
+from saltern.pipeline.show.page import Card, Picture, Table, View, render
 from saltern.pipeline.show.thumbnails import encode, given_boxes, overlay, photograph, pictures
 from saltern.schemas.config import ExtractConfig
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.run import Shard
-from saltern.schemas.saliency import OK, table_schema
 
-_SORTS = [
-    field.name for field in table_schema(None) if pa.types.is_integer(field.type) or pa.types.is_float32(field.type)
-]
 _CAPTION = 24  # longest option in a caption, characters
 _NOTE = "Signed maps are coloured from 0 up."
+_MEAN = "An image's metrics are means over the runs."
 _VALUES = ("score", "mask_area", "label", "predicted", "target", "index")
 
 
 def contact_sheet(run: SaliencyRun, sort: str | None = None, limit: int = 48) -> str:
-    """Return an HTML page of the first `limit` rows, in shard order or sorted by a column, lowest first.
+    """Return an HTML page of the first `limit` rows, in shard order or sorted.
+
+    They are sorted by a column of the run, lowest first, or by a metric that RUN/metrics has, worst first.
 
     Each shown shard is read up to its last wanted sample. If a shard cannot be read, its rows are shown without images,
     and the page says so.
@@ -40,15 +39,21 @@ def contact_sheet(run: SaliencyRun, sort: str | None = None, limit: int = 48) ->
         UserError: the column does not exist or has no order.
         ShardError: a data file is missing, cut or of another run.
     """
-    order, numbers = _order(run, sort), _choose(run, sort, limit)
+    found = read_measured(run)
+    order, numbers = choose(run, found, sort, limit)
     rows = {number: run.at(number) for number in sorted(numbers)}  # sorted, as neighbours are read together
     samples, names, problems = _samples(run, rows.values())
-    cards = [_card(row, samples.get((row.shard, row.index)), names) for row in map(rows.__getitem__, numbers)]
+    measured = titled(found, rows.values())
+    cards = [
+        _card(row, samples.get((row.shard, row.index)), names, measured.get((row.shard, row.index), {}))
+        for row in map(rows.__getitem__, numbers)
+    ]
     counts = f"{len(cards):,} of {len(run):,} rows, {order}"
     config = run.config
     title = f"{config.method} of {config.model}"
     notes = [*_doubts([run]), *_signed(rows.values()), *problems]
-    return render(title, [*_provenance(run), ("shown", counts)], notes, cards)
+    facts = [*_provenance(run), *estimates(found), ("shown", counts)]
+    return render(title, facts, notes, cards, orders=orders([found]))
 
 
 def comparison(
@@ -59,12 +64,12 @@ def comparison(
     title: str | None = None,
     table: Table | None = None,
     notes: Sequence[str] = (),
-    values: Mapping[tuple[str, int], dict[str, Number]] | None = None,
 ) -> str:
     """Return an HTML page of images, each with the maps of several runs side by side.
 
     The rows are those of the first run, chosen and sorted as in `contact_sheet`. Another run shows its row of the same
     key, shard and target. Without one it shows its first row of the same key and shard, or else of the same key.
+    Metrics that all runs have are shown as the mean over the runs; `sort` takes that of the first.
 
     Args:
         runs: the first decides the rows.
@@ -72,7 +77,6 @@ def comparison(
         title: of the page; None = the names of the runs.
         table: above the images.
         notes: lines for the reader.
-        values: to sort by, in place of the columns of the first run, by shard and index.
 
     Raises:
         UserError: the column does not exist; the runs share no sample; a run is given twice.
@@ -80,25 +84,26 @@ def comparison(
     """
     first, others = runs[0], runs[1:]
     captions = _captions(runs)
-    order, numbers = _order(first, sort), _choose(first, sort, limit)
+    found = [read_measured(run) for run in runs]
+    order, numbers = choose(first, found[0], sort, limit)
     rows = {number: first.at(number) for number in sorted(numbers)}
     samples, names, problems = _samples(first, rows.values())
     cards, matches = [], 0
+    measured = means(found, rows.values())
     signed: list[str] = []
     for row in map(rows.__getitem__, numbers):
         matching = [_same(row, run) for run in others]
         matches += sum(other is not None for other in matching)
         sample = samples.get((row.shard, row.index))
         signed = signed or _signed([row, *filter(None, matching)])
-        card = _wide_card(row, sample, dict(zip(captions, [row, *matching], strict=True)), names)
-        own = None if values is None else values.get((row.shard, row.index), {})
-        cards.append(card if own is None else replace(card, values=own))
+        own = measured.get((row.shard, row.index), {})
+        cards.append(_wide_card(row, sample, dict(zip(captions, [row, *matching], strict=True)), names, own))
     if cards and others and not matches:
         raise UserError(f"{first.path} shares no sample with {', '.join(run.path for run in others)}")
     facts = [(caption, _in_short(run)) for caption, run in zip(captions, runs, strict=True)]
     shown = ("shown", f"{len(cards):,} of {len(first):,} rows, {order}")
-    said = [*notes, *_doubts(runs), *signed, *problems]
-    return render(title or " | ".join(captions), [*facts, shown], said, cards, table)
+    said = [*notes, *([_MEAN] if any(measured.values()) else []), *_doubts(runs), *signed, *problems]
+    return render(title or " | ".join(captions), [*facts, shown], said, cards, table, orders(found))
 
 
 def _signed(rows: Iterable[Row]) -> list[str]:
@@ -109,28 +114,6 @@ def _signed(rows: Iterable[Row]) -> list[str]:
 def _doubts(runs: Sequence[SaliencyRun]) -> list[str]:
     doubts = ((run.path, label_doubt(run.store, run.run, {shard.name for shard in run.shards})) for run in runs)
     return [f"WARNING: {path}: {doubt}" for path, doubt in doubts if doubt]
-
-
-def _order(run: SaliencyRun, sort: str | None) -> str:
-    if sort is None:
-        return "in shard order"
-    if sort == "status":
-        return "sorted by status, failed rows first"
-    if sort in _SORTS:
-        return f"sorted by {sort}, lowest first, rows without a value last"
-    raise UserError(f"--sort {sort!r} has no order; choose one of {', '.join(sorted([*_SORTS, 'status']))}")
-
-
-def _choose(run: SaliencyRun, sort: str | None, limit: int) -> list[int]:
-    """Return the numbers of the rows to show, in their order."""
-    if sort is None or not len(run):
-        return list(range(min(limit, len(run))))
-    column = run.columns(sort)[sort]
-    if sort == "status":
-        # Nulls are sorted last: ok after all others.
-        column = pc.if_else(pc.equal(column, OK), pa.scalar(None, pa.string()), column)
-    order: list[int] = pc.sort_indices(column)[:limit].to_pylist()
-    return order
 
 
 @dataclass
@@ -176,32 +159,34 @@ def _read(shard: Shard, keys: dict[int, str], names: dict[int, str], config: Ext
             return
 
 
-def _card(row: Row, sample: Sample | None, names: _Names) -> Card:
+def _card(row: Row, sample: Sample | None, names: _Names, measured: dict[str, float]) -> Card:
     values = {name: getattr(row, name) for name in _VALUES}
-    return Card(row.key, row.shard, row.status, [_view(row, sample, names)], values)
-
-
-def _view(row: Row, sample: Sample | None, names: _Names) -> View:
     facts = _facts(row, names)
     shown = pictures(row, sample, {"target": "", "label": "", "mask": "", "box": ""} | facts)
-    return View(shown, list(facts.items()), _trouble(row, sample))
+    view = View(shown, [*facts.items(), *numbered(measured)], _trouble(row, sample))
+    return Card(row.key, row.shard, row.status, [view], values | measured)
 
 
-def _wide_card(row: Row, sample: Sample | None, rows: dict[str, Row | None], names: _Names) -> Card:
+def _wide_card(
+    row: Row, sample: Sample | None, rows: dict[str, Row | None], names: _Names, measured: dict[str, float]
+) -> Card:
     """Return the card of an image: the photograph, then each run's picture of it."""
     photo_YX3 = photograph(row, sample)
     facts = _facts(row, names)
     shown = []
     if photo_YX3 is not None:
-        shown.append(encode(photo_YX3, f"{row.key}, {facts.get('label', '')}", given_boxes(sample, row), "photograph"))
+        words = f"{row.key}, {facts.get('label', '')}"
+        first = encode(photo_YX3, words, given_boxes(sample, row), "photograph")
+        shown.append(first)
         height, width = photo_YX3.shape[:2]
         for caption, other in rows.items():
-            drawn = None if other is None else overlay(other, photo_YX3, caption)
+            drawn = None if other is None else overlay(other, first.layers[0], photo_YX3, caption)
             why = "not in this run" if other is None else other.error or other.status
-            shown.append(drawn or Picture(b"", width, height, why, (), caption))
+            shown.append(drawn or Picture((), width, height, why, (), caption))
     some_facts = [(name, facts[name]) for name in ("label", "predicted", "target", "score", "size") if name in facts]
-    values = {name: getattr(row, name) for name in _VALUES}
-    return Card(row.key, row.shard, row.status, [View(shown, some_facts, _trouble(row, sample))], values)
+    values = {name: getattr(row, name) for name in _VALUES if name != "mask_area"}
+    view = View(shown, [*some_facts, *numbered(measured)], _trouble(row, sample))
+    return Card(row.key, row.shard, row.status, [view], values | measured)
 
 
 def _facts(row: Row, names: _Names) -> dict[str, str]:

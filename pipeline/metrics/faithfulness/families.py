@@ -5,9 +5,7 @@ Shape suffixes: B batch, H W the network's input, C channels.
 # ruff: noqa: N815  (fields carry a shape suffix)
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,11 +21,11 @@ from saltern.pipeline.metrics.faithfulness.curves import deletion, insertion
 from saltern.pipeline.metrics.faithfulness.maps import MapFamily
 from saltern.pipeline.metrics.faithfulness.passes import NORMALISED, black_level, target_probability
 from saltern.pipeline.metrics.faithfulness.road import road
-from saltern.pipeline.metrics.family import Better, Metric
 from saltern.pipeline.models.passes import frozen, logits_of
 from saltern.pipeline.runs.reader import Row
 from saltern.schemas.config import EvaluateConfig, ExtractConfig
 from saltern.schemas.evaluation import FOUND
+from saltern.schemas.metrics import METRICS
 
 
 @dataclass(frozen=True)
@@ -87,10 +85,7 @@ class PerturbationFamily(NetworkFamily):
     """Areas under the probability of the class while pixels are inserted or deleted in the order of the map."""
 
     name = "perturbation"
-    metrics: ClassVar[Mapping[str, Metric]] = {
-        "insertion": Metric("insertion", Better.MORE, "area while pixels replace a blurred image, 50 steps", False),
-        "deletion": Metric("deletion", Better.LESS, "area while the mean colour replaces pixels, 50 steps", False),
-    }
+    metrics = METRICS["perturbation"]
 
     def measure_images(self, images: Images) -> dict[str, Tensor]:
         inputs = self.logits, images.x_BCHW, images.map_BHW, images.target_B
@@ -105,12 +100,7 @@ class ConfidenceFamily(NetworkFamily):
     """The probability of the class on the image that is multiplied by its map."""
 
     name = "confidence"
-    metrics: ClassVar[Mapping[str, Metric]] = {
-        "average_drop": Metric("average drop %", Better.LESS, "max(0, p(x) - p(m x)) / p(x)"),
-        "increase": Metric("increase %", Better.MORE, "share of images with p(m x) > p(x)"),
-        "rho_plus": Metric("ρ+", Better.MORE, "positive map density: p(m x) / mean(m)", False),
-        "rho_minus": Metric("ρ-", Better.LESS, "negative map density: p((1 - m) x) / mean(1 - m)", False),
-    }
+    metrics = METRICS["confidence"]
 
     def measure_images(self, images: Images) -> dict[str, Tensor]:
         inputs = self.logits, images.x_BCHW, images.map_BHW, images.target_B, self.black_C11
@@ -129,11 +119,7 @@ class RoadFamily(NetworkFamily):
     """Remove and debias: the probability of the class without the most and without the least relevant pixels."""
 
     name = "road"
-    metrics: ClassVar[Mapping[str, Metric]] = {
-        "road": Metric(
-            "ROAD", Better.MORE, "(LeRF - MoRF) / 2 at 20, 40, 60 and 80 %; blurring a map raises it", False
-        ),
-    }
+    metrics = METRICS["road"]
 
     def measure_images(self, images: Images) -> dict[str, Tensor]:
         inputs = self.logits, images.x_BCHW, images.map_BHW, images.target_B, images.seed_B
@@ -144,11 +130,7 @@ class CompositeFamily(NetworkFamily):
     """Harmonic means of coherency, simplicity and faithfulness. Controls have none, as coherency needs a method."""
 
     name = "composite"
-    metrics: ClassVar[Mapping[str, Metric]] = {
-        "coherency": Metric("coherency", Better.MORE, "correlation of the map and that of the masked image", False),
-        "adcc": Metric("ADCC", Better.MORE, "of coherency, 1 - mean of the map, 1 - average drop", False),
-        "arcc": Metric("ARCC", Better.MORE, "of coherency, 1 - mean of the map, ROAD", False),
-    }
+    metrics = METRICS["composite"]
 
     def measure_images(self, images: Images) -> dict[str, Tensor]:
         x_BCHW, map_BHW, target_B = images.x_BCHW, images.map_BHW, images.target_B

@@ -5,19 +5,18 @@ Shape suffixes: N samples of a batch, M measured ones, H W the network's input, 
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from saltern.pipeline.maps.discretize import upsample
 from saltern.pipeline.metrics.faithfulness.statistics import map_statistics, mask_share
-from saltern.pipeline.metrics.family import Batch, Better, Family, Metric
+from saltern.pipeline.metrics.family import Batch, Family
 from saltern.pipeline.runs.columns import Record
 from saltern.pipeline.runs.reader import Row
 from saltern.schemas.config import ExtractConfig
 from saltern.schemas.errors import UserError
+from saltern.schemas.metrics import METRICS
 
 
 class MapFamily(Family):
@@ -65,13 +64,7 @@ class StatisticsFamily(MapFamily):
     """What a map looks like: blurring alone raises ROAD, and many metrics barely tell a method from noise."""
 
     name = "statistics"
-    metrics: ClassVar[Mapping[str, Metric]] = {
-        "total_variation": Metric("TV", Better.NEITHER, "total variation of the scaled map, over its pixels", False),
-        "entropy": Metric("entropy, bits", Better.NEITHER, "of the map's values in 256 bins", False),
-        "map_mean": Metric("mean", Better.NEITHER, "of the map, scaled to [0, 1]", False),
-        "map_std": Metric("std", Better.NEITHER, "of the scaled map, over its pixels", False),
-        "mask_area": Metric("mask %", Better.NEITHER, "share of the image in the mask"),
-    }
+    metrics = METRICS["statistics"]
 
     def measure_maps(
         self, subject: str, rows: list[Row], map_MHW: Tensor, pixels_MHWC: Tensor | None

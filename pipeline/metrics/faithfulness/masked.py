@@ -11,15 +11,13 @@ Shape suffixes: B batch, H W the network's input, C colours.
 from concurrent.futures import Executor, Future
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from saltern.pipeline.maps.inpaint import inpaint
 from saltern.pipeline.metrics.faithfulness.passes import BATCH, Logits, masked
-
-RADIUS = 3  # pixels of the neighbourhood that a pixel is inpainted from
 
 
 class Correct(NamedTuple):
@@ -80,10 +78,3 @@ def start_inpainting(
         A future for each image, of pixels_HWC. `numpy.stack([future.result() for future in futures])` waits for all.
     """
     return [pool.submit(inpaint, *pair) for pair in zip(pixels_BHWC, mask_BHW, strict=True)]
-
-
-def inpaint(pixels_HWC: NDArray[np.uint8], mask_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Fill the masked pixels of an image by fast marching (Telea 2004), radius 3."""
-    if mask_HW.all():
-        return np.zeros_like(pixels_HWC)  # nothing to start from: OpenCV would return the image
-    return np.asarray(cv2.inpaint(pixels_HWC, mask_HW.astype(np.uint8), RADIUS, cv2.INPAINT_TELEA), np.uint8)

@@ -7,7 +7,6 @@ Shape suffixes: N samples of a batch, M judged ones, H W the network's input, C 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -22,13 +21,14 @@ from saltern.pipeline.metrics.faithfulness.further import load_further
 from saltern.pipeline.metrics.faithfulness.masked import Correct, masked_classification, start_inpainting
 from saltern.pipeline.metrics.faithfulness.masked_plot import draw_masked
 from saltern.pipeline.metrics.faithfulness.passes import PIXELS, black_level
-from saltern.pipeline.metrics.family import Batch, Better, Family, Metric
+from saltern.pipeline.metrics.family import Batch, Family
 from saltern.pipeline.models.passes import frozen, logits_of
 from saltern.pipeline.runs.columns import Record
 from saltern.pipeline.runs.manifest import load_run
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import EvaluateConfig, ExtractConfig
 from saltern.schemas.evaluation import FIELDS
+from saltern.schemas.metrics import METRICS
 from saltern.schemas.run import Shard
 
 COLUMNS = tuple(field.name for field in FIELDS["masked"])
@@ -66,11 +66,7 @@ class MaskedFamily(Family):
     """
 
     name = "masked"
-    metrics: ClassVar[Mapping[str, Metric]] = {
-        "masked_in": Metric("top-1 in %", Better.MORE, "top-1 on the image times its mask, mean over the classifiers"),
-        "masked_out": Metric("top-1 out %", Better.LESS, "top-1 on the image times 1 - mask"),
-        "inpainted": Metric("inpainted %", Better.LESS, "top-1 on the image whose mask is inpainted"),
-    }
+    metrics = METRICS["masked"]
     needs_pixels = runs_network = takes_classifiers = True
 
     def __init__(self, config: ExtractConfig, how: EvaluateConfig, device: torch.device):

@@ -2,26 +2,19 @@
 
 import base64
 import hashlib
-import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from made_run import Made, make_run, write_shard
+from made_run import make_run, write_shard
 from making import picture, write_tar
-from numpy.typing import NDArray
-from pages import Card, Page, members, page_of
-from scipy import ndimage
+from pages import Page, members, page_of
 
-from saltern.pipeline.runs.reader import COLUMNS, Row, map_in_original, open_run
-from saltern.pipeline.shards.samples import read_samples
+from saltern.pipeline.runs.reader import COLUMNS, open_run
 from saltern.pipeline.show.sheet import comparison, contact_sheet
 from saltern.schemas.errors import UserError
-from saltern.schemas.run import Shard
 from saltern.schemas.saliency import DECODE_FAILED
-from saltern.schemas.seal import seal
 
 EVIL = '<b onload="x">\'&amp; evil'
 
@@ -32,9 +25,10 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     page = Page(text)
     assert not page.tags & {"link", "iframe", "object", "embed", "base", "form", "audio", "video"}
     for tag, name, value in page.attributes:
-        assert name not in ("href", "srcset", "style")
+        assert name not in ("src", "srcset", "style", "xlink:href")
         assert not name.startswith("on")
-        assert name != "src" or (tag == "img" and str(value).startswith("data:image/jpeg;base64,"))
+        inside = {"image": "data:image/webp;base64,", "use": "#i"}
+        assert name != "href" or str(value).startswith(inside[tag])
     assert not re.search(r"url\(|@import|https?:|fetch\(|import\(|eval\(", text)
     digest = base64.b64encode(hashlib.sha256(page.script.encode()).digest()).decode()
     policy = next(
@@ -48,8 +42,7 @@ def test_a_very_tall_image_does_not_fill_the_page(tmp_path: Path) -> None:
     text = contact_sheet(open_run(str(make_run(tmp_path, shards=1, samples=1).path)))
     (style,) = re.findall(r"<style>(.*?)</style>", text, re.S)
     rules = dict(re.findall(r"([^{}]+)\{([^{}]*)\}", style))
-    assert re.fullmatch(r"max-height:\d+rem", rules["\n.picture img,.picture svg"])  # boxes are drawn in the svg
-    assert "object-fit:contain" in rules[".picture img"]
+    assert re.search(r"max-height:\d+rem", rules["\n.picture svg"])
 
 
 def test_signed_maps_are_explained_only_where_there_are_some(tmp_path: Path) -> None:
@@ -85,7 +78,13 @@ def test_cards_come_in_shard_order_with_the_row_s_facts(tmp_path: Path) -> None:
         assert f"{100 * row.mask_area:.1f} %" in card.text
         assert " ".join(map(str, row.boxes[0])) in card.text
         assert f"label {row.label} disc" in " ".join(card.text.split())
-        assert [str(image["alt"]).split()[0] for image in card.images] == [f"{row.key},", "map", "mask"]
+        assert [str(image["alt"]).split()[0] for image in card.images] == [
+            f"{row.key},",
+            "map",
+            "mask",
+            row.key,
+            row.key,
+        ]
 
 
 @pytest.mark.parametrize("column", ["score", "mask_area", "predicted"])
@@ -138,7 +137,7 @@ def test_shards_that_are_gone_leave_maps_without_images(tmp_path: Path) -> None:
     assert "part0/train: " not in page.head
     for card in page.cards[2:]:
         assert "the image cannot be read" in card.text
-        assert len(card.images) == 3
+        assert len(card.images) == 4  # no pixels to inpaint from
         assert np.abs(card.pixels(0).astype(int) - 128).max() < 3  # grey
         assert np.ptp(card.pixels(1).astype(int)) > 50
 
@@ -158,22 +157,19 @@ def test_only_the_shards_that_are_shown_are_read(tmp_path: Path) -> None:
         Path(shard.url).unlink()
     page = page_of(made, limit=5)
     assert "cannot be read" not in page.head
-    assert all(len(card.images) == 3 for card in page.cards)
+    assert all(len(card.images) == 5 for card in page.cards)
 
 
 def test_boxes_found_and_given_are_drawn_in_their_places(tmp_path: Path) -> None:
     made = make_run(tmp_path, shards=1, json=members())
-    scale = 320 / 60
     for card, row in zip(page_of(made).cards, open_run(str(made.path)), strict=True):
         for number in (0, 2):
-            assert card.boxes(number, "given")[0] == pytest.approx(
-                [3 * scale, 4 * scale, 31 * scale, 41 * scale], abs=0.4
-            )
-            assert card.boxes(number, "found")[0] == pytest.approx([end * scale for end in row.boxes[0]], abs=0.4)
+            assert card.boxes(number, "given")[0] == pytest.approx([3, 4, 31, 41], abs=0.1)
+            assert card.boxes(number, "found")[0] == pytest.approx(row.boxes[0], abs=0.1)
         scale_x, scale_y, x, y = row.geometry
-        assert card.boxes(1, "crop")[0] == pytest.approx(
-            [v * scale for v in (x, y, x + 32 * scale_x, y + 32 * scale_y)], abs=0.4
-        )
+        for number in range(1, 5):
+            seen = [x, y, x + 32 * scale_x, y + 32 * scale_y]
+            assert card.boxes(number, "crop")[0] == pytest.approx(seen, abs=0.1)
 
 
 @pytest.mark.parametrize("boxes", ["none", [[1, 2]], [["a"] * 4], {"x": 1}, None])
@@ -184,47 +180,12 @@ def test_given_boxes_of_another_kind_are_left_out(tmp_path: Path, boxes: object)
 
 @pytest.mark.parametrize("raw", [b"[1]", b"{", b"\xff\xfe"])
 def test_json_of_another_kind_is_left_out(tmp_path: Path, raw: bytes) -> None:
-    assert len(page_of(make_run(tmp_path, shards=1, samples=1, json=raw)).cards[0].images) == 3
-
-
-def at_thumbnail(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Resample an original-sized map at the thumbnail's pixels, nearest neighbour."""
-    ys, xs = np.arange(235) * 44 // 235, np.arange(320) * 60 // 320
-    return values[ys][:, xs]
-
-
-def _compare(made: Made, check: Callable[[Card, Row, NDArray[np.float32]], None]) -> None:
-    for card, row in zip(page_of(made).cards, open_run(str(made.path)), strict=True):
-        assert card.pixels(0).shape == (235, 320, 3)
-        check(card, row, at_thumbnail(map_in_original(row)))
-
-
-def test_the_map_lies_over_the_photograph(tmp_path: Path) -> None:
-    def check(card: Card, row: Row, map_YX: NDArray[np.float32]) -> None:
-        photo, heat = card.pixels(0).astype(float), card.pixels(1).astype(float)
-        seen = np.isfinite(map_YX)
-        inside, outside = (ndimage.binary_erosion(part, iterations=5) for part in (seen, ~seen))
-        assert np.abs(heat - 0.3 * photo)[outside].mean() < 3  # dimmed, up to JPEG's error
-        colours = ((heat - 0.4 * photo) @ [0.299, 0.587, 0.114])[inside]
-        drawn = map_YX.clip(min=0)  # a signed map is coloured from 0 up
-        assert np.corrcoef(colours, drawn[inside])[0, 1] > 0.95  # inferno grows brighter from end to end
-
-    _compare(make_run(tmp_path, shards=1), check)
-
-
-def test_the_mask_cuts_the_photograph_out(tmp_path: Path) -> None:
-    def check(card: Card, row: Row, map_YX: NDArray[np.float32]) -> None:
-        photo, cut = card.pixels(0).astype(float), card.pixels(2).astype(float)
-        inside = np.nan_to_num(map_YX, nan=-9) >= row.mask_threshold
-        assert np.median(np.abs(cut - photo)[inside]) < 4
-        assert np.median(np.abs(cut - 0.3 * photo)[~inside]) < 4
-
-    _compare(make_run(tmp_path, shards=1), check)
+    assert len(page_of(make_run(tmp_path, shards=1, samples=1, json=raw)).cards[0].images) == 5
 
 
 def test_a_run_without_maps_shows_masks(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path, shards=1, samples=1, save_map=False))
-    assert [str(image["alt"]).split()[0] for image in page.cards[0].images] == ["s0k0,", "mask"]
+    assert [str(image["alt"]).split()[0] for image in page.cards[0].images] == ["s0k0,", "mask", "s0k0", "s0k0"]
     assert "not stored" in page.head
 
 
@@ -235,30 +196,3 @@ def test_a_run_with_nothing_done(tmp_path: Path) -> None:
         page = page_of(made, sort)
         assert page.cards == []
         assert "0 of 1 done" in page.head
-
-
-def test_48_photographs_stay_below_5_mb(shared_data: Path, tmp_path: Path) -> None:
-    """Even full-size photographs with maps and masks of noise give a page below 5 MB."""
-    tar = next(iter(sorted((shared_data / "imagenet-sample").glob("*.tar"))))
-    made = make_run(tmp_path, shards=1, samples=48, grid=(32, 32))
-    photographs = enumerate(_photographs(tar, 48))
-    write_tar(Path(made.run.shards[0].url), [(f"s0k{index}", {"jpg": photo}) for index, photo in photographs])
-    text = contact_sheet(open_run(str(_resized(made).path)))
-    assert "cannot be read" not in text
-    assert 1_000_000 < len(text) < 5_000_000
-
-
-def _photographs(tar: Path, count: int) -> list[bytes]:
-    found = read_samples(Shard("x", str(tar), tar.stat().st_size, take=count))
-    return [sample.image for sample in found if sample.image]
-
-
-def _resized(made: Made) -> Made:
-    """Write the tar's present size into run.json and the receipt."""
-    old, new = made.run.shards[0].size, Path(made.run.shards[0].url).stat().st_size
-    for name in ("run.json", "receipts/part0/train.json"):
-        file = made.path / name
-        stored = json.loads(file.read_text().replace(f'"size": {old}', f'"size": {new}'))
-        del stored["seal"]
-        file.write_bytes(seal(stored))
-    return made

@@ -285,14 +285,14 @@ def test_the_page_is_self_contained_and_shows_the_same_samples_each_time(count, 
     assert titles[0] == titles[1]
     assert len(set(titles[0])) == len(titles[0]) == min(2 * count, SHOWN)
     for page in pages:
-        assert set(re.findall(r'(?:src|href)="([^:]*:[^;"]*)', page)) == {"data:image/jpeg"}
+        assert set(re.findall(r'(?:src|href)="([^:]*:[^;"]*)', page)) == {"data:image/webp"}
         assert "http" not in re.sub(r'"data:[^"]*"', "", page).replace("http-equiv", "")
         assert "default-src 'none'" in page
         assert str(tmp_path) not in page
     shown = Counter(re.findall(r"\((right|wrong|hit|miss)\)", pages[0]))
     assert shown["right"] + shown["wrong"] >= len(titles[0]) - 3
     assert "&lt;0&gt;" in pages[0]
-    assert pages[0].count("<img") >= 3 * (len(titles[0]) - 1)
+    assert pages[0].count("<image ") >= 3 * (len(titles[0]) - 1)
     assert pages[0].count('class="found"') > pages[0].count('class="given"') > 0
     assert "Masks after 4 steps" in pages[1]
 
