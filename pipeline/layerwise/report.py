@@ -8,11 +8,11 @@ from typing import Any
 
 from saltern.pipeline.metrics.estimate import Estimate
 from saltern.pipeline.metrics.evaluate import Evaluation, describe, to_json
-from saltern.pipeline.metrics.family import Metric
 from saltern.pipeline.metrics.table import columns_of, format_estimate, head_of, remarks
 from saltern.pipeline.storage.store import Store
 from saltern.pipeline.tables import markdown_table
 from saltern.schemas.errors import UserError
+from saltern.schemas.metrics import Metric
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _STYLES = (":", "--", "-.", (0, (1, 4)), (0, (6, 3)))
