@@ -233,19 +233,21 @@ class EvaluateConfig(RunConfig):
     family: str  # of metrics, a key of schemas.evaluation.FIELDS
     source: str  # fingerprint of the run whose rows are judged
     controls: bool  # judge the controls instead of the run's maps
+    columns: tuple[str, ...]  # of the data files: a version with other columns measures again
     classifiers: tuple[ClassifierConfig, ...] = ()  # besides the run's own, in the order of the columns' values
 
     def _to_stored(self) -> dict[str, Any]:
         options = {name: getattr(self, name) for name in ("family", "source", "controls")}
+        options["columns"] = list(self.columns)
         further = [{**asdict(one), "mean": list(one.mean), "std": list(one.std)} for one in self.classifiers]
         return {"job_options": {**options, **({"classifiers": further} if further else {})}}
 
     @classmethod
     def _from_stored(cls, stored: Mapping[str, Any]) -> dict[str, Any]:
         options = dict(stored["job_options"])
-        further = options.pop("classifiers", [])
+        further, columns = options.pop("classifiers", []), tuple(options.pop("columns", ()))
         further = [{**one, "mean": tuple(one["mean"]), "std": tuple(one["std"])} for one in further]
-        return {**options, "classifiers": tuple(ClassifierConfig(**one) for one in further)}
+        return {**options, "columns": columns, "classifiers": tuple(ClassifierConfig(**one) for one in further)}
 
 
 _KINDS: tuple[type[RunConfig], ...] = (ExtractConfig, AttackConfig, VisualizeConfig, EvaluateConfig)

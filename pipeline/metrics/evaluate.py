@@ -214,6 +214,7 @@ def _plan(
         family=name,
         source=run.run.fingerprint,
         controls=controls,
+        columns=tuple(evaluation_schema(name).names),
         classifiers=classifiers,
         **pin(request, existing, device, workers),
     )

@@ -17,10 +17,12 @@ from pages import members
 from typer.testing import CliRunner
 
 from saltern.jobs.main import app
+from saltern.pipeline.metrics.faithfulness.maps import StatisticsFamily
 from saltern.pipeline.metrics.localization.levels import LEVELS
 from saltern.pipeline.metrics.localization.maxbox import box_hits
 from saltern.pipeline.runs.manifest import receipt_name
 from saltern.pipeline.runs.reader import Row, open_run
+from saltern.schemas import evaluation
 from saltern.schemas.errors import UserError
 
 COLUMNS = ("le", "om", "f1", "f1_mask", "pointing", "pointing_difficult", "energy", "box_iou")
@@ -181,6 +183,16 @@ def test_a_tar_that_was_touched_is_judged_again_only_if_it_changed(
     assert data.stat().st_ino == inode
     annotate(made, lambda key: b'{"boxes": [[5, 5, 6, 7]]}')
     assert look(3000) == 1
+
+
+def test_an_evaluation_with_other_columns_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_run(tmp_path, shards=1, json=inclusive((10, 10, 40, 40)))
+    with monkeypatch.context() as older:
+        older.setitem(evaluation.FIELDS, "statistics", evaluation.FIELDS["statistics"][:-1])
+        older.setattr(StatisticsFamily, "metrics", {"entropy": StatisticsFamily.metrics["entropy"]})
+        judge(made.path, metrics=["statistics"])
+    found = judge(made.path, metrics=["statistics"]).runs[0].estimates
+    assert found["mask_area"].count == 5
 
 
 def test_an_evaluation_of_another_run_in_the_folder_is_replaced(tmp_path: Path) -> None:
