@@ -50,7 +50,7 @@ def evaluate(
 
     # If the shell expands a glob, `--shards` takes the first path and the others come as arguments.
     folders, tars = named(runs, shards or [])
-    further = [word.strip() for text in classifiers or [] for word in text.split(",") if word.strip()]
+    further = [word.strip() for text in classifiers or [] for word in text.split(",")]
     request = collect(EvaluateRequest, ctx, runs=folders, shards=tars, metrics=metric or [], classifiers=further)
     try:
         evaluation = measure(request, collect(RunOptions, ctx, out=folders[0]))

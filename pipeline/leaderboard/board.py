@@ -14,7 +14,8 @@ from saltern.pipeline.extract.several import each_method
 from saltern.pipeline.leaderboard.page import board_page
 from saltern.pipeline.metrics.evaluate import EvaluateRequest, Evaluation, StoppedError, evaluate
 from saltern.pipeline.metrics.table import as_json, as_markdown, remarks
-from saltern.pipeline.runs.reader import SaliencyRun
+from saltern.pipeline.metrics.wanted import same_samples
+from saltern.pipeline.runs.reader import SaliencyRun, open_run
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.errors import UserError
 
@@ -58,9 +59,9 @@ def make_leaderboard(
     """
     out = options.out.rstrip("/")
     made = [] if request is None else extract_runs(request, options, out)
+    _check_same([open_run(path) for path in (*made, *runs)])  # before hours of judging
     evaluation = evaluate(replace(judging, runs=[*made, *runs]), options)
     opened = [judged.run for judged in evaluation.runs]
-    _check_same(opened)
     board = Leaderboard(evaluation, {run.path: rate_of(run) for run in opened})
     files = {
         "leaderboard.json": board.json(),
@@ -92,9 +93,8 @@ def extract_runs(request: ExtractRequest, options: RunOptions, out: str) -> list
 
 def _check_same(runs: Sequence[SaliencyRun]) -> None:
     """Raise UserError if the runs are not of the same samples: their numbers could not be compared."""
-    first = {shard.name: (shard.size, shard.take) for shard in runs[0].run.shards}
     for run in runs[1:]:
-        if {shard.name: (shard.size, shard.take) for shard in run.run.shards} != first:
+        if not same_samples(run.run.shards, runs[0].run.shards):
             raise UserError(f"{run.path} is not of the same shards as {runs[0].path}; a leaderboard compares equals")
 
 

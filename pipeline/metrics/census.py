@@ -46,17 +46,20 @@ class Census:
         """Samples whose row in the run failed."""
         return self.judged - self.statuses[OK] - self.statuses[ZERO_MAP]
 
-    def require(self, what: str, fix: str, unread: Mapping[str, str]) -> None:
+    def require(self, path: str, what: str, fix: str, unread: Mapping[str, str]) -> None:
         """Raise UserError if all shards were read and no sample could be judged.
 
         Args:
+            path: of the run.
             what: that each sample needs.
             fix: how samples get it.
             unread: shards that could not be read.
         """
+        if not self.statuses and not unread:
+            raise UserError(f"{path}: no sample to judge: its shards hold none; look at their members with tar tf")
         if not self.judged and not unread:
             why = "; ".join(f"{place}: {reason}" for place, reason in list(self.bad.items())[:1])
-            raise UserError(f"none of the {self.statuses.total():,} samples has {what} ({why or fix})")
+            raise UserError(f"{path}: none of the {self.statuses.total():,} samples has {what} ({why or fix})")
 
     def summary(self) -> dict[str, Any]:
         """Return the counts as JSON."""

@@ -15,7 +15,7 @@ from saltern.pipeline.metrics.estimate import Estimate
 from saltern.pipeline.metrics.faithfulness.further import further_classifiers
 from saltern.pipeline.metrics.families import FAMILIES, choose_metrics
 from saltern.pipeline.metrics.processor import MetricProcessor, Source
-from saltern.pipeline.metrics.wanted import wanted_shards
+from saltern.pipeline.metrics.wanted import same_samples, wanted_shards
 from saltern.pipeline.runs.agreement import measure_agreement
 from saltern.pipeline.runs.manifest import load_run, read_receipts, receipt_name
 from saltern.pipeline.runs.measured import is_of
@@ -111,8 +111,13 @@ def evaluate(request: EvaluateRequest, options: RunOptions) -> Evaluation:
             if picture is not None:
                 with _writing(run.path):
                     run.store.write(f"metrics/{name}.png", picture)
-    for judged in evaluation.runs:
+    for judged, (_, shards, _) in zip(evaluation.runs, runs, strict=True):
         judged.notes += _notes(judged, evaluation)
+        if not same_samples(shards, runs[0][1]):
+            judged.notes.append(
+                f"{judged.run.path} was judged on other samples than {runs[0][0].path}: compare neither their numbers, "
+                "nor its numbers with the controls, which are of the first run's samples"
+            )
     return evaluation
 
 
@@ -172,7 +177,7 @@ def _measure(
     further = further_classifiers(request.classifiers, run.config) if FAMILIES[name].takes_classifiers else ()
     plan = partial(_plan, request, run, name, shards, controls, further)
     with _writing(run.path):
-        overwrite = _prepare(store, partial(plan, load_run(store)), digests)
+        overwrite = _prepare(store, partial(plan, _existing(store)), digests)
     # Only the table goes to stdout.
     with contextlib.redirect_stdout(sys.stderr):
         job = Job(plan, partial(MetricProcessor, source=source, family=FAMILIES[name]))
@@ -184,6 +189,14 @@ def _measure(
     if len(done) + len(result.failures) < len(shards):
         raise UserError(f"{root}: the evaluation stopped before its end; repeat the command to go on")
     return result.failures, FAMILIES[name].summarise(store, done)
+
+
+def _existing(store: Store) -> Run | None:
+    """Return the evaluation in the folder. Raise UserError, with the fix, if it cannot be read."""
+    try:
+        return load_run(store)
+    except UserError as error:
+        raise UserError(f"{error}; remove {store.full('')} and repeat the command: it is measured again") from error
 
 
 def _folder(run: SaliencyRun, name: str, *, controls: bool) -> str:
@@ -227,7 +240,7 @@ def _prepare(store: Store, plan: Callable[[str, int], tuple[Run, list[str]]], di
     Returns:
         Whether the evaluation that is there is another one, and is to be replaced.
     """
-    existing = load_run(store)
+    existing = _existing(store)
     if existing is None:
         # Older versions wrote a file for each shard here.
         store.remove(name for name in store.listing("", ".parquet") if name.removesuffix(".parquet") in digests)

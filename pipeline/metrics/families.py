@@ -38,9 +38,11 @@ def choose_metrics(words: Sequence[str]) -> dict[str, list[str]]:
         words: names of metrics and of families, commas allowed; none = the families of DEFAULT.
 
     Raises:
-        UserError: an unknown name.
+        UserError: an unknown or an empty name.
     """
-    names = [word.strip().lower() for text in words for word in text.split(",") if word.strip()] or [*DEFAULT]
+    names = [word.strip().lower() for text in words for word in text.split(",")] or [*DEFAULT]
+    if "" in names:
+        raise UserError(f"--metric {','.join(words)!r}: a name is empty; give names with one comma between them")
     known = [*FAMILIES, *(option_name(metric) for family in FAMILIES.values() for metric in family.metrics)]
     for name in names:
         if name not in known:

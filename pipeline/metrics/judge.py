@@ -10,8 +10,24 @@ from saltern.pipeline.maps.frame import Laid, lay
 from saltern.pipeline.metrics.census import Census
 from saltern.pipeline.metrics.control_rows import BOXES
 from saltern.pipeline.metrics.family import Batch, Family
-from saltern.pipeline.metrics.localization.boxes import box_f1, clipped, covered, is_hit, map_f1, mask_iou, unit
-from saltern.pipeline.metrics.localization.pointing import energy_inside, highest_point, is_difficult, is_pointed_at
+from saltern.pipeline.metrics.localization.boxes import (
+    area,
+    box_f1,
+    clipped,
+    covered,
+    is_hit,
+    map_f1,
+    mask_iou,
+    overlap,
+    unit,
+)
+from saltern.pipeline.metrics.localization.pointing import (
+    apart,
+    energy_inside,
+    highest_point,
+    is_difficult,
+    is_pointed_at,
+)
 from saltern.pipeline.runs.columns import Record
 from saltern.pipeline.runs.reader import Row
 from saltern.pipeline.shards.annotations import Annotation, read_annotation
@@ -51,7 +67,7 @@ class Localization(Family):
 
     @classmethod
     def check_census(cls, path: str, census: Census, unread: Mapping[str, str]) -> None:
-        check_boxes(census, unread)
+        check_boxes(path, census, unread)
 
     def measure(self, batch: Batch) -> list[Record]:
         records, true = read_truth(batch)
@@ -70,7 +86,10 @@ class Localization(Family):
             found = {**box_scores(row, truth, box), "box_iou": 0.0}
             if box and size:
                 found["box_iou"] = covered(box, [clipped(one, *size) for one in truth.boxes])
-        return other | found | _pointing(row, truth, maps)
+        found = other | found | _pointing(row, truth, maps)
+        if subject in BOXES and box:
+            found["energy"] = sum(overlap(box, one) for one in apart(truth.boxes)) / area(box)
+        return found
 
 
 def read_truth(batch: Batch) -> tuple[list[Record], dict[int, Annotation]]:
@@ -84,6 +103,7 @@ def read_truth(batch: Batch) -> tuple[list[Record], dict[int, Annotation]]:
             if truth is None:
                 record = {"status": NO_BOXES, "error": "its json has no boxes"}
             else:
+                check_inside(truth, batch.rows[at])
                 true[at] = truth
         except ValueError as error:
             record = {"status": BAD_BOXES, "error": str(error)}
@@ -91,10 +111,23 @@ def read_truth(batch: Batch) -> tuple[list[Record], dict[int, Annotation]]:
     return records, true
 
 
-def check_boxes(census: Census, unread: Mapping[str, str]) -> None:
+def check_inside(truth: Annotation, row: Row) -> None:
+    """Raise ValueError if a true box has no pixel of the image, in the size that the boxes were annotated at."""
+    size = truth.size or size_of(row)
+    if size is None:
+        return
+    for box in truth.boxes:
+        if not area(clipped(box, *size)):
+            x0, y0, x1, y1 = box
+            raise ValueError(
+                f"its box {[x0, y0, x1 - 1, y1 - 1]} lies outside of the image, {size[1]} x {size[0]} pixels"
+            )
+
+
+def check_boxes(path: str, census: Census, unread: Mapping[str, str]) -> None:
     """Raise UserError if all shards were read and no sample has boxes."""
     fix = "`saltern pack --boxes` packs ILSVRC annotations as `boxes` of the json member"
-    census.require("boxes to judge by", fix, unread)
+    census.require(path, "boxes to judge by", fix, unread)
 
 
 def size_of(row: Row) -> tuple[int, int] | None:

@@ -40,7 +40,7 @@ class MaxBox(Family):
 
     @classmethod
     def check_census(cls, path: str, census: Census, unread: Mapping[str, str]) -> None:
-        check_boxes(census, unread)
+        check_boxes(path, census, unread)
 
     @classmethod
     def summarise(cls, store: Store, shards: Sequence[Shard]) -> dict[str, dict[str, Estimate]]:

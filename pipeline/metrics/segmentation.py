@@ -38,7 +38,7 @@ class Pixels(Family):
     @classmethod
     def check_census(cls, path: str, census: Census, unread: Mapping[str, str]) -> None:
         fix = f"a member {MASK}: 0 background, 1 or 255 foreground, 128 ignored, of the image's size"
-        census.require("a pixel mask to judge by", fix, unread)
+        census.require(path, "a pixel mask to judge by", fix, unread)
 
     @classmethod
     def summarise(cls, store: Store, shards: Sequence[Shard]) -> dict[str, dict[str, Estimate]]:

@@ -1,6 +1,7 @@
 """Find the shards of a run that are to be judged, at their present paths."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from saltern.pipeline.runs.places import find_shards
 from saltern.pipeline.runs.reader import SaliencyRun
@@ -24,6 +25,12 @@ def wanted_shards(run: SaliencyRun, patterns: Sequence[str]) -> tuple[list[Shard
     if len(chosen) < len(run.run.shards):
         hints.append(f"{len(chosen)} of the run's {len(run.run.shards)} shards are evaluated")
     return _done(run, [chosen[shard.name] for shard in run.run.shards if shard.name in chosen]), hints
+
+
+def same_samples(shards: Sequence[Shard], others: Sequence[Shard]) -> bool:
+    """Return whether the shards hold the same samples: tars of the same names and sizes, at any place, cut equally."""
+    one, other = (sorted((Path(it.url).name, it.size, it.take or 0) for it in some) for some in (shards, others))
+    return one == other
 
 
 def _done(run: SaliencyRun, shards: list[Shard]) -> list[Shard]:

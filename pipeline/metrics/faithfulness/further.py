@@ -22,8 +22,11 @@ def further_classifiers(words: Sequence[str], config: ExtractConfig) -> tuple[Cl
         config: of the run whose crops they see.
 
     Raises:
-        UserError: a model is unknown, named twice or the run's own, or has other classes than the run's model.
+        UserError: a name is empty, or a model is unknown, named twice or the run's own, or has other classes than
+            the run's model.
     """
+    if "" in words:
+        raise UserError(f"--classifiers {','.join(words)}: a name is empty; give names with one comma between them")
     names = [config.model, *(word.partition("=")[0] for word in words)]
     for name in names:
         if names.count(name) > 1:

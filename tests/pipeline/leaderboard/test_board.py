@@ -84,6 +84,7 @@ def test_runs_of_other_shards_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not of the same shards"):
         board(shards, tmp_path / "board", "cam", tmp_path / "own")
     assert not (tmp_path / "board/leaderboard.json").exists()
+    assert not (tmp_path / "board/cam/metrics").exists()  # refused before the runs are judged
 
 
 def test_failed_shards_stop_the_leaderboard(tmp_path: Path) -> None:

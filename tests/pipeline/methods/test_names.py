@@ -24,6 +24,7 @@ from saltern.schemas.errors import UserError
         ("gradient", {"reduse": "max"}, "did you mean 'reduce'"),
         ("gradient", {"reduce": "mean"}, "one of max, sum, l2"),
         ("grad-cam", {"reduce": "max"}, "unknown key 'reduce'"),
+        ("cam", {"reduce": "max"}, "unknown key 'reduce' in the options of cam: it has none"),
         ("captum:Salience", {}, "did you mean 'Saliency'"),
         ("captum:Saliency", {"absolute": True}, "unknown key 'absolute'"),
         ("captum:Occlusion", {}, "needs the option 'sliding_window_shapes'"),

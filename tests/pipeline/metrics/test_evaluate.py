@@ -104,6 +104,35 @@ def test_failed_rows_are_misses_and_samples_without_boxes_are_skipped(tmp_path: 
     assert census.summary()["statuses"] == {"decode_failed": 2, "ok": 1, NO_BOXES: 1, BAD_BOXES: 1}
 
 
+def test_boxes_outside_of_the_image_are_bad_and_no_misses(tmp_path: Path) -> None:
+    made = make_run(tmp_path, shards=1, json=BLANK)
+    far, edge = [WIDTH, HEIGHT, WIDTH + 9, HEIGHT + 9], [WIDTH - 1, HEIGHT - 1, WIDTH + 9, HEIGHT + 9]
+    sized = {"boxes": [far], "height": HEIGHT + 1, "width": WIDTH + 1}
+    stated = {
+        "s0k0": {"boxes": [far]},
+        "s0k1": {"boxes": [[0, 0, 5, 5], far]},
+        "s0k2": {"boxes": [edge]},
+        "s0k3": sized,
+    }
+    annotate(made, lambda key: json.dumps(stated.get(key, {})).encode())
+    evaluation = judge(made.path)
+    assert [row["status"] for row in rows_of(made)] == [BAD_BOXES, BAD_BOXES, "ok", "ok", NO_BOXES]
+    said = f"{far} lies outside of the image, {WIDTH} x {HEIGHT} pixels"
+    assert f"2 samples whose boxes cannot be read, the first part0/train: s0k0: its box {said}" in "\n".join(
+        remarks(evaluation)
+    )
+
+
+def test_the_energy_of_boxes_is_the_share_of_their_area(tmp_path: Path) -> None:
+    true = [(0, 0, 30, 20), (20, 10, 40, 30)]
+    made = make_run(tmp_path, shards=1, json=inclusive(*true))
+    controls = judge(made.path).controls
+    union = np.maximum(*map(filled, true))
+    for subject in (CENTRE, WHOLE):
+        box = filled(BOTH[subject])
+        assert controls[subject]["energy"].value == pytest.approx((union * box).sum() / box.sum())
+
+
 def test_an_empty_mask_is_no_hit_and_no_failure(tmp_path: Path) -> None:
     made = make_run(tmp_path, shards=1, json=inclusive((0, 0, WIDTH, HEIGHT)))
     zeros = {"map": bytes(64), "mask": bytes(CROP * CROP // 8), "boxes": [], "status": ZERO_MAP, "error": "zeros"}

@@ -58,7 +58,10 @@ def test_wrong_calls(tmp_path: Path) -> None:
     made = make_run(tmp_path, json=BLANK)
     with pytest.raises(UserError, match="'iou' is not one of localization, "):
         judge(made.path, metrics=["le,iou"])
-    with pytest.raises(UserError, match=r"none of the 15 samples has boxes to judge by .*pack --boxes"):
+    for words in ("", "le,", "le,,f1"):
+        with pytest.raises(UserError, match=f"--metric '{words}': a name is empty"):
+            judge(made.path, metrics=[words])
+    with pytest.raises(UserError, match=rf"{made.path}: none of the 15 samples has boxes to judge by .*pack --boxes"):
         judge(made.path)
     other = write_tar(tmp_path / "other.tar", [("a", {"jpg": picture(0)})])
     with pytest.raises(UserError, match=r"other.tar .* is not a shard of"):
@@ -72,6 +75,33 @@ def test_wrong_calls(tmp_path: Path) -> None:
         judge(made.path)
     with pytest.raises(UserError, match="holds no run"):
         judge(tmp_path)
+
+
+def test_a_run_without_samples_is_named(tmp_path: Path) -> None:
+    made = make_run(tmp_path, shards=0, json=BLANK)
+    with pytest.raises(UserError, match=f"{made.path}: no sample to judge"):
+        judge(made.path)
+
+
+def test_an_evaluation_that_is_damaged_is_answered_with_the_fix(tmp_path: Path) -> None:
+    made = make_run(tmp_path, shards=1, json=inclusive((10, 10, 40, 40)))
+    judge(made.path)
+    folder = made.path / "metrics/localization"
+    (folder / "run.json").write_text("{")
+    with pytest.raises(UserError, match=rf"run.json is damaged .*; remove {folder}.* and repeat"):
+        judge(made.path)
+
+
+def test_a_run_on_other_samples_is_named(tmp_path: Path) -> None:
+    box = inclusive((10, 10, 40, 40))
+    one, same, other = (
+        make_run(tmp_path / name, json=box, method=name, shards=shards)
+        for name, shards in (("grad-cam", 2), ("cam", 2), ("layer-cam", 3))
+    )
+    ended = call(one.path, same.path, other.path, "--metric", "le")
+    assert ended.exit_code == 0
+    assert f"{other.path} was judged on other samples than {one.path}" in ended.stderr
+    assert f"{same.path} was judged" not in ended.stderr
 
 
 def test_a_run_that_cannot_be_written_to(tmp_path: Path) -> None:

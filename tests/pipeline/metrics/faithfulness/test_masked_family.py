@@ -135,6 +135,7 @@ def test_wrong_classifiers_are_refused_in_one_line(run: Path) -> None:
     for words, reason in (
         (("judges:seven",), "judges:seven has 7 classes, the run's making:tiny has 5: they must be the same"),
         (("making:tiny",), "names making:tiny twice, or it is the run's own model"),
+        (("judges:other", ""), "a name is empty"),
         (("judges:other", "judges:other"), "names judges:other twice"),
         (("judges:nobody",), "nobody"),
     ):
