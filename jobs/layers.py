@@ -18,19 +18,17 @@ def layers(
     layers: Annotated[
         str, opt.model("Target layers by dotted name, from the image to the logits.", metavar="NAME,...")
     ],
-    metric: Annotated[list[str] | None, opt.output("As for `saltern evaluate`.", metavar="le,om,f1")] = None,
+    metric: opt.Metrics = None,
     out: opt.Out,
     weights: opt.Weights = "DEFAULT",
     options: opt.Options = None,
-    target: Annotated[str, opt.model("Class to explain: label, top1 or class:ID.")] = "label",
+    target: opt.Target = "label",
     labels: opt.Labels = "auto",
     limit: opt.Limit = None,
     resize: opt.Resize = None,
     crop: opt.Crop = None,
     squash: opt.Squash = None,
-    discretize: Annotated[
-        str | None, opt.output("Rule that makes masks; default: each method's.", metavar="RULE")
-    ] = None,
+    discretize: opt.Discretize = None,
     precision: opt.Precision = choices.Precision.fp32,
     seed: opt.Seed = 0,
     engine: opt.Engine = choices.Engine.auto,
