@@ -9,7 +9,7 @@ from typing import Any
 
 from saltern.pipeline.metrics.census import Census
 from saltern.pipeline.metrics.estimate import Estimate
-from saltern.pipeline.metrics.evaluate import Evaluation, describe, to_json
+from saltern.pipeline.metrics.evaluate import Evaluation, Judged, describe, to_json
 from saltern.pipeline.metrics.families import FAMILIES, option_name
 from saltern.pipeline.metrics.judge import AS_IS, NO_MAPS, SCALED, maps_of
 from saltern.pipeline.tables import markdown_table
@@ -119,19 +119,26 @@ def remarks(evaluation: Evaluation) -> Iterator[str]:
     marks = {metric.better for metric in columns_of(evaluation).values()}
     meaning = {Better.LESS: "↓ less is better", Better.MORE: "↑ more is better"}
     yield "; ".join([*(text for mark, text in meaning.items() if mark in marks), "± half the 95 % bootstrap interval"])
-    for judged in evaluation.runs:
-        config, census = judged.run.config, judged.census
-        prefix = f"{judged.run.path}: " if len(evaluation.runs) > 1 else ""
-        boxes = " with boxes" if "localization" in evaluation.chosen else ""
-        yield (
-            f"{prefix}{counted(census.judged, 'sample')}{boxes}; target {config.target.text}, "
-            f"masks by {config.discretize.text}"
-        )
-        if "f1" in columns_of(evaluation):
-            yield f"{prefix}F1: {_MAPS[maps_of(config)]}"
-        if config.target.kind == "top" and config.target.number > 1:
-            yield f"{prefix}samples with several targets: the first target counts"
-        yield from (f"{prefix}{line}" for line in _skipped(census))
+    said = [list(_of_run(judged, evaluation)) for judged in evaluation.runs]
+    for number, (judged, lines) in enumerate(zip(evaluation.runs, said, strict=True)):
+        for line in lines:
+            every = all(line in others for others in said)
+            if not every:
+                yield f"{judged.run.path}: {line}"
+            elif number == 0:
+                yield line
+
+
+def _of_run(judged: Judged, evaluation: Evaluation) -> Iterator[str]:
+    """Yield the lines about one run."""
+    config, census = judged.run.config, judged.census
+    boxes = " with boxes" if "localization" in evaluation.chosen else ""
+    yield (f"{counted(census.judged, 'sample')}{boxes}; target {config.target.text}, masks by {config.discretize.text}")
+    if "f1" in columns_of(evaluation):
+        yield f"F1: {_MAPS[maps_of(config)]}"
+    if config.target.kind == "top" and config.target.number > 1:
+        yield "samples with several targets: the first target counts"
+    yield from _skipped(census)
 
 
 def _skipped(census: Census) -> Iterator[str]:
