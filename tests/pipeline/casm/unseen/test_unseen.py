@@ -98,7 +98,7 @@ def test_le_on_every_subset_is_that_of_a_recount(data, undisturbed):
     assert len(rates) > 5  # the subsets have different numbers
     # In each shard, a sample of class 3 has no boxes. The damaged one of class 5 counts.
     assert sum(made["le"][name]["samples"] for name in split) == 3 * (2 * SPLIT - 1)
-    assert found["baselines"]["centre"]["A"]["samples"] == made["le"]["A"]["samples"]
+    assert found["baselines"]["centre-box"]["A"]["samples"] == made["le"]["A"]["samples"]
 
 
 def test_each_training_knows_the_classes_of_its_subsets(undisturbed):
@@ -172,6 +172,8 @@ def test_an_interrupted_extraction_is_resumed(data, undisturbed, tmp_path, monke
 
     def publish(self, made):
         receipt = real(self, made)
+        if "metrics" in Path(self.store.path).parts:  # of the evaluation
+            return receipt
         done.append((Path(self.store.path).name, receipt.shard))
         if interrupts:
             raise interrupts.pop()
