@@ -25,29 +25,31 @@ class Leaderboard:
     """The results of `make_leaderboard`."""
 
     evaluation: Evaluation
-    rates: dict[str, float]  # images a second of the device, by the run's path; NaN if unknown
+    rates: list[float | None]  # images a second of the device, of each run; None if unknown
 
     def markdown(self) -> str:
         """Return the table, with the rates."""
-        return as_markdown(self.evaluation, {"images/s": [f"{rate:,.1f}" for rate in self.rates.values()]})
+        return as_markdown(
+            self.evaluation, {"images/s": ["-" if rate is None else f"{rate:,.1f}" for rate in self.rates]}
+        )
 
     def json(self) -> str:
         """Return everything as JSON."""
         made: dict[str, Any] = json.loads(as_json(self.evaluation))
-        for run, rate in zip(made["runs"], self.rates.values(), strict=True):
+        for run, rate in zip(made["runs"], self.rates, strict=True):
             run["images_per_second"] = rate
         return json.dumps(made, indent=1)
 
 
 def make_leaderboard(
-    request: ExtractRequest | None, runs: Sequence[str], judging: EvaluateRequest, options: RunOptions, shown: int
+    request: ExtractRequest, runs: Sequence[str], judging: EvaluateRequest, options: RunOptions, shown: int
 ) -> Leaderboard:
     """Make a leaderboard, or go on with one: finished shards of runs and metrics are kept.
 
     Writes OUT/METHOD/ (the runs of the request), OUT/leaderboard.json, .md and .html.
 
     Args:
-        request: names the methods to extract, commas between them; None if all runs exist.
+        request: names the methods to extract, commas between them.
         runs: further runs over the same shards, as of `extract --method casm`.
         judging: its metrics and arithmetic; `runs` and `shards` are not used.
         options: of the execution; `out` is the folder.
@@ -58,15 +60,14 @@ def make_leaderboard(
         StoppedError: interrupted, or the device is lost; finished shards are kept.
     """
     out = options.out.rstrip("/")
-    made = [] if request is None else extract_runs(request, options, out)
+    made = extract_runs(request, options, out)
     _check_same([open_run(path) for path in (*made, *runs)])  # before hours of judging
     evaluation = evaluate(replace(judging, runs=[*made, *runs]), options)
-    opened = [judged.run for judged in evaluation.runs]
-    board = Leaderboard(evaluation, {run.path: rate_of(run) for run in opened})
+    board = Leaderboard(evaluation, [rate_of(judged.run) for judged in evaluation.runs])
     files = {
         "leaderboard.json": board.json(),
         "leaderboard.md": "\n\n".join([board.markdown(), *remarks(evaluation)]) + "\n",
-        "leaderboard.html": board_page(evaluation, list(board.rates.values()), shown),
+        "leaderboard.html": board_page(evaluation, board.rates, shown),
     }
     try:
         for name, text in files.items():
@@ -92,13 +93,16 @@ def extract_runs(request: ExtractRequest, options: RunOptions, out: str) -> list
 
 
 def _check_same(runs: Sequence[SaliencyRun]) -> None:
-    """Raise UserError if the runs are not of the same samples: their numbers could not be compared."""
+    """Raise UserError if the runs are not of the same samples, so that numbers cannot be compared, or one is twice."""
+    paths = [run.path.rstrip("/") for run in runs]
+    if twice := [path for path in paths if paths.count(path) > 1]:
+        raise UserError(f"{twice[0]} is given twice; leave out one --run")
     for run in runs[1:]:
         if not same_samples(run.run.shards, runs[0].run.shards):
             raise UserError(f"{run.path} is not of the same shards as {runs[0].path}; a leaderboard compares equals")
 
 
-def rate_of(run: SaliencyRun) -> float:
-    """Return the images a second of one device, from the seconds that it computed; NaN if they are unknown."""
+def rate_of(run: SaliencyRun) -> float | None:
+    """Return the images a second of one device, from the seconds that it computed; None if they are unknown."""
     seconds = sum(receipt.seconds.get("compute", 0.0) for receipt in run.receipts)
-    return sum(receipt.samples for receipt in run.receipts) / seconds if seconds else float("nan")
+    return sum(receipt.samples for receipt in run.receipts) / seconds if seconds else None

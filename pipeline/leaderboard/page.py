@@ -1,6 +1,5 @@
 """The page of a leaderboard: the table of all methods and controls, and images under all methods."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 from saltern.pipeline.metrics.estimate import Estimate
@@ -11,12 +10,12 @@ from saltern.pipeline.show.sheet import comparison
 from saltern.schemas.metrics import Better, Metric
 
 
-def board_page(evaluation: Evaluation, rates: Sequence[float], shown: int) -> str:
+def board_page(evaluation: Evaluation, rates: Sequence[float | None], shown: int) -> str:
     """Return the page.
 
     Args:
         evaluation: of the runs.
-        rates: of each run, images a second.
+        rates: of each run, images a second; None if unknown.
         shown: images.
     """
     runs = [judged.run for judged in evaluation.runs]
@@ -26,11 +25,11 @@ def board_page(evaluation: Evaluation, rates: Sequence[float], shown: int) -> st
         limit=shown,
         title=title,
         table=board_table(evaluation, rates),
-        notes=[*remarks(evaluation)],
+        notes=list(remarks(evaluation)),
     )
 
 
-def board_table(evaluation: Evaluation, rates: Sequence[float]) -> Table:
+def board_table(evaluation: Evaluation, rates: Sequence[float | None]) -> Table:
     """Return the table; the best of the runs in each column is marked."""
     columns, lines = columns_of(evaluation), lines_of(evaluation)
     best = {
@@ -45,8 +44,8 @@ def board_table(evaluation: Evaluation, rates: Sequence[float]) -> Table:
             value = None if estimate is None or not estimate.count else estimate.value
             is_best = number < len(evaluation.runs) and value is not None and value == best[key]
             cells.append(Cell(format_estimate(estimate, metric), value, is_best))
-        rate = rates[number] if number < len(rates) else math.nan
-        cells.append(Cell("-", None) if math.isnan(rate) else Cell(f"{rate:,.1f}", rate))
+        rate = rates[number] if number < len(rates) else None
+        cells.append(Cell("-") if rate is None else Cell(f"{rate:,.1f}", rate))
         rows.append(cells)
     heads = ["", *(head_of(metric) for metric in columns.values()), "images/s"]
     hints = ["", *(metric.help for metric in columns.values()), "of one device, while it computes"]

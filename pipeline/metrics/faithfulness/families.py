@@ -138,8 +138,10 @@ class CompositeFamily(NetworkFamily):
             return {}
         coherency_B = coherency(self.explain, x_BCHW, map_BHW, target_B, self.black_C11)
         complexity_B = complexity(map_BHW)
-        drop_B = average_drop(self.logits, x_BCHW, map_BHW, target_B, self.black_C11, batch=self.batch).drop_B
-        road_B = road(self.logits, x_BCHW, map_BHW, target_B, images.seed_B, batch=self.batch).combined_B
+        inputs = self.logits, x_BCHW, map_BHW, target_B
+        whole_B = target_probability(self.logits, x_BCHW, target_B, batch=self.batch)
+        drop_B = average_drop(*inputs, self.black_C11, batch=self.batch, whole_B=whole_B).drop_B
+        road_B = road(*inputs, images.seed_B, batch=self.batch, whole_B=whole_B).combined_B
         return {
             "coherency": coherency_B,
             "adcc": adcc(coherency_B, complexity_B, drop_B),

@@ -73,6 +73,12 @@ def test_the_page_has_the_table_and_images_under_all_methods(tmp_path: Path) -> 
     assert "src=http" not in page
 
 
+def test_a_run_that_is_named_again_is_refused_before_it_is_judged(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="board/cam is given twice"):
+        board(write_shards(tmp_path), tmp_path / "board", "cam", tmp_path / "board/cam")
+    assert not (tmp_path / "board/cam/metrics").exists()
+
+
 def test_one_method_has_its_folder_too(tmp_path: Path) -> None:
     board(write_shards(tmp_path), tmp_path / "board", "cam")
     assert (tmp_path / "board/cam/run.json").exists()
