@@ -173,7 +173,7 @@ def _measure(
     root = _folder(run, name, controls=controls)
     store = Store(root)
     digests = {shard.name: receipt.digest for shard, receipt in zip(run.shards, run.receipts, strict=True)}
-    source = Source(run.path, replace(run.run, shards=[]), digests, run.given)
+    source = Source(run.path, replace(run.run, shards=[]), run.given)
     further = further_classifiers(request.classifiers, run.config) if FAMILIES[name].takes_classifiers else ()
     plan = partial(_plan, request, run, name, shards, controls, further)
     with _writing(run.path):

@@ -1,7 +1,7 @@
 """The processor of an evaluation: joins a shard's samples with their rows, measures them, and writes the values."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -15,6 +15,7 @@ from saltern.pipeline.metrics.control_rows import control_rows
 from saltern.pipeline.metrics.family import Batch, Family
 from saltern.pipeline.runs.columns import Record, from_records
 from saltern.pipeline.runs.datafile import data_schema
+from saltern.pipeline.runs.manifest import receipt_name
 from saltern.pipeline.runs.measured import is_of
 from saltern.pipeline.runs.outlet import Made, Outlet, Spec, Tally
 from saltern.pipeline.runs.reader import Row, SaliencyRun
@@ -39,7 +40,6 @@ class Source:
 
     path: str
     run: Run  # without its shards
-    digests: Mapping[str, str]  # of its data files, by shard
     trusted: frozenset[str]  # shards whose tars the user named
 
     def open(self) -> SaliencyRun:
@@ -60,7 +60,7 @@ class MetricProcessor:
         self, spec: Spec, source: Source, family: Callable[[ExtractConfig, EvaluateConfig, torch.device], Family]
     ):
         self._config = spec.run.config_of(EvaluateConfig)
-        self._source, self._run = source, source.open()
+        self._run = source.open()
         self._device = torch.device(spec.device)
         self._outlet, self.schema = Outlet(spec), data_schema(spec.run, {})
         self.images: dict[str, int] = {}
@@ -80,13 +80,14 @@ class MetricProcessor:
             OSError: an error of the environment, worth a retry.
             OutputError: the folder accepts no more data.
         """
-        if earlier is not None and is_of(earlier, self._source.digests[shard.name]):
+        digest = self._digest(shard)
+        if earlier is not None and is_of(earlier, digest):
             read = content_of(self._run.tar(shard), named=self._run.config.members, more=self._family.members)
             if read is not None and earlier.content is not None and earlier.content.endswith(read):
                 return Made(replace(earlier, mtime_ns=shard.mtime_ns), {})
         self.images[shard.name] = 0
         try:
-            return self._process(shard)
+            return self._process(shard, digest)
         finally:
             del self.images[shard.name]
 
@@ -100,7 +101,15 @@ class MetricProcessor:
         """Set torch's threads, which it keeps for each calling thread."""
         torch.set_num_threads(self._config.torch_threads)
 
-    def _process(self, shard: Shard) -> Made:
+    def _digest(self, shard: Shard) -> str:
+        """Return the digest of the run's data file of a shard, which the run's receipt has."""
+        raw = self._run.store.read(receipt_name(shard.name))
+        try:
+            return Receipt.from_json(raw or b"", sealed=self._run.run.sealed).digest
+        except ValueError as error:
+            raise ShardError(f"{self._run.path}: the receipt of {shard.name} is gone or damaged ({error})") from error
+
+    def _process(self, shard: Shard, digest: str) -> Made:
         tally, content = Tally(), 0
         with (
             self._outlet.open(self.schema, tally) as writer,
@@ -116,7 +125,7 @@ class MetricProcessor:
                 tally.samples += len(batch.samples)
                 tally.statuses[OK] += len(records)  # each was judged; a record's own status says how
                 self.images[shard.name] += len(batch.samples)
-            tally.content = int(self._source.digests[shard.name][:8], 16) << 32 | content
+            tally.content = int(digest[:8], 16) << 32 | content
             return self._outlet.close(shard, writer, tally, self._config.batch_size)
 
     def _guarded(self, work: Callable[..., Any], *inputs: Any) -> Any:
