@@ -1,7 +1,8 @@
 """Parsers of the settings that a run stores as text: the class to explain, and the rule that makes the masks."""
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 from saltern.schemas.errors import UserError
 
@@ -17,18 +18,32 @@ _PLAIN = ("fraction", "otsu")
 RULES = "mean:ALPHA, mean-std:K, quantile:Q, fixed:T, max:ALPHA, fraction, otsu"
 
 
+_ALPHA = 0.6  # of finer targets: that of Finer-CAM (2501.11309) for the mean over several similar classes
+
+
+@dataclass(frozen=True)
+class Finer:
+    """A comparison with similar classes: the score is z_c - alpha * mean of the logits of `count` classes like c."""
+
+    count: int  # at least 1, and fewer than the model's classes
+    alpha: float = _ALPHA  # strength, 0 or more
+
+
 @dataclass(frozen=True)
 class Target:
     """The class (or classes) that a map explains."""
 
-    text: str  # as the user wrote it and run.json stores it: label | top1 | top:N | class:ID
+    text: str  # as the user wrote it and run.json stores it: label | top1 | top:N | class:ID | finer:K[:ALPHA][@CLASS]
     kind: str  # label | top1 | top | class
     number: int  # N or ID; 1 for label and top1
+    finer: Finer | None = None  # None: the logit of the class by itself
 
     @classmethod
     def parse(cls, text: str, classes: int) -> "Target":
         """Parse a target for a model of `classes` logits. Raises UserError if the model has no such class."""
         kind, colon, number = text.partition(":")
+        if kind == "finer":
+            return cls._finer(text, classes)
         if text in ("label", "top1"):
             return cls(text, kind, 1)
         if kind in ("top", "class") and colon and number.isdecimal():
@@ -37,7 +52,21 @@ class Target:
                 return cls(text, kind, value)
             allowed = f"N is 1..{classes}" if kind == "top" else f"the model has the classes 0..{classes - 1}"
             raise UserError(f"--target {text!r}: {allowed}")
-        raise UserError(f"--target {text!r} is none of label, top1, top:N, class:ID")
+        raise UserError(f"--target {text!r} is none of label, top1, top:N, class:ID, finer:K")
+
+    @classmethod
+    def _finer(cls, text: str, classes: int) -> "Target":
+        """Parse finer:K, finer:K:ALPHA, and either with @ and another target: its class, in place of the label."""
+        how, at, explained = text.partition("@")
+        base = cls.parse(explained if at else "label", classes)
+        found = re.fullmatch(r"finer:([0-9]+)(?::([0-9]+(?:\.[0-9]+)?))?", how)
+        finer = Finer(int(found[1]), float(found[2] or _ALPHA)) if found else Finer(0)
+        if base.finer or not 1 <= finer.count < classes:
+            raise UserError(
+                f"--target {text!r} must be finer:K or finer:K:ALPHA, with K similar classes (1..{classes - 1}) and "
+                f"ALPHA of 0 or more (default {_ALPHA:g}); @ and another target explain that one's class: finer:3@top1"
+            )
+        return replace(base, text=text, finer=finer)
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ def extractions(specs: Mapping[str, Spec], device: torch.device) -> dict[str, Ex
         if _model_key(config) not in models:
             models[_model_key(config)] = load_model(config, device)
     # All are built before any casts or compiles the weights of its model.
-    methods = {name: _method(config, models[_model_key(config)]) for name, config in configs.items()}
+    methods = {name: build_method(config, models[_model_key(config)]) for name, config in configs.items()}
     compiled: set[object] = set()
     tasks = {}
     for name, config in configs.items():
@@ -253,15 +253,17 @@ class Storage:
 def load_method(config: MethodConfig, device: torch.device) -> tuple[nn.Module, Method]:
     """Load the run's model, and build its method on it."""
     model = load_model(config, device)
-    return model, _method(config, model)
+    return model, build_method(config, model)
 
 
-def _method(config: MethodConfig, model: nn.Module) -> Method:
+def build_method(config: MethodConfig, model: nn.Module) -> Method:
+    """Return the run's method on a model, with its layer, options and target."""
     return build(
         config.method,
         model,
         layer=next(iter(config.layer), None),
         input_side=config.preprocess.crop,
+        finer=config.target.finer if isinstance(config, ExtractConfig) else None,
         **config.method_options,
     )
 

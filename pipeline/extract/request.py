@@ -24,7 +24,7 @@ from saltern.pipeline.shards.samples import list_keys
 from saltern.schemas.choices import Compile, MapDtype, MapSize, Precision, check_choice
 from saltern.schemas.config import ExtractConfig, MethodConfig, RunConfig
 from saltern.schemas.errors import ShardError, UserError
-from saltern.schemas.rules import Rule, Target
+from saltern.schemas.rules import Finer, Rule, Target
 from saltern.schemas.run import Run, Shard
 
 BATCH_SIZE = {"cpu": 16, "cuda": 128}
@@ -116,7 +116,7 @@ def resolve(
     inputs = inputs or find_inputs(request)
     shards, classifier = inputs.shards, inputs.classifier
     target = Target.parse(request.target, classifier.classes)
-    fields, method = method_fields(request, classifier, existing or sibling, device, workers)
+    fields, method = method_fields(request, classifier, existing or sibling, device, workers, target.finer)
     labels, remarks = _labels(request, existing or sibling, shards, classifier, needed=target.kind == "label")
     compiled, why = choose_compile(request, existing, method, sum(shard.size for shard in shards) // workers, device)
     fields["map_dtype"] = request.map_dtype or ("uint8" if request.map_size == "input" else fields["map_dtype"])
@@ -213,7 +213,12 @@ def load_classifier(model: str, weights: str, seed: int, side: int | None) -> Cl
 
 
 def method_fields(
-    request: MethodRequest, classifier: Classifier, existing: Run | None, device: str, workers: int
+    request: MethodRequest,
+    classifier: Classifier,
+    existing: Run | None,
+    device: str,
+    workers: int,
+    finer: Finer | None = None,
 ) -> tuple[dict[str, Any], Method]:
     """Return the fields of the request's MethodConfig, with the method's own map dtype, and the method."""
     preprocess = adapt(
@@ -228,7 +233,9 @@ def method_fields(
     options = dict(request.options)
     if "checkpoint" in options and "digest" in held:  # that of the run, also if the training has newer ones
         options.setdefault("digest", held["digest"])
-    method = build(request.method, classifier.model, layer=request.layer, input_side=preprocess.crop, **options)
+    method = build(
+        request.method, classifier.model, layer=request.layer, input_side=preprocess.crop, finer=finer, **options
+    )
     if len(method.layer) > 1:
         raise UserError(f"{request.method} was built on {len(method.layer)} layers; a run stores one map: give --layer")
     pinned = pin(request, existing, device, workers)

@@ -14,7 +14,7 @@ from saltern.pipeline.device import out_of_memory
 from saltern.pipeline.extract.explain import AUTOCAST, Explainer
 from saltern.pipeline.methods import Method
 from saltern.pipeline.models.grids import check_layers
-from saltern.pipeline.models.passes import frozen, logits_of, score_gradients
+from saltern.pipeline.models.passes import Score, frozen, logits_of, score_gradients
 from saltern.pipeline.models.probe import failure, probe
 from saltern.schemas.config import ExtractConfig, MethodConfig, RunConfig
 from saltern.schemas.errors import UserError
@@ -72,7 +72,7 @@ def try_gradient(model: nn.Module, side: int) -> None:
     x_BCHW = probe(model, side)[:1].requires_grad_()
     with one_line(model, x_BCHW), torch.enable_grad(), frozen(model):
         logits_BK = logits_of(model(x_BCHW))
-        (gradient,) = score_gradients(logits_BK, logits_BK.argmax(1), [x_BCHW])
+        (gradient,) = score_gradients(logits_BK, Score(logits_BK.argmax(1)), [x_BCHW])
     if gradient is None:
         raise UserError(f"the logits of {type(model).__name__} have no gradient: its forward has no_grad or detach")
 

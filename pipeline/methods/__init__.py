@@ -33,6 +33,7 @@ from saltern.pipeline.methods.options import OptionSpec
 from saltern.pipeline.methods.relevance.lrp import CLRP, LRP, SGLRP, RelevanceCAM
 from saltern.pipeline.naming import import_object, nearest
 from saltern.schemas.errors import UserError
+from saltern.schemas.rules import Finer
 
 __all__ = ["Last", "Method", "OptionSpec", "available", "build", "find"]
 
@@ -78,6 +79,7 @@ def build(
     *,
     layer: str | Sequence[str] | None = None,
     input_side: int | None = None,
+    finer: Finer | None = None,
     **options: Any,
 ) -> Method:
     """Return a method that is ready for batches; it is also a context manager.
@@ -87,9 +89,10 @@ def build(
         model: returns logits (B, K), on its device; left as it was.
         layer: target layer by dotted name; several if the method allows it; None = the model's default.
         input_side: pixels of the square images to come; None = the model's `image_size`, or 224.
+        finer: compare each class with similar ones; None = explain its logit by itself.
         options: of the method; texts are read as JSON.
 
     Raises:
         UserError: an unknown method, layer or option, or a model that the method cannot explain.
     """
-    return find(name)(model, layer=layer, input_side=input_side, **options)
+    return find(name)(model, layer=layer, input_side=input_side, finer=finer, **options)

@@ -14,14 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from saltern.pipeline.methods import options
+from saltern.pipeline.methods.contrast import Contrast
 from saltern.pipeline.methods.options import OptionSpec
 from saltern.pipeline.models import layers
 from saltern.pipeline.models.halves import cast_once
-from saltern.pipeline.models.passes import frozen
+from saltern.pipeline.models.passes import Score, frozen, pick_targets
 from saltern.schemas.errors import UserError
+from saltern.schemas.rules import Finer
 
 Maps = Tensor | tuple[Tensor, ...]
-Each = tuple[Sequence[Maps], Tensor, Sequence[Tensor | None]]  # maps of each target, logits_BK, each target_B
+# Maps of each target, logits_BK, and each target: target_B or its score.
+Each = tuple[Sequence[Maps], Tensor, Sequence[Tensor | Score | None]]
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Last:
     target_B: Tensor | None  # int64, the class explained; None for a class-agnostic method
     zero_B: Tensor  # bool: the map is finite and zero everywhere (with several layers: any of the maps)
     nonfinite_B: Tensor  # bool: the map or the logits held NaN or infinity; the returned map is zeros
+    others_BN: Tensor | None = None  # int64, the classes that a finer target compares it with, the most similar first
 
 
 class Method:
@@ -47,6 +51,7 @@ class Method:
         model: returns logits (B, K); run in eval mode, on its device.
         layer: target layer by dotted name, or several if the method allows it; None = the model's default.
         input_side: pixels of the square images to come; None = the model's `image_size`, or 224.
+        finer: compare each class with similar ones; None = explain the logit. Class-agnostic methods ignore it.
         given: the options.
 
     Raises:
@@ -56,6 +61,7 @@ class Method:
     name: ClassVar[str] = ""  # in the registry
     cost: ClassVar[str] = ""  # of one image, in forward and backward passes
     needs_target: ClassVar[bool] = True  # False: class-agnostic
+    comparable: ClassVar[bool] = False  # explains any `Score` that `scores` returns, finer ones too
     heavy_tailed: ClassVar[bool] = False  # uint8 storage scales to a quantile instead of the maximum
     default_map_dtype: ClassVar[str] = "float32"  # uint8 | float16 | float32, as stored
     default_rule: ClassVar[str] = "mean:1"  # that makes the masks
@@ -75,6 +81,7 @@ class Method:
         *,
         layer: str | Sequence[str] | None = None,
         input_side: int | None = None,
+        finer: Finer | None = None,
         **given: Any,
     ) -> None:
         self.model, self.input_side = model, input_side
@@ -83,7 +90,10 @@ class Method:
             setattr(self, name, value)
         if not self.layered and layer:
             raise UserError(f"{self.title()} has no target layer; leave out layer={layer!r}")
+        if finer and self.needs_target and not self.comparable:
+            raise UserError(f"{self.title()} cannot compare a class with similar ones; give a target other than finer")
         with frozen(model):
+            self._contrast = Contrast(model, finer, input_side) if finer and self.needs_target else None
             self.layer = layers.resolve(model, layer, input_side) if self.layered else []
             if len(self.layer) > 1 and not self.many_layers:
                 raise UserError(f"{self.title()} takes one layer, not {len(self.layer)}")
@@ -123,6 +133,13 @@ class Method:
         Gradients are on. Nothing requires a gradient yet, parameters included; x_BCHW may be made to.
         """
         raise NotImplementedError
+
+    def scores(self, logits_BK: Tensor, target_B: Tensor | None, number: int) -> list[Score]:
+        """Return the scores to explain: of the given target, or of each of the `number` most probable classes."""
+        targets = pick_targets(logits_BK, target_B, number)
+        if self._contrast is None:
+            return [Score(class_B) for class_B in targets]
+        return [self._contrast.score(logits_BK, class_B) for class_B in targets]
 
     def compute_each(self, x_BCHW: Tensor, target_B: Tensor | None, number: int) -> Each:
         """Return what `compute` does for the given target, or for each of the `number` most probable classes."""
@@ -178,22 +195,24 @@ class Method:
             yield x_BCHW.clone() if x_BCHW.is_inference() else x_BCHW.detach()
 
     def finish(
-        self, raw: Sequence[Maps], logits_BK: Tensor, targets: Sequence[Tensor | None]
+        self, raw: Sequence[Maps], logits_BK: Tensor, targets: Sequence[Tensor | Score | None]
     ) -> list[tuple[Maps, Last]]:
         """Return the results of `explain` from those of `compute_each`."""
         logits_BK = logits_BK.detach()
-        found = [self._checked(maps, logits_BK, target_B) for maps, target_B in zip(raw, targets, strict=True)]
+        found = [self._checked(maps, logits_BK, target) for maps, target in zip(raw, targets, strict=True)]
         self.last = found[0][1]
         return found
 
-    def _checked(self, raw: Maps, logits_BK: Tensor, target_B: Tensor | None) -> tuple[Maps, Last]:
+    def _checked(self, raw: Maps, logits_BK: Tensor, target: Tensor | Score | None) -> tuple[Maps, Last]:
         maps = tuple(map_Bhw.detach().float() for map_Bhw in (raw if isinstance(raw, tuple) else (raw,)))
         nonfinite_B = ~logits_BK.isfinite().all(1)
         for map_Bhw in maps:
             nonfinite_B = nonfinite_B | ~map_Bhw.isfinite().all(2).all(1)
         maps = tuple(map_Bhw.masked_fill(nonfinite_B[:, None, None], 0) for map_Bhw in maps)
         zero_B = torch.stack([~map_Bhw.any(2).any(1) for map_Bhw in maps]).any(0) & ~nonfinite_B
-        last = Last(logits_BK, None if target_B is None else target_B.detach(), zero_B, nonfinite_B)
+        score = Score(target.detach()) if isinstance(target, Tensor) else target
+        explained = (None, None) if score is None else (score.class_B, score.others_BN)
+        last = Last(logits_BK, explained[0], zero_B, nonfinite_B, explained[1])
         return maps[0] if len(maps) == 1 else maps, last
 
     def halve(self, x_BCHW: Tensor, dtype: torch.dtype) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from saltern.pipeline.models.passes import gradients_of_each, logits_of
+from saltern.pipeline.models.passes import Score, gradients_of_each, logits_of
 from saltern.schemas.errors import UserError
 
 _MAX_PREFIX = 16  # class and register tokens before the patches
@@ -76,14 +76,14 @@ class Taps:
         return keep
 
     def gradients(
-        self, logits_BK: Tensor, targets: Sequence[Tensor], outputs: Sequence[Tensor]
+        self, logits_BK: Tensor, scores: Sequence[Score], outputs: Sequence[Tensor]
     ) -> Iterator[list[Tensor]]:
-        """Yield dz_c / d output of every layer for each of the targets.
+        """Yield ds / d output of every layer for each of the scores.
 
         Raises:
             UserError: the logits do not depend on a layer.
         """
-        return map(self.all_reached, gradients_of_each(logits_BK, targets, outputs))
+        return map(self.all_reached, gradients_of_each(logits_BK, scores, outputs))
 
     def all_reached(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         """Return the gradients of all layers. Raises UserError if one is None: the logits ignore its layer."""

@@ -14,7 +14,7 @@ from saltern.pipeline.methods.base import Maps, safe_divide, weighted_sum
 from saltern.pipeline.methods.cams.one_pass import OnePass
 from saltern.pipeline.models.compiling import large_parts, parts_up_to
 from saltern.pipeline.models.halves import full_of
-from saltern.pipeline.models.passes import frozen, full_precision
+from saltern.pipeline.models.passes import Score, frozen, full_precision
 from saltern.pipeline.models.probe import probe
 from saltern.schemas.errors import UserError
 
@@ -34,7 +34,7 @@ class GradientCAM(OnePass):
         raise NotImplementedError
 
     def maps_of(
-        self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], target_B: Tensor | None, image: Sequence[int]
+        self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], score: Score, image: Sequence[int]
     ) -> Maps:
         return tuple(
             self.combine(self.taps.grid(index, output, image), self.taps.grid(index, gradient, image))
@@ -125,7 +125,7 @@ class EigenCAM(OnePass):
         return large_parts(self.model, self.taps.modules)
 
     def maps_of(
-        self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], target_B: Tensor | None, image: Sequence[int]
+        self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], score: Score, image: Sequence[int]
     ) -> Maps:
         return tuple(first_component(self.taps.grid(index, output, image)) for index, output in enumerate(outputs))
 
@@ -164,11 +164,11 @@ class CAM(OnePass):
         )
 
     def maps_of(
-        self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], target_B: Tensor | None, image: Sequence[int]
+        self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], score: Score, image: Sequence[int]
     ) -> Maps:
         A_BKhw = self.taps.grid(0, outputs[0], image)
-        weight_KK = full_of(self._head.weight)
-        return weighted_sum(weight_KK[target_B].float(), A_BKhw.relu() if self._rectified else A_BKhw)
+        weight_BK = score.combined(full_of(self._head.weight)).float()
+        return weighted_sum(weight_BK, A_BKhw.relu() if self._rectified else A_BKhw)
 
 
 def first_component(A_BKhw: Tensor) -> Tensor:

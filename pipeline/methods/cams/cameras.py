@@ -5,7 +5,8 @@ T sizes.
 """
 # ruff: noqa: N815  (fields carry a shape suffix)
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from saltern.pipeline.device import device_lost, out_of_memory
 from saltern.pipeline.methods.base import Each, Method
 from saltern.pipeline.methods.cams import upsampled
-from saltern.pipeline.models.passes import full_precision, logits_of, pick_targets
+from saltern.pipeline.models.passes import Score, full_precision, logits_of
 from saltern.pipeline.models.probe import probe
 from saltern.pipeline.models.taps import Taps
 from saltern.pipeline.naming import brief
@@ -29,8 +30,8 @@ class _Pass(NamedTuple):
 
     logits_BK: Tensor
     A_BKhw: Tensor
-    gradients: list[Tensor]  # (B, K, h, w) of each target
-    targets: list[Tensor]  # int64 (B)
+    gradients: list[Tensor]  # (B, K, h, w) of each score
+    scores: list[Score]
 
 
 class CAMERAS(Method):
@@ -45,6 +46,7 @@ class CAMERAS(Method):
     name = "cameras"
     cost = "1 forward and backward for each size; 8 sizes at 224 pixels cost as much as 61"
     layered = True
+    comparable = True
     default_map_dtype = "uint8"
 
     sizes: Annotated[list[int] | None, "Shorter sides, pixels; None = the input's, then 100 more each, below 1000."] = (
@@ -83,41 +85,48 @@ class CAMERAS(Method):
         image = (x_BCHW.shape[2], x_BCHW.shape[3])
         first = min(image)
         sizes = self.sizes or list(range(first, max(first + 1, _END), _STEP))
-        passes = [self._pass(x_BCHW, target_B, number, (), None)]
-        rest = passes[0].targets[1:]
-        passes += [self._pass(x_BCHW, target_B, 1, rest, size / first) for size in sizes[1:]]
+        passes = [self._pass(x_BCHW, None, lambda logits, part: self.scores(logits, _part(target_B, part), number))]
+        scores = passes[0].scores
+
+        def again(logits_bK: Tensor, part: slice) -> list[Score]:
+            own, *rest = (score.part(part) for score in scores)
+            return [own if target_B is not None else replace(own, class_B=logits_bK.argmax(1)), *rest]
+
+        passes += [self._pass(x_BCHW, size / first, again) for size in sizes[1:]]
         grids = tuple((size.A_BKhw.shape[2], size.A_BKhw.shape[3]) for size in passes)
         output = (round(image[0] * sizes[0] / first), round(image[1] * sizes[0] / first))
         maps = []
         for index in range(number):
-            target_BT = torch.stack([size.targets[index] for size in passes], 1)
+            target_BT = torch.stack([size.scores[index].class_B for size in passes], 1)
             counts_BT = (target_BT == target_BT[:, :1]).float()
             share_BT = counts_BT / counts_BT.sum(1, keepdim=True)
             with full_precision(x_BCHW.device), torch.no_grad():
                 A_BNK = _cells([size.A_BKhw for size in passes], share_BT)
                 G_BNK = _cells([size.gradients[index] for size in passes], share_BT)
                 maps.append(upsampled.product(A_BNK, G_BNK, self._plan(grids, output, A_BNK)).relu())
-        return maps, passes[0].logits_BK, passes[0].targets
+        return maps, passes[0].logits_BK, scores
 
-    def _pass(
-        self, x_BCHW: Tensor, target_B: Tensor | None, number: int, rest: Sequence[Tensor], scale: float | None
-    ) -> _Pass:
-        """Explain one size of the image, in chunks: the target or the `number` best classes, then the rest."""
+    def _pass(self, x_BCHW: Tensor, scale: float | None, choose: Callable[[Tensor, slice], list[Score]]) -> _Pass:
+        """Explain one size of the images, in chunks.
+
+        Args:
+            scale: of the size; None = the images as they are.
+            choose: returns the scores of a chunk from its logits and its place in the batch.
+        """
         count = max(1, int(self.chunk / (scale or 1) ** 2))
-        parts = []
+        parts: list[tuple[Tensor, ...]] = []
+        scores: list[list[Score]] = []
         for start in range(0, len(x_BCHW), count):
             chunk = slice(start, start + count)
             x_bCHW = x_BCHW[chunk] if scale is None else self._resized(x_BCHW[chunk], scale)
             logits_bK, outputs = self._taps.forward(x_bCHW, differentiable=True)
-            targets = pick_targets(logits_bK, None if target_B is None else target_B[chunk], number)
-            targets += [other_B[chunk] for other_B in rest]
+            scores.append(choose(logits_bK, chunk))
             image = x_bCHW.shape[2:]
-            each = self._taps.gradients(logits_bK, targets, outputs)
+            each = self._taps.gradients(logits_bK, scores[-1], outputs)
             gradients = [self._taps.grid(0, gradient, image) for (gradient,) in each]
-            parts.append((logits_bK.detach(), self._taps.grid(0, outputs[0], image), *gradients, *targets))
-        logits_BK, A_BKhw, *others = (torch.cat(values) for values in zip(*parts, strict=True))
-        half = len(others) // 2
-        return _Pass(logits_BK, A_BKhw, others[:half], others[half:])
+            parts.append((logits_bK.detach(), self._taps.grid(0, outputs[0], image), *gradients))
+        logits_BK, A_BKhw, *gradients = (torch.cat(values) for values in zip(*parts, strict=True))
+        return _Pass(logits_BK, A_BKhw, gradients, [Score.joined(each) for each in zip(*scores, strict=True)])
 
     def _resized(self, x_BCHW: Tensor, scale: float) -> Tensor:
         size = (round(x_BCHW.shape[2] * scale), round(x_BCHW.shape[3] * scale))
@@ -128,6 +137,10 @@ class CAMERAS(Method):
         if key not in self._plans:
             self._plans = {key: upsampled.plan(grids, size, A_BNK.shape[2], A_BNK.device)}
         return self._plans[key]
+
+
+def _part(target_B: Tensor | None, part: slice) -> Tensor | None:
+    return None if target_B is None else target_B[part]
 
 
 def _cells(maps: list[Tensor], share_BT: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saltern.pipeline.methods.base import Each, Last, Maps, Method
-from saltern.pipeline.models.passes import full_precision, pick_targets
+from saltern.pipeline.models.passes import Score, full_precision
 from saltern.pipeline.models.taps import Taps
 
 
@@ -22,6 +22,7 @@ class OnePass(Method):
     """
 
     layered = True
+    comparable = True
     differentiates: ClassVar[bool] = True  # needs the gradients of the logits in the layers
 
     taps: Taps
@@ -30,14 +31,14 @@ class OnePass(Method):
         self.taps = Taps(self.model, self.layer)
 
     def maps_of(
-        self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], target_B: Tensor | None, image: Sequence[int]
+        self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], score: Score, image: Sequence[int]
     ) -> Maps:
         """Return the maps of one target, for each layer. Runs without gradients and without autocast.
 
         Args:
             outputs: of each layer, as `Taps.forward` returns them.
-            gradients: of the target's logits in each of them; empty if the method does not differentiate.
-            target_B: int64, the class explained; None for a class-agnostic method.
+            gradients: of the score in each of them; empty if the method does not differentiate.
+            score: what is explained; a class-agnostic method ignores it.
             image: height and width of the network's input.
         """
         raise NotImplementedError
@@ -51,21 +52,21 @@ def compute_together(methods: Sequence[OnePass], x_BCHW: Tensor, target_B: Tenso
 
     A class-agnostic method has the same map for each of several targets.
     """
-    if not any(method.needs_target for method in methods):
-        target_B = None
+    targeted = [method for method in methods if method.needs_target]
+    target_B = target_B if targeted else None
     taps, differentiates = methods[0].taps, any(method.differentiates for method in methods)
     logits_BK, outputs = taps.forward(x_BCHW, differentiable=differentiates)
-    targets = pick_targets(logits_BK, target_B, number)
-    each = taps.gradients(logits_BK, targets, outputs) if differentiates else repeat([])
+    scores = (targeted or methods)[0].scores(logits_BK, target_B, number)
+    each = taps.gradients(logits_BK, scores, outputs) if differentiates else repeat([])
     maps: list[list[Maps]] = [[] for _ in methods]
-    for of_target_B, gradients in zip(targets, each, strict=False):
+    for score, gradients in zip(scores, each, strict=False):
         with full_precision(x_BCHW.device), torch.no_grad():
             for method, made in zip(methods, maps, strict=True):
                 again = made and not method.needs_target
-                made.append(made[0] if again else method.maps_of(outputs, gradients, of_target_B, x_BCHW.shape[2:]))
-    agnostic: list[Tensor | None] = [None, *targets[1:]]
+                made.append(made[0] if again else method.maps_of(outputs, gradients, score, x_BCHW.shape[2:]))
+    agnostic: list[Score | None] = [None, *scores[1:]]
     return [
-        (made, logits_BK, targets if method.needs_target else agnostic)
+        (made, logits_BK, scores if method.needs_target else agnostic)
         for method, made in zip(methods, maps, strict=True)
     ]
 

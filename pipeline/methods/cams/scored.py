@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from saltern.pipeline.methods.base import Each, Method, safe_divide, weighted_sum
 from saltern.pipeline.methods.cams.tail import Tail
 from saltern.pipeline.models.compiling import large_parts
-from saltern.pipeline.models.passes import full_precision, logits_of, pick_targets
+from saltern.pipeline.models.passes import Score, full_precision, logits_of
 from saltern.pipeline.models.taps import Taps
 from saltern.schemas.errors import UserError
 
@@ -23,6 +23,7 @@ class ScoredCAM(Method):
     """Base of the CAMs that run the network once for each channel of one layer."""
 
     layered = True
+    comparable = True
 
     chunk: Annotated[int, "Images in one pass, at most; a larger batch runs one channel at a time."] = 64
 
@@ -56,16 +57,16 @@ class ScoreCAM(ScoredCAM):
 
     def compute_each(self, x_BCHW: Tensor, target_B: Tensor | None, number: int) -> Each:
         logits_BK, (output,) = self._taps.forward(x_BCHW)
-        targets = pick_targets(logits_BK, target_B, number)
+        explained = self.scores(logits_BK, target_B, number)
         A_BKhw = self._taps.grid(0, output, x_BCHW.shape[2:])
         groups = self.groups(A_BKhw.shape[1], len(x_BCHW))
-        parts = [self._scores(x_BCHW, A_BKhw[:, group], targets) for group in groups]
+        parts = [self._masked(x_BCHW, A_BKhw[:, group], explained) for group in groups]
         with full_precision(x_BCHW.device):
             scores = [torch.cat(of_target, 1) for of_target in zip(*parts, strict=True)]
-            return [weighted_sum(score_BK.softmax(1), A_BKhw).relu() for score_BK in scores], logits_BK, targets
+            return [weighted_sum(score_BK.softmax(1), A_BKhw).relu() for score_BK in scores], logits_BK, explained
 
-    def _scores(self, x_BCHW: Tensor, A_BGhw: Tensor, targets: Sequence[Tensor]) -> list[Tensor]:
-        """Return the logits of each target under each mask of a group of G channels, float32 (B, G)."""
+    def _masked(self, x_BCHW: Tensor, A_BGhw: Tensor, explained: Sequence[Score]) -> list[Tensor]:
+        """Return each score under each mask of a group of G channels, float32 (B, G)."""
         with full_precision(x_BCHW.device):
             mask_BGHW = F.interpolate(A_BGhw, x_BCHW.shape[2:], mode="bilinear", align_corners=False)
             low_BG11, high_BG11 = mask_BGHW.amin((2, 3), keepdim=True), mask_BGHW.amax((2, 3), keepdim=True)
@@ -73,8 +74,7 @@ class ScoreCAM(ScoredCAM):
         masked_NCHW = (x_BCHW[:, None] * mask_BGHW[:, :, None]).flatten(0, 1)
         group = A_BGhw.shape[1]
         logits_NK = logits_of(self.model(masked_NCHW))
-        index = [target_B.repeat_interleave(group)[:, None] for target_B in targets]
-        return [logits_NK.gather(1, index_N1).view(-1, group).float() for index_N1 in index]
+        return [score.repeat_each(group).of(logits_NK).view(-1, group).float() for score in explained]
 
 
 class AblationCAM(ScoredCAM):
@@ -94,7 +94,7 @@ class AblationCAM(ScoredCAM):
 
     def compute_each(self, x_BCHW: Tensor, target_B: Tensor | None, number: int) -> Each:
         recording, image = self._tail.record(x_BCHW), x_BCHW.shape[2:]
-        targets = pick_targets(recording.logits_BK, target_B, number)
+        explained = self.scores(recording.logits_BK, target_B, number)
         output = recording.output
         A_BKhw = self._taps.grid(0, output, image)
         channel_K = torch.arange(A_BKhw.shape[1], device=output.device)
@@ -102,18 +102,17 @@ class AblationCAM(ScoredCAM):
         channel = channel_K.view([-1 if axis == dimension else 1 for axis in range(output.ndim)])
 
         def without(number: Tensor) -> Tensor:
-            return _scores(recording.logits(output.where(channel != number, 0)), targets)
+            return _scores(recording.logits(output.where(channel != number, 0)), explained)
 
-        score_R1 = _scores(recording.baseline_BK, targets)[:, None]
+        score_R1 = _scores(recording.baseline_BK, explained)[:, None]
         groups = self.groups(len(channel_K), len(x_BCHW))
         left_RK = torch.cat([self._tail.each(without, channel_K[group]) for group in groups], 1)
         weight_RK = safe_divide(score_R1 - left_RK, score_R1).float()
         with full_precision(x_BCHW.device):
             weights = torch.split(weight_RK, len(x_BCHW))
-            return [weighted_sum(weight_BK, A_BKhw).relu() for weight_BK in weights], recording.logits_BK, targets
+            return [weighted_sum(weight_BK, A_BKhw).relu() for weight_BK in weights], recording.logits_BK, explained
 
 
-def _scores(logits_BK: Tensor, targets: Sequence[Tensor]) -> Tensor:
-    """Return the logits of the targets, score_R, target by target, float32 at least: their differences are small."""
-    score_R = torch.cat([logits_BK.gather(1, target_B[:, None])[:, 0] for target_B in targets])
-    return score_R.to(torch.promote_types(score_R.dtype, torch.float32))
+def _scores(logits_BK: Tensor, explained: Sequence[Score]) -> Tensor:
+    """Return the scores, score_R, one after the other."""
+    return torch.cat([score.of(logits_BK) for score in explained])

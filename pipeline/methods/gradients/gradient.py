@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from torch import Tensor
 
 from saltern.pipeline.methods.base import Each, Method
-from saltern.pipeline.models.passes import gradients_of_each, logits_of, pick_targets
+from saltern.pipeline.models.passes import Score, gradients_of_each, logits_of
 from saltern.schemas.errors import UserError
 
 Reduce = Annotated[Literal["max", "sum", "l2"], "How the channels are combined; l2 = root of the sum of squares."]
@@ -21,6 +21,7 @@ class Gradient(Method):
 
     name = "gradient"
     cost = "1 forward, 1 backward"
+    comparable = True
     heavy_tailed = True
     default_map_dtype = "uint8"
 
@@ -29,10 +30,10 @@ class Gradient(Method):
 
     def compute_each(self, x_BCHW: Tensor, target_B: Tensor | None, number: int) -> Each:
         logits_BK = self.forward(x_BCHW.requires_grad_())
-        targets = pick_targets(logits_BK, target_B, number)
-        each = pixel_gradients(logits_BK, targets, x_BCHW)
+        scores = self.scores(logits_BK, target_B, number)
+        each = pixel_gradients(logits_BK, scores, x_BCHW)
         maps = [self.reduced(self.weighed(gradient.float(), x_BCHW.detach())) for gradient in each]
-        return maps, logits_BK, targets
+        return maps, logits_BK, scores
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return logits_BK that can be differentiated."""
@@ -64,13 +65,13 @@ class InputXGradient(Gradient):
         return gradient_BCHW * x_BCHW
 
 
-def pixel_gradients(logits_BK: Tensor, targets: Sequence[Tensor], x_BCHW: Tensor) -> Iterator[Tensor]:
-    """Yield dz_c/dx of every sample for each of the targets, in the dtype of x.
+def pixel_gradients(logits_BK: Tensor, scores: Sequence[Score], x_BCHW: Tensor) -> Iterator[Tensor]:
+    """Yield ds/dx of every sample for each of the scores, in the dtype of x.
 
     Raises:
         UserError: the model cuts the gradient.
     """
-    for (gradient_BCHW,) in gradients_of_each(logits_BK, targets, [x_BCHW]):
+    for (gradient_BCHW,) in gradients_of_each(logits_BK, scores, [x_BCHW]):
         if gradient_BCHW is None:
             raise UserError("the logits do not depend on the pixels: the model cuts the gradient")
         yield gradient_BCHW

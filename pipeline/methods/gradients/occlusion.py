@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from saltern.pipeline.methods.base import Each, Method
 from saltern.pipeline.methods.gradients.paths import groups
 from saltern.pipeline.models.compiling import large_parts
-from saltern.pipeline.models.passes import full_precision, logits_of, pick_targets
+from saltern.pipeline.models.passes import Score, full_precision, logits_of
 from saltern.schemas.errors import UserError
 
 
@@ -25,6 +25,7 @@ class Occlusion(Method):
 
     name = "occlusion"
     cost = "1 forward, and 1 more for each window; 169 windows at 224 pixels"
+    comparable = True
     default_map_dtype = "uint8"
 
     window: Annotated[int, "Side of the window, pixels; it may exceed the image."] = 32
@@ -48,31 +49,30 @@ class Occlusion(Method):
     def compute_each(self, x_BCHW: Tensor, target_B: Tensor | None, number: int) -> Each:
         with torch.no_grad():
             logits_BK = logits_of(self.model(x_BCHW.clone()))  # an in-place first layer would change the image
-            targets = pick_targets(logits_BK, target_B, number)
+            scores = self.scores(logits_BK, target_B, number)
             rows, columns = (self._starts(size) for size in x_BCHW.shape[2:])
             windows = [(top, left) for top in rows for left in columns]
             parts = [
-                self._scores(x_BCHW, targets, windows[which.start : which.stop])
+                self._filled(x_BCHW, scores, windows[which.start : which.stop])
                 for which in groups(len(windows), self.chunk, len(x_BCHW))
             ]
             maps = []
-            for target, left in zip(targets, zip(*parts, strict=True), strict=True):
-                drop_SB = _scores_of(logits_BK, target) - torch.cat(left)
+            for score, left in zip(scores, zip(*parts, strict=True), strict=True):
+                drop_SB = score.of(logits_BK) - torch.cat(left)
                 maps.append(self._spread(drop_SB.view(len(rows), len(columns), -1), x_BCHW))
-        return maps, logits_BK, targets
+        return maps, logits_BK, scores
 
     def _starts(self, size: int) -> range:
         steps = -(-max(0, size - self.window) // self.stride)
         return range(0, steps * self.stride + 1, self.stride)
 
-    def _scores(self, x_BCHW: Tensor, targets: Sequence[Tensor], windows: list[tuple[int, int]]) -> list[Tensor]:
-        """Return the logits of each target with each window filled, score_SB."""
+    def _filled(self, x_BCHW: Tensor, scores: Sequence[Score], windows: list[tuple[int, int]]) -> list[Tensor]:
+        """Return each score with each window filled, score_SB."""
         filled = torch.cat([x_BCHW] * len(windows))  # preserves the memory layout
         for filled_BCHW, (top, left) in zip(torch.split(filled, len(x_BCHW)), windows, strict=True):
             filled_BCHW[:, :, top : top + self.window, left : left + self.window] = self.fill
         logits_NK = logits_of(self.model(filled))
-        repeated = [target_B.repeat(len(windows)) for target_B in targets]
-        return [_scores_of(logits_NK, target_N).view(len(windows), -1) for target_N in repeated]
+        return [score.repeat(len(windows)).of(logits_NK).view(len(windows), -1) for score in scores]
 
     def _spread(self, drop_hwB: Tensor, x_BCHW: Tensor) -> Tensor:
         """Return map_BHW, the mean drop over the windows on each pixel. Windows are rows times columns."""
@@ -87,9 +87,3 @@ class Occlusion(Method):
         pixel_H = torch.arange(size, device=like.device)
         inside_hH = ((pixel_H >= start_h1) & (pixel_H < start_h1 + self.window)).to(like.dtype)
         return inside_hH.div_(inside_hH.sum(0))
-
-
-def _scores_of(logits_BK: Tensor, target_B: Tensor) -> Tensor:
-    # The differences of close values need float32 at least.
-    score_B = logits_BK.gather(1, target_B[:, None])[:, 0]
-    return score_B.to(torch.promote_types(score_B.dtype, torch.float32))

@@ -13,7 +13,7 @@ from torch import Tensor
 from saltern.pipeline.methods.base import Each
 from saltern.pipeline.methods.gradients.gradient import Gradient, Reduce, Value, pixel_gradients
 from saltern.pipeline.methods.gradients.noise import gaussian
-from saltern.pipeline.models.passes import full_precision, pick_targets
+from saltern.pipeline.models.passes import Score, full_precision
 from saltern.schemas.errors import UserError
 
 
@@ -34,21 +34,21 @@ class Averaged(Gradient):
     def compute_each(self, x_BCHW: Tensor, target_B: Tensor | None, number: int) -> Each:
         with torch.no_grad():
             logits_BK = self.forward(x_BCHW)
-        targets = pick_targets(logits_BK, target_B, number)
-        means = [torch.zeros_like(x_BCHW, dtype=torch.float32) for _ in targets]
+        scores = self.scores(logits_BK, target_B, number)
+        means = [torch.zeros_like(x_BCHW, dtype=torch.float32) for _ in scores]
         for which in groups(self._count, self.chunk, len(x_BCHW)):
-            for mean_BCHW, part_BCHW in zip(means, self._parts(x_BCHW, targets, which), strict=True):
+            for mean_BCHW, part_BCHW in zip(means, self._parts(x_BCHW, scores, which), strict=True):
                 mean_BCHW += part_BCHW
-        return [self.reduced(self.weighed(mean_BCHW, x_BCHW)) for mean_BCHW in means], logits_BK, targets
+        return [self.reduced(self.weighed(mean_BCHW, x_BCHW)) for mean_BCHW in means], logits_BK, scores
 
-    def _parts(self, x_BCHW: Tensor, targets: Sequence[Tensor], which: range) -> Iterator[Tensor]:
-        """Yield the share of some points in the mean gradient of each target."""
+    def _parts(self, x_BCHW: Tensor, scores: Sequence[Score], which: range) -> Iterator[Tensor]:
+        """Yield the share of some points in the mean gradient of each score."""
         with torch.no_grad(), full_precision(x_BCHW.device):
             points_SBCHW, weight_S = self.points(x_BCHW, which)
             layout = torch.contiguous_format if x_BCHW.is_contiguous() else torch.channels_last
             flat = points_SBCHW.flatten(0, 1).contiguous(memory_format=layout)
         flat.requires_grad_()
-        repeated = [target_B.repeat(len(which)) for target_B in targets]
+        repeated = [score.repeat(len(which)) for score in scores]
         weight = weight_S if isinstance(weight_S, float) else weight_S.view(-1, 1, 1, 1, 1)
         for gradient in pixel_gradients(self.forward(flat), repeated, flat):
             yield (gradient.float().view(points_SBCHW.shape) * weight).sum(0)

@@ -23,7 +23,7 @@ from saltern.pipeline.methods.functions import (
 )
 from saltern.pipeline.methods.gradients.gradient import Gradient, pixel_gradients
 from saltern.pipeline.models.interception import Interception, Swap, check_visible
-from saltern.pipeline.models.passes import full_precision, pick_targets
+from saltern.pipeline.models.passes import Score, full_precision
 from saltern.pipeline.models.probe import probe
 from saltern.pipeline.models.taps import Taps
 from saltern.schemas.errors import UserError
@@ -139,20 +139,20 @@ class GuidedGradCAM(Rectified):
         self._rule.clipped = True
         x_BCHW.requires_grad_()
         logits_BK, outputs = self._swapped(lambda: self._taps.forward(x_BCHW, differentiable=True))
-        targets = pick_targets(logits_BK, target_B, number)
-        cams = [self._cam(logits_BK, target, outputs[0], x_BCHW) for target in targets]
+        scores = self.scores(logits_BK, target_B, number)
+        cams = [self._cam(logits_BK, score, outputs[0], x_BCHW) for score in scores]
         self._rule.clipped = True
-        guided = pixel_gradients(logits_BK, targets, x_BCHW)
+        guided = pixel_gradients(logits_BK, scores, x_BCHW)
         maps = [
             self.reduced(gradient.float() * cam_BHW[:, None]) for gradient, cam_BHW in zip(guided, cams, strict=True)
         ]
-        return maps, logits_BK, targets
+        return maps, logits_BK, scores
 
-    def _cam(self, logits_BK: Tensor, target_B: Tensor, output: Tensor, x_BCHW: Tensor) -> Tensor:
+    def _cam(self, logits_BK: Tensor, score: Score, output: Tensor, x_BCHW: Tensor) -> Tensor:
         self._rule.clipped = False  # both backward passes use the same graph
-        score = logits_BK.float().gather(1, target_B[:, None]).sum()
+        total = score.of(logits_BK).sum()
         with full_precision(x_BCHW.device):
-            gradients = torch.autograd.grad(score, [output], retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(total, [output], retain_graph=True, allow_unused=True)
             (gradient,) = self._taps.all_reached(gradients)
             size = x_BCHW.shape[2:]
             A_BKhw, G_BKhw = self._taps.grid(0, output, size), self._taps.grid(0, gradient, size)

@@ -13,7 +13,7 @@ from torch import Tensor
 from saltern.pipeline.methods.base import Each, Maps, Method, weighted_sum
 from saltern.pipeline.methods.relevance.propagation import Propagation
 from saltern.pipeline.methods.relevance.rules import RELEVANCE_CAM, composite
-from saltern.pipeline.models.passes import full_precision, logits_of, pick_targets
+from saltern.pipeline.models.passes import Score, full_precision, logits_of
 from saltern.pipeline.models.probe import probe
 from saltern.pipeline.models.taps import Taps
 from saltern.schemas.errors import UserError
@@ -25,25 +25,36 @@ _INIT_HELP = (
 )
 
 
-def target_logit(logits_BK: Tensor, target_B: Tensor) -> Tensor:
-    """Return z_c at the explained class, 0 elsewhere."""
-    return _spread(logits_BK.gather(1, target_B[:, None]), torch.zeros_like(logits_BK), target_B)
+def target_logit(logits_BK: Tensor, score: Score) -> Tensor:
+    """Return z_c at the explained class, -alpha/N z_n at each of the N that it is compared with, 0 elsewhere."""
+    return score.weights(logits_BK) * logits_BK
 
 
-def contrast_unit(logits_BK: Tensor, target_B: Tensor) -> Tensor:
-    """Return +1 at the explained class, -1/N at each other of N classes; the sum is 1/N whatever the logit's sign."""
+def contrast_unit(logits_BK: Tensor, score: Score) -> Tensor:
+    """Return +1 at the explained class, -1/N at each other of N classes; the sum is 1/N whatever the logit's sign.
+
+    A finer target has only the classes that it is compared with, each with -alpha/N.
+    """
+    if score.others_BN is not None:
+        return score.weights(logits_BK)
     others_BK = torch.full_like(logits_BK, -1 / logits_BK.shape[1])
-    return _spread(torch.ones_like(logits_BK[:, :1]), others_BK, target_B)
+    return _spread(torch.ones_like(logits_BK[:, :1]), others_BK, score.class_B)
 
 
-def contrast_paper(logits_BK: Tensor, target_B: Tensor) -> Tensor:
-    """Return z_c at the explained class, -z_c / (N - 1) at each other of N classes (Gu 2018, section 3.2)."""
-    z_B1 = logits_BK.gather(1, target_B[:, None])
-    return _spread(z_B1, (-z_B1 / max(1, logits_BK.shape[1] - 1)).expand_as(logits_BK), target_B)
+def contrast_paper(logits_BK: Tensor, score: Score) -> Tensor:
+    """Return z_c at the explained class, -z_c / (N - 1) at each other of N classes (Gu 2018, section 3.2).
+
+    A finer target has only the classes that it is compared with, each with -alpha/N z_c.
+    """
+    z_B1 = logits_BK.gather(1, score.class_B[:, None])
+    if score.others_BN is not None:
+        return score.weights(logits_BK) * z_B1
+    return _spread(z_B1, (-z_B1 / max(1, logits_BK.shape[1] - 1)).expand_as(logits_BK), score.class_B)
 
 
-def softmax_gradient(logits_BK: Tensor, target_B: Tensor) -> Tensor:
+def softmax_gradient(logits_BK: Tensor, score: Score) -> Tensor:
     """Return y_c (1 - y_c) at the explained class, -y_c y_n elsewhere, magnitudes >= 1e-8 (Iwana 2019, eq. 8)."""
+    target_B = score.class_B
     y_BK = logits_BK.softmax(1)
     y_B1 = y_BK.gather(1, target_B[:, None])
     rest_BK = y_BK.scatter(1, target_B[:, None], 0)  # sums to 1 - y_c without cancellation near y_c = 1
@@ -56,14 +67,14 @@ def _spread(own_B1: Tensor, others_BK: Tensor, target_B: Tensor) -> Tensor:
     return others_BK.scatter(1, target_B[:, None], own_B1)
 
 
-Initial = Callable[[Tensor, Tensor], Tensor]
+Initial = Callable[[Tensor, Score], Tensor]
 _INITIAL: dict[str, Initial] = {"unit": contrast_unit, "paper": contrast_paper, "sglrp": softmax_gradient}
 
 
-def _start(initial: Initial, logits_BK: Tensor, target_B: Tensor) -> Tensor:
+def _start(initial: Initial, logits_BK: Tensor, score: Score) -> Tensor:
     """Return the relevance of the logits, in their dtype (float32 at least)."""
     with torch.no_grad(), full_precision(logits_BK.device):
-        return initial(logits_BK.detach(), target_B)
+        return initial(logits_BK.detach(), score)
 
 
 def _as_ran(logits_BK: Tensor, x_BCHW: Tensor) -> Tensor:
@@ -81,6 +92,7 @@ class PixelRelevance(Method):
     """
 
     cost = "1 forward, 1 backward by rules"
+    comparable = True
     heavy_tailed = True
 
     composite: Annotated[
@@ -107,13 +119,13 @@ class PixelRelevance(Method):
     def compute_each(self, x_BCHW: Tensor, target_B: Tensor | None, number: int) -> Each:
         logits_BK, wide_BCHW = self._forward(x_BCHW)
         self._propagation.check(logits_BK)
-        targets = pick_targets(logits_BK, target_B, number)
+        scores = self.scores(logits_BK, target_B, number)
         if not logits_BK.requires_grad:
             raise UserError(f"{self.title()}: the logits of {type(self.model).__name__} do not depend on the image")
-        starts = [_start(self._initial(), logits_BK, target) for target in targets]
+        starts = [_start(self._initial(), logits_BK, score) for score in scores]
         each = self._propagation.relevance(logits_BK, [wide_BCHW], starts)
         maps = [R_BCHW.sum(1) for (R_BCHW,) in each if R_BCHW is not None]
-        return maps, _as_ran(logits_BK, x_BCHW), targets
+        return maps, _as_ran(logits_BK, x_BCHW), scores
 
 
 class LRP(PixelRelevance):
@@ -140,6 +152,7 @@ class SGLRP(PixelRelevance):
     """Softmax-gradient LRP: starts from the derivative of the class's softmax; summed over channels (Iwana 2019)."""
 
     name = "sglrp"
+    comparable = False  # compares the class with all others, by their probabilities
 
     def _initial(self) -> Initial:
         return softmax_gradient
@@ -156,6 +169,7 @@ class RelevanceCAM(Method):
     name = "relevance-cam"
     cost = "1 forward, and the backward by rules down to the layer"
     layered = True
+    comparable = True
     many_layers = True
 
     init: Annotated[
@@ -164,6 +178,8 @@ class RelevanceCAM(Method):
     bn: Annotated[Literal["identity", "merge"], _BN_HELP] = "identity"
 
     def prepare(self) -> None:
+        if self._contrast is not None and self.init == "sglrp":
+            raise UserError(f"{self.title()} with init=sglrp compares the class with all others; give unit or paper")
         self._taps = Taps(self.model, self.layer)
         rules = replace(RELEVANCE_CAM, merge=self.bn == "merge")
         advice = "choose a layer after it, or use grad-cam"
@@ -177,11 +193,11 @@ class RelevanceCAM(Method):
     def compute_each(self, x_BCHW: Tensor, target_B: Tensor | None, number: int) -> Each:
         logits_BK, outputs = self._forward(x_BCHW)
         self._propagation.check(logits_BK)
-        targets = pick_targets(logits_BK, target_B, number)
-        starts = [_start(_INITIAL[self.init], logits_BK, target) for target in targets]
+        scores = self.scores(logits_BK, target_B, number)
+        starts = [_start(_INITIAL[self.init], logits_BK, score) for score in scores]
         each = self._propagation.relevance(logits_BK, outputs, starts)
         maps = [self._combined(outputs, self._taps.all_reached(relevance), x_BCHW) for relevance in each]
-        return maps, _as_ran(logits_BK, x_BCHW), targets
+        return maps, _as_ran(logits_BK, x_BCHW), scores
 
     def _combined(self, outputs: list[Tensor], relevance: list[Tensor], x_BCHW: Tensor) -> Maps:
         image = x_BCHW.shape[2:]

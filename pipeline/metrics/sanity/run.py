@@ -6,15 +6,16 @@ Shape suffixes: B batch, C H W the network's input.
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saltern.pipeline.extract.extraction import load_method
+from saltern.pipeline.extract.extraction import build_method, load_method
 from saltern.pipeline.machine import pick_device
-from saltern.pipeline.methods import Method, build
+from saltern.pipeline.methods import Method
 from saltern.pipeline.metrics.controls import sample_seeds
 from saltern.pipeline.metrics.sanity.adversarial import judge_attacks
 from saltern.pipeline.metrics.sanity.cascade import cascade
@@ -86,16 +87,12 @@ def _build(config: ExtractConfig, device: torch.device) -> tuple[nn.Module, Call
     if apart:
         raise UserError(f"the maps of {config.method} come from a network of its own, not from {config.model}")
 
-    def build_method(changed: nn.Module) -> Method:
-        layer, side = next(iter(config.layer), None), config.preprocess.crop
-        return build(config.method, changed, layer=layer, input_side=side, **config.method_options)
-
-    return model, build_method
+    return model, partial(build_method, config)
 
 
 def _cascades(run: SaliencyRun, images: int, stages: int | None, device: torch.device, batch_size: int) -> Curves:
     config = run.config
-    model, build_method = _build(config, device)
+    model, build = _build(config, device)
     curves, chosen = Curves(), islice(_images(run), images)
     while batch := list(islice(chosen, batch_size)):
         rows = [row for row, _ in batch]
@@ -103,7 +100,7 @@ def _cascades(run: SaliencyRun, images: int, stages: int | None, device: torch.d
         curves.add(
             cascade(
                 model,
-                build_method,
+                build,
                 _normalised(torch.stack([pixels for _, pixels in batch]), config, device),
                 torch.tensor(targets, device=device) if len(targets) == len(rows) else None,
                 seed_B=sample_seeds(config.seed, [row.key for row in rows]).to(device),
