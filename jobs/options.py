@@ -92,7 +92,12 @@ Methods = Annotated[
         metavar="NAME,...",
     ),
 ]
-Target = Annotated[str, model("Class to explain: label, top1, top:N or class:ID.")]
+Target = Annotated[
+    str,
+    model(
+        "Class to explain: label, top1, top:N or class:ID; finer:K compares it with K similar ones (docs/methods.md)."
+    ),
+]
 Labels = Annotated[
     str,
     model(

@@ -3,7 +3,7 @@
 import pytest
 
 from saltern.schemas.errors import UserError
-from saltern.schemas.rules import Target
+from saltern.schemas.rules import Finer, Target
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,16 @@ from saltern.schemas.rules import Target
         ("top:6", "N is 1..5"),
         ("class:5", "the model has the classes 0..4"),
         ("top", "is none of label, top1, top:N, class:ID"),
-        ("top:-1", "is none of label, top1, top:N, class:ID"),
+        ("top:-1", "is none of label, top1, top:N, class:ID, finer:K"),
+        ("finer", "must be finer:K or finer:K:ALPHA"),
+        ("finer:0", r"K similar classes \(1..4\)"),
+        ("finer:5", r"K similar classes \(1..4\)"),
+        ("finer:2:-1", "ALPHA of 0 or more"),
+        ("finer:2:nan", "ALPHA of 0 or more"),
+        ("finer:2:1:1", "must be finer:K or finer:K:ALPHA"),
+        ("finer:2@", "'' is none of label"),
+        ("finer:2@class:5", "the model has the classes 0..4"),
+        ("finer:2@finer:2", "finer:3@top1"),
     ],
 )
 def test_a_wrong_target_is_refused_with_what_is_allowed(text: str, allowed: str) -> None:
@@ -24,3 +33,15 @@ def test_a_wrong_target_is_refused_with_what_is_allowed(text: str, allowed: str)
 def test_the_first_and_the_last_that_a_model_has() -> None:
     for text, number in (("top:1", 1), ("top:5", 5), ("class:0", 0), ("class:4", 4)):
         assert Target.parse(text, 5).number == number
+
+
+def test_a_finer_target_has_the_class_of_another_target() -> None:
+    for text, kind, number, finer in (
+        ("finer:3", "label", 1, Finer(3, 0.6)),
+        ("finer:1:1", "label", 1, Finer(1, 1.0)),
+        ("finer:4:0.25@top1", "top1", 1, Finer(4, 0.25)),
+        ("finer:2@class:4", "class", 4, Finer(2, 0.6)),
+        ("finer:2@top:5", "top", 5, Finer(2, 0.6)),
+    ):
+        assert Target.parse(text, 5) == Target(text, kind, number, finer)
+    assert Target.parse("top1", 5).finer is None
