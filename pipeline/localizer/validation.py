@@ -5,22 +5,28 @@ Rows are made as `extract --method localizer` makes them and judged as `evaluate
 
 import contextlib
 import json
-from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from saltern.pipeline.localizer.step import LocalizerTraining
 from saltern.pipeline.methods import Method
 from saltern.pipeline.methods.localizer import LocalizerMap
-from saltern.pipeline.metrics.control_rows import BOXES
-from saltern.pipeline.metrics.judge import AS_IS, box_scores, maps_of, scores, size_of
+from saltern.pipeline.metrics.control_rows import BOXES, control_rows
+from saltern.pipeline.metrics.judge import AS_IS, NO_MAPS, box_scores, maps_of, scores, size_of
+from saltern.pipeline.metrics.localization.levels import LEVELS
+from saltern.pipeline.metrics.localization.maxbox import IOUS
+from saltern.pipeline.metrics.max_box import hits_of_rows
 from saltern.pipeline.metrics.mean import Mean
-from saltern.pipeline.runs.reader import SaliencyRun, open_run
+from saltern.pipeline.runs.reader import Row, SaliencyRun, open_run
 from saltern.pipeline.shards.annotations import Annotation, read_annotation
 from saltern.pipeline.shards.samples import Sample
 from saltern.pipeline.storage.files import write
@@ -33,8 +39,11 @@ from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
 
 LINES = "validation.jsonl"
-MEASURED = ("le", "f1")
+MEASURED = {"le": "LE %", "f1": "F1 %", "max_box_acc": "MaxBoxAcc %", "max_box_acc_v2": "MaxBoxAccV2 %"}
 LOCALIZER = "localizer"
+_TOGETHER = 256  # rows whose maps are in memory together
+Figures = dict[str, float | None]  # of MEASURED, in percent
+_True = list[tuple[Row, Annotation]]  # rows with their true boxes
 
 
 def held_out(path: str, trained: SaliencyRun) -> SaliencyRun:
@@ -71,9 +80,9 @@ class Validation:
     say: Say
     classes: int  # of the model
 
-    def __call__(self, training: LocalizerTraining) -> dict[str, float]:
-        """Return step, le and f1 in percent, and the number of samples: the same on every rank, which all call it."""
-        means = {name: Mean() for name in MEASURED}
+    def __call__(self, training: LocalizerTraining) -> dict[str, Any]:
+        """Return step, the number of samples and MEASURED in percent: the same on every rank, which all call it."""
+        sums = _Sums()
         live = LiveRows(
             _Live(training), training.device, self.preprocess, LocalizerMap.default_rule, range(self.classes)
         )
@@ -84,14 +93,11 @@ class Validation:
         )  # fmt: skip
         with contextlib.closing(whole.batches()) as batches:
             for shard, samples, batch in batches:
-                for sample, row in zip(samples, live(shard, batch), strict=True):
-                    if (truth := _truth(sample)) is not None:
-                        _add(means, scores(row, truth, AS_IS))
-        sums = torch.tensor([astuple(mean) for mean in means.values()], dtype=torch.float64, device=training.device)
-        self.ranks.average([sums])
-        means = {name: Mean(*row) for name, row in zip(means, sums.tolist(), strict=True)}
-        samples_all = round(self.ranks.world * means["le"].count)
-        line = {"step": training.steps_done, **{n: 100 * m.value for n, m in means.items()}, "samples": samples_all}
+                pairs = zip(samples, live(shard, batch), strict=True)
+                true = [(row, truth) for sample, row in pairs if (truth := _truth(sample)) is not None]
+                sums.add([scores(row, truth, AS_IS) for row, truth in true], true)
+        sums.gather(self.ranks, training.device)
+        line = {"step": training.steps_done, **sums.percent(), "samples": sums.means["le"].count}
         if self.ranks.rank == 0:
             self._write([*(old for old in self._lines() if old["step"] < line["step"]), line])
             self.say(f"validation at step {line['step']:,}: LE {line['le']:.2f} %, F1 {line['f1']:.2f} %")
@@ -102,37 +108,46 @@ class Validation:
         if self.ranks.rank == 0:
             self._write([line for line in self._lines() if line["step"] <= start])
 
-    def figures(self) -> dict[str, dict[str, float | None]]:
-        """Return LE and F1 in percent, of the localizer's last validation, its teacher and the controls."""
+    def figures(self) -> dict[str, Figures]:
+        """Return MEASURED in percent, of the localizer's last validation, its teacher and the controls."""
         last = self._lines()[-1:]
-        found = {LOCALIZER: {name: last[0][name] for name in MEASURED}} if last else {}
+        found = {LOCALIZER: {name: last[0].get(name) for name in MEASURED}} if last else {}
         return {**found, **self._others}
 
-    def table(self, figures: dict[str, dict[str, float | None]]) -> str:
+    def table(self, figures: dict[str, Figures]) -> str:
         """Return the figures as a Markdown table."""
         rows = [
-            [name, *("-" if values[m] is None else f"{values[m]:.1f}" for m in MEASURED)]
+            [name, *("-" if (value := values[m]) is None else f"{value:.1f}" for m in MEASURED)]
             for name, values in figures.items()
         ]
-        return markdown_table([f"{len(self.run):,} samples", "LE %", "F1 %"], rows)
+        return markdown_table([f"{len(self.run):,} samples", *MEASURED.values()], rows)
 
     @cached_property
-    def _others(self) -> dict[str, dict[str, float | None]]:
+    def _others(self) -> dict[str, Figures]:
         """The figures of the teacher's rows and of the controls."""
         config, maps = self.run.config, maps_of(self.run.config)
         teacher = f"its teacher, {config.method} {config.discretize.text}"
-        means = {name: {metric: Mean() for metric in MEASURED} for name in (teacher, *BOXES)}
+        sums = {name: _Sums(maps != NO_MAPS or name != teacher) for name in (teacher, *BOXES)}
+        for true in self._stored():
+            rows = [row for row, _ in true]
+            sums[teacher].add([scores(row, truth, maps) for row, truth in true], true)
+            read = sum(row.geometry is not None for row in rows)
+            pixels_MHWC = torch.zeros(read, *rows[0].layout.input_shape, 3) if read else None  # only its shape counts
+            for name, box_of in BOXES.items():
+                sizes = [size_of(row) or truth.size for row, truth in true]
+                boxes = [box_of(*size) if size else None for size in sizes]
+                judged = [box_scores(row, truth, box) for (row, truth), box in zip(true, boxes, strict=True)]
+                shown = control_rows(name, rows, pixels_MHWC, config)
+                sums[name].add(judged, [(row, truth) for row, (_, truth) in zip(shown, true, strict=True)])
+        return {name: own.percent() for name, own in sums.items()}
+
+    def _stored(self) -> Iterable[_True]:
+        """Yield the run's rows that have true boxes, some at a time."""
         for shard in self.run.shards:
-            for sample, rows in self.run.joined(shard):
-                if (truth := _truth(sample)) is not None:
-                    _add(means[teacher], scores(rows[0], truth, maps))
-                    size = size_of(rows[0]) or truth.size
-                    for name, box_of in BOXES.items():
-                        _add(means[name], box_scores(rows[0], truth, box_of(*size) if size else None))
-        return {
-            name: {metric: 100 * mean.value if mean.count else None for metric, mean in by_metric.items()}
-            for name, by_metric in means.items()
-        }
+            pairs = ((rows[0], _truth(sample)) for sample, rows in self.run.joined(shard))
+            true = ((row, truth) for row, truth in pairs if truth is not None)
+            while some := list(islice(true, _TOGETHER)):
+                yield some
 
     def _lines(self) -> list[dict[str, Any]]:
         path = self.root / LINES
@@ -150,9 +165,43 @@ def _truth(sample: Sample) -> Annotation | None:
         return None
 
 
-def _add(means: dict[str, Mean], judged: Mapping[str, float | None]) -> None:
-    for name, mean in means.items():
-        mean.add(judged[name])
+@dataclass
+class _Sums:
+    """Sums over samples that give MEASURED, and that ranks can add up."""
+
+    has_maps: bool = True
+    means: dict[str, Mean] = field(default_factory=lambda: {"le": Mean(), "f1": Mean()})
+    hits_IL: NDArray[np.float64] = field(default_factory=lambda: np.zeros((len(IOUS), LEVELS)))  # noqa: N815
+
+    def add(self, judged: Sequence[Mapping[str, float | None]], true: _True) -> None:
+        """Add rows, with what `scores` says of each."""
+        for one in judged:
+            for name, mean in self.means.items():
+                mean.add(one[name])
+        if self.has_maps and true:
+            packed = b"".join(hits_of_rows([row for row, _ in true], [truth for _, truth in true]))
+            hits_NIS = np.frombuffer(packed, np.uint8).reshape(len(true), len(IOUS), -1)
+            self.hits_IL += np.unpackbits(hits_NIS, axis=2, count=LEVELS).sum(0)
+
+    def gather(self, ranks: Ranks, device: torch.device) -> None:
+        """Add the sums of all ranks, which all call it."""
+        own = [[float(value) for value in astuple(mean)] for mean in self.means.values()]
+        means, hits = torch.tensor(own, dtype=torch.float64), torch.from_numpy(self.hits_IL)
+        sums = [means.to(device), hits.to(device)]
+        ranks.average(sums)
+        means, hits = (ranks.world * each.cpu() for each in sums)
+        self.means = {
+            name: Mean(round(count), *rest) for name, (count, *rest) in zip(self.means, means.tolist(), strict=True)
+        }
+        self.hits_IL = hits.numpy()
+
+    def percent(self) -> Figures:
+        """Return MEASURED in percent, the accuracies at their best thresholds; None if there is nothing to measure."""
+        found: Figures = {name: 100 * mean.value if mean.count else None for name, mean in self.means.items()}
+        samples = self.means["le"].count if self.has_maps else 0
+        best_I = 100 * self.hits_IL.max(1) / max(samples, 1)
+        accuracies = {"max_box_acc": float(best_I[0]), "max_box_acc_v2": float(best_I[1:].mean())}
+        return {**found, **(accuracies if samples else dict.fromkeys(accuracies))}
 
 
 class _Live(Method):

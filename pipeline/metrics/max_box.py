@@ -58,13 +58,13 @@ class MaxBox(Family):
 
     def measure(self, batch: Batch) -> list[Record]:
         records, true = read_truth(batch)
-        hits = _box_hits([batch.rows[at] for at in true], list(true.values()))
+        hits = hits_of_rows([batch.rows[at] for at in true], list(true.values()))
         for at, own in zip(true, hits, strict=True):
             records[at]["box_hits"] = own
         return records
 
 
-def _box_hits(rows: Sequence[Row], true: Sequence[Annotation]) -> list[bytes]:
+def hits_of_rows(rows: Sequence[Row], true: Sequence[Annotation]) -> list[bytes]:
     """Return the packed hits of each row's map at each threshold; none for a row without a map."""
     found = [bytes(HIT_BYTES)] * len(rows)
     at_M = [at for at, row in enumerate(rows) if row.map_bytes is not None]

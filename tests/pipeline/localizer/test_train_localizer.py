@@ -3,15 +3,18 @@
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from casm_toys import SIDE, calm, files, log_lines, quiet, small
 from commands import call, refused
+from judging import judge
 from localizer_toys import CutError, extract, interrupt, request, write_shards
 from making import PYTHONPATH
 from naive_metrics import naive_iou
@@ -99,9 +102,23 @@ def test_extract_finds_what_the_validation_measured(undisturbed, val, tmp_path):
     assert list(figures) == ["localizer", "its teacher, grad-cam mean:1", "centre-box", "whole-image"]
     assert figures["localizer"]["le"] == pytest.approx(naive_le(str(out)))
     assert figures["its teacher, grad-cam mean:1"]["le"] == pytest.approx(naive_le(str(val)))
+    measured = [*judged(out, "found"), *judged(val, "centre-box", "whole-image", "found")]
+    for name, values in zip(
+        ("localizer", "centre-box", "whole-image", "its teacher, grad-cam mean:1"), measured, strict=True
+    ):
+        assert {metric: figures[name][metric] for metric in values} == pytest.approx(values)
     whole = [1 - (x1 + 1 - x0) * (y1 + 1 - y0) / (w * h) for x0, y0, x1, y1, w, h in true_boxes(tar)]
     assert figures["whole-image"]["le"] == pytest.approx(100 * sum(share >= 0.5 for share in whole) / len(whole))
     assert json.loads((out / "run.json").read_text())["config"]["discretize"] == "fixed:0.5"
+
+
+def judged(run_folder: Path, *subjects: str) -> list[dict[str, float]]:
+    """Return LE, F1 and the box accuracies of an evaluation of the run, in percent."""
+    copy = shutil.copytree(run_folder, run_folder.parent / "judged")
+    found = judge(copy, metrics=("le", "f1", "max-box"))
+    by_subject = {"found": found.runs[0].estimates, **found.controls}
+    names = ("le", "f1", "max_box_acc", "max_box_acc_v2")
+    return [{name: 100 * by_subject[subject][name].value for name in names} for subject in subjects]
 
 
 def true_boxes(tar: str) -> list[list[int]]:
