@@ -20,6 +20,8 @@ def attack(
         str, opt.model("Class-specific saliency method whose map guides the attack.", metavar="NAME")
     ] = "cameras",
     weights: opt.Weights = "DEFAULT",
+    prompts: opt.Prompts = None,
+    templates: opt.Templates = None,
     layer: opt.Layer = None,
     options: opt.Options = None,
     deterministic: opt.Deterministic = None,

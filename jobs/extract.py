@@ -16,6 +16,8 @@ def extract(
     model: opt.Model,
     method: opt.Methods,
     weights: opt.Weights = "DEFAULT",
+    prompts: opt.Prompts = None,
+    templates: opt.Templates = None,
     layer: opt.Layer = None,
     options: opt.Options = None,
     checkpoint: Annotated[

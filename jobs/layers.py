@@ -21,6 +21,8 @@ def layers(
     metric: opt.Metrics = None,
     out: opt.Out,
     weights: opt.Weights = "DEFAULT",
+    prompts: opt.Prompts = None,
+    templates: opt.Templates = None,
     options: opt.Options = None,
     target: opt.Target = "label",
     labels: opt.Labels = "auto",

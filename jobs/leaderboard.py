@@ -20,6 +20,8 @@ def leaderboard(
         opt.inputs("A further run over the same shards, as of casm; repeatable.", metavar="RUN"),
     ] = None,
     weights: opt.Weights = "DEFAULT",
+    prompts: opt.Prompts = None,
+    templates: opt.Templates = None,
     layer: opt.Layer = None,
     options: opt.Options = None,
     target: opt.Target = "label",

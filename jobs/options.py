@@ -79,7 +79,29 @@ MoreShards = Annotated[list[str] | None, typer.Argument(metavar="SHARDS...", hid
 model = partial(_option, "Model and method")
 
 Model = Annotated[
-    str, model("Name from `saltern models`, timm:NAME or package.module:factory.", metavar="NAME", show_default=False)
+    str,
+    model(
+        "Name from `saltern models`, timm:NAME, open_clip:NAME or package.module:factory.",
+        metavar="NAME",
+        show_default=False,
+    ),
+]
+Prompts = Annotated[
+    str | None,
+    model(
+        "Texts that are the classes of a model that compares images with texts, or a file; default: the dataset's "
+        "class names.",
+        metavar="FILE|TEXT,...",
+    ),
+]
+Templates = Annotated[
+    list[str] | None,
+    model(
+        "Text with {} for a prompt, or a file of them; repeatable, and the embeddings are averaged; default: the "
+        "prompts as they are, class names in 'a photo of a {}.'.",
+        "--template",
+        metavar="TEXT|FILE",
+    ),
 ]
 Weights = Annotated[str, model("DEFAULT, none (random weights), the name of weights, or a file.", metavar="NAME|FILE")]
 Method = Annotated[str, model("Name from `saltern methods`, captum:NAME or package.module:Class.", metavar="NAME")]
@@ -95,7 +117,8 @@ Methods = Annotated[
 Target = Annotated[
     str,
     model(
-        "Class to explain: label, top1, top:N or class:ID; finer:K compares it with K similar ones (docs/methods.md)."
+        "Class to explain: label, top1, top:N, class:ID or prompt:NAME; finer:K compares it with K similar ones "
+        "(docs/methods.md)."
     ),
 ]
 Labels = Annotated[

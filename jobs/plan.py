@@ -16,6 +16,8 @@ def plan(
     model: opt.Model = "",
     method: opt.Method = "grad-cam",
     weights: opt.Weights = "DEFAULT",
+    prompts: opt.Prompts = None,
+    templates: opt.Templates = None,
     layer: opt.Layer = None,
     options: opt.Options = None,
     precision: opt.Precision = choices.Precision.fp32,

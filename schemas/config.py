@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from saltern.schemas.errors import UserError
+from saltern.schemas.prompts import Prompts
 from saltern.schemas.rules import Rule, Target
 
 _SHOWN = 120  # characters of a value in a message
@@ -25,10 +26,10 @@ _STORED: dict[str, Any] = {
     "squash": False, "interpolation": "", "mean": [], "std": [], "precision": "fp32", "seed": 0, "limit": None,
     "batch_size": 0, "torch_threads": 0, "job": EXTRACT, "job_options": {}, "labels": None,
     "image_member": None, "label_member": None, "decoder": PILLOW, "checkpoint": None, "deterministic": False,
-    "compile": False,
+    "compile": False, "prompts": None,
 }  # fmt: skip
 # Only in runs where they have another value than above: others keep their fingerprint.
-_ABSENT = ("labels", "image_member", "label_member", "decoder", "checkpoint", "deterministic", "compile")
+_ABSENT = ("labels", "image_member", "label_member", "decoder", "checkpoint", "deterministic", "compile", "prompts")
 _OPTIONAL = ("job", "job_options", *_ABSENT)  # runs made when `extract` was the only job have none of them
 
 
@@ -90,10 +91,12 @@ class RunConfig:
     batch_size: int
     torch_threads: int  # of each worker
     deterministic: bool = False  # operations that repeat to the bit; older runs had others on a GPU
+    prompts: Prompts | None = None  # of a model that compares images with texts
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as run.json stores it: flat, JSON values only, the same keys for every job."""
         own = {item.name: getattr(self, item.name) for item in fields(self)}
+        own["prompts"] = self.prompts and self.prompts.to_stored()
         preprocess = asdict(self.preprocess)
         preprocess |= {"mean": list(self.preprocess.mean), "std": list(self.preprocess.std)}
         values = {**_STORED, **own, **preprocess, "job": self.job, **self._to_stored()}
@@ -116,7 +119,8 @@ class RunConfig:
     def marked(self) -> dict[str, Any]:
         """Return the keys that the fingerprint covers. Extractions omit the job, so that older runs keep theirs."""
         left_out = (*UNMARKED, *(("job", "job_options") if self.job == EXTRACT else ()))
-        return {key: value for key, value in self.to_dict().items() if key not in left_out}
+        texts = {"prompts": self.prompts.marked()} if self.prompts else {}
+        return {key: value for key, value in (self.to_dict() | texts).items() if key not in left_out}
 
     def differences(self, other: "RunConfig") -> list[str]:
         """Return one line for each key that differs; the places of weights and checkpoint are not compared."""
@@ -171,7 +175,8 @@ class ExtractConfig(MethodConfig):
 
     @classmethod
     def _from_stored(cls, stored: Mapping[str, Any]) -> dict[str, Any]:
-        target = Target.parse(stored["target"], stored["classes"])
+        names = stored["prompts"]["names"] if stored.get("prompts") else ()
+        target = Target.parse(stored["target"], stored["classes"], names)
         labels = stored.get("labels")
         return {
             "target": target,
@@ -266,6 +271,7 @@ def config_from_dict(stored: Mapping[str, Any]) -> RunConfig:
     preprocess = {item.name: stored[item.name] for item in fields(Preprocess)}
     preprocess |= {"mean": tuple(stored["mean"]), "std": tuple(stored["std"])}
     own = {item.name: stored[item.name] for item in fields(kind) if item.name in stored}
+    own["prompts"] = Prompts.from_stored(stored["prompts"]) if stored.get("prompts") else None
     return kind(**{**own, "preprocess": Preprocess(**preprocess), **kind._from_stored(stored)})
 
 
@@ -286,4 +292,5 @@ def _short(value: object) -> str:
 
 def _with_job_options(config: RunConfig) -> dict[str, Any]:
     stored = {**_STORED, **config.to_dict()}
+    stored["prompts"] = config.prompts and config.prompts.marked()
     return {**stored, **stored.pop("job_options")}

@@ -2,9 +2,11 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from saltern.schemas.errors import UserError
+from saltern.schemas.prompts import number_of
 
 # Default number and largest allowed number of each rule that takes one; `mean-std` may be negative.
 _NUMBERED = {
@@ -33,17 +35,22 @@ class Finer:
 class Target:
     """The class (or classes) that a map explains."""
 
-    text: str  # as the user wrote it and run.json stores it: label | top1 | top:N | class:ID | finer:K[:ALPHA][@CLASS]
-    kind: str  # label | top1 | top | class
+    # As the user wrote it and run.json stores it: label | top1 | top:N | class:ID | prompt:NAME | finer:K[:ALPHA][@CLASS]
+    text: str
+    kind: str  # label | top1 | top | class; a prompt is a class
     number: int  # N or ID; 1 for label and top1
     finer: Finer | None = None  # None: the logit of the class by itself
 
     @classmethod
-    def parse(cls, text: str, classes: int) -> "Target":
-        """Parse a target for a model of `classes` logits. Raises UserError if the model has no such class."""
+    def parse(cls, text: str, classes: int, prompts: Sequence[str] = ()) -> "Target":
+        """Parse a target for a model of `classes` logits. Raises UserError if the model has no such class.
+
+        Args:
+            prompts: the names of the classes of a model that compares images with texts.
+        """
         kind, colon, number = text.partition(":")
         if kind == "finer":
-            return cls._finer(text, classes)
+            return cls._finer(text, classes, prompts)
         if text in ("label", "top1"):
             return cls(text, kind, 1)
         if kind in ("top", "class") and colon and number.isdecimal():
@@ -52,13 +59,17 @@ class Target:
                 return cls(text, kind, value)
             allowed = f"N is 1..{classes}" if kind == "top" else f"the model has the classes 0..{classes - 1}"
             raise UserError(f"--target {text!r}: {allowed}")
-        raise UserError(f"--target {text!r} is none of label, top1, top:N, class:ID, finer:K")
+        if kind == "prompt" and number and prompts:
+            return cls(text, "class", number_of(number, prompts))
+        if kind == "prompt":
+            raise UserError(f"--target {text!r} needs a model of images and texts, and its --prompts; give class:ID")
+        raise UserError(f"--target {text!r} is none of label, top1, top:N, class:ID, prompt:NAME, finer:K")
 
     @classmethod
-    def _finer(cls, text: str, classes: int) -> "Target":
+    def _finer(cls, text: str, classes: int, prompts: Sequence[str]) -> "Target":
         """Parse finer:K, finer:K:ALPHA, and either with @ and another target: its class, in place of the label."""
         how, at, explained = text.partition("@")
-        base = cls.parse(explained if at else "label", classes)
+        base = cls.parse(explained if at else "label", classes, prompts)
         found = re.fullmatch(r"finer:([0-9]+)(?::([0-9]+(?:\.[0-9]+)?))?", how)
         finer = Finer(int(found[1]), float(found[2] or _ALPHA)) if found else Finer(0)
         if base.finer or not 1 <= finer.count < classes:

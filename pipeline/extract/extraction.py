@@ -270,7 +270,9 @@ def build_method(config: MethodConfig, model: nn.Module) -> Method:
 
 def load_model(config: RunConfig, device: torch.device) -> nn.Module:
     """Load the run's model onto the device. Raises UserError if the weights here are not the run's."""
-    classifier = classifiers.load(config.model, config.weights, seed=config.seed, side=config.preprocess.crop)
+    classifier = classifiers.load(
+        config.model, config.weights, seed=config.seed, side=config.preprocess.crop, prompts=config.prompts
+    )
     if classifier.digest != config.weights_digest:
         raise UserError(
             f"the weights of {config.model} on {socket.gethostname()} are not the run's "

@@ -51,6 +51,12 @@ def choose_labels(
     return None, [f"{problem}; labels are kept as they are"]
 
 
+def numbers_in_order(shards: Sequence[Shard]) -> Numbers:
+    """Return the model's class for each number in `cls`, of a model whose classes are the dataset's names in order."""
+    numbers = {number: there for there, number in enumerate(sorted(names_of(shards)[0]))}
+    return None if all(number == there for number, there in numbers.items()) else numbers
+
+
 def _arrows(found: Match, names: Names, model: Sequence[str], shown: int = 3) -> list[str]:
     pairs = list(found.numbers.items())
     lines = [f"{given} {names[given]!r} is {there} {model[there]!r}" for given, there in pairs[:shown]]

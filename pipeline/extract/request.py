@@ -10,13 +10,14 @@ from typing import Any, Protocol
 
 from saltern import __version__
 from saltern.pipeline.extract.compilation import choose_compile
-from saltern.pipeline.extract.labels import AUTO, Numbers, choose_labels
+from saltern.pipeline.extract.labels import AUTO, Numbers, choose_labels, numbers_in_order
+from saltern.pipeline.extract.prompts import given_prompts, prompts_of_dataset
 from saltern.pipeline.extract.tryout import is_proven, try_extract
 from saltern.pipeline.machine import torch_threads
 from saltern.pipeline.masknet.checkpoint import newer_than
 from saltern.pipeline.methods import Method, build, find
 from saltern.pipeline.models import classifiers
-from saltern.pipeline.models.classifiers import Classifier
+from saltern.pipeline.models.classifiers import Classifier, needs_prompts
 from saltern.pipeline.models.presets import adapt
 from saltern.pipeline.shards.decoder import choose_decoder, describe_decoder
 from saltern.pipeline.shards.expand import expand
@@ -24,6 +25,7 @@ from saltern.pipeline.shards.samples import list_keys
 from saltern.schemas.choices import Compile, MapDtype, MapSize, Precision, check_choice
 from saltern.schemas.config import ExtractConfig, MethodConfig, RunConfig
 from saltern.schemas.errors import ShardError, UserError
+from saltern.schemas.prompts import Prompts
 from saltern.schemas.rules import Finer, Rule, Target
 from saltern.schemas.run import Run, Shard
 
@@ -39,6 +41,8 @@ class MethodRequest:
     model: str
     method: str
     weights: str = "DEFAULT"
+    prompts: str | None = None  # texts with commas between them, or a file; None: the dataset's class names
+    templates: Sequence[str] | None = None  # with {} for a prompt, or files of them
     layer: str | None = None
     options: dict[str, Any] = field(default_factory=dict)  # of the method
     resize: int | None = None
@@ -60,7 +64,7 @@ class MethodRequest:
 class ExtractRequest(MethodRequest):
     """Options of `extract`."""
 
-    target: str = "label"  # label | top1 | top:N | class:ID
+    target: str = "label"  # label | top1 | top:N | class:ID | prompt:NAME
     discretize: str | None = None  # None: the method's
     map_size: str = "native"  # native | input
     map_dtype: str | None = None  # uint8 | float16 | float32
@@ -77,12 +81,29 @@ class Inputs:
     shards: list[Shard]
     hints: list[str]
     classifier: Classifier
+    own_names: bool = False  # the classes are the dataset's, as their names are the prompts
 
 
-def find_inputs(request: MethodRequest) -> Inputs:
-    """Return the shards and the classifier of a request. Raises UserError if one is not available."""
+def find_inputs(request: MethodRequest, existing: Run | None) -> Inputs:
+    """Return the shards and the classifier of a request. Raises UserError if one is not available.
+
+    Args:
+        existing: the run in the folder; its embeddings are used if its prompts are the requested ones.
+    """
     shards, hints = wanted_shards(request)
-    return Inputs(shards, hints, load_classifier(request.model, request.weights, request.seed, request.crop))
+    prompts, own_names = given_prompts(request.prompts, request.templates or ()), False
+    if prompts is None and needs_prompts(request.model):
+        prompts, said = prompts_of_dataset(shards, request.templates or (), request.model)
+        hints, own_names = [*hints, *said], True
+    if prompts is not None and len(prompts.names) == 1:
+        hints = [*hints, "prompts: one class, whose score is 1 for every image; give others to compare it with"]
+    if prompts is None and request.templates:
+        raise UserError(f"--template has no effect on {request.model}, which takes no prompts; leave it out")
+    held = existing.config.prompts if existing else None
+    if held is not None and prompts is not None and held.same_texts(prompts):
+        prompts = held
+    classifier = load_classifier(request.model, request.weights, request.seed, request.crop, prompts)
+    return Inputs(shards, hints, classifier, own_names)
 
 
 def resolve(
@@ -113,11 +134,11 @@ def resolve(
     if not request.save_map and (request.map_dtype or request.map_size != "native"):
         raise UserError("--map-dtype and --map-size have no effect with --no-map; leave one of them out")
     rule = Rule.parse(request.discretize or find(request.method).default_rule)
-    inputs = inputs or find_inputs(request)
+    inputs = inputs or find_inputs(request, existing or sibling)
     shards, classifier = inputs.shards, inputs.classifier
-    target = Target.parse(request.target, classifier.classes)
+    target = Target.parse(request.target, classifier.classes, classifier.prompts.names if classifier.prompts else ())
     fields, method = method_fields(request, classifier, existing or sibling, device, workers, target.finer)
-    labels, remarks = _labels(request, existing or sibling, shards, classifier, needed=target.kind == "label")
+    labels, remarks = _labels(request, existing or sibling, inputs, needed=target.kind == "label")
     compiled, why = choose_compile(request, existing, method, sum(shard.size for shard in shards) // workers, device)
     fields["map_dtype"] = request.map_dtype or ("uint8" if request.map_size == "input" else fields["map_dtype"])
     config = ExtractConfig(
@@ -165,14 +186,17 @@ def _member(option: str, given: str | None) -> str | None:
 
 
 def _labels(
-    request: ExtractRequest, existing: Run | None, shards: list[Shard], classifier: Classifier, *, needed: bool
+    request: ExtractRequest, existing: Run | None, inputs: Inputs, *, needed: bool
 ) -> tuple[Numbers, list[str]]:
     """Return the existing run's labels if the request leaves them open, else as `choose_labels`."""
     if request.labels == AUTO and existing is not None and isinstance(existing.config, ExtractConfig):
         return existing.config.labels, []
+    if request.labels == AUTO and inputs.own_names:
+        return numbers_in_order(inputs.shards), []
     needed = needed and find(request.method).needs_target
     fix = "explain the model's own choice with --target top1, "
-    return choose_labels(request.labels, shards, classifier.class_names, classifier.classes, needed=needed, fix=fix)
+    names, classes = inputs.classifier.class_names, inputs.classifier.classes
+    return choose_labels(request.labels, inputs.shards, names, classes, needed=needed, fix=fix)
 
 
 def wanted_shards(request: MethodRequest) -> tuple[list[Shard], list[str]]:
@@ -207,9 +231,11 @@ def reading() -> Iterator[None]:
         raise UserError(f"a shard cannot be read: {error}") from error
 
 
-def load_classifier(model: str, weights: str, seed: int, side: int | None) -> Classifier:
+def load_classifier(
+    model: str, weights: str, seed: int, side: int | None, prompts: Prompts | None = None
+) -> Classifier:
     """Load the classifier that the user named, for images of `side` pixels; None = that of the weights."""
-    return classifiers.load(model, weights, seed=seed, side=side)
+    return classifiers.load(model, weights, seed=seed, side=side, prompts=prompts)
 
 
 def method_fields(
@@ -277,6 +303,7 @@ def model_fields(classifier: Classifier, model: str, weights: str, seed: int) ->
         "weights": absolute(weights),
         "weights_digest": classifier.digest,
         "classes": classifier.classes,
+        "prompts": classifier.prompts,
         "seed": seed,
     }
 

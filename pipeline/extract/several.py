@@ -72,8 +72,8 @@ def resolve_each(
     Raises:
         UserError: as `resolve`, or existing runs cannot be made together.
     """
-    inputs = find_inputs(next(iter(requests.values())))
     sibling = next((run for run in existing.values() if run is not None), None)
+    inputs = find_inputs(next(iter(requests.values())), sibling)
     runs: dict[str, Run] = {}
     hints: dict[str, list[str]] = {}  # methods by line
     for name, request in requests.items():

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from saltern.pipeline.engine.conduct import RunOptions
-from saltern.pipeline.extract.request import ExtractRequest, load_classifier
+from saltern.pipeline.extract.request import ExtractRequest, find_inputs
 from saltern.pipeline.extract.several import each_method
 from saltern.pipeline.layerwise.report import Comparison, Line, write_report
 from saltern.pipeline.leaderboard.board import extract_runs
@@ -46,7 +46,7 @@ def compare_layers(request: LayersRequest, options: RunOptions) -> Comparison:
         if not find(method).layered:
             raise UserError(f"--method {method} has no target layer, so it is the same at all of them; leave it out")
     wanted = request.extract
-    model = load_classifier(wanted.model, wanted.weights, wanted.seed, wanted.crop).model
+    model = find_inputs(wanted, None).classifier.model
     layers = resolve(model, request.layers, wanted.crop)
     root = options.out.rstrip("/")
     runs = {layer: extract_runs(replace(wanted, layer=layer), options, f"{root}/{layer}") for layer in layers}

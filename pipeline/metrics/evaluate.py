@@ -221,6 +221,7 @@ def _plan(
         weights=config.weights,
         weights_digest=config.weights_digest,
         classes=config.classes,
+        prompts=config.prompts,
         preprocess=config.preprocess,
         precision=request.precision if FAMILIES[name].runs_network else "fp32",
         seed=config.seed,

@@ -11,14 +11,16 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from saltern.pipeline.models import presets
+from saltern.pipeline.models import clip, presets
 from saltern.pipeline.models.pools import use_even_pools
 from saltern.pipeline.models.presets import Preset
 from saltern.pipeline.models.probe import count_classes
+from saltern.pipeline.models.texts import compares_texts, with_prompts
 from saltern.pipeline.models.weights import SUFFIXES, digest, fit, read
 from saltern.pipeline.naming import brief, import_object, install_hint, nearest
 from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
+from saltern.schemas.prompts import Prompts
 
 _LITE = {"efficientnet_lite0": 224, "efficientnet_lite1": 240, "efficientnet_lite2": 260}  # side of the input, pixels
 _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}  # heads only used in training
@@ -33,6 +35,7 @@ class Classifier:
     digest: str  # sha256 over the state dict, hex
     classes: int  # number of logits
     class_names: list[str] | None  # in the order of the logits; None = unknown
+    prompts: Prompts | None = None  # that are the classes of a model of images and texts, with their embeddings
 
     @property
     def preprocess(self) -> Preprocess:
@@ -41,8 +44,13 @@ class Classifier:
 
 
 def available_models() -> list[str]:
-    """Return the names that `load` knows; it also takes timm:NAME and package.module:factory."""
+    """Return the names that `load` knows; it also takes timm:, open_clip: and package.module:factory."""
     return sorted([*_torchvision_models(), *_LITE])
+
+
+def needs_prompts(name: str) -> bool:
+    """Return whether the model of this name certainly compares images with texts; a factory's model may do."""
+    return name.startswith(clip.PREFIX)
 
 
 def _torchvision_models() -> list[str]:
@@ -51,16 +59,20 @@ def _torchvision_models() -> list[str]:
     return list(torchvision.models.list_models(module=torchvision.models))
 
 
-def load(name: str, weights: str = "DEFAULT", *, seed: int = 0, side: int | None = None) -> Classifier:
+def load(
+    name: str, weights: str = "DEFAULT", *, seed: int = 0, side: int | None = None, prompts: Prompts | None = None
+) -> Classifier:
     """Load a classifier that methods can explain.
 
     Args:
-        name: a torchvision classification model, efficientnet_lite0..2, `timm:NAME` (if timm is installed) or
-            `package.module:factory`, a callable that returns an nn.Module with logits (B, K).
+        name: a torchvision classification model, efficientnet_lite0..2, `timm:NAME` (if timm is installed),
+            `open_clip:NAME` (if open_clip is) or `package.module:factory`, a callable that returns an nn.Module with
+            logits (B, K), or one that compares images with texts (see texts.with_prompts).
         weights: DEFAULT = the pretrained weights of the library, or those that the factory made; none = random from
             seed; a torchvision weights name (IMAGENET1K_V2); or a .pth, .pt or .safetensors file with a state dict.
         seed: of random weights; the global generator stays as it was.
         side: of the input, pixels, at which the classes are counted; None = that of the weights.
+        prompts: the classes of a model that compares images with texts. Its text tower is dropped.
 
     Raises:
         UserError: an unknown model or weights, a file that does not fit, a missing package, a failed download; a model
@@ -70,11 +82,15 @@ def load(name: str, weights: str = "DEFAULT", *, seed: int = 0, side: int | None
     source = "none" if path else weights
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        loaded = _load(name, source, path)
+        loaded = _load(name, source, path, side)
     model = loaded.model.float().eval()
     use_even_pools(model)
     if path:
-        fit(model, read(path), str(path), _AUXILIARY.get(name, ()))
+        fit(model, loaded.convert(model, read(path)), str(path), _AUXILIARY.get(name, ()))
+    if compares_texts(model):
+        return _of_texts(name, loaded, prompts)
+    if prompts is not None:
+        raise UserError(f"--prompts: {name} has classes of its own, and no text tower; leave it out")
     classes = loaded.classes or count_classes(model, side or loaded.preset.preprocess.crop)
     names = loaded.class_names if weights != "none" else None
     names = names if names and len(names) == classes else None
@@ -87,9 +103,21 @@ class _Loaded:
     preset: Preset
     classes: int | None = None  # None = unknown before a forward pass
     class_names: list[str] | None = None
+    convert: Callable[[nn.Module, dict[str, Any]], dict[str, Any]] = lambda model, state: state  # of a file's weights
 
 
-def _load(name: str, weights: str, path: Path | None) -> _Loaded:
+def _of_texts(name: str, loaded: _Loaded, prompts: Prompts | None) -> Classifier:
+    """Return the classifier of a model that compares images with texts. Its digest covers both towers."""
+    if prompts is None:
+        raise UserError(f"{name} compares images with texts, and has no classes: a command with --prompts can use it")
+    model, prompts = with_prompts(loaded.model, prompts, name)
+    names = list(prompts.names)
+    return Classifier(model.eval(), loaded.preset, digest(loaded.model), len(names), names, prompts)
+
+
+def _load(name: str, weights: str, path: Path | None, side: int | None) -> _Loaded:
+    if name.startswith(clip.PREFIX):
+        return _Loaded(*clip.load(name.removeprefix(clip.PREFIX), weights, side), convert=clip.converted)
     if name.startswith("timm:"):
         return _timm(name.removeprefix("timm:"), weights)
     if ":" in name:

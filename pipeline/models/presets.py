@@ -56,6 +56,23 @@ def of_timm(config: Mapping[str, Any]) -> Preset:
     return Preset(preprocess, "" if expressed else text)
 
 
+def of_open_clip(config: Mapping[str, Any]) -> Preset:
+    """Return the preset of an image tower's `preprocess_cfg`."""
+    size, mode, how = config["size"], config["resize_mode"], config["interpolation"]
+    height, width = (size, size) if isinstance(size, int) else size
+    squash = mode == "squash"
+    preprocess = Preprocess(
+        width,
+        width,
+        squash,
+        how if how in _INTERPOLATIONS else "bicubic",
+        tuple(config["mean"]),
+        tuple(config["std"]),
+    )
+    expressed = height == width and mode in ("shortest", "squash") and how in _INTERPOLATIONS
+    return Preset(preprocess, "" if expressed else f"resize_mode {mode}, input {height} x {width}, {how}")
+
+
 def adapt(
     preset: Preset,
     *,

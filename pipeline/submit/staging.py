@@ -21,6 +21,7 @@ from saltern.schemas.errors import UserError
 MAX_BYTES = 1_000_000  # of one input file, or of the user's package
 INPUTS = "_inputs"  # folder of the input files in the staged folder
 _PATHS = ("out", "boxes", "val", "checkpoint")  # options that hold a path; so does every positional argument
+_FILES = ("prompts", "templates", "labels")  # options that may name a file
 _PACKAGE = Path(__file__).parents[2]  # saltern/, its links followed
 _UNWANTED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "tests")
 
@@ -83,6 +84,8 @@ class _Staging:
             return self._add_config(value)
         if name == "classes":  # numbers, or a file of numbers
             return value if set(value) <= set("0123456789, ") else self._add(value, self._read(value))
+        if name in _FILES and os.path.isfile(self.cwd / value):
+            return self._add(value, self._read(value))
         if name in ("model", "method"):
             self._add_module(value)
             return value

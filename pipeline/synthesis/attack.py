@@ -17,13 +17,7 @@ from saltern.pipeline.engine.conduct import Job
 from saltern.pipeline.extract.batch import Batch
 from saltern.pipeline.extract.extraction import load_method
 from saltern.pipeline.extract.processor import Processor
-from saltern.pipeline.extract.request import (
-    MethodRequest,
-    load_classifier,
-    method_fields,
-    new_run,
-    wanted_shards,
-)
+from saltern.pipeline.extract.request import MethodRequest, find_inputs, method_fields, new_run
 from saltern.pipeline.extract.rows import Rows
 from saltern.pipeline.extract.task import STATUSES, Explained, Pending, Task
 from saltern.pipeline.extract.tryout import is_proven, try_gradient, try_method
@@ -68,15 +62,15 @@ def plan(request: AttackRequest, existing: Run | None, device: str, workers: int
     if not find(request.method).needs_target:
         raise UserError(f"--guide {request.method} explains no class; give one that does, as cameras or grad-cam")
     _check(request.pgd)
-    shards, hints = wanted_shards(request)
-    classifier = load_classifier(request.model, request.weights, request.seed, request.crop)
+    inputs = find_inputs(request, existing)
+    classifier = inputs.classifier
     fields, method = method_fields(request, classifier, existing, device, workers)
     config = AttackConfig(**fields, pgd=request.pgd, save_images=request.save_images)
     if not is_proven(config, existing):
         try_gradient(method.model, config.preprocess.crop)
         try_method(method, config)
     method.close()
-    return new_run(config, shards, classifier.class_names), hints
+    return new_run(config, inputs.shards, classifier.class_names), inputs.hints
 
 
 def _check(how: PGD) -> None:

@@ -50,5 +50,5 @@ def _further(word: str, seed: int, side: int, classes: int, own: str) -> Classif
 
 def load_further(how: EvaluateConfig, further: ClassifierConfig, device: torch.device) -> nn.Module:
     """Load a classifier of the evaluation's config onto the device. Raises UserError if its weights are others here."""
-    own = replace(how, model=further.model, weights=further.weights, weights_digest=further.digest)
+    own = replace(how, model=further.model, weights=further.weights, weights_digest=further.digest, prompts=None)
     return load_model(own, device)

@@ -101,6 +101,15 @@ def test_what_a_training_names(tmp_path: Path, here: Path) -> None:
     assert (folder / "_inputs/0-classes.txt").read_text() == "1 2 3"
 
 
+def test_files_of_prompts_travel_and_texts_stay(tmp_path: Path, here: Path) -> None:
+    (here / "p.txt").write_text("a dog")
+    given = (("prompts", "a dog,a cat"), ("prompts", "p.txt"), ("templates", "a {}"), ("templates", "p.txt"))
+    job, folder = sent(tmp_path, here, *(Word(name, f"--{name}", value) for name, value in given))
+    files = ("_inputs/0-p.txt", "_inputs/1-p.txt")
+    assert job.args == ["--prompts=a dog,a cat", f"--prompts={files[0]}", "--templates=a {}", f"--templates={files[1]}"]
+    assert (folder / files[1]).read_text() == "a dog"
+
+
 @pytest.mark.parametrize("value", ["DEFAULT", "none", "IMAGENET1K_V2"])
 def test_names_of_weights_stay(tmp_path: Path, here: Path, value: str) -> None:
     assert sent(tmp_path, here, Word("weights", "--weights", value))[0].args == [f"--weights={value}"]
