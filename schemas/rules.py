@@ -35,7 +35,7 @@ class Finer:
 class Target:
     """The class (or classes) that a map explains."""
 
-    # As the user wrote it and run.json stores it: label | top1 | top:N | class:ID | prompt:NAME | finer:K[:ALPHA][@CLASS]
+    # As the user wrote it and run.json stores it: label | top1 | top:N | class:ID | prompt:NAME | finer:K[:ALPHA][@ANY]
     text: str
     kind: str  # label | top1 | top | class; a prompt is a class
     number: int  # N or ID; 1 for label and top1
