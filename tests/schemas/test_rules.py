@@ -13,7 +13,7 @@ from saltern.schemas.rules import Finer, Target
         ("top:6", "N is 1..5"),
         ("class:5", "the model has the classes 0..4"),
         ("top", "is none of label, top1, top:N, class:ID"),
-        ("top:-1", "is none of label, top1, top:N, class:ID, finer:K"),
+        ("top:-1", "is none of label, top1, top:N, class:ID, prompt:NAME, finer:K"),
         ("finer", "must be finer:K or finer:K:ALPHA"),
         ("finer:0", r"K similar classes \(1..4\)"),
         ("finer:5", r"K similar classes \(1..4\)"),
