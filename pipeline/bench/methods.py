@@ -55,6 +55,8 @@ CASES = [
     Case("grad-cam", 1.05, _TO_LAYER, layer="layer2"),
     *(Case(name, 1.10, _TO_PIXELS) for name in ("gradient", "deconvnet", "guided-backprop", "guided-grad-cam")),
     Case("input-x-gradient", 1.10, _TO_PIXELS),
+    Case("shapley-cam", 1.10, (Passes(backwards=2, to_layer=True),)),
+    Case("fullgrad", 1.10, _TO_PIXELS),
     Case("integrated-gradients", 1.10, _EIGHT_STEPS, options={"steps": 8}, batch=8),
     Case("smoothgrad", 1.10, _EIGHT_STEPS, options={"samples": 8}, batch=8),
     Case("occlusion", 1.05, (Passes(), Passes(36)), options={"window": 64, "stride": 32}, batch=4),

@@ -120,6 +120,8 @@ _NAMES: dict[str, dict[str, str]] = {
     "xgrad-cam": {"pytorch-grad-cam": "XGradCAM", "torchcam": "XGradCAM"},
     "eigen-cam": {"pytorch-grad-cam": "EigenCAM"},
     "score-cam": {"pytorch-grad-cam": "ScoreCAM", "torchcam": "ScoreCAM"},
+    "shapley-cam": {"pytorch-grad-cam": "ShapleyCAM"},
+    "fullgrad": {"pytorch-grad-cam": "FullGrad"},
     "ablation-cam": {"pytorch-grad-cam": "AblationCAM"},
     "lrp": {"zennit": "alpha1beta0"},
 }

@@ -22,8 +22,10 @@ from saltern.pipeline.methods.cams.activation import (
 )
 from saltern.pipeline.methods.cams.cameras import CAMERAS
 from saltern.pipeline.methods.cams.scored import AblationCAM, ScoreCAM
+from saltern.pipeline.methods.cams.shapley import ShapleyCAM
 from saltern.pipeline.methods.captum_adapter import adapt
 from saltern.pipeline.methods.casm import CASM
+from saltern.pipeline.methods.gradients.full import FullGrad
 from saltern.pipeline.methods.gradients.gradient import Gradient, InputXGradient
 from saltern.pipeline.methods.gradients.occlusion import Occlusion
 from saltern.pipeline.methods.gradients.paths import IntegratedGradients, SmoothGrad
@@ -42,6 +44,8 @@ _GRADIENTS = (Gradient, InputXGradient, SmoothGrad, IntegratedGradients, Deconvn
 _CLASSES: tuple[type[Method], ...] = (
     *_CAMS,
     *_GRADIENTS,
+    ShapleyCAM,
+    FullGrad,
     Occlusion,
     LRP,
     CLRP,
