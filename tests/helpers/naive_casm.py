@@ -26,7 +26,7 @@ class NaiveCasm:
         decoder: conv1..conv4, gamma1.., beta1.., last, bias: leaf tensors.
         save_every: None: only the first snapshot.
         fault: one deliberate error: "late", "or", "alias".
-        pull: (weight, wanted area) of the pull on the mean logit; None: as published.
+        pull: (weight, wanted area) of the pull; None: as published.
     """
 
     def __init__(self, net, decoder, name, score, save_every, pool_size, lr_f, lr_m, fault="", pull=None):
@@ -118,8 +118,10 @@ class NaiveCasm:
         loss = size + score
         if self.pull is not None:
             weight, area = self.pull
-            mean = (m.log() - (1 - m).log()).sum() / m.numel()
-            loss = loss + weight * (mean - (math.log(area) - math.log(1 - area))) ** 2
+            mean_logit = (m.log() - (1 - m).log()).sum() / m.numel()
+            mean = float(m.sum() / m.numel())
+            offset = math.log(mean / (1 - mean)) - math.log(area / (1 - area))
+            loss = loss + weight * (offset + (mean_logit - mean_logit.detach())) ** 2  # moves the mean logit
         if self.fault == "late" and self.trained and member < 0:
             self.sgd(masked)
         gradients = torch.autograd.grad(loss, list(self.decoder.values()), retain_graph=True)

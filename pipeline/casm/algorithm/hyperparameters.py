@@ -17,7 +17,7 @@ class Hyperparameters:
     score: str = "entropy"
     lam: float | Literal["auto"] | None = None  # weight of the size penalty; None: the published one
     mask_area: float = 0.5  # mean mask, in (0, 1), that "auto" steers to
-    pull: float = 0.0  # weight of (mean logit of the masks - logit of mask_area)^2, with lambda "auto"
+    pull: float = 0.0  # weight of (logit of the mean mask - logit of mask_area)^2, with lambda "auto"
     pool_size: int = 30
     pool_half: bool = False  # the pool's weights in 16 bits
     pool_draw: str = "shared"  # one pool member for all ranks, or one for each; the coin is always shared

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+_FLAT = 80.0  # logit at which both sigmoids are normal numbers in float32
+
+
 class MaskTerms(NamedTuple):
     """The terms of the mask loss: float32 scalars with gradients; and the values per image that they follow from."""
 
@@ -50,20 +53,27 @@ def mask_terms(
     return MaskTerms(-gain, F.relu(confused_B.float() - area_B).mean(), area_B, confused_B)
 
 
-def pull(mean: Tensor, shared: Tensor, area: float) -> Tensor:
-    """Return (shared - logit(area))^2, which holds the masks' mean logit at the logit of their wanted area.
+def pull(mean: Tensor, shared_2: Tensor, area: float) -> Tensor:
+    """Return (logit(mean mask) - logit(area))^2, with the gradient 2 * (logit(mean mask) - logit(area)) * d mean(logits).
 
     The published loss has no such term. There, once the sigmoid saturates, neither the score nor the size penalty has a
-    gradient, and masks that left nothing or everything stay so. This term acts on the logits, so its gradient grows
-    with the distance.
+    gradient, and masks that left nothing or everything stay so. This term's gradient is that of the mean logit, so it
+    reaches saturated logits too and grows with the distance. Its goal is the mean mask itself: if the mean logit had to
+    be logit(area), wide logits would leave the mean mask 0.1 off.
 
     Args:
         mean: of the logits over the batch; takes the gradient.
-        shared: its mean over all ranks, without gradient. The average of the ranks' gradients is that of one process.
+        shared_2: `coverage` over all ranks. The average of the ranks' gradients is that of one process.
         area: wanted mean mask, in (0, 1).
     """
-    offset = shared - math.log(area / (1 - area))
+    offset = (shared_2[0] / shared_2[1]).log() - math.log(area / (1 - area))
     return offset.square() + 2 * offset * (mean - mean.detach())
+
+
+def coverage(logits_B1hw: Tensor) -> Tensor:
+    """Return the mean of sigmoid(logits) and of 1 - sigmoid(logits), float32 (2,), both above 0; without gradient."""
+    bounded_B1hw = logits_B1hw.detach().float().clamp(-_FLAT, _FLAT)
+    return torch.stack([bounded_B1hw.sigmoid().mean(), (-bounded_B1hw).sigmoid().mean()])
 
 
 def entropy(logits_BK: Tensor) -> Tensor:

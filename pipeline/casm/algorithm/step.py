@@ -16,7 +16,7 @@ from saltern.pipeline.casm.algorithm.collapse import SLOWER
 from saltern.pipeline.casm.algorithm.control import Lambda
 from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.algorithm.log import Log, measure
-from saltern.pipeline.casm.algorithm.losses import mask_terms, pull, total_variation
+from saltern.pipeline.casm.algorithm.losses import coverage, mask_terms, pull, total_variation
 from saltern.pipeline.casm.algorithm.pool import Confuser, Pool
 from saltern.pipeline.casm.algorithm.thinning import Plan, plan, repeatable
 from saltern.pipeline.masknet.network import Decoder, Trunk, enlarge
@@ -219,10 +219,9 @@ class Training:
     def _pull(self, logits_B1hw: Tensor) -> Tensor:
         if not self.hyperparameters.pulling:
             return logits_B1hw.new_zeros(())
-        mean = logits_B1hw.mean()
-        shared = mean.detach().clone()
-        self._average([shared])
-        return pull(mean, shared, self.hyperparameters.mask_area)
+        shared_2 = coverage(logits_B1hw)
+        self._average([shared_2])
+        return pull(logits_B1hw.mean(), shared_2, self.hyperparameters.mask_area)
 
     def _classify_masked(self, masked_BCHW: Tensor, member: int) -> Tensor:
         """Return float32 logits_BK of the masked images, of a pool member or the current classifier (-1)."""
