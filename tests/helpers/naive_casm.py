@@ -119,7 +119,7 @@ class NaiveCasm:
         if self.pull is not None:
             weight, area = self.pull
             mean_logit = (m.log() - (1 - m).log()).sum() / m.numel()
-            mean = float(m.sum() / m.numel())
+            mean = (m.sum() / m.numel()).item()
             offset = math.log(mean / (1 - mean)) - math.log(area / (1 - area))
             loss = loss + weight * (offset + (mean_logit - mean_logit.detach())) ** 2  # moves the mean logit
         if self.fault == "late" and self.trained and member < 0:

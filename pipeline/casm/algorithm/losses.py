@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 _FLAT = 80.0  # logit at which both sigmoids are normal numbers in float32
 
 
@@ -54,7 +53,7 @@ def mask_terms(
 
 
 def pull(mean: Tensor, shared_2: Tensor, area: float) -> Tensor:
-    """Return (logit(mean mask) - logit(area))^2, with the gradient 2 * (logit(mean mask) - logit(area)) * d mean(logits).
+    """Return offset^2, with the gradient 2 * offset * d mean(logits); offset = logit(mean mask) - logit(area).
 
     The published loss has no such term. There, once the sigmoid saturates, neither the score nor the size penalty has a
     gradient, and masks that left nothing or everything stay so. This term's gradient is that of the mean logit, so it
