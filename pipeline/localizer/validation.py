@@ -21,13 +21,13 @@ from saltern.pipeline.localizer.step import LocalizerTraining
 from saltern.pipeline.methods import Method
 from saltern.pipeline.methods.localizer import LocalizerMap
 from saltern.pipeline.metrics.control_rows import BOXES, control_rows
-from saltern.pipeline.metrics.judge import AS_IS, NO_MAPS, box_scores, maps_of, scores, size_of
+from saltern.pipeline.metrics.judge import AS_IS, NO_MAPS, box_scores, maps_of, scores, size_of, truth_of
 from saltern.pipeline.metrics.localization.levels import LEVELS
 from saltern.pipeline.metrics.localization.maxbox import IOUS
 from saltern.pipeline.metrics.max_box import hits_of_rows
 from saltern.pipeline.metrics.mean import Mean
 from saltern.pipeline.runs.reader import Row, SaliencyRun, open_run
-from saltern.pipeline.shards.annotations import Annotation, read_annotation
+from saltern.pipeline.shards.annotations import Annotation
 from saltern.pipeline.shards.samples import Sample
 from saltern.pipeline.storage.files import write
 from saltern.pipeline.tables import markdown_table
@@ -94,7 +94,7 @@ class Validation:
         with contextlib.closing(whole.batches()) as batches:
             for shard, samples, batch in batches:
                 pairs = zip(samples, live(shard, batch), strict=True)
-                true = [(row, truth) for sample, row in pairs if (truth := _truth(sample)) is not None]
+                true = [(row, truth) for sample, row in pairs if (truth := _truth(sample, row)) is not None]
                 sums.add([scores(row, truth, AS_IS) for row, truth in true], true)
         sums.gather(self.ranks, training.device)
         line = {"step": training.steps_done, **sums.percent(), "samples": sums.means["le"].count}
@@ -144,7 +144,7 @@ class Validation:
     def _stored(self) -> Iterable[_True]:
         """Yield the run's rows that have true boxes, some at a time."""
         for shard in self.run.shards:
-            pairs = ((rows[0], _truth(sample)) for sample, rows in self.run.joined(shard))
+            pairs = ((rows[0], _truth(sample, rows[0])) for sample, rows in self.run.joined(shard))
             true = ((row, truth) for row, truth in pairs if truth is not None)
             while some := list(islice(true, _TOGETHER)):
                 yield some
@@ -157,10 +157,10 @@ class Validation:
         write(self.root / LINES, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
-def _truth(sample: Sample) -> Annotation | None:
+def _truth(sample: Sample, row: Row) -> Annotation | None:
     """Return the true boxes of a sample; None if it has none that can be read."""
     try:
-        return read_annotation(sample)
+        return truth_of(sample, row)
     except ValueError:
         return None
 

@@ -31,6 +31,7 @@ from saltern.pipeline.metrics.localization.pointing import (
 from saltern.pipeline.runs.columns import Record
 from saltern.pipeline.runs.reader import Row
 from saltern.pipeline.shards.annotations import Annotation, read_annotation
+from saltern.pipeline.shards.samples import Sample
 from saltern.schemas.config import EvaluateConfig, ExtractConfig
 from saltern.schemas.evaluation import BAD_BOXES, FOUND, NO_BOXES
 from saltern.schemas.metrics import METRICS
@@ -99,11 +100,10 @@ def read_truth(batch: Batch) -> tuple[list[Record], dict[int, Annotation]]:
     for at, sample in enumerate(batch.samples):
         record: Record = {}
         try:
-            truth = read_annotation(sample)
+            truth = truth_of(sample, batch.rows[at])
             if truth is None:
                 record = {"status": NO_BOXES, "error": "its json has no boxes"}
             else:
-                check_inside(truth, batch.rows[at])
                 true[at] = truth
         except ValueError as error:
             record = {"status": BAD_BOXES, "error": str(error)}
@@ -111,17 +111,21 @@ def read_truth(batch: Batch) -> tuple[list[Record], dict[int, Annotation]]:
     return records, true
 
 
-def check_inside(truth: Annotation, row: Row) -> None:
-    """Raise ValueError if a true box has no pixel of the image, in the size that the boxes were annotated at."""
-    size = truth.size or size_of(row)
-    if size is None:
-        return
-    for box in truth.boxes:
+def truth_of(sample: Sample, row: Row) -> Annotation | None:
+    """Return the true boxes of a sample, None if it has none; `row` is that of the sample.
+
+    Raises:
+        ValueError: as `read_annotation`; or a box has no pixel of the image, in the size it was annotated at. One line.
+    """
+    truth = read_annotation(sample)
+    size = None if truth is None else truth.size or size_of(row)
+    for box in truth.boxes if truth and size else ():
         if not area(clipped(box, *size)):
             x0, y0, x1, y1 = box
             raise ValueError(
                 f"its box {[x0, y0, x1 - 1, y1 - 1]} lies outside of the image, {size[1]} x {size[0]} pixels"
             )
+    return truth
 
 
 def check_boxes(path: str, census: Census, unread: Mapping[str, str]) -> None:

@@ -20,10 +20,9 @@ from saltern.pipeline.casm.watch.epochs_page import epochs_page, keep_masks
 from saltern.pipeline.casm.watch.live import LiveMasks
 from saltern.pipeline.casm.watch.mask_page import Chosen, mask_page
 from saltern.pipeline.extract.batch import Batch
-from saltern.pipeline.metrics.judge import AS_IS, scores
+from saltern.pipeline.metrics.judge import AS_IS, scores, truth_of
 from saltern.pipeline.metrics.mean import Mean
 from saltern.pipeline.runs.reader import Row
-from saltern.pipeline.shards.annotations import read_annotation
 from saltern.pipeline.shards.samples import Sample
 from saltern.pipeline.storage.files import write
 from saltern.pipeline.training.whole import Whole, check_boxes
@@ -128,7 +127,7 @@ def _add(
     """Judge the rows of a batch, and add the results to the means."""
     for at, (sample, row) in enumerate(zip(samples, rows, strict=True)):
         with contextlib.suppress(ValueError):
-            if (truth := read_annotation(sample)) is not None:
+            if (truth := truth_of(sample, row)) is not None:
                 judged = scores(row, truth, AS_IS)
                 means["le"].add(judged["le"])
                 means["f1"].add(judged["f1"])

@@ -160,6 +160,13 @@ def test_a_damaged_image_is_a_miss(tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_boxes_outside_of_the_image_are_no_boxes(tmp_path):
+    outside = {"json": '{"boxes": [[900, 900, 910, 910]], "height": 50, "width": 60}'}
+    found = validation(write_val(tmp_path / "outside", 1, k1=outside), tmp_path / "a")(made())
+    assert (found["samples"], found["with_boxes"]) == (2, 1)
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_ranks_give_the_numbers_of_one(tmp_path):
     val = write_val(tmp_path / "val", **ODD)
     alone = validation(val, tmp_path / "alone", batch_size=1)(made())
