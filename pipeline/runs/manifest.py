@@ -31,6 +31,9 @@ def picture_name(number: int, class_names: Sequence[str] | None) -> str:
     return f"pictures/{number:04}-{slug}.png"
 
 
+_LOOKED_AT = 50  # folders that may hold the run that was meant
+
+
 def load_run(store: Store) -> Run | None:
     """Return the run in the folder, or None. Raises DamagedRunError, and UserError for another schema version."""
     raw = store.read("run.json")
@@ -50,6 +53,10 @@ def load_run_folder(root: str, job: str | None = None) -> tuple[Store, Run]:
     if run is None and store.listing("receipts", ".json"):
         raise UserError(f"{root} has receipts, but its run.json is missing; {AGAIN}")
     if run is None:
+        below = [name for name in store.folders()[:_LOOKED_AT] if store.read(f"{name}/run.json") is not None]
+        if below:
+            paths = ", ".join(f"{root.rstrip('/')}/{name}" for name in below)
+            raise UserError(f"{root} holds no run itself; give one of the runs in it: {paths}")
         raise UserError(f"{root} holds no run (no run.json); `saltern extract ... --out {root}` makes one")
     if job is not None and run.config.job != job:
         raise UserError(

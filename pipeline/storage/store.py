@@ -65,6 +65,11 @@ class Store:
         infos = self.fs.get_file_info(fs.FileSelector(base, allow_not_found=True, recursive=True))
         return sorted(i.path[len(base) + 1 :] for i in infos if i.type == fs.FileType.File and i.path.endswith(suffix))
 
+    def folders(self) -> list[str]:
+        """Return the names of the folders in the run's folder, sorted."""
+        infos = self.fs.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+        return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
+
     def sizes(self, folder: str) -> dict[str, int]:
         """Return the size of each file below `folder` by its name relative to it, from one listing."""
         base = self.full(folder).rstrip("/")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from saltern.pipeline.runs.begin import begin
-from saltern.pipeline.runs.manifest import load_run, read_failures, read_receipts, receipt_name
+from saltern.pipeline.runs.manifest import load_run, load_run_folder, read_failures, read_receipts, receipt_name
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import config_from_dict
 from saltern.schemas.errors import UserError
@@ -174,3 +174,13 @@ def test_a_hundred_thousand_done_shards_resume(store: Store) -> None:
     receipts = read_receipts(store, begin(store, run))
     assert len(receipts) == 100_000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # KiB
+
+
+def test_the_runs_in_a_folder_are_named(tmp_path):
+    for name in ("cam", "lrp"):
+        begin(Store(f"{tmp_path}/runs/{name}"), make_run())
+    (tmp_path / "runs/other").mkdir()
+    with pytest.raises(UserError, match=rf"give one of the runs in it: {tmp_path}/runs/cam, {tmp_path}/runs/lrp$"):
+        load_run_folder(f"{tmp_path}/runs/")
+    with pytest.raises(UserError, match="holds no run"):
+        load_run_folder(f"{tmp_path}/nothing")
