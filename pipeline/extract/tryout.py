@@ -37,6 +37,8 @@ def try_method(method: Method, config: MethodConfig) -> None:
 
 def try_layers(method: Method, config: MethodConfig) -> None:
     """Check the grids of the method's layers. Raises UserError."""
+    if not method.layers_are_grids:
+        return
     side = config.preprocess.crop
     with one_line(method.model, probe(method.model, side)):
         check_layers(method.model, method.layer, side)

@@ -10,6 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from saltern.pipeline.methods.attention.grad_eclip import GradECLIP
+from saltern.pipeline.methods.attention.legrad import LeGrad
+from saltern.pipeline.methods.attention.weights import Attention, Chefer, Rollout
 from saltern.pipeline.methods.base import Last, Method
 from saltern.pipeline.methods.cams.activation import (
     CAM,
@@ -41,8 +44,10 @@ __all__ = ["Last", "Method", "OptionSpec", "available", "build", "find"]
 
 _CAMS = (CAM, GradCAM, GradCAMPlusPlus, LayerCAM, HiResCAM, XGradCAM, EigenCAM, ScoreCAM, AblationCAM, CAMERAS)
 _GRADIENTS = (Gradient, InputXGradient, SmoothGrad, IntegratedGradients, Deconvnet, GuidedBackprop, GuidedGradCAM)
+_ATTENTION = (Attention, Rollout, Chefer, LeGrad, GradECLIP)
 _CLASSES: tuple[type[Method], ...] = (
     *_CAMS,
+    *_ATTENTION,
     *_GRADIENTS,
     ShapleyCAM,
     FullGrad,

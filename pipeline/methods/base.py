@@ -66,6 +66,7 @@ class Method:
     default_map_dtype: ClassVar[str] = "float32"  # uint8 | float16 | float32, as stored
     default_rule: ClassVar[str] = "mean:1"  # that makes the masks
     layered: ClassVar[bool] = False  # has target layers
+    layers_are_grids: ClassVar[bool] = True  # their outputs have the map's grid; False: the method checks the grid
     many_layers: ClassVar[bool] = False  # allows several target layers in one pass
 
     model: nn.Module
@@ -94,7 +95,7 @@ class Method:
             raise UserError(f"{self.title()} cannot compare a class with similar ones; give a target other than finer")
         with frozen(model):
             self._contrast = Contrast(model, finer, input_side) if finer and self.needs_target else None
-            self.layer = layers.resolve(model, layer, input_side) if self.layered else []
+            self.layer = self.find_layers(layer) if self.layered else []
             if len(self.layer) > 1 and not self.many_layers:
                 raise UserError(f"{self.title()} takes one layer, not {len(self.layer)}")
             self.prepare()
@@ -123,6 +124,10 @@ class Method:
     def complete(cls, given: dict[str, Any]) -> dict[str, Any]:
         """Return the given options, checked, and the defaults of the others. Raises UserError."""
         return options.complete(given, options.declared(cls, Method), cls.defaults(), cls.title())
+
+    def find_layers(self, layer: str | Sequence[str] | None) -> list[str]:
+        """Return the names of the target layers; the model's default if none is given. Raises UserError."""
+        return layers.resolve(self.model, layer, self.input_side)
 
     def prepare(self) -> None:
         """Prepare the data that every call needs. The model is in eval mode here, as in `compute`."""

@@ -27,7 +27,7 @@ def check_layers(model: nn.Module, layers: Sequence[str], side: int) -> None:
     """
     if not layers:
         return
-    taps, x_BCHW = Taps(model, layers), _moved_patch(model, side)
+    taps, x_BCHW = Taps(model, layers), moved_patch(model, side)
     with frozen(model), torch.no_grad():
         _, outputs = taps.forward(x_BCHW)
         for index, (name, output) in enumerate(zip(layers, outputs, strict=True)):
@@ -41,7 +41,7 @@ def check_layers(model: nn.Module, layers: Sequence[str], side: int) -> None:
 def fitting_layers(model: nn.Module, side: int) -> list[str]:
     """Return the layers whose grids lie over the image, in the order in which they first run."""
     names = [name for name, module in model.named_modules() if name and not isinstance(module, torch.jit.ScriptModule)]
-    taps, x_BCHW, found = Taps(model, names), _moved_patch(model, side), dict[str, None]()
+    taps, x_BCHW, found = Taps(model, names), moved_patch(model, side), dict[str, None]()
 
     def note(index: int, module: nn.Module, args: Any, output: Any) -> None:
         try:
@@ -56,13 +56,15 @@ def fitting_layers(model: nn.Module, side: int) -> list[str]:
     return list(found)
 
 
-def _moved_patch(model: nn.Module, side: int) -> Tensor:
+def moved_patch(model: nn.Module, side: int | None) -> Tensor:
     """Return four images that differ in the place of a patch: top left, top right, bottom left, bottom right."""
     ground_BCHW = probe(model, side)
-    patch_CHW = 2 * ground_BCHW[1, :, : max(1, side // 4), : max(1, side // 4)]
+    height, width = ground_BCHW.shape[2:]
+    patch_CHW = 2 * ground_BCHW[1, :, : max(1, height // 4), : max(1, width // 4)]
     x_BCHW = ground_BCHW[:1].repeat(4, 1, 1, 1)
     for number, x_CHW in enumerate(x_BCHW):
-        top, left = (side // 8 + half * side // 2 for half in divmod(number, 2))
+        lower, right = divmod(number, 2)
+        top, left = height // 8 + lower * height // 2, width // 8 + right * width // 2
         x_CHW[:, top : top + patch_CHW.shape[1], left : left + patch_CHW.shape[2]] = patch_CHW
     return x_BCHW
 
@@ -80,10 +82,10 @@ def _misfit(taps: Taps, index: int, output: Tensor, x_BCHW: Tensor) -> str:
         return "has a grid of 1 x 1 cell, whose map is constant and has no mask,"
     if abs(height - width) > 1 or max(height, width) > x_BCHW.shape[2]:
         return f"gives {height} x {width} cells, which are no grid of the image"
-    return "" if _follows(A_BKhw) else f"gives {height} x {width} cells that do not follow a patch moved in the image"
+    return "" if follows(A_BKhw) else f"gives {height} x {width} cells that do not follow a patch moved in the image"
 
 
-def _follows(A_BKhw: Tensor) -> bool:
+def follows(A_BKhw: Tensor) -> bool:
     """Return whether the centre of the cells that answer moves as the patch does, both down and to the right."""
     answer_Bhw = (A_BKhw - A_BKhw.mean(0)).abs().sum(1).double()
     answer_Bhw = answer_Bhw / answer_Bhw.sum((1, 2), keepdim=True)

@@ -4,7 +4,8 @@ Modules, functional calls and operators all end in functions of torch, so in-pla
 several times need no special treatment.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +38,21 @@ class Interception(TorchFunctionMode):
         if swap is None and self._otherwise is not None:
             return self._otherwise(func, args, kwargs or {})
         return (swap or func)(*args, **(kwargs or {}))
+
+
+@contextmanager
+def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Give modules other forward functions while entered."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            vars(module)["forward"] = forward
+        yield
+    finally:
+        for module, own in before.items():
+            vars(module).pop("forward", None)
+            if own is not None:
+                vars(module)["forward"] = own
 
 
 def check_visible(model: nn.Module, method: str) -> None:

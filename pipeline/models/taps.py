@@ -106,7 +106,7 @@ class Taps:
         output = output.detach().float()
         if output.ndim == 4:
             return output.movedim(self.channel_dimension(index, output, image), 1)
-        layout = _token_grid(output.shape[1], image) if output.ndim == 3 else None
+        layout = token_grid(output.shape[1], image) if output.ndim == 3 else None
         if layout is None:
             raise UserError(
                 f"layer {self.names[index]!r} gives {tuple(output.shape)}, which is no grid; choose one before pooling"
@@ -129,7 +129,12 @@ def _is_scaled(grid: Sequence[int], image: Sequence[int]) -> bool:
     return abs(grid[0] * image[1] - grid[1] * image[0]) <= max(image)
 
 
-def _token_grid(tokens: int, image: Sequence[int]) -> tuple[int, int] | None:
+def token_grid(tokens: int, image: Sequence[int]) -> tuple[int, int] | None:
+    """Return height and width of the patches' grid among all tokens; None if they have none.
+
+    Args:
+        image: height and width of the network's input.
+    """
     for prefix in range(min(_MAX_PREFIX, tokens - 1) + 1):
         height = round(((tokens - prefix) * image[0] / image[1]) ** 0.5)
         width = (tokens - prefix) // height if height else 0

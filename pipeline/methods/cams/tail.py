@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from saltern.pipeline.device import device_lost, out_of_memory
 from saltern.pipeline.models.halves import full_of, full_weights
+from saltern.pipeline.models.interception import replaced
 from saltern.pipeline.models.passes import full_precision, logits_of
 from saltern.pipeline.models.taps import tensor_of, with_tensor
 from saltern.schemas.errors import UserError
@@ -152,16 +153,8 @@ def _returning(modules: Sequence[nn.Module], records: Sequence[Any]) -> Iterator
     queues: dict[nn.Module, deque[Any]] = defaultdict(deque)
     for module, record in zip(modules, records, strict=True):
         queues[module].append(record)
-    before = {module: vars(module).get("forward") for module in queues}
-    try:
-        for module, queue in queues.items():
-            vars(module)["forward"] = _replaying(queue, module.forward)
+    with replaced({module: _replaying(queue, module.forward) for module, queue in queues.items()}):
         yield
-    finally:
-        for module, forward in before.items():
-            vars(module).pop("forward", None)
-            if forward is not None:
-                vars(module)["forward"] = forward
 
 
 def _replaying(queue: deque[Any], forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -115,8 +115,8 @@ def test_the_parts_of_each_method() -> None:
         assert [names[part] for part in build(method, resnet, **given).trunk()] == expected, method
     compiled = {name for name, kind in available().items() if kind.trunk is not Method.trunk}
     assert compiled == {
-        "cam", "casm", "eigen-cam", "grad-cam", "grad-cam++", "hires-cam", "layer-cam", "localizer", "occlusion",
-        "score-cam", "xgrad-cam",
+        "attention", "cam", "casm", "eigen-cam", "grad-cam", "grad-cam++", "grad-eclip", "hires-cam", "layer-cam",
+        "localizer", "occlusion", "score-cam", "xgrad-cam",
     }  # fmt: skip
 
 

@@ -10,10 +10,14 @@ from torch import nn
 
 import saltern.pipeline.methods
 from saltern.pipeline.methods import available, find
+from saltern.pipeline.methods.attention.weights import AttentionMethod
 from saltern.schemas.errors import UserError
 
 # These need a checkpoint: tests/pipeline/casm/training and tests/pipeline/localizer make one.
-NAMES = [name for name in available() if name not in ("casm", "localizer")]
+TRAINED = ("casm", "localizer")
+# These need a transformer: tests/pipeline/methods/attention has one.
+ATTENTION = [name for name, kind in available().items() if issubclass(kind, AttentionMethod)]
+NAMES = [name for name in available() if name not in (*TRAINED, *ATTENTION)]
 TARGETED = [name for name in NAMES if find(name).needs_target]
 ON_PIXELS = [name for name in NAMES if not find(name).layered] + ["cameras", "guided-grad-cam"]
 SMALL = {

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_contract import NAMES
 from torch import Tensor
 from torch.nn import functional as F
 
-from saltern.pipeline.methods import available, build
+from saltern.pipeline.methods import build
 from saltern.pipeline.models.classifiers import Classifier, load
 from saltern.pipeline.shards.decode import decode
 from saltern.pipeline.shards.expand import expand
@@ -58,8 +59,7 @@ def in_few_pixels(map_Bhw: Tensor) -> Tensor:
     return sorted_BN[:, : sorted_BN.shape[1] // 20].sum(1) / sorted_BN.sum(1)
 
 
-# casm needs a checkpoint; see tests/pipeline/casm/training/test_train.py
-@pytest.mark.parametrize("name", [name for name in available() if name not in ("casm", "localizer")])
+@pytest.mark.parametrize("name", NAMES)
 def test_no_photograph_gives_a_zero_or_broken_map(name: str, maps: Callable[..., Tensor]) -> None:
     found = maps(name)
     assert (found.flatten(1).std(1) > 0).all()

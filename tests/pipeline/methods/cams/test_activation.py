@@ -13,7 +13,7 @@ from torch import nn
 
 from saltern.pipeline.methods import build
 from saltern.pipeline.models.layers import _last_grid, default_layer
-from saltern.pipeline.models.taps import Taps, _token_grid
+from saltern.pipeline.models.taps import Taps, token_grid
 from saltern.schemas.errors import UserError
 
 # Model, side of the input, layer (None = default), grid of the map.
@@ -237,13 +237,13 @@ def test_models_that_no_table_knows_are_probed(tiny, images):
             default_layer(wrong)
 
 
-def test_token_grids():
-    assert _token_grid(196, (224, 224)) == (14, 14)
-    assert _token_grid(197, (224, 224)) == (14, 14)
-    assert _token_grid(261, (224, 224)) == (16, 16)  # a class token and four registers
-    assert _token_grid(14 * 20 + 1, (224, 320)) == (14, 20)
-    assert _token_grid(20 * 14 + 1, (320, 224)) == (20, 14)
-    assert _token_grid(1000, (224, 224)) is None
+def testtoken_grids():
+    assert token_grid(196, (224, 224)) == (14, 14)
+    assert token_grid(197, (224, 224)) == (14, 14)
+    assert token_grid(261, (224, 224)) == (16, 16)  # a class token and four registers
+    assert token_grid(14 * 20 + 1, (224, 320)) == (14, 20)
+    assert token_grid(20 * 14 + 1, (320, 224)) == (20, 14)
+    assert token_grid(1000, (224, 224)) is None
 
 
 def test_tokens_keep_their_places():

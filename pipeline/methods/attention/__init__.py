@@ -1,0 +1,1 @@
+"""Methods on the attention of transformers."""
