@@ -1,5 +1,7 @@
 """The methods on attention from their definitions: one image, float64, a loop for each sum; slow.
 
+score_K holds the share of each logit in the score: 1 for the class.
+
 Attention is replaced where all libraries look it up, `torch.nn.functional`, so the models run by their own code.
 Shape suffixes: M heads, Q queries, S keys, D channels of a head, E of all heads, P patches, K classes.
 """
@@ -88,7 +90,7 @@ def _patches(name: str, row_S: Tensor) -> Tensor:
     return row_S[vits.FAMILIES[name].prefix :].reshape(vits.FAMILIES[name].image[0] // 16, -1).detach()
 
 
-def attention(name: str, seen: Seen, target: int, *, head: int | None = None, block: int = -1) -> Tensor:
+def attention(name: str, seen: Seen, score_K: Tensor, *, head: int | None = None, block: int = -1) -> Tensor:
     """A of one call, at the class token."""
     A_MQS = seen.weights[block]
     A_QS = sum(A_MQS) / len(A_MQS) if head is None else A_MQS[head]
@@ -103,7 +105,7 @@ def _product(name: str, factors: Sequence[Tensor]) -> Tensor:
     return _patches(name, _reading(name, len(R_SS)) @ R_SS)
 
 
-def rollout(name: str, seen: Seen, target: int, *, first: int = 0) -> Tensor:
+def rollout(name: str, seen: Seen, score_K: Tensor, *, first: int = 0) -> Tensor:
     """The product of the normalised (A + 1) / 2."""
     factors = []
     for A_MQS in seen.weights[first:]:
@@ -115,18 +117,18 @@ def rollout(name: str, seen: Seen, target: int, *, first: int = 0) -> Tensor:
     return _product(name, factors)
 
 
-def chefer(name: str, seen: Seen, target: int, *, first: int = 0) -> Tensor:
+def chefer(name: str, seen: Seen, score_K: Tensor, *, first: int = 0) -> Tensor:
     """R += mean over heads of (dA * A)+ times R."""
     factors = []
     for A_MQS in seen.weights[first:]:
-        (dA_MQS,) = torch.autograd.grad(seen.logits_K[target], A_MQS, retain_graph=True)
+        (dA_MQS,) = torch.autograd.grad(seen.logits_K @ score_K, A_MQS, retain_graph=True)
         E_QS = sum((dA * A).clamp(min=0) for dA, A in zip(dA_MQS, A_MQS, strict=True)) / len(A_MQS)
         square = E_QS.shape[0] == E_QS.shape[1]
         factors.append(E_QS + torch.eye(len(E_QS), dtype=torch.float64) if square else E_QS)
     return _product(name, factors)
 
 
-def legrad(name: str, seen: Seen, target: int, *, first: int = 0) -> Tensor:
+def legrad(name: str, seen: Seen, score_K: Tensor, *, first: int = 0) -> Tensor:
     """The sum over blocks of (ds/dA)+ of the block's own score."""
     pool = vits.FAMILIES[name].pool
     total_S: Tensor | float = 0.0
@@ -134,16 +136,16 @@ def legrad(name: str, seen: Seen, target: int, *, first: int = 0) -> Tensor:
         given_TD = tokens_TD if pool else (sum(tokens_TD) / len(tokens_TD)).expand_as(tokens_TD)
         own = run(name, torch.empty(0), given_TD)
         A_MQS = own.weights[-1] if pool else seen.weights[index]
-        (dA_MQS,) = torch.autograd.grad(own.logits_K[target], A_MQS, retain_graph=True)
+        (dA_MQS,) = torch.autograd.grad(own.logits_K @ score_K, A_MQS, retain_graph=True)
         total_S = total_S + dA_MQS.clamp(min=0).flatten(0, 1).mean(0)
     assert isinstance(total_S, Tensor)
     return _patches(name, total_S)
 
 
-def grad_eclip(name: str, seen: Seen, target: int, *, block: int = -1) -> Tensor:
+def grad_eclip(name: str, seen: Seen, score_K: Tensor, *, block: int = -1) -> Tensor:
     """The sum over channels of gradient, value and cosine of query and key."""
     prefix = vits.FAMILIES[name].prefix
-    (gradient,) = torch.autograd.grad(seen.logits_K[target], seen.outputs[block], retain_graph=True)
+    (gradient,) = torch.autograd.grad(seen.logits_K @ score_K, seen.outputs[block], retain_graph=True)
     q_QE, k_SE, v_SE, g_QE = (
         part.transpose(0, 1).flatten(1)
         for part in (seen.queries[block], seen.keys[block], seen.values[block], gradient)

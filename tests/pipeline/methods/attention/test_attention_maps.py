@@ -8,8 +8,10 @@ from references import agree
 
 from saltern.pipeline.methods import build
 from saltern.schemas.errors import UserError
+from saltern.schemas.rules import Finer
 
 METHODS = list(naive_attention.REFERENCES)
+ONE_HOT = torch.eye(vits.CLASSES, dtype=torch.float64)
 
 
 def strongest(method, x):
@@ -31,7 +33,7 @@ def test_maps_are_those_of_the_definition(name, family):
     seen = [naive_attention.run(family, image) for image in x]
     torch.testing.assert_close(logits.double(), torch.stack([one.logits_K for one in seen]), rtol=1e-5, atol=1e-5)
     reference = naive_attention.REFERENCES[name]
-    expected = torch.stack([reference(family, one, int(target)) for one, target in zip(seen, targets, strict=True)])
+    expected = torch.stack([reference(family, *given) for given in zip(seen, ONE_HOT[targets], strict=True)])
     agree(found, expected, f"float64 loop of {name}", family)
 
 
@@ -49,10 +51,22 @@ def test_a_layer_is_one_block_or_the_first_that_counts(name, family):
     options = {"first": 1} if name in ("rollout", "chefer", "legrad") else {"block": 1}
     agree(
         found,
-        naive_attention.REFERENCES[name](family, seen, int(target), **options)[None],
+        naive_attention.REFERENCES[name](family, seen, ONE_HOT[int(target)], **options)[None],
         f"{name} of a block",
         family,
     )
+
+
+@pytest.mark.parametrize("name", ["chefer", "legrad", "grad-eclip"])
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_a_finer_target_is_explained_in_place_of_the_logit(name, family):
+    x, alpha = vits.images(1), 0.6
+    with build(name, vits.made(family), input_side=64, finer=Finer(2, alpha)) as method:
+        target = strongest(method, x)
+        found, others = method(x, target), method.last.others_BN[0]
+    score_K = ONE_HOT[int(target)] - alpha * ONE_HOT[others].mean(0)
+    expected = naive_attention.REFERENCES[name](family, naive_attention.run(family, x[0]), score_K)
+    agree(found, expected[None], f"{name} of a finer target", family)
 
 
 @pytest.mark.parametrize("family", ["timm", "clip", "siglip"])
@@ -62,7 +76,7 @@ def test_attention_of_one_head(family):
     for head in (0, 3):
         with build("attention", vits.made(family), input_side=64, head=head) as method:
             maps.append(method(x))
-        agree(maps[-1], naive_attention.attention(family, seen, 0, head=head)[None], "one head", family)
+        agree(maps[-1], naive_attention.attention(family, seen, ONE_HOT[0], head=head)[None], "one head", family)
     assert not torch.allclose(*maps)
     with pytest.raises(UserError, match=r"head=4 of attention must be 0 to 3: .* has 4 heads"):
         build("attention", vits.made(family), input_side=64, head=4)
