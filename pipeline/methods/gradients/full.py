@@ -88,7 +88,7 @@ class _Parts:
 
     def add(self, bias: Tensor, gradient_BChw: Tensor) -> None:
         """Add the part of one layer. The bias can be broadcast to its gradient."""
-        part_BChw = (gradient_BChw.float() * bias.float()).abs()
+        part_BChw = (gradient_BChw.float() * bias.float()).abs_()
         if axes := _AXES.get(self._rescale):
             low, high = part_BChw.amin(axes, keepdim=True), part_BChw.amax(axes, keepdim=True)
             part_BChw = safe_divide(part_BChw - low, high - low)
