@@ -20,6 +20,7 @@ from saltern.schemas.errors import UserError
 
 _FLOOR = 1e-8
 _BN_HELP = "BatchNorm: merge = folded into the layer before it; identity = passes relevance unchanged."
+_SOFTMAX_HELP = "Softmax of attention: constant = CP-LRP, values take all relevance; attnlrp = the rule of AttnLRP."
 _INIT_HELP = (
     "Relevance of the logits: unit = +1 for the class, -1/N for each other of N; paper = z_c and -z_c / (N - 1)"
 )
@@ -99,12 +100,13 @@ class PixelRelevance(Method):
         Literal["alpha1beta0", "epsilon", "gamma", "epsilon-plus", "epsilon-gamma-box"], "Rules by kind of layer."
     ] = "alpha1beta0"
     bn: Annotated[Literal["merge", "identity"], _BN_HELP] = "merge"
+    softmax: Annotated[Literal["constant", "attnlrp"], _SOFTMAX_HELP] = "constant"
 
     def _initial(self) -> Initial:
         raise NotImplementedError
 
     def prepare(self) -> None:
-        rules = replace(composite(self.composite), merge=self.bn == "merge")
+        rules = replace(composite(self.composite), merge=self.bn == "merge", softmax=self.softmax)
         advice = "use gradient, or relevance-cam at a layer after it"
         self._propagation = Propagation(self.model, rules, self.title(), advice)
         _try_out(self.model, lambda x_BCHW: self._propagation.check(self._forward(x_BCHW)[0]))
@@ -176,12 +178,13 @@ class RelevanceCAM(Method):
         Literal["unit", "paper", "sglrp"], f"{_INIT_HELP}; sglrp = y_c (1 - y_c) and -y_c y_n of the softmax y."
     ] = "unit"
     bn: Annotated[Literal["identity", "merge"], _BN_HELP] = "identity"
+    softmax: Annotated[Literal["constant", "attnlrp"], _SOFTMAX_HELP] = "constant"
 
     def prepare(self) -> None:
         if self._contrast is not None and self.init == "sglrp":
             raise UserError(f"{self.title()} with init=sglrp compares the class with all others; give unit or paper")
         self._taps = Taps(self.model, self.layer)
-        rules = replace(RELEVANCE_CAM, merge=self.bn == "merge")
+        rules = replace(RELEVANCE_CAM, merge=self.bn == "merge", softmax=self.softmax)
         advice = "choose a layer after it, or use grad-cam"
         self._propagation = Propagation(self.model, rules, self.title(), advice)
         _try_out(self.model, lambda x_BCHW: self._propagation.check(self._forward(x_BCHW)[0]))

@@ -1,5 +1,6 @@
 """Marks on the tensors of a forward pass, and values kept for its backward pass."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -39,6 +40,7 @@ class Mark:
     version: int  # of the tensor that the facts hold for
     nonnegative: bool = False
     image: bool = False  # the image itself, perhaps shifted and scaled
+    gate: bool = False  # a softmax, sigmoid or norm: a product passes no relevance to it
     source: tuple[Linear, Tensor] | None = None  # the layer that returned it, and that layer's input
     held: Held | None = None
 
@@ -64,6 +66,7 @@ def shared_marks(tensors: Sequence[Any]) -> dict[str, bool]:
     return {
         "nonnegative": all(mark is not None and mark.nonnegative for mark in marks),
         "image": all(mark is not None and mark.image for mark in marks),
+        "gate": all(mark is not None and mark.gate for mark in marks),
     }
 
 
@@ -81,8 +84,21 @@ def depends(tensor: Any) -> bool:
     return isinstance(tensor, Tensor) and (tensor.requires_grad or mark_of(tensor) is not None)
 
 
+def is_gate(tensor: Any) -> bool:
+    """Return whether a product takes this tensor for a constant, although it depends on the image."""
+    mark = mark_of(tensor)
+    return mark is not None and mark.gate
+
+
+def carries(tensor: Any) -> bool:
+    """Return whether a product passes relevance to this value."""
+    return depends(tensor) and not is_gate(tensor)
+
+
 def hold(tensor: Tensor) -> Held:
-    """Keep the value of a tensor for a rule; all rules share one `Held`."""
+    """Keep the value of a tensor for a rule; all rules of one that depends on the image share one `Held`."""
+    if not depends(tensor):
+        return Held(tensor)
     mark = mark_of(tensor) or Mark(tensor._version)
     mark.held = mark.held or Held(tensor)
     tensor._relevance_mark = mark  # type: ignore[attr-defined]
@@ -95,6 +111,19 @@ def about_to_change(tensor: Tensor) -> None:
     if mark is not None and mark.held is not None:
         mark.held.copy()
         mark.held = None
+
+
+def narrowed(tensor: Tensor, like: Tensor | None) -> Tensor:
+    """Return the tensor in the dtype of a layer's weight. Autocast does its own casts."""
+    return tensor if like is None or torch.is_autocast_enabled(tensor.device.type) else tensor.to(like.dtype)
+
+
+def aligned(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return floating-point tensors in their widest dtype. Autocast does its own casts."""
+    if torch.is_autocast_enabled(tensors[0].device.type):
+        return list(tensors)
+    widest = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return [tensor.to(widest) for tensor in tensors]
 
 
 def widened(tensor: Tensor) -> Tensor:

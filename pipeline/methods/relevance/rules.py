@@ -8,7 +8,7 @@ Names: x input, W weight, b bias, R relevance of the output, Z what R is divided
 positive and the negative part.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -153,6 +153,10 @@ class Rules:
     first: LinearRule  # for the convolution of the image, or of the scaled image
     safe: bool = False  # division by 0 gives 0 in pools, sums and concatenations; False: the denominator is shifted
     merge: bool = False  # fold BatchNorm into the convolution or linear layer before it
+    softmax: Literal["constant", "attnlrp"] = "constant"
+
+    def _divide(self, R: Tensor, Z: Tensor) -> Tensor:
+        return (divide if self.safe else divide_shifted)(R, Z)
 
     def pool(self, operation: Callable[[Tensor], Tensor], x: Tensor, clamp: bool, R: Tensor) -> Tensor:
         """Return x * (operation^T S) for max and average pooling.
@@ -160,15 +164,42 @@ class Rules:
         Args:
             clamp: in the safe convention, set negative x to 0.
         """
-        x = x.clamp(min=0) if clamp and self.safe else x.detach()
+        return self.share(operation, [x.clamp(min=0) if clamp and self.safe else x], R)[0]
+
+    def share(self, operation: Callable[..., Tensor], factors: Sequence[Tensor], R: Tensor) -> tuple[Tensor, ...]:
+        """Return the relevance of the n factors of an operation that is linear in each: R_x = x * operation^T(R / n Z).
+
+        For a product of two, each takes half (Achtibat 2024, proposition 3.3).
+        """
         with torch.enable_grad():
-            Z = operation(x.requires_grad_())
-        S = (divide if self.safe else divide_shifted)(R, Z.detach().clone())
-        return torch.autograd.grad(Z, x, S)[0] * x.detach()
+            leaves = [factor.detach().requires_grad_() for factor in factors]
+            Z = operation(*leaves)
+        S = self._divide(R, len(leaves) * Z.detach())
+        return tuple(leaf.detach() * part for leaf, part in zip(leaves, torch.autograd.grad(Z, leaves, S), strict=True))
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dims: int, R: Tensor
+    ) -> Tensor:
+        """Return the epsilon rule of (x - mean) * weight / std + bias, std a constant (Ali 2022, eq. 14).
+
+        Args:
+            dims: how many of the last dimensions are normalised.
+        """
+        over = tuple(range(-dims, 0))
+        scale = (x.var(over, correction=0, keepdim=True) + eps).rsqrt()
+        scale = scale if weight is None else scale * weight.to(x.dtype)
+        Z = (x - x.mean(over, keepdim=True)) * scale
+        part = self._divide(R, Z if bias is None else Z + bias.to(x.dtype)) * scale
+        return x * (part - part.mean(over, keepdim=True))
+
+    def attention_weights(self, x: Tensor, dim: int, R: Tensor) -> Tensor:
+        """Return x_i (R_i - y_i sum_j R_j) for y = softmax(x) (Achtibat 2024, proposition 3.1); 0 where y is 0."""
+        y = x.softmax(dim)
+        return torch.where(y > 0, x * (R - y * R.sum(dim, keepdim=True)), 0)
 
     def add(self, x: Tensor, y: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
         """Return the relevance of each addend by its share of the sum; that of a broadcast addend is summed."""
-        S = (divide if self.safe else divide_shifted)(R, x + y)
+        S = self._divide(R, x + y)
         return (x * S).sum_to_size(x.shape), (y * S).sum_to_size(y.shape)
 
 

@@ -1,4 +1,4 @@
-"""An operation of a forward pass whose backward is a rule of relevance."""
+"""An operation of a forward pass whose backward is a rule of relevance, and what all handlers of operations share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,9 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from saltern.pipeline.methods.relevance.marks import widened
+from saltern.pipeline.methods.relevance import kinds
+from saltern.pipeline.methods.relevance.marks import depends, is_gate, set_mark, tensors_in, widened
+from saltern.pipeline.methods.relevance.rules import Rules
+from saltern.pipeline.models.interception import Interception
 from saltern.pipeline.models.passes import full_precision
+from saltern.schemas.errors import UserError
 
 
 @dataclass
@@ -41,3 +46,67 @@ class Step(torch.autograd.Function):
         with full_precision(R[0].device), torch.no_grad():
             relevance = rule(widened(R[0]))
         return None, None, None, *(relevance if isinstance(relevance, tuple) else (relevance,))
+
+
+@dataclass
+class Barrier:
+    """The rule of an operation that has none: it refuses relevance, if any arrives."""
+
+    message: str
+
+    def __call__(self, R: Tensor) -> Tensor:
+        raise UserError(self.message)
+
+
+class Recorder:
+    """The rules and swaps of a model's forward passes, and how an operation is recorded for the backward pass.
+
+    Args:
+        refusal: message about an operation without a rule, with {} in its place.
+    """
+
+    def __init__(self, rules: Rules, refusal: str) -> None:
+        self.rules, self.refusal, self.flow = rules, refusal, Flow()
+        self.swaps: dict[Any, Callable[..., Any]] = {}
+
+    def interception(self) -> Interception:
+        """Return the context in which operations are recorded."""
+        return Interception(self.swaps, self._otherwise)
+
+    def step(
+        self, operation: Callable[..., Tensor], rule: Callable[[], Callable[[Tensor], Any]], *inputs: Tensor
+    ) -> Tensor:
+        """Run an operation, as a `Step` if relevance passes it. Only then is its rule built, which may hold values."""
+        if not any(tensor.requires_grad for tensor in inputs):
+            return operation(*inputs)
+        return Step.apply(operation, rule(), self.flow, *inputs)  # type: ignore[no-any-return]
+
+    def barrier(self, what: str) -> Barrier:
+        """Return the rule that refuses relevance of an operation."""
+        return Barrier(self.refusal.format(what))
+
+    def blocked(self, what: str, out: Any) -> Any:
+        """Return the result of an operation without a rule: it is refused only if the logits depend on it."""
+
+        def block(tensor: Tensor) -> Tensor:
+            return self.step(torch.clone, lambda: self.barrier(what), tensor) if tensor.requires_grad else tensor
+
+        return set_mark(tree_map_only(Tensor, block, out))
+
+    def _otherwise(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = list(tensors_in([*args, *kwargs.values()]))
+        what = f"the operation {getattr(function, '__name__', function)}"
+        try:
+            out = function(*args, **kwargs)
+        except RuntimeError as error:
+            passes = any(tensor.requires_grad for tensor in given)
+            raise (UserError(self.refusal.format(what)) if passes else error) from error
+        known = [tensor for tensor in given if depends(tensor)]
+        if not known or function in kinds.CONSTANTS:
+            return out
+        if out is None and args:  # __setitem__ changes its first argument
+            set_mark(args[0])
+            return None
+        if all(map(is_gate, known)):
+            return set_mark(out, gate=True)
+        return self.blocked(what, out) if any(tensor.requires_grad for tensor in tensors_in([out])) else set_mark(out)
