@@ -25,7 +25,8 @@ PASS = {
     "leaky_relu",
     "clamp",
 }
-PASS |= {"mul", "sub", "div", "mul_"}  # by constants
+PASS |= {"sub", "div", "normalize", "rms_norm", "tanh"}  # by constants
+GATES = {"softmax", "sigmoid", "hardsigmoid", "norm"}
 ROUTE = {
     "flatten",
     "view",
@@ -38,6 +39,10 @@ ROUTE = {
     "permute",
     "__getitem__",
     "chunk",
+    "roll",
+    "unbind",
+    "expand",
+    "swapaxes",
 }
 MEANS = {"avg_pool2d", "adaptive_avg_pool2d", "mean"}
 
@@ -133,16 +138,50 @@ def folded(layer, norm):
     return W * factor.view(-1, *[1] * (W.ndim - 1)), (b - mean) * factor + shift
 
 
+def normalised(x, shape, weight, bias, eps, R, divide):
+    """The epsilon rule of LayerNorm: of each token's vector, a matrix diag(weight / std) (1 - 1/n) and a bias."""
+    n = x.shape[-1]
+    assert tuple(shape) == (n,)
+    rows, R_rows = x.reshape(-1, n), R.reshape(-1, n)
+    std = torch.sqrt(((rows - rows.mean(1, keepdim=True)) ** 2).mean(1) + eps)
+    found = []
+    for row, sigma, R_row in zip(rows, std, R_rows, strict=True):
+        matrix = (weight / sigma)[:, None] * (torch.eye(n).to(x) - 1 / n)
+        found.append(row * (matrix.T @ divide(R_row, matrix @ row + bias)))
+    return torch.stack(found).view_as(x)
+
+
+def attended(q, k, v, mask, R, softmax, divide):
+    """Relevance of the queries, keys and values of one head, (tokens, channels) each."""
+    product = q @ k.T
+    scores = product * q.shape[1] ** -0.5 + (0 if mask is None else mask)
+    A = torch.exp(scores - scores.amax(1, keepdim=True))
+    A = A / A.sum(1, keepdim=True)
+    if softmax == "constant":
+        return torch.zeros_like(q), torch.zeros_like(k), v * (A.T @ divide(R, A @ v))
+    S = divide(R, 2 * (A @ v))
+    R_A, R_v = A * (S @ v.T), v * (A.T @ S)
+    R_scores = scores * (R_A - A * R_A.sum(1, keepdim=True))
+    if mask is not None:
+        R_scores = (scores - mask) * divide(R_scores, scores)
+    S = divide(R_scores, 2 * product)
+    return q * (S @ k), k * (S.T @ q), R_v
+
+
 class Naive:
     """The tape of a float64 model for one image, and the relevance of its tensors.
 
     Args:
         convolution, linear, first: published, alpha1beta0, epsilon or box.
         published: pools, sums and concatenations follow Relevance-CAM, else zennit.
+        softmax: constant or attnlrp.
     """
 
-    def __init__(self, model, x, *, convolution, linear, first=None, published=True, merge=False, layers=()):
+    def __init__(
+        self, model, x, *, convolution, linear, first=None, published=True, merge=False, layers=(), softmax="constant"
+    ):
         self.rules, self.published, self.merge = (convolution, linear, first), published, merge
+        self.softmax, self.divide = softmax, safe if published else stabilised
         self.x, self.outputs, self.tape = x[None].clone(), {}, Tape()
         hooks = [model.get_submodule(name).register_forward_hook(self.keeper(name)) for name in layers]
         with torch.no_grad(), self.tape:
@@ -150,6 +189,10 @@ class Naive:
         for hook in hooks:
             hook.remove()
         self.made = {call.out: call for call in self.tape.calls}
+        self.moving = {key(self.x)}  # tensors that depend on the image
+        for call in self.tape.calls:
+            if not self.moving.isdisjoint(call.keys) and call.name != "new_zeros":
+                self.moving.add(call.out)
 
     def keeper(self, name):
         def keep(module, args, out):
@@ -161,15 +204,15 @@ class Naive:
         """Return the relevance of every tensor, by key."""
         self.R = {key(self.logits): start_K.double()[None]}
         for call in reversed(self.tape.calls):
-            if call.out in self.R:
+            if call.out in self.R and call.out in self.moving:
                 for where, share in self.back(call, self.R[call.out]):
                     self.R[where] = self.R.get(where, 0) + share
         return self
 
-    def map(self, layer):
+    def map(self, layer, grid=lambda A_1KHW: A_1KHW):
         where, A = self.outputs[layer]
-        weight_K = self.R[where][0].mean((1, 2))
-        return (weight_K[:, None, None] * A[0]).sum(0)
+        A_KHW, R_KHW = grid(A)[0], grid(self.R[where])[0]
+        return (R_KHW.mean((1, 2))[:, None, None] * A_KHW).sum(0)
 
     def total(self, layer):
         return float(self.R[self.outputs[layer][0]].sum())
@@ -193,9 +236,25 @@ class Naive:
             return [(call.keys[0], torch.autograd.grad(call.function(x, *args[1:], **call.kwargs), x, R)[0])]
         if call.name in MEANS or call.name == "max_pool2d":
             return [(call.keys[0], self.pool(call, R))]
+        if call.name in ("mul", "mul_", "matmul", "einsum"):
+            return self.product(call, R)
+        if call.name in ("scaled_dot_product_attention", "multi_head_attention_forward"):
+            return self.attention(call, R)
+        return self.sums(call, R)
+
+    def sums(self, call, R):
+        args, kwargs = call.args, call.kwargs
         if call.name in ("add", "add_"):
-            S = (safe if self.published else stabilised)(R, args[0] + args[1])
-            return [(where, x * S) for where, x in zip(call.keys, args[:2], strict=True)]
+            if len(call.keys) == 1:  # a number
+                return [(call.keys[0], R)]
+            S = self.divide(R, args[0] + args[1])
+            return [(where, (x * S).sum_to_size(x.shape)) for where, x in zip(call.keys, args[:2], strict=True)]
+        if call.name == "softmax":
+            y = torch.exp(args[0]) / torch.exp(args[0]).sum(-1, keepdim=True)
+            return [(call.keys[0], args[0] * (R - y * R.sum(-1, keepdim=True)))]
+        if call.name == "layer_norm":
+            parts = (kwargs[name] for name in ("weight", "bias", "eps"))
+            return [(call.keys[0], normalised(args[0], args[1], *parts, R, self.divide))]
         if call.name == "cat":
             dim = args[1] if len(args) > 1 else call.kwargs.get("dim", 0)
             parts = R.split([x.shape[dim] for x in args[0]], dim)
@@ -204,6 +263,53 @@ class Naive:
                 for where, x, part in zip(call.keys, args[0], parts, strict=True)
             ]
         raise NotImplementedError(call.name)
+
+    def gate(self, where):
+        call = self.made.get(where)
+        if call is None or (call.name not in GATES and call.name not in ROUTE and call.name != "dropout"):
+            return False
+        return (
+            self.gate(call.keys[0]) if call.name not in GATES else self.softmax == "constant" or call.name != "softmax"
+        )
+
+    def product(self, call, R):
+        factors = [value for value in call.args if not isinstance(value, str)]
+        if len(call.keys) < 2:  # by a number
+            return [(call.keys[0], R)]
+        chosen = [index for index, where in enumerate(call.keys) if where in self.moving and not self.gate(where)]
+        leaves = [leaf(value) for value in factors]
+        Z = call.function(*([call.args[0]] if call.name == "einsum" else []), *leaves)
+        S = self.divide(R, len(chosen) * Z.detach())
+        if call.name.startswith("mul"):  # elements of each are spread by broadcasting
+            return [(call.keys[i], (R / len(chosen)).sum_to_size(factors[i].shape)) for i in chosen]
+        grads = torch.autograd.grad(Z, leaves, S)
+        return [(call.keys[i], factors[i] * grads[i]) for i in chosen]
+
+    def attention(self, call, R):
+        args = call.args
+        if call.name == "scaled_dot_product_attention":
+            mask = call.kwargs.get("attn_mask")
+            mask = None if mask is None else mask.expand(*args[0].shape[:-1], args[1].shape[-2]).flatten(0, 1)
+            heads = [value.flatten(0, 1) for value in (*args[:3], R)]
+            found = [
+                attended(q, k, v, None if mask is None else mask[index], R_head, self.softmax, self.divide)
+                for index, (q, k, v, R_head) in enumerate(zip(*heads, strict=True))
+            ]
+            parts = [
+                torch.stack(part).view_as(value) for part, value in zip(zip(*found, strict=True), args, strict=False)
+            ]
+            return list(zip(call.keys, parts, strict=False))
+        x, W, b, count = args[0][:, 0], args[5], args[6], args[4]  # self-attention of one image
+        projected = F.linear(x, W, b)
+        heads = list(zip(*[part.chunk(count, 1) for part in projected.chunk(3, 1)], strict=True))
+        out = torch.cat([torch.softmax(q @ k.T * q.shape[1] ** -0.5, 1) @ v for q, k, v in heads], 1)
+        R_out = linear_rule(self.rules[1], F.linear, out, args[11], args[12], R[:, 0], False)
+        parts = R_out.chunk(count, 1)
+        found = [
+            attended(*head, None, part, self.softmax, self.divide) for head, part in zip(heads, parts, strict=True)
+        ]
+        R_projected = torch.cat([part for kind in zip(*found, strict=True) for part in kind], 1)
+        return [(call.keys[0], linear_rule(self.rules[1], F.linear, x, W, b, R_projected, False)[:, None])]
 
     def affine(self, call, W, b, R):
         is_conv = call.name == "conv2d"
@@ -216,10 +322,9 @@ class Naive:
         return linear_rule(rule, op, call.args[0], W, b, R, is_conv)
 
     def pool(self, call, R):
-        x = call.args[0]
-        x = leaf(x.clamp(min=0) if self.published and call.name in ("adaptive_avg_pool2d", "mean") else x)
+        x = leaf(call.args[0])
         Z = call.function(x, *call.args[1:], **call.kwargs)
-        return shares([Z], [x], (safe if self.published else stabilised)(R, Z.detach()))[0]
+        return shares([Z], [x], self.divide(R, Z.detach()))[0]
 
 
 def unit(logits_K, target):

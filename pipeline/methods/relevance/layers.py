@@ -143,7 +143,9 @@ def layer_norm(
     """Run LayerNorm, whose standard deviation is a constant for relevance."""
 
     def operation(x: Tensor) -> Tensor:
-        return F.layer_norm(narrowed(x, weight), normalized_shape, weight, bias, eps)
+        # In the dtype of x: the rule divides by this result, and a rounded x gives another one near zero.
+        parts = (None if part is None else part.to(x.dtype) for part in (weight, bias))
+        return F.layer_norm(x, normalized_shape, *parts, eps)
 
     def rule() -> Callable[[Tensor], Tensor]:
         held, layer = hold(input), (full_of(weight), full_of(bias), eps, len(normalized_shape))
@@ -185,8 +187,8 @@ def pool(recorder: Recorder, function: Any, x: Tensor, *args: Any, **kwargs: Any
         return out
 
     def rule() -> Callable[[Tensor], Tensor]:
-        held, clamp = hold(x), function in kinds.ADAPTIVE_POOLS
-        return lambda R: recorder.rules.pool(operation, held.get(), clamp, R)
+        held = hold(x)
+        return lambda R: recorder.rules.share(operation, [held.get()], R)[0]
 
     return set_mark(recorder.step(operation, rule, x), nonnegative=shared_marks([x])["nonnegative"])
 

@@ -90,7 +90,6 @@ def _handlers(safe: bool) -> list[tuple[frozenset[Any], Callable[..., Any]]]:
         (kinds.ACTIVATIONS, layers.activation),
         (kinds.DROPOUTS, layers.activation),
         (kinds.MEAN_POOLS, layers.pool),
-        (kinds.ADAPTIVE_POOLS, layers.pool),
         (kinds.MAX_POOLS, layers.pool if safe else layers.route),
         (kinds.LAYER_NORM, layers.layer_norm),
         (kinds.NORMALISATIONS, layers.normalisation),

@@ -158,18 +158,10 @@ class Rules:
     def _divide(self, R: Tensor, Z: Tensor) -> Tensor:
         return (divide if self.safe else divide_shifted)(R, Z)
 
-    def pool(self, operation: Callable[[Tensor], Tensor], x: Tensor, clamp: bool, R: Tensor) -> Tensor:
-        """Return x * (operation^T S) for max and average pooling.
-
-        Args:
-            clamp: in the safe convention, set negative x to 0.
-        """
-        return self.share(operation, [x.clamp(min=0) if clamp and self.safe else x], R)[0]
-
     def share(self, operation: Callable[..., Tensor], factors: Sequence[Tensor], R: Tensor) -> tuple[Tensor, ...]:
         """Return the relevance of the n factors of an operation that is linear in each: R_x = x * operation^T(R / n Z).
 
-        For a product of two, each takes half (Achtibat 2024, proposition 3.3).
+        Of a pool, the values by their share of Z. Of a product of two, each half (Achtibat 2024, proposition 3.3).
         """
         with torch.enable_grad():
             leaves = [factor.detach().requires_grad_() for factor in factors]
