@@ -94,7 +94,7 @@ def multi_head_attention(recorder: Recorder, function: Any, *args: Any, **kwargs
     with recorder.interception():
         heads = int(given["num_heads"])
         query_NHLD, key_NHLD, value_NHLD = (
-            part.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for part in _projected(given)
+            part.reshape(*part.shape[:2], heads, -1).permute(1, 2, 0, 3) for part in _projected(given)
         )
         mask = given.get("attn_mask")
         if mask is not None:

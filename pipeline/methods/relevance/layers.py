@@ -144,8 +144,8 @@ def layer_norm(
 
     def operation(x: Tensor) -> Tensor:
         # In the dtype of x: the rule divides by this result, and a rounded x gives another one near zero.
-        parts = (None if part is None else part.to(x.dtype) for part in (weight, bias))
-        return F.layer_norm(x, normalized_shape, *parts, eps)
+        scale, shift = (None if part is None else part.to(x.dtype) for part in (weight, bias))
+        return F.layer_norm(x, normalized_shape, scale, shift, eps)
 
     def rule() -> Callable[[Tensor], Tensor]:
         held, layer = hold(input), (full_of(weight), full_of(bias), eps, len(normalized_shape))

@@ -126,7 +126,9 @@ def test_an_operation_that_is_reached_is_named_before_work_starts(name):
         with pytest.raises(UserError, match=f"^{method} has no rule for the operation cos in .*; use gradient"):
             build(method, model)
     layer = {"timm_vit": "blocks.0", "swin": "features.1"}[name]
-    with pytest.raises(UserError, match=r"^relevance-cam has no rule for the operation cos in .*; choose a layer after"):
+    with pytest.raises(
+        UserError, match=r"^relevance-cam has no rule for the operation cos in .*; choose a layer after"
+    ):
         build("relevance-cam", model, layer=layer)
 
 
