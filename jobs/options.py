@@ -9,6 +9,7 @@ import typer
 from saltern.jobs.config import convert, parse_options, read_config, to_classes, to_lambda, to_rgb
 from saltern.schemas import choices
 from saltern.schemas.errors import printable
+from saltern.schemas.sizes import to_side
 
 _RGB = convert(to_rgb, "three numbers, as 0.485,0.456,0.406")
 
@@ -47,7 +48,14 @@ LabelMember = Annotated[
     inputs("Extension of the member with the class, or json:KEY; default: cls.", metavar="EXT|json:KEY"),
 ]
 Resize = Annotated[int | None, inputs("Shorter side before the crop, in pixels; default: the weights'.", min=1)]
-Crop = Annotated[int | None, inputs("Side of the network's input, in pixels; default: the weights'.", min=1)]
+Crop = Annotated[
+    str | None,
+    inputs(
+        "Side of the network's input, in pixels, or height and width; default: the weights'.",
+        metavar="N|HxW",
+        callback=convert(to_side, "a number of pixels, or height x width, as 224 or 224x448"),
+    ),
+]
 Squash = Annotated[
     bool | None,
     inputs("Resize whole images to the crop's size, without cropping; default: the weights'.", "--squash/--no-squash"),
@@ -81,7 +89,7 @@ model = partial(_option, "Model and method")
 Model = Annotated[
     str,
     model(
-        "Name from `saltern models`, timm:NAME, open_clip:NAME or package.module:factory.",
+        "Name from `saltern models`, timm:NAME, open_clip:NAME, hf:NAME or package.module:factory.",
         metavar="NAME",
         show_default=False,
     ),

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from saltern.schemas.errors import UserError
 from saltern.schemas.prompts import Prompts
 from saltern.schemas.rules import Rule, Target
+from saltern.schemas.sizes import Side, shape_of, side_of
 
 _SHOWN = 120  # characters of a value in a message
 SCHEMA_VERSION = 1  # of all files in a run's folder
@@ -37,12 +38,20 @@ _OPTIONAL = ("job", "job_options", *_ABSENT)  # runs made when `extract` was the
 class Preprocess:
     """Steps from an upright RGB image to the input: resize, centre crop, scale to [0, 1], (x - mean) / std."""
 
-    resize: int = 256  # shorter side before the crop, pixels
-    crop: int = 224  # side of the network's input, pixels
+    resize: int = 256  # shorter side before the crop, pixels; the image covers the crop's shape of this shorter side
+    crop: Side = 224  # side of the network's input, pixels; or its height and width
     squash: bool = False  # resize both sides to crop; the aspect ratio is lost
     interpolation: str = "bilinear"  # bilinear | bicubic, antialiased
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "crop", side_of(self.crop))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the network's input."""
+        return shape_of(self.crop)
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,7 @@ class RunConfig:
         own["prompts"] = self.prompts and self.prompts.to_stored()
         preprocess = asdict(self.preprocess)
         preprocess |= {"mean": list(self.preprocess.mean), "std": list(self.preprocess.std)}
+        preprocess |= {} if isinstance(self.preprocess.crop, int) else {"crop": list(self.preprocess.crop)}
         values = {**_STORED, **own, **preprocess, "job": self.job, **self._to_stored()}
         return {key: values[key] for key in _STORED if key not in _ABSENT or values[key] != _STORED[key]}
 

@@ -21,6 +21,7 @@ from saltern.pipeline.masknet.network import Decoder, Trunk
 from saltern.pipeline.masknet.stages import find_stages
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.tables import markdown_table
+from saltern.schemas.sizes import square_of
 
 GOAL = 1.15  # of step / limit
 PRECISIONS = ("fp32", "bf16")
@@ -89,7 +90,7 @@ def measure(bench: CasmBench, say: Callable[[str], None]) -> Iterator[dict[str, 
 def _measure(kind: Kind, precision: str, bench: CasmBench) -> dict[str, Any]:
     classifier = classifiers.load(bench.model, "none")
     model = classifier.model.to(bench.device).to(memory_format=torch.channels_last)
-    batch, side = bench.batch_size, classifier.preprocess.crop
+    batch, side = bench.batch_size, square_of(classifier.preprocess.crop)
     draw = torch.Generator().manual_seed(0)
     x_BCHW = torch.randn(batch, 3, side, side, generator=draw)
     x_BCHW = x_BCHW.to(bench.device, memory_format=torch.channels_last)

@@ -29,6 +29,7 @@ from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.samples import read_samples
 from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
+from saltern.schemas.sizes import square_of
 
 GPU_GOAL = 8000.0  # images/s end to end
 _COST = partial(Figure, "core time an image, Ray engine ÷ local engine", goal=1.03, unit="x", at_least=False)
@@ -107,7 +108,7 @@ def _compared(name: str, goal: float, rounds: int, run: Callable[[], RunRate], a
 def method_alone(bench: ExtractBench, torch_threads: int) -> float:
     """Return images/s of the method on one preloaded batch."""
     classifier = classifiers.load(bench.model, bench.weights)
-    side, dtype = classifier.preprocess.crop, AUTOCAST.get(bench.precision)
+    side, dtype = square_of(classifier.preprocess.crop), AUTOCAST.get(bench.precision)
     layout = memory_format(bench.precision, torch.device(bench.device))
     method = build(bench.method, classifier.model.to(bench.device).to(memory_format=layout))
     x_BCHW = torch.randn(bench.batch, 3, side, side).to(bench.device).contiguous(memory_format=layout)

@@ -74,8 +74,8 @@ class Still(Extraction):
 
     def __init__(self, spec: Spec, device: torch.device):
         super().__init__(spec, device)
-        side, batch = spec.run.config.preprocess.crop, spec.run.config.batch_size
-        pixels_BHWC = torch.zeros(batch, side, side, 3, dtype=torch.uint8)
+        shape, batch = spec.run.config.preprocess.shape, spec.run.config.batch_size
+        pixels_BHWC = torch.zeros(batch, *shape, 3, dtype=torch.uint8)
         ready, self._device = super().__call__(pixels_BHWC, *[torch.zeros(batch, dtype=torch.long)] * 2), device
         explained, _ = ready.wait()
         self._columns = {name: torch.from_numpy(column) for name, column in explained.columns.items()}

@@ -21,6 +21,7 @@ from saltern.pipeline.models import classifiers
 from saltern.pipeline.models.passes import frozen
 from saltern.pipeline.models.taps import Taps
 from saltern.pipeline.tables import markdown_table
+from saltern.schemas.sizes import square_of
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def _measure(case: Case, bench: MethodsBench) -> dict[str, Any]:
 
 def _problem(case: Case, bench: MethodsBench, layout: torch.memory_format) -> Problem:
     classifier = classifiers.load(case.model or bench.model, "none")
-    model, side = classifier.model.to(bench.device).to(memory_format=layout), classifier.preprocess.crop
+    model, side = classifier.model.to(bench.device).to(memory_format=layout), square_of(classifier.preprocess.crop)
     batch = min(case.batch or bench.batch_size, bench.batch_size)
     draw = torch.Generator().manual_seed(0)
     x_BCHW = torch.randn(batch, 3, side, side, generator=draw).to(bench.device).contiguous(memory_format=layout)

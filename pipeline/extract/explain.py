@@ -52,12 +52,12 @@ class Explainer:
         precision: str = "fp32",
     ):
         self.method, self.device = method, device
-        self._side, self._target, self._rule = preprocess.crop, target, rule
+        self._shape, self._target, self._rule = preprocess.shape, target, rule
         self._map_size, self._map_dtype, self._save_map, self._precision = map_size, map_dtype, save_map, precision
         self._full: int | None = None  # samples of every pass, if it is compiled: each other shape would compile again
         self._mean = torch.tensor(preprocess.mean, device=device).view(3, 1, 1)
         if precision in AUTOCAST and type(method) in available().values():  # another method may use weights as it likes
-            x_BCHW = torch.zeros(1, 3, self._side, self._side, device=device)
+            x_BCHW = torch.zeros(1, 3, *self._shape, device=device)
             method.halve(x_BCHW.contiguous(memory_format=torch.channels_last), AUTOCAST[precision])
         self._std = torch.tensor(preprocess.std, device=device).view(3, 1, 1)
 
@@ -154,7 +154,7 @@ class Explainer:
     def _columns(self, map_Bhw: Maps, last: Last, probability_BK: Tensor) -> dict[str, Tensor]:
         assert isinstance(map_Bhw, Tensor)  # noqa: S101 - a run's method has one layer
         target_B, zero_B, nonfinite_B = last.target_B, last.zero_B, last.nonfinite_B
-        map_BHW = upsample(map_Bhw, (self._side, self._side))
+        map_BHW = upsample(map_Bhw, self._shape)
         mask_BHW, threshold_B = discretize(map_BHW, self._rule)
         usable_B = ~(zero_B | nonfinite_B)
         stored_Bhw, lo_B, hi_B = quantise(

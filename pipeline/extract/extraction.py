@@ -120,16 +120,16 @@ class Extraction(Task):
         if isinstance(method, OnePass) and type(method) in available().values():  # another may compute as it likes
             self.team = (id(method.model), *method.layer)
         self._shared: dict[tuple[Method, ...], SharedPass] = {}  # by the methods of the tasks that share one
-        crop = config.preprocess.crop
-        stored = self._explain_grey(crop)
+        input_shape = config.preprocess.shape
+        stored = self._explain_grey(input_shape)
         shape = None if stored is None else (int(stored.shape[1]), int(stored.shape[2]))
         measured = {"map_shape": shape, "map_clip_quantile": self._explain.clip_quantile}
         self.schema = data_schema(spec.run, measured)
-        self._rows = Storage(shape, config.map_dtype == "uint8", (crop, crop)).rows(self.schema)
+        self._rows = Storage(shape, config.map_dtype == "uint8", input_shape).rows(self.schema)
 
-    def _explain_grey(self, crop: int) -> NDArray[Any] | None:
+    def _explain_grey(self, input_shape: tuple[int, int]) -> NDArray[Any] | None:
         """Return the stored map of a grey image, which has the grid of all maps; None if maps are not stored."""
-        grey_BHWC = torch.full((1, crop, crop, 3), 127, dtype=torch.uint8)
+        grey_BHWC = torch.full((1, *input_shape, 3), 127, dtype=torch.uint8)
         return self._explain(grey_BHWC, torch.zeros(1, dtype=torch.long)).wait()[0].columns.get("map")
 
     def __call__(self, pixels_BHWC: Tensor, label_B: Tensor, seed_B: Tensor) -> Pending:

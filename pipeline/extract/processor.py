@@ -256,6 +256,6 @@ class Processor:
     def _refuse(self, batch: Batch, parts: Sequence[object]) -> None:
         """Give the images that did not fit in memory their status. Each was a part of its batch."""
         if None in parts:
-            side = self.config.preprocess.crop
-            reason = f"one image of {side} x {side} does not fit in the memory of {self._device}"
+            height, width = self.config.preprocess.shape
+            reason = f"one image of {height} x {width} does not fit in the memory of {self._device}"
             batch.refuse([slot for slot, part in enumerate(parts) if part is None], (OUT_OF_MEMORY, reason))

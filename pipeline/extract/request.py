@@ -18,6 +18,7 @@ from saltern.pipeline.masknet.checkpoint import newer_than
 from saltern.pipeline.methods import Method, build, find
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.models.classifiers import Classifier, needs_prompts
+from saltern.pipeline.models.hf import located
 from saltern.pipeline.models.presets import adapt
 from saltern.pipeline.shards.decoder import choose_decoder, describe_decoder
 from saltern.pipeline.shards.expand import expand
@@ -28,6 +29,7 @@ from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.prompts import Prompts
 from saltern.schemas.rules import Finer, Rule, Target
 from saltern.schemas.run import Run, Shard
+from saltern.schemas.sizes import Side
 
 BATCH_SIZE = {"cpu": 16, "cuda": 128}
 _CHOICES = {"map_size": MapSize, "map_dtype": MapDtype, "precision": Precision, "compile": Compile}
@@ -46,7 +48,7 @@ class MethodRequest:
     layer: str | None = None
     options: dict[str, Any] = field(default_factory=dict)  # of the method
     resize: int | None = None
-    crop: int | None = None
+    crop: Side | None = None
     squash: bool | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
@@ -232,7 +234,7 @@ def reading() -> Iterator[None]:
 
 
 def load_classifier(
-    model: str, weights: str, seed: int, side: int | None, prompts: Prompts | None = None
+    model: str, weights: str, seed: int, side: Side | None, prompts: Prompts | None = None
 ) -> Classifier:
     """Load the classifier that the user named, for images of `side` pixels; None = that of the weights."""
     return classifiers.load(model, weights, seed=seed, side=side, prompts=prompts)
@@ -299,7 +301,7 @@ def _held_options(request: MethodRequest, existing: Run | None) -> Mapping[str, 
 def model_fields(classifier: Classifier, model: str, weights: str, seed: int) -> dict[str, Any]:
     """Return the fields of a RunConfig that name the model."""
     return {
-        "model": model,
+        "model": located(model),
         "weights": absolute(weights),
         "weights_digest": classifier.digest,
         "classes": classifier.classes,

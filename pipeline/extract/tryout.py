@@ -20,6 +20,7 @@ from saltern.schemas.config import ExtractConfig, MethodConfig, RunConfig
 from saltern.schemas.errors import UserError
 from saltern.schemas.rules import Target
 from saltern.schemas.run import Run
+from saltern.schemas.sizes import Side
 
 
 def is_proven(config: RunConfig, existing: Run | None) -> bool:
@@ -61,15 +62,15 @@ def try_extract(method: Method, config: ExtractConfig, device: str) -> None:
     precision = config.precision if device == "cpu" else "fp32"
     tried = replace(config, target=target, precision=precision, compile=False)
     explain = Explainer.of_run(tried, method, torch.device("cpu"))
-    side = config.preprocess.crop
-    pixels_BHWC = torch.randint(256, (1, side, side, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    shape = (1, *config.preprocess.shape, 3)
+    pixels_BHWC = torch.randint(256, shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     with one_line(method.model, pixels_BHWC.permute(0, 3, 1, 2)):
         explain(pixels_BHWC, torch.zeros(1, dtype=torch.long)).wait()
     if config.precision not in AUTOCAST and not method.last.logits_BK.isfinite().all():
         raise UserError(f"{config.model} gives logits that are not finite for a random image; check its weights")
 
 
-def try_gradient(model: nn.Module, side: int) -> None:
+def try_gradient(model: nn.Module, side: Side) -> None:
     """Check that the logits of one random image have a gradient in its pixels. Raises UserError."""
     x_BCHW = probe(model, side)[:1].requires_grad_()
     with one_line(model, x_BCHW), torch.enable_grad(), frozen(model):

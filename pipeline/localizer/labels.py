@@ -25,6 +25,7 @@ from saltern.pipeline.training.index import Index, places_of
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.run import Shard
 from saltern.schemas.saliency import OK
+from saltern.schemas.sizes import square_of
 
 MAPS, MASKS, BOXES = KINDS = ("maps", "masks", "boxes")
 CELLS = 32  # of a stored grid along each side, at most: a record has 1 KB and a few bytes
@@ -78,7 +79,7 @@ def make_labels(run: SaliencyRun, kind: str, folder: Path) -> tuple[Index, Label
         raise UserError(f"{run.path} was made with --no-map: give --labels {MASKS} or --labels {BOXES}")
     folder.mkdir(parents=True, exist_ok=True)
     unfinished, digest, places = folder / f".unfinished-labels-{os.getpid()}", hashlib.sha256(), []
-    labels = Labels(unfinished, kind, (0, 0), run.config.preprocess.crop, 0)
+    labels = Labels(unfinished, kind, (0, 0), square_of(run.config.preprocess.crop), 0)
     with unfinished.open("wb") as file:
         for number, shard in enumerate(run.shards):
             at, rows = _join(run, shard)

@@ -27,6 +27,7 @@ from saltern.pipeline.training.request import Request, check_request, resumed_co
 from saltern.pipeline.training.trainee import Plan, Repeat, Trainee
 from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
+from saltern.schemas.sizes import square_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ def make_plan(
     classifier, model, weights, seed = _classifier(request, run)
     how = _preprocess(request, run, classifier)
     if existing is None:
-        _try_step(classifier, request.hyperparameters, how.crop)
+        _try_step(classifier, request.hyperparameters, square_of(how.crop))
     val = None if request.val is None else held_out(request.val, run)
     root = Path(request.out).absolute()
     try:
@@ -153,10 +154,11 @@ def _classifier(request: TrainRequest, run: SaliencyRun) -> tuple[classifiers.Cl
 def _preprocess(request: TrainRequest, run: SaliencyRun, classifier: classifiers.Classifier) -> Preprocess:
     """Return the preprocessing of whole images: that of the run, or of another model's weights."""
     held = run.config.preprocess
-    side = request.side or held.crop
+    usual = square_of(held.crop)
+    side = request.side or usual
     if request.model is not None:
         return adapt(classifier.preset, crop=side, resize=None if held.squash else side, squash=held.squash)
-    resize = held.resize * side // held.crop
+    resize = held.resize * side // usual
     return Preprocess(resize, side, held.squash, held.interpolation, held.mean, held.std)
 
 

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from saltern.pipeline.masknet.stages import watch
 from saltern.schemas.errors import UserError
+from saltern.schemas.sizes import Side
 
 
-def restrict(model: nn.Module, classes: Sequence[int], side: int | None = None) -> None:
+def restrict(model: nn.Module, classes: Sequence[int], side: Side | None = None) -> None:
     """Restrict a model to the logits of some classes, in the given order; in place.
 
     Args:
@@ -42,7 +43,7 @@ def restrict(model: nn.Module, classes: Sequence[int], side: int | None = None) 
     setattr(model.get_submodule(parent), leaf, kept)
 
 
-def linear_head(model: nn.Module, side: int | None = None) -> tuple[str, nn.Linear] | None:
+def linear_head(model: nn.Module, side: Side | None = None) -> tuple[str, nn.Linear] | None:
     """Return the linear layer whose output is the model's logits, with its dotted name; None if there is none."""
     given: dict[str, tuple[nn.Linear, Tensor]] = {}
 

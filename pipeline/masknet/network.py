@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saltern.pipeline.models.outputs import tensor_of
 from saltern.pipeline.models.passes import logits_of
-from saltern.pipeline.models.taps import tensor_of
 
 WIDTH = 64  # channels of every stage in the decoder
 

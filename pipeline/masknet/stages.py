@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from saltern.pipeline.models.passes import logits_of
 from saltern.pipeline.models.probe import probe, watched
 from saltern.schemas.errors import UserError
+from saltern.schemas.sizes import Side
 
 STRIDES = (4, 8, 16, 32)
 
@@ -32,7 +33,7 @@ class _Ran:
     is_block: bool
 
 
-def find_stages(model: nn.Module, side: int | None = None) -> Stages:
+def find_stages(model: nn.Module, side: Side | None = None) -> Stages:
     """Find the taps of a model by running it once, in eval mode.
 
     A block is a module that holds a convolution and makes the grid at most twice as coarse; modules inside a block are
@@ -61,7 +62,7 @@ def find_stages(model: nn.Module, side: int | None = None) -> Stages:
     return Stages(tuple(tap.name for tap in taps), tuple(tap.channels for tap in taps))
 
 
-def _record(model: nn.Module, side: int | None) -> list[_Ran]:
+def _record(model: nn.Module, side: Side | None) -> list[_Ran]:
     ran: list[_Ran] = []
     pixels = probe(model, side).shape[-1]
 
@@ -78,7 +79,7 @@ def _record(model: nn.Module, side: int | None) -> list[_Ran]:
     return ran
 
 
-def watch(model: nn.Module, note: Callable[[str, nn.Module, Any, Any], None], side: int | None = None) -> Tensor:
+def watch(model: nn.Module, note: Callable[[str, nn.Module, Any, Any], None], side: Side | None = None) -> Tensor:
     """Return the logits of a model for one fixed random image, in eval mode; the model stays as it was.
 
     Args:

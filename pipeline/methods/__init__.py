@@ -39,6 +39,7 @@ from saltern.pipeline.methods.relevance.lrp import CLRP, LRP, SGLRP, RelevanceCA
 from saltern.pipeline.naming import import_object, nearest
 from saltern.schemas.errors import UserError
 from saltern.schemas.rules import Finer
+from saltern.schemas.sizes import Side
 
 __all__ = ["Last", "Method", "OptionSpec", "available", "build", "find"]
 
@@ -87,7 +88,7 @@ def build(
     model: nn.Module,
     *,
     layer: str | Sequence[str] | None = None,
-    input_side: int | None = None,
+    input_side: Side | None = None,
     finer: Finer | None = None,
     **options: Any,
 ) -> Method:
@@ -97,7 +98,7 @@ def build(
         name: as for `find`.
         model: returns logits (B, K), on its device; left as it was.
         layer: target layer by dotted name; several if the method allows it; None = the model's default.
-        input_side: pixels of the square images to come; None = the model's `image_size`, or 224.
+        input_side: pixels of the images to come, or height and width; None = the model's `image_size`, or 224.
         finer: compare each class with similar ones; None = explain its logit by itself.
         options: of the method; texts are read as JSON.
 

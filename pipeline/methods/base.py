@@ -21,6 +21,7 @@ from saltern.pipeline.models.halves import cast_once
 from saltern.pipeline.models.passes import Score, frozen, pick_targets
 from saltern.schemas.errors import UserError
 from saltern.schemas.rules import Finer
+from saltern.schemas.sizes import Side
 
 Maps = Tensor | tuple[Tensor, ...]
 # Maps of each target, logits_BK, and each target: target_B or its score.
@@ -50,7 +51,7 @@ class Method:
     Args:
         model: returns logits (B, K); run in eval mode, on its device.
         layer: target layer by dotted name, or several if the method allows it; None = the model's default.
-        input_side: pixels of the square images to come; None = the model's `image_size`, or 224.
+        input_side: pixels of the images to come, or height and width; None = the model's `image_size`, or 224.
         finer: compare each class with similar ones; None = explain the logit. Class-agnostic methods ignore it.
         given: the options.
 
@@ -72,7 +73,7 @@ class Method:
     model: nn.Module
     layer: list[str]  # target layers by dotted name; empty if the method has none
     options: dict[str, Any]  # all of them, as JSON values
-    input_side: int | None  # pixels of the square images to come; None = unknown
+    input_side: Side | None  # pixels of the images to come, or height and width; None = unknown
     last: Last  # set by the first call
     seed_B: Tensor  # int64, on the device: of the current call
 
@@ -81,7 +82,7 @@ class Method:
         model: nn.Module,
         *,
         layer: str | Sequence[str] | None = None,
-        input_side: int | None = None,
+        input_side: Side | None = None,
         finer: Finer | None = None,
         **given: Any,
     ) -> None:

@@ -11,6 +11,7 @@ from saltern.pipeline.masknet.head import linear_head
 from saltern.pipeline.models.passes import Score
 from saltern.schemas.errors import UserError
 from saltern.schemas.rules import Finer
+from saltern.schemas.sizes import Side
 
 _ROWS = 1024  # classes whose similarities are in memory at once
 
@@ -30,7 +31,7 @@ class Contrast:
         UserError: more classes to compare with than the model has.
     """
 
-    def __init__(self, model: nn.Module, finer: Finer, side: int | None) -> None:
+    def __init__(self, model: nn.Module, finer: Finer, side: Side | None) -> None:
         self._finer = finer
         found = linear_head(model, side)
         self.similar_KN = None  # int64, the most similar first; None: by the logits

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from saltern.pipeline.models import clip, presets
+from saltern.pipeline.models import clip, hf, presets
 from saltern.pipeline.models.pools import use_even_pools
 from saltern.pipeline.models.presets import Preset
 from saltern.pipeline.models.probe import count_classes
@@ -21,6 +21,7 @@ from saltern.pipeline.naming import brief, import_object, install_hint, nearest
 from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
 from saltern.schemas.prompts import Prompts
+from saltern.schemas.sizes import Side, shape_of
 
 _LITE = {"efficientnet_lite0": 224, "efficientnet_lite1": 240, "efficientnet_lite2": 260}  # side of the input, pixels
 _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}  # heads only used in training
@@ -44,7 +45,7 @@ class Classifier:
 
 
 def available_models() -> list[str]:
-    """Return the names that `load` knows; it also takes timm:, open_clip: and package.module:factory."""
+    """Return the names that `load` knows; it also takes timm:, open_clip:, hf: and package.module:factory."""
     return sorted([*_torchvision_models(), *_LITE])
 
 
@@ -60,14 +61,15 @@ def _torchvision_models() -> list[str]:
 
 
 def load(
-    name: str, weights: str = "DEFAULT", *, seed: int = 0, side: int | None = None, prompts: Prompts | None = None
+    name: str, weights: str = "DEFAULT", *, seed: int = 0, side: Side | None = None, prompts: Prompts | None = None
 ) -> Classifier:
     """Load a classifier that methods can explain.
 
     Args:
-        name: a torchvision classification model, efficientnet_lite0..2, `timm:NAME` (if timm is installed),
-            `open_clip:NAME` (if open_clip is) or `package.module:factory`, a callable that returns an nn.Module with
-            logits (B, K), or one that compares images with texts (see texts.with_prompts).
+        name: a torchvision classification model, efficientnet_lite0..2, `timm:NAME`, `open_clip:NAME`, `hf:FOLDER` or
+            `hf:ORG/NAME` (if timm, open_clip or transformers is installed) or `package.module:factory`, a callable
+            that returns an nn.Module with logits (B, K), or one that compares images with texts (see
+            texts.with_prompts).
         weights: DEFAULT = the pretrained weights of the library, or those that the factory made; none = random from
             seed; a torchvision weights name (IMAGENET1K_V2); or a .pth, .pt or .safetensors file with a state dict.
         seed: of random weights; the global generator stays as it was.
@@ -115,11 +117,16 @@ def _of_texts(name: str, loaded: _Loaded, prompts: Prompts | None) -> Classifier
     return Classifier(model.eval(), loaded.preset, digest(loaded.model), len(names), names, prompts)
 
 
-def _load(name: str, weights: str, path: Path | None, side: int | None) -> _Loaded:
+def _load(name: str, weights: str, path: Path | None, side: Side | None) -> _Loaded:
     if name.startswith(clip.PREFIX):
         return _Loaded(*clip.load(name.removeprefix(clip.PREFIX), weights, side), convert=clip.converted)
+    if name.startswith(hf.PREFIX):
+        if path or weights not in ("DEFAULT", "none"):
+            raise UserError(f"weights of {name} must be DEFAULT or none: they are those in its folder or in the cache")
+        model, preset, names = hf.load(name.removeprefix(hf.PREFIX), weights, side)
+        return _Loaded(model, preset, class_names=names)
     if name.startswith("timm:"):
-        return _timm(name.removeprefix("timm:"), weights)
+        return _timm(name.removeprefix("timm:"), weights, side)
     if ":" in name:
         return _factory(name, weights)
     if name in _LITE:
@@ -179,7 +186,7 @@ def _lite(name: str, weights: str, path: Path | None) -> _Loaded:
     return _Loaded(model, preset, 1000, list(names))
 
 
-def _timm(name: str, weights: str) -> _Loaded:
+def _timm(name: str, weights: str, side: Side | None) -> _Loaded:
     _only_default(f"timm:{name}", weights)
     try:
         timm = importlib.import_module("timm")
@@ -187,8 +194,11 @@ def _timm(name: str, weights: str) -> _Loaded:
         raise UserError(f"timm:{name} needs timm: {install_hint('timm')}") from None
     if not timm.is_model(name):
         raise UserError(f"timm has no model {name!r}; {nearest(name, timm.list_models())}see timm.list_models()")
-    pretrained = weights == "DEFAULT"
-    model = _downloaded(lambda: timm.create_model(name, pretrained=pretrained), f"weights of timm:{name}")
+    pretrained, usual = weights == "DEFAULT", timm.get_pretrained_cfg(name) if side else None
+    # A transformer takes images of one size, to which timm resizes its position embeddings.
+    fixed = side and usual and usual.fixed_input_size and shape_of(side) != usual.input_size[1:]
+    options = {"img_size": shape_of(side)} if side and fixed else {}
+    model = _downloaded(lambda: timm.create_model(name, pretrained=pretrained, **options), f"weights of timm:{name}")
     return _Loaded(model, presets.of_timm(timm.data.resolve_model_data_config(model)))
 
 

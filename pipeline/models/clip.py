@@ -13,12 +13,13 @@ from saltern.pipeline.models import presets
 from saltern.pipeline.models.presets import Preset
 from saltern.pipeline.naming import brief, install_hint, nearest
 from saltern.schemas.errors import UserError
+from saltern.schemas.sizes import Side
 
 PREFIX = "open_clip:"
 _SCHEMAS = ("local-dir:", "hf-hub:")  # of open_clip: a folder, or a repository that is downloaded
 
 
-def load(name: str, weights: str, side: int | None) -> tuple[nn.Module, Preset]:
+def load(name: str, weights: str, side: Side | None) -> tuple[nn.Module, Preset]:
     """Return a model of open_clip, with its tokenizer as `tokenizer`, and the preset of its weights.
 
     Args:

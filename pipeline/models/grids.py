@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saltern.pipeline.models.outputs import tensor_of
 from saltern.pipeline.models.passes import frozen
 from saltern.pipeline.models.probe import probe, watched
-from saltern.pipeline.models.taps import Taps, tensor_of
+from saltern.pipeline.models.taps import Taps
 from saltern.schemas.errors import UserError
+from saltern.schemas.sizes import Side, shape_of
 
 _NAMED = 4  # fitting layers that a message lists
 _LEAST = 0.1  # of the answers' movement along one axis to that along the other; of attention maps, one is near 0
 
 
-def check_layers(model: nn.Module, layers: Sequence[str], side: int) -> None:
-    """Check that the target layers have grids that lie over a square image of the run's size.
+def check_layers(model: nn.Module, layers: Sequence[str], side: Side) -> None:
+    """Check that the target layers have grids that lie over an image of the run's size.
 
     Raises:
         UserError: names the layer, and the last layers that fit.
@@ -34,11 +36,12 @@ def check_layers(model: nn.Module, layers: Sequence[str], side: int) -> None:
             reason = _misfit(taps, index, output, x_BCHW)
             if reason:
                 fitting = ", ".join(fitting_layers(model, side)[-_NAMED:])
+                height, width = shape_of(side)
                 fix = f"{fitting} (give one as --layer, or a larger --crop)" if fitting else "none; take another method"
-                raise UserError(f"layer {name!r} {reason} at {side} x {side} pixels; layers that fit: {fix}")
+                raise UserError(f"layer {name!r} {reason} at {height} x {width} pixels; layers that fit: {fix}")
 
 
-def fitting_layers(model: nn.Module, side: int) -> list[str]:
+def fitting_layers(model: nn.Module, side: Side) -> list[str]:
     """Return the layers whose grids lie over the image, in the order in which they first run."""
     names = [name for name, module in model.named_modules() if name and not isinstance(module, torch.jit.ScriptModule)]
     taps, x_BCHW, found = Taps(model, names), moved_patch(model, side), dict[str, None]()
@@ -56,7 +59,7 @@ def fitting_layers(model: nn.Module, side: int) -> list[str]:
     return list(found)
 
 
-def moved_patch(model: nn.Module, side: int | None) -> Tensor:
+def moved_patch(model: nn.Module, side: Side | None) -> Tensor:
     """Return four images that differ in the place of a patch: top left, top right, bottom left, bottom right."""
     ground_BCHW = probe(model, side)
     height, width = ground_BCHW.shape[2:]
@@ -80,7 +83,9 @@ def _misfit(taps: Taps, index: int, output: Tensor, x_BCHW: Tensor) -> str:
     height, width = A_BKhw.shape[2:]
     if height * width == 1:
         return "has a grid of 1 x 1 cell, whose map is constant and has no mask,"
-    if abs(height - width) > 1 or max(height, width) > x_BCHW.shape[2]:
+    image_height, image_width = x_BCHW.shape[2:]
+    turned = abs(height * image_width - width * image_height) > max(image_height, image_width)
+    if turned or height > image_height or width > image_width:
         return f"gives {height} x {width} cells, which are no grid of the image"
     return "" if follows(A_BKhw) else f"gives {height} x {width} cells that do not follow a patch moved in the image"
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from saltern.pipeline.models.probe import probe, watched
 from saltern.pipeline.naming import nearest
 from saltern.schemas.errors import UserError
+from saltern.schemas.sizes import Side
 
 # The layer before global pooling, by torchvision class.
 _LAST_STAGE = {
@@ -27,7 +28,7 @@ _LAST_STAGE = {
 }
 
 
-def resolve(model: nn.Module, layer: str | Sequence[str] | None, side: int | None = None) -> list[str]:
+def resolve(model: nn.Module, layer: str | Sequence[str] | None, side: Side | None = None) -> list[str]:
     """Return the checked dotted names of target layers; the model's default if none is given. Raises UserError."""
     names = [layer] if isinstance(layer, str) else list(layer or ())
     known = dict(model.named_modules())
@@ -41,7 +42,7 @@ def resolve(model: nn.Module, layer: str | Sequence[str] | None, side: int | Non
     return names or [default_layer(model, side)]
 
 
-def default_layer(model: nn.Module, side: int | None = None) -> str:
+def default_layer(model: nn.Module, side: Side | None = None) -> str:
     """Return the last layer with a grid: the output of the last stage, before global pooling.
 
     VGG and AlexNet: the last activation before the last max pooling (14 x 14 and 13 x 13 at 224), as in the paper on
@@ -63,7 +64,7 @@ def default_layer(model: nn.Module, side: int | None = None) -> str:
 
 
 def _last_first_norm(model: nn.Module, known: dict[str, nn.Module]) -> str:
-    norms = [name for name in known if name.endswith((".ln_1", ".norm1"))]
+    norms = [name for name in known if name.endswith((".ln_1", ".norm1", ".layernorm_before"))]
     if not norms:
         raise UserError(
             f"{_kind(model)} works on tokens; name the target layer (layer=), such as the last block's first norm"
@@ -71,7 +72,7 @@ def _last_first_norm(model: nn.Module, known: dict[str, nn.Module]) -> str:
     return norms[-1]
 
 
-def _last_grid(model: nn.Module, known: dict[str, nn.Module], side: int | None) -> str:
+def _last_grid(model: nn.Module, known: dict[str, nn.Module], side: Side | None) -> str:
     grids: list[tuple[str, int]] = []  # name and number of dimensions
 
     def note(name: str) -> Any:

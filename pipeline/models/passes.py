@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saltern.pipeline.models.outputs import find_logits, form_of
 from saltern.schemas.errors import UserError
 
 
@@ -75,12 +76,12 @@ def full_precision(device: torch.device) -> torch.autocast:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the model's output as logits_BK. Raises UserError if it has another form."""
-    if isinstance(output, Tensor) and output.ndim == 2:
-        return output
-    form = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    """Return logits_BK from what a model returns, in any form of `find_logits`. Raises UserError if there are none."""
+    logits_BK = find_logits(output)
+    if logits_BK is not None:
+        return logits_BK
     raise UserError(
-        f"the model must return logits of shape (batch, classes), not {form}; wrap it in a factory that does"
+        f"the model must return logits of shape (batch, classes), not {form_of(output)}; wrap it in a factory that does"
     )
 
 

@@ -7,8 +7,14 @@ from typing import Any
 
 from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
+from saltern.schemas.sizes import Side
 
 _INTERPOLATIONS = ("bilinear", "bicubic")
+# Image processors of transformers that resize, crop and normalise, and nothing else.
+_HF_FAMILIES = (
+    *("ViT", "Bit", "CLIP", "Siglip", "DeiT", "Beit", "ConvNext", "MobileNetV1", "MobileNetV2", "Segformer", "Pvt"),
+)
+_HF_WARPED = 384  # side from which ConvNext's squashes
 
 
 @dataclass(frozen=True)
@@ -73,11 +79,39 @@ def of_open_clip(config: Mapping[str, Any]) -> Preset:
     return Preset(preprocess, "" if expressed else f"resize_mode {mode}, input {height} x {width}, {how}")
 
 
+def of_hf(kind: str, values: Mapping[str, Any]) -> Preset:
+    """Return the preset of an image processor of transformers.
+
+    Args:
+        kind: its class, such as ViTImageProcessor; those with steps of their own are unusual.
+        values: of its attributes.
+    """
+    size, cut, resample = values.get("size") or {}, values.get("crop_size") or {}, values.get("resample")
+    short, crops = size.get("shortest_edge"), bool(values.get("do_center_crop"))
+    how = {2: "bilinear", 3: "bicubic"}.get(-1 if resample is None else int(resample), "")
+    colours = (values["image_mean"], values["image_std"]) if values.get("do_normalize") else ((0.0,) * 3, (1.0,) * 3)
+    family, squash = kind.partition("ImageProcessor")[0], False
+    expressed = family in _HF_FAMILIES and bool(how) and values.get("do_resize", False)
+    expressed = expressed and abs(values.get("rescale_factor", 0) - 1 / 255) < 1e-9 and values.get("do_rescale", False)
+    if short and family == "ConvNext":  # crops small images, and squashes large ones
+        resize, crop, squash = int(short / values["crop_pct"]), short, short >= _HF_WARPED
+    elif short:
+        resize, crop = short, cut.get("height", short)
+        expressed = expressed and crops and crop == cut.get("width") <= short
+    else:
+        resize = crop = size.get("height", 224)
+        expressed, squash = expressed and size == {"height": crop, "width": crop}, True
+        expressed = expressed and (not crops or cut == size)
+    preprocess = Preprocess(resize, crop, squash, how or "bicubic", *map(tuple, colours))
+    text = f"{kind}, size {dict(size)}, crop {dict(cut) if crops else 'none'}, resample {resample}"
+    return Preset(preprocess, "" if expressed else text)
+
+
 def adapt(
     preset: Preset,
     *,
     resize: int | None = None,
-    crop: int | None = None,
+    crop: Side | None = None,
     squash: bool | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -104,8 +138,9 @@ def adapt(
         mean=tuple(usual.mean if mean is None else mean),
         std=tuple(usual.std if std is None else std),
     )
-    if wanted.crop < 1 or (not squash and wanted.resize < wanted.crop):
-        raise UserError(f"--resize {wanted.resize} is smaller than --crop {wanted.crop}: the crop would be padded")
+    if min(wanted.shape) < 1 or (not squash and wanted.resize < min(wanted.shape)):
+        shown = "x".join(map(str, dict.fromkeys(wanted.shape)))
+        raise UserError(f"--resize {wanted.resize} is smaller than --crop {shown}: the crop would be padded")
     check_colours(wanted)
     return wanted
 

@@ -12,22 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from saltern.pipeline.device import device_lost, out_of_memory
+from saltern.pipeline.models.outputs import find_logits, form_of
 from saltern.pipeline.naming import brief
 from saltern.schemas.errors import UserError
+from saltern.schemas.sizes import Side, shape_of
 
 Note = Callable[[nn.Module, Any, Any], None]  # takes a module that ran, its arguments and its output
 _HEADS = (nn.Linear, nn.Conv2d)
 
 
-def probe(model: nn.Module, side: int | None = None) -> Tensor:
+def probe(model: nn.Module, side: Side | None = None) -> Tensor:
     """Return two fixed random images on the model's device.
 
     Args:
-        side: of the images, pixels; None = the model's `image_size`, or 224.
+        side: of the images, pixels, or height and width; None = the model's `image_size`, or 224.
     """
     size = side or getattr(model, "image_size", 224)
-    size = size if isinstance(size, int) else 224
-    x_BCHW = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    shape = shape_of(size if isinstance(size, int | tuple) else 224)
+    x_BCHW = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(0))
     weight = next(model.parameters(), None)
     return x_BCHW if weight is None else x_BCHW.to(weight.device, weight.dtype)
 
@@ -61,7 +63,7 @@ def failure(model: nn.Module, x_BCHW: Tensor, error: Exception) -> str:
     return f"{type(model).__name__} fails on a {size} image ({kind}{brief(error)}; {place}); {fix}, or wrap it"
 
 
-def count_classes(model: nn.Module, side: int) -> int:
+def count_classes(model: nn.Module, side: Side) -> int:
     """Return the number of the model's logits, measured on images of the run's size; the model is in eval mode.
 
     Raises:
@@ -80,13 +82,15 @@ def count_classes(model: nn.Module, side: int) -> int:
 
     leaves = [module for module in model.modules() if next(module.children(), None) is None]
     output = watched(model, probe(model, side), dict.fromkeys(leaves, note))
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        form = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise UserError(f"{kind} must return logits of shape (batch, classes), not {form}; wrap it in a factory")
+    logits_BK = find_logits(output)
+    if logits_BK is None:
+        raise UserError(
+            f"{kind} must return logits of shape (batch, classes), not {form_of(output)}; wrap it in a factory"
+        )
     if last and isinstance(last[0], nn.Identity) and produced and not isinstance(produced[0], _HEADS):
         raise UserError(f"{kind} has no classifier head: its logits come from {type(produced[0]).__name__}; add one")
-    _check_logits(kind, output.float(), produced[0] if produced else None)
-    return output.shape[1]
+    _check_logits(kind, logits_BK.float(), produced[0] if produced else None)
+    return logits_BK.shape[1]
 
 
 def _check_logits(kind: str, logits_BK: Tensor, producer: nn.Module | None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from saltern.pipeline.models.outputs import tensor_of, with_tensor
 from saltern.pipeline.models.passes import Score, gradients_of_each, logits_of
 from saltern.schemas.errors import UserError
 
@@ -141,16 +142,3 @@ def token_grid(tokens: int, image: Sequence[int]) -> tuple[int, int] | None:
         if height * width == tokens - prefix and height * image[1] == width * image[0]:
             return height, width
     return None
-
-
-def tensor_of(output: Any, name: str) -> Tensor:
-    """Return the tensor of a layer's output; of several, the first. Raises UserError if it holds none."""
-    tensor = output[0] if isinstance(output, tuple | list) and output else output
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        raise UserError(f"layer {name!r} gives {type(output).__name__}, no tensor; choose another")
-    return tensor
-
-
-def with_tensor(output: Any, replacement: Tensor) -> Any:
-    """Return a layer's output with its tensor replaced."""
-    return type(output)([replacement, *output[1:]]) if isinstance(output, tuple | list) else replacement

@@ -36,7 +36,7 @@ def data_schema(run: Run, measured: Mapping[str, Any]) -> pa.Schema:
         return with_metadata(evaluation_schema(config.family), origin)
     if not isinstance(config, ExtractConfig | AttackConfig):
         return with_metadata(visualization_schema(), origin)
-    origin["input_shape"] = [config.preprocess.crop, config.preprocess.crop]
+    origin["input_shape"] = list(config.preprocess.shape)
     if isinstance(config, AttackConfig):
         return with_metadata(attack_schema(), origin)
     origin |= {"map_dtype": config.map_dtype, "mask_bit_order": "big", **measured}

@@ -157,7 +157,7 @@ class SaliencyDataset(IterableDataset[Any]):
 
     def _image(self, image: bytes, row: Row) -> Tensor:
         preprocess = self._config.preprocess
-        pixels_HWC: NDArray[np.uint8] = np.zeros((preprocess.crop, preprocess.crop, 3), np.uint8)
+        pixels_HWC: NDArray[np.uint8] = np.zeros((*preprocess.shape, 3), np.uint8)
         try:
             pixels_HWC = decode(image, preprocess).pixels_HWC
         except DecodeError:

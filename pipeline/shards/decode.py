@@ -48,7 +48,7 @@ class DecodeError(Exception):
 class Decoded:
     """One decoded image."""
 
-    pixels_HWC: NDArray[np.uint8]  # noqa: N815 - (crop, crop, 3), RGB, writable
+    pixels_HWC: NDArray[np.uint8]  # noqa: N815 - of the crop's height and width, RGB, writable
     image_height: int  # of the upright original, pixels
     image_width: int
     geometry: Geometry
@@ -173,26 +173,32 @@ def region_of(width: int, height: int, preprocess: Preprocess, cut: Cut | None =
     """Return the geometry of an image's input, and the region that it is resampled from."""
     if cut is None:
         geometry = geometry_of(width, height, preprocess)
-        return geometry, window(width, height, geometry, preprocess.crop)
+        return geometry, window(width, height, geometry, preprocess.shape)
     bounds, box = cut(width, height)
-    x0, y0, x1, y1 = box
-    return ((x1 - x0) / preprocess.crop, (y1 - y0) / preprocess.crop, bounds[0] + x0, bounds[1] + y0), (bounds, box)
+    (rows, columns), (x0, y0, x1, y1) = preprocess.shape, box
+    return ((x1 - x0) / columns, (y1 - y0) / rows, bounds[0] + x0, bounds[1] + y0), (bounds, box)
 
 
 def geometry_of(width: int, height: int, preprocess: Preprocess) -> Geometry:
-    """Return scale and offset of the crop in the original; size and offset are rounded as torchvision does."""
-    crop, resize = preprocess.crop, max(preprocess.resize, preprocess.crop)
+    """Return scale and offset of the crop in the original; size and offset are rounded as torchvision does.
+
+    The image is resized to cover a frame of the crop's shape whose shorter side is `resize`.
+    """
+    rows, columns = preprocess.shape
     if preprocess.squash:
-        return width / crop, height / crop, 0.0, 0.0
-    short = min(width, height)
-    new_width = resize if width == short else int(resize * width / short)
-    new_height = resize if height == short else int(resize * height / short)
+        return width / columns, height / rows, 0.0, 0.0
+    short = min(rows, columns)
+    resize = max(preprocess.resize, short)
+    frame_height, frame_width = round(resize * rows / short), round(resize * columns / short)
+    fits_width = width * frame_height <= height * frame_width  # the image is narrower than the frame
+    new_width = frame_width if fits_width else int(frame_height * width / height)
+    new_height = int(frame_width * height / width) if fits_width else frame_height
     scale_x, scale_y = width / new_width, height / new_height
-    left, top = round((new_width - crop) / 2.0), round((new_height - crop) / 2.0)
+    left, top = round((new_width - columns) / 2.0), round((new_height - rows) / 2.0)
     return scale_x, scale_y, left * scale_x, top * scale_y
 
 
-def window(width: int, height: int, geometry: Geometry, crop: int) -> Region:
+def window(width: int, height: int, geometry: Geometry, shape: tuple[int, int]) -> Region:
     """Return the bounds in the original of the pixels that the crop reads, and the crop's box within them.
 
     Both are left, top, right, bottom. The bounds have the margin that the filter reads. They are cut out first, as
@@ -200,7 +206,7 @@ def window(width: int, height: int, geometry: Geometry, crop: int) -> Region:
     shape of the image, not of the box.
     """
     scale_x, scale_y, x0, y0 = geometry
-    x1, y1 = min(x0 + scale_x * crop, width), min(y0 + scale_y * crop, height)
+    x1, y1 = min(x0 + scale_x * shape[1], width), min(y0 + scale_y * shape[0], height)
     margin_x, margin_y = 3 * max(scale_x, 1), 3 * max(scale_y, 1)
     left, top = max(int(x0 - margin_x), 0), max(int(y0 - margin_y), 0)
     bounds = left, top, min(math.ceil(x1 + margin_x), width), min(math.ceil(y1 + margin_y), height)
@@ -210,9 +216,7 @@ def window(width: int, height: int, geometry: Geometry, crop: int) -> Region:
 def _resize(part: Image.Image, box: tuple[float, float, float, float], preprocess: Preprocess) -> NDArray[np.uint8]:
     left, top, right, bottom = box
     upright = min(left, right), top, max(left, right), bottom
-    pixels_HWC = np.array(
-        part.resize((preprocess.crop, preprocess.crop), INTERPOLATIONS[preprocess.interpolation], upright)
-    )
+    pixels_HWC = np.array(part.resize(preprocess.shape[::-1], INTERPOLATIONS[preprocess.interpolation], upright))
     return pixels_HWC if left <= right else pixels_HWC[:, ::-1]
 
 

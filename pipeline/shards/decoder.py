@@ -25,6 +25,7 @@ from saltern.pipeline.shards.jpeg import plain_frame
 from saltern.schemas.choices import Decode, check_choice
 from saltern.schemas.config import PILLOW, Preprocess
 from saltern.schemas.errors import UserError
+from saltern.schemas.sizes import Side, shape_of
 
 _NVJPEG = "nvjpeg"  # begins the names of decoders on a GPU
 
@@ -200,7 +201,7 @@ def as_tensor(data: bytes) -> Tensor:
     return torch.frombuffer(data, dtype=torch.uint8)
 
 
-def empty_batch(number: int, crop: int, device: torch.device | None = None) -> DecodedBatch:
+def empty_batch(number: int, crop: Side, device: torch.device | None = None) -> DecodedBatch:
     """Return a batch of undefined slots."""
-    pixels_BHWC = torch.empty((number, crop, crop, 3), dtype=torch.uint8, device=device)
+    pixels_BHWC = torch.empty((number, *shape_of(crop), 3), dtype=torch.uint8, device=device)
     return DecodedBatch(pixels_BHWC, np.zeros((number, 2), np.int32), np.zeros((number, 4)), {})

@@ -20,7 +20,7 @@ _A = -0.5  # the constant of Pillow's bicubic filter
 
 
 def resample(images_CHW: Sequence[Tensor], geometries: Sequence[Geometry], preprocess: Preprocess) -> Tensor:
-    """Return the input of each image, uint8, (B, crop, crop, 3). All work is on the images' device, without a wait.
+    """Return the input of each image, uint8, (B, height, width, 3). All work is on the images' device, without a wait.
 
     Args:
         images_CHW: uint8, RGB, whole and upright, all on one device.
@@ -28,7 +28,7 @@ def resample(images_CHW: Sequence[Tensor], geometries: Sequence[Geometry], prepr
         preprocess: its crop and interpolation are used.
     """
     regions = [
-        window(image.shape[2], image.shape[1], geometry, preprocess.crop)
+        window(image.shape[2], image.shape[1], geometry, preprocess.shape)
         for image, geometry in zip(images_CHW, geometries, strict=True)
     ]
     return resample_regions(images_CHW, regions, preprocess)
@@ -50,7 +50,11 @@ def resample_regions(images_CHW: Sequence[Tensor], regions: Sequence[Region], pr
         for slot_CSS, position in zip(levels_PCSS, positions, strict=True):
             left, top, right, bottom = regions[position][0]
             slot_CSS[:, : bottom - top, : right - left] = images_CHW[position][:, top:bottom, left:right]
-        weights = [_weights(spans_P23[:, axis], size, preprocess) for axis, size in enumerate((width, height))]
+        columns, rows = preprocess.shape[::-1]
+        weights = [
+            _weights(spans_P23[:, 0], width, columns, preprocess.interpolation),
+            _weights(spans_P23[:, 1], height, rows, preprocess.interpolation),
+        ]
         parts.append(_multiply(levels_PCSS, *weights))
     return torch.cat(parts)[back_B]
 
@@ -83,20 +87,20 @@ def _round_up(side: int) -> int:
     return power * 3 // 4 if side <= power * 3 // 4 and power > 64 else power
 
 
-def _weights(spans_B3: Tensor, size: int, preprocess: Preprocess) -> Tensor:
+def _weights(spans_B3: Tensor, size: int, crop: int, interpolation: str) -> Tensor:
     """Return the filter's weights of each pixel of a region (columns) for each pixel of the crop (rows), along an axis.
 
     Args:
         spans_B3: as `_spans` gives them for the axis.
         size: columns; those beyond the region are zero.
-        preprocess: its crop and interpolation are used.
+        crop: rows, pixels of the crop.
     """
     start_B, end_B, length_B = spans_B3.view(-1, 3, 1, 1).unbind(1)
-    scale_B = (end_B - start_B) / preprocess.crop  # below zero for a mirrored image
-    output = torch.arange(preprocess.crop, device=spans_B3.device).view(1, -1, 1)
+    scale_B = (end_B - start_B) / crop  # below zero for a mirrored image
+    output = torch.arange(crop, device=spans_B3.device).view(1, -1, 1)
     pixel_S = torch.arange(size, device=spans_B3.device)
     distance_BoS = (pixel_S + 0.5 - (start_B + scale_B * (output + 0.5))).abs_().div_(scale_B.abs().clamp(min=1))
-    weight_BoS = _bicubic(distance_BoS) if preprocess.interpolation == "bicubic" else (1 - distance_BoS).clamp_(min=0)
+    weight_BoS = _bicubic(distance_BoS) if interpolation == "bicubic" else (1 - distance_BoS).clamp_(min=0)
     weight_BoS *= pixel_S < length_B
     return (weight_BoS / weight_BoS.sum(2, keepdim=True)).half()
 

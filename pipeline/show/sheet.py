@@ -259,7 +259,8 @@ def _provenance(run: SaliencyRun) -> list[tuple[str, str]]:
         for status, count in receipt.statuses.items():
             statuses[status] = statuses.get(status, 0) + count
     how = config.preprocess
-    shape = f"squashed to {how.crop}" if how.squash else f"shorter side {how.resize}, crop {how.crop}"
+    crop = "x".join(map(str, dict.fromkeys(how.shape)))
+    shape = f"squashed to {crop}" if how.squash else f"shorter side {how.resize}, crop {crop}"
     facts = {
         "run": run.path,
         "model": f"{config.model} (weights {config.weights}, {config.weights_digest[:12]})",

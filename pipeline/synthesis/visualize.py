@@ -38,6 +38,7 @@ from saltern.schemas.errors import UserError
 from saltern.schemas.receipt import Receipt
 from saltern.schemas.run import CLASSES, Run, Shard, classes_of
 from saltern.schemas.saliency import NONFINITE, OK
+from saltern.schemas.sizes import Side
 
 BATCH_SIZE = {"cpu": 8, "cuda": 64}  # classes
 SHOWN = 64  # images of the contact sheet
@@ -50,7 +51,7 @@ class VisualizeRequest:
     classes: str  # numbers and ranges, @file or all
     model: str
     weights: str = "DEFAULT"
-    crop: int | None = None
+    crop: Side | None = None
     ascent: Ascent = Ascent(steps=200, step_size=1.0, weight=1e-3, init="zero")  # noqa: RUF009 - frozen
     seed: int = 0
     batch_size: int | None = None
@@ -175,7 +176,7 @@ class Visualizer:
     def _ascend(self, targets: list[int]) -> tuple[Peak, float]:
         since = time.perf_counter()
         target_B, config = torch.tensor(targets), self._config
-        shape = (3, config.preprocess.crop, config.preprocess.crop)
+        shape = (3, *config.preprocess.shape)
         first_BCHW = start(target_B, shape, config.ascent.init, config.seed)
 
         def logits(image_BCHW: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class LiveRows:
     def __init__(
         self, method: Method, device: torch.device, preprocess: Preprocess, rule: str, class_numbers: Sequence[int]
     ) -> None:
-        self._layout = Layout(method.default_map_dtype, (preprocess.crop, preprocess.crop))
+        self._layout = Layout(method.default_map_dtype, preprocess.shape)
         target, map_dtype = Target.parse("label", 1), self._layout.map_dtype
         self._explain = Explainer(method, device, preprocess, target=target, rule=Rule.parse(rule), map_dtype=map_dtype)
         self._class_numbers = np.asarray(class_numbers)

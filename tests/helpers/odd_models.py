@@ -1,7 +1,9 @@
 """Models as people bring them, small: `odd_models:NAME` is a factory."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from making import Tiny
@@ -49,6 +51,28 @@ class Dict(_Around):
         return {"logits": self.net(x)}
 
 
+class OneOfThem(_Around):
+    """Its logits have another name, but are the only tensor of two dimensions."""
+
+    def forward(self, x: Tensor) -> object:
+        return {"features": self.net.body(x), "scores": self.net(x)}
+
+
+class Ambiguous(_Around):
+    def forward(self, x: Tensor) -> object:
+        return self.net(x), self.net(x) * 2
+
+
+class Logits(NamedTuple):
+    features: Tensor
+    logits: Tensor
+
+
+class Named(_Around):
+    def forward(self, x: Tensor) -> object:
+        return Logits(self.net.body(x).mean((2, 3)), self.net(x))
+
+
 class Pair(_Around):
     def forward(self, x: Tensor) -> object:
         return self.net(x), None
@@ -57,6 +81,41 @@ class Pair(_Around):
 class Data(_Around):
     def forward(self, x: Tensor) -> object:
         return Out(self.net(x))
+
+
+class Wrap(nn.Module):
+    """A layer that puts its input into a container."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, A: Tensor) -> object:
+        return {"tuple": (A, None), "named": Logits(A, A), "dict": {"state": A}, "dataclass": Out(A)}.get(self.kind, A)
+
+
+class _Wrapping(Tiny):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.wrap = Wrap(kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.wrap(self.body(x))
+        A = {"dict": lambda: found["state"], "dataclass": lambda: found.logits}.get(self.wrap.kind, lambda: found[0])
+        return self.head((found if self.wrap.kind == "plain" else A()).mean((2, 3)))
+
+
+def _layer(kind: str) -> Callable[[], nn.Module]:
+    def factory() -> nn.Module:
+        torch.manual_seed(0)
+        return _Wrapping(kind)
+
+    return factory
+
+
+plain_layer, tuple_layer, named_layer, dict_layer, dataclass_layer = map(
+    _layer, ("plain", "tuple", "named", "dict", "dataclass")
+)
 
 
 class Nothing(_Around):

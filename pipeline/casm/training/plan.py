@@ -32,6 +32,7 @@ from saltern.pipeline.training.trainee import Plan, Repeat, Trainee
 from saltern.schemas.config import PILLOW, Preprocess
 from saltern.schemas.errors import CollapseError
 from saltern.schemas.run import Shard
+from saltern.schemas.sizes import square_of
 
 SHARE = 5  # an epoch is a fifth of the data, as published
 
@@ -109,7 +110,7 @@ def make_plan(
     }
     root = Path(request.out).absolute()
     if existing is None:
-        _try_step(classifier, hyperparameters, how.crop)
+        _try_step(classifier, hyperparameters, square_of(how.crop))
     else:
         of_0_1 = {"squash": False, "pull": 0.0, "decoder": PILLOW}
         config = resumed_config(existing, config, root, say, **of_0_1)

@@ -69,16 +69,17 @@ class CAMERAS(Method):
 
     def _check_other_size(self) -> None:
         x_BCHW = probe(self.model, self.input_side)[:1]
-        side = x_BCHW.shape[2] + _STEP
+        image = x_BCHW.shape[2:]
+        height, width = (round(side * (1 + _STEP / min(image))) for side in image)
         try:
             with torch.no_grad():
-                logits_of(self.model(F.interpolate(x_BCHW, (side, side))))
+                logits_of(self.model(F.interpolate(x_BCHW, (height, width))))
         except (RuntimeError, AssertionError, ValueError) as error:
             if device_lost(error) or out_of_memory(error):
                 raise
             raise UserError(
                 f"cameras needs a network that takes images of any size, and {type(self.model).__name__} fails at "
-                f"{side} x {side} ({brief(error)}); use grad-cam, or one size: sizes=[{side - _STEP}]"
+                f"{height} x {width} ({brief(error)}); use grad-cam, or one size: sizes=[{min(image)}]"
             ) from error
 
     def compute_each(self, x_BCHW: Tensor, target_B: Tensor | None, number: int) -> Each:

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from saltern.pipeline.device import device_lost, out_of_memory
 from saltern.pipeline.models.halves import full_of, full_weights
 from saltern.pipeline.models.interception import replaced
+from saltern.pipeline.models.outputs import tensor_of, with_tensor
 from saltern.pipeline.models.passes import full_precision, logits_of
-from saltern.pipeline.models.taps import tensor_of, with_tensor
 from saltern.schemas.errors import UserError
 
 _log = logging.getLogger(__name__)

@@ -12,6 +12,7 @@ from saltern.pipeline.models import classifiers
 from saltern.pipeline.models.probe import count_classes
 from saltern.schemas.config import ClassifierConfig, EvaluateConfig, ExtractConfig
 from saltern.schemas.errors import UserError
+from saltern.schemas.sizes import Side
 
 
 def further_classifiers(words: Sequence[str], config: ExtractConfig) -> tuple[ClassifierConfig, ...]:
@@ -35,7 +36,7 @@ def further_classifiers(words: Sequence[str], config: ExtractConfig) -> tuple[Cl
 
 
 @lru_cache(16)  # a command plans each evaluation several times
-def _further(word: str, seed: int, side: int, classes: int, own: str) -> ClassifierConfig:
+def _further(word: str, seed: int, side: Side, classes: int, own: str) -> ClassifierConfig:
     name, _, weights = word.partition("=")
     classifier = classifiers.load(name, weights or "DEFAULT", seed=seed, side=side)
     # A model with its classes in its weights was not run yet.

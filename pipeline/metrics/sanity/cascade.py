@@ -62,7 +62,7 @@ def cascade(
         seed: of the random weights, which are the same for every batch.
         stages: as for `randomised`.
     """
-    side = x_BCHW.shape[-1]
+    side = (x_BCHW.shape[2], x_BCHW.shape[3])
     with build_method(model) as method:
         map_BHW = _map(method, x_BCHW, target_B, seed_B)
         target_B = method.last.target_B

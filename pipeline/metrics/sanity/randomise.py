@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from saltern.pipeline.models.passes import frozen, logits_of
 from saltern.pipeline.models.probe import probe, watched
+from saltern.schemas.sizes import Side
 
 _STD = 0.02  # of parameters of a module that has no reset of its own, as transformers draw theirs
 
 
-def layers_from_the_logits(model: nn.Module, side: int | None = None) -> list[str]:
+def layers_from_the_logits(model: nn.Module, side: Side | None = None) -> list[str]:
     """Return the names of the modules that hold parameters, in the opposite order of the forward pass.
 
     The order is that of a pass over random images of `side` pixels. A module that is called more than once counts by
@@ -43,7 +44,7 @@ def layers_from_the_logits(model: nn.Module, side: int | None = None) -> list[st
     return sorted(held, key=position, reverse=True)
 
 
-def _used(model: nn.Module, side: int | None) -> set[int]:
+def _used(model: nn.Module, side: Side | None) -> set[int]:
     """Return the ids of the parameters that the logits of random images depend on."""
     parameters = list(model.parameters())
     with torch.inference_mode(False), torch.enable_grad(), frozen(model):

@@ -12,9 +12,7 @@ REFUSED = {
     "OneLogit": r"returns 1 logit.*torch\.cat\(\[torch\.zeros_like\(z\), z\], 1\)",
     "Headless": "no classifier head: its logits come from ReLU",
     "Backbone": "no classifier head .num_classes is 0",
-    "Dict": "must return logits of shape .batch, classes., not dict; wrap it in a factory",
-    "Pair": "not tuple; wrap it",
-    "Data": "not Out; wrap it",
+    "Ambiguous": r"must return logits .*, not tuple of 0 \(2, 5\), 1 \(2, 5\); wrap it in a factory",
     "Nothing": "not NoneType; wrap it",
     "Keyword": r"TypeError: .*forward must take the image alone",
     "TwoInputs": "TypeError: .*metadata.*forward must take the image alone",
@@ -39,6 +37,34 @@ def test_a_model_without_logits_of_an_image_is_refused_in_one_line(name):
 @pytest.mark.parametrize("name", ["frozen", "training", "half", "bfloat16", "parallel", "Nan"])
 def test_models_in_another_state_are_taken(name):
     assert load(f"odd_models:{name}", side=32).classes == 5
+
+
+@pytest.mark.parametrize("name", ["Dict", "OneOfThem", "Pair", "Named", "Data"])
+@pytest.mark.parametrize("method", ["grad-cam", "cam", "score-cam", "ablation-cam", "gradient", "lrp", "occlusion"])
+def test_logits_in_a_container_are_found(name, method):
+    options = {"window": 16, "stride": 16} if method == "occlusion" else {}
+    layer = "net.body" if "cam" in method else None
+    x_BCHW = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    maps = []
+    for model in (f"odd_models:{name}", "odd_models:_Around"):
+        torch.manual_seed(0)
+        loaded = load(model, side=32)
+        assert loaded.classes == 5
+        with build(method, loaded.model, layer=layer, input_side=32, **options) as built:
+            maps.append(built(x_BCHW, torch.tensor([1, 4])))
+    assert torch.equal(*maps)
+
+
+def test_a_layer_that_returns_a_container_is_a_layer():
+    x_BCHW = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    maps = {}
+    for kind in ("plain", "tuple", "named", "dict", "dataclass"):
+        model = load(f"odd_models:{kind}_layer", side=32).model
+        with build("grad-cam", model, layer="wrap", input_side=32) as method:
+            maps[kind] = method(x_BCHW)
+            assert method.last.logits_BK.isfinite().all()
+    assert maps["plain"].any()
+    assert all(torch.equal(map_Bhw, maps["plain"]) for map_Bhw in maps.values())
 
 
 @pytest.mark.parametrize("name", ["compiled", "compiled_inside"])
