@@ -14,7 +14,10 @@ OTHER_METHODS = (
     "For --target top:N, the methods of the table share their forward passes; captum's and your own run N times, "
     "unless yours has compute_each."
 )
-OTHER_MODELS = "timm:NAME loads a model of timm (extra `timm`), package.module:factory a model of your own."
+OTHER_MODELS = (
+    "timm:NAME, hf:NAME and open_clip:NAME load models of timm, transformers and open_clip (extras `timm`, `hf`, "
+    "`clip`), package.module:factory a model of your own."
+)
 
 
 def methods(as_json: AsJson = False) -> None:

@@ -44,8 +44,8 @@ def of_timm(config: Mapping[str, Any]) -> Preset:
     mode, share, how = config["crop_mode"], config["crop_pct"], config["interpolation"]
     squash = mode == "squash"
     preprocess = Preprocess(
-        math.floor(width / share),
-        width,
+        math.floor(min(height, width) / share),
+        (height, width),
         squash,
         how if how in _INTERPOLATIONS else "bicubic",
         tuple(config["mean"]),
@@ -53,7 +53,7 @@ def of_timm(config: Mapping[str, Any]) -> Preset:
     )
     expressed = (
         channels == 3
-        and height == width
+        and (height == width or share == 1)  # else timm rounds both sides of the frame
         and (mode == "center" or (squash and share == 1))
         and share <= 1
         and how in _INTERPOLATIONS
@@ -68,14 +68,14 @@ def of_open_clip(config: Mapping[str, Any]) -> Preset:
     height, width = (size, size) if isinstance(size, int) else size
     squash = mode == "squash"
     preprocess = Preprocess(
-        width,
-        width,
+        min(height, width),
+        (height, width),
         squash,
         how if how in _INTERPOLATIONS else "bicubic",
         tuple(config["mean"]),
         tuple(config["std"]),
     )
-    expressed = height == width and mode in ("shortest", "squash") and how in _INTERPOLATIONS
+    expressed = mode in ("shortest", "squash") and how in _INTERPOLATIONS
     return Preset(preprocess, "" if expressed else f"resize_mode {mode}, input {height} x {width}, {how}")
 
 
@@ -94,14 +94,14 @@ def of_hf(kind: str, values: Mapping[str, Any]) -> Preset:
     expressed = family in _HF_FAMILIES and bool(how) and values.get("do_resize", False)
     expressed = expressed and abs(values.get("rescale_factor", 0) - 1 / 255) < 1e-9 and values.get("do_rescale", False)
     if short and family == "ConvNext":  # crops small images, and squashes large ones
-        resize, crop, squash = int(short / values["crop_pct"]), short, short >= _HF_WARPED
+        resize, crop, squash = int(short / values["crop_pct"]), (short, short), short >= _HF_WARPED
     elif short:
-        resize, crop = short, cut.get("height", short)
-        expressed = expressed and crops and crop == cut.get("width") <= short
+        resize, crop = short, (cut.get("height", short), cut.get("width", short))
+        expressed = expressed and crops and min(crop) <= short and crop[0] == crop[1]
     else:
-        resize = crop = size.get("height", 224)
-        expressed, squash = expressed and size == {"height": crop, "width": crop}, True
-        expressed = expressed and (not crops or cut == size)
+        crop = size.get("height", 224), size.get("width", 224)
+        resize, squash = min(crop), True
+        expressed = expressed and {"height", "width"} == set(size) and (not crops or cut == size)
     preprocess = Preprocess(resize, crop, squash, how or "bicubic", *map(tuple, colours))
     text = f"{kind}, size {dict(size)}, crop {dict(cut) if crops else 'none'}, resample {resample}"
     return Preset(preprocess, "" if expressed else text)

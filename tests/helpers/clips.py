@@ -40,9 +40,9 @@ def stored(folder: Path, config: dict[str, Any], seed: int = 0) -> str:
     return f"open_clip:local-dir:{folder}"
 
 
-def by_hand(folder: Path, texts: list[list[str]], x_BCHW: torch.Tensor) -> torch.Tensor:
+def by_hand(folder: Path, texts: list[list[str]], x_BCHW: torch.Tensor, **more: Any) -> torch.Tensor:
     """Return logits_BK as a loop over images, classes and texts gives them, by open_clip's own calls."""
-    model = open_clip.create_model(f"local-dir:{folder}").eval()
+    model = open_clip.create_model(f"local-dir:{folder}", **more).eval()
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     logits_BK = torch.zeros(len(x_BCHW), len(texts))
     for number, own in enumerate(texts):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -11,7 +12,10 @@ from clips import VIT, by_hand, stored
 from extracting import extract
 from making import picture, write_tar
 
+from saltern.pipeline.engine.conduct import RunOptions
 from saltern.pipeline.extract.prompts import given_prompts
+from saltern.pipeline.metrics.evaluate import EvaluateRequest, evaluate
+from saltern.pipeline.metrics.sanity.run import sanity
 from saltern.pipeline.models import texts
 from saltern.pipeline.runs.manifest import load_run_folder
 from saltern.pipeline.runs.reader import open_run
@@ -92,6 +96,26 @@ def test_a_run_keeps_its_prompts_and_their_embeddings(
     with pytest.raises(UserError, match="prompts: "):
         extract(shards, out, model=model, **{**given, "templates": ["my {}"]})
     assert open_run(str(out)).config.target.number == 1
+
+
+def test_several_methods_are_judged_in_half_precision_too(model: str, shards: Path, tmp_path: Path) -> None:
+    given = {**HOW, "method": "grad-cam,gradient", "prompts": "a dog,a cat", "target": "top:2", "model": model}
+    assert extract(shards, tmp_path / "runs", **given) == 0
+    assert extract(shards, tmp_path / "half", precision="bf16", **given) == 0
+    scores = [[row["score"] for row in rows(tmp_path / kind / "grad-cam")] for kind in ("runs", "half")]
+    np.testing.assert_allclose(*scores, atol=0.05)  # softmax of cosines times 14
+    run = str(tmp_path / "runs" / "grad-cam")
+    judged = evaluate(EvaluateRequest([run], [], ["confidence"], torch_threads=1), RunOptions(run, engine="local"))
+    (found,) = judged.runs
+    assert found.estimates["average_drop"].count == 4
+    assert sanity(run, 2, stages=2, device="cpu").summary["model"] == model
+
+
+def test_one_prompt_is_enough(model: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert extract(shards, tmp_path / "run", model=model, prompts="a dog", target="prompt:a dog", **HOW) == 0
+    assert "prompts: one class, whose score is 1 for every image" in capsys.readouterr().err
+    assert {(row["score"], row["target"]) for row in rows(tmp_path / "run")} == {(1.0, 0)}
+    assert any(np.any(row.map() > 0) for row in open_run(str(tmp_path / "run")))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,9 @@ CENTER = {
 def test_every_value_of_timms_config_is_carried():
     assert of_timm(CENTER).preprocess == Preprocess(256, 224, False, "bicubic", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     squash = of_timm({**CENTER, "crop_mode": "squash", "crop_pct": 1.0, "interpolation": "bilinear"})
+    wide = of_timm({**CENTER, "input_size": (3, 128, 256), "crop_pct": 1.0})
+    assert wide.preprocess == Preprocess(128, (128, 256), False, "bicubic", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    assert not wide.unusual
     assert squash == Preset(Preprocess(224, 224, True, "bilinear", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
 
 

