@@ -19,6 +19,7 @@ from saltern.pipeline.models.passes import logits_of
 from saltern.pipeline.models.probe import watched
 from saltern.pipeline.models.taps import token_grid
 from saltern.schemas.errors import UserError
+from saltern.schemas.sizes import Side
 
 _SINGLES = 16  # queries of a pooling by attention that are tried one by one
 
@@ -70,7 +71,7 @@ class Tower:
         return slice(self.prefix, None) if self.pools or self.read is None else self.read
 
 
-def find_tower(model: nn.Module, side: int | None, method: str) -> Tower:
+def find_tower(model: nn.Module, side: Side | None, method: str) -> Tower:
     """Return a model's attention, measured with images of the run's size. The model is in eval mode, without gradients.
 
     Args:

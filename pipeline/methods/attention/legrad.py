@@ -13,8 +13,8 @@ from saltern.pipeline.methods.attention.weights import AttentionMethod
 from saltern.pipeline.methods.base import Each
 from saltern.pipeline.methods.cams.tail import Recording, Tail
 from saltern.pipeline.models.attention import Weights, leaf, visiting
+from saltern.pipeline.models.outputs import tensor_of, with_tensor
 from saltern.pipeline.models.passes import score_gradients
-from saltern.pipeline.models.taps import tensor_of, with_tensor
 from saltern.schemas.errors import UserError
 
 
