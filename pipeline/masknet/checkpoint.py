@@ -153,8 +153,8 @@ class Checkpoints:
         for unfinished in (self.root / "checkpoints").glob(f"{_UNFINISHED}*"):
             shutil.rmtree(unfinished, ignore_errors=True)
         named = {member_file(step) for folder in folders[-KEPT:] for step in _pool_steps(folder)}
-        for file in (self.root / "pool").glob("*"):
-            if file.name not in named:
+        for file in (self.root / "pool").glob("*.safetensors"):  # other files are the user's
+            if file.name not in named and file.stem.removeprefix(_UNFINISHED).isdecimal():
                 file.unlink()
 
 

@@ -18,6 +18,7 @@ from ray.util.queue import Empty, Queue
 
 from saltern.pipeline import machine, naming
 from saltern.pipeline.masknet.checkpoint import Checkpoint, Checkpoints
+from saltern.pipeline.storage.store import SCRATCH
 from saltern.pipeline.training.loop import describe_checkpoint, locked
 from saltern.pipeline.training.ray_rank import train_rank
 from saltern.pipeline.training.request import MakePlan, R, Request
@@ -52,7 +53,7 @@ def train_on_ray(
     gpus = _gpus_per_rank(request, device, resources)
     plan = make_plan(request, device, existing, say)
     with locked(plan.root, "driver"):
-        storage = plan.root / "ray"
+        storage = plan.root / f"{SCRATCH}ray"
         try:
             # Two ranks that share a GPU cannot join one NCCL group.
             backend = TorchConfig(backend="nccl" if gpus >= 1 else "gloo", timeout_s=_STUCK_S)

@@ -30,6 +30,7 @@ from saltern.schemas.config import Preprocess
 from saltern.schemas.run import Shard
 
 LINES = "validation.jsonl"
+WRITTEN = (".html", ".npz")  # endings of the files of a step in masks/; others there are the user's
 _MEASURED = ("le", "f1", "top1", "mask", "damaged")  # a mean of each, in [0, 1]
 
 
@@ -92,7 +93,7 @@ class Validation:
         if (self.root / LINES).exists():
             self._write_lines([line for line in curves.read(self.root / LINES) if line["step"] <= start])
         for file in (self.root / "masks").glob("*"):
-            if file.stem.isdecimal() and int(file.stem) > start:
+            if file.stem.isdecimal() and int(file.stem) > start and file.suffix in WRITTEN:
                 file.unlink()
 
     def _whole(self) -> Whole:

@@ -56,12 +56,16 @@ def test_overwrite_removes_what_the_run_names_and_nothing_else(tmp_path: Path) -
     write_shards(tmp_path / "in", 3, 2)
     assert extract(tmp_path / "in", run) == 0
     mine = ["notes.txt", "pictures.png", "show.html", "data/other.parquet", "data/train/x.tar", "receipts/other.json",
-            "metrics/mine.csv", "pictures/cat.png", "failures/why.txt"]  # fmt: skip
+            "metrics/mine.csv", "metrics/mine.json", "metrics/plot.png", "metrics/mine/run.json",
+            "metrics/mine/data/part-000000.parquet", "pictures/cat.png", "failures/why.txt"]  # fmt: skip
     for name in mine:
         (run / name).parent.mkdir(exist_ok=True, parents=True)
         (run / name).write_text("mine")
     (run / "failures/part-000000.json").write_text("{}")
-    (run / "metrics/localization.json").write_text("{}")
+    its = ["localization.json", "masked.png", "sanity.png", "road-controls/run.json", "road/data/part-000001.parquet"]
+    for name in its:
+        (run / "metrics" / name).parent.mkdir(exist_ok=True, parents=True)
+        (run / "metrics" / name).write_text("{}")
     (tmp_path / "in/part-000002.tar").unlink()
     assert extract(tmp_path / "in", run, {"overwrite": True}, target="top1") == 0
     made = [

@@ -232,9 +232,12 @@ def test_a_resume_drops_what_is_later(tmp_path):
     validation(val, tmp_path, rank=1, world=2).cut(0)  # only rank 0 cuts
     validation(val, tmp_path).cut(7)
     assert {path: path.read_bytes() for path in files} == files
+    (tmp_path / "masks/000123.png").write_bytes(b"of the user")
     validation(val, tmp_path).cut(5)
     assert [line["step"] for line in lines(tmp_path)] == [3, 5]
-    assert {path.name for path in tmp_path.glob("masks/*")} == {"3.html", "3.npz", "5.html", "5.npz", "epochs.html"}
+    assert {path.name for path in tmp_path.glob("masks/*")} == {
+        *("3.html", "3.npz", "5.html", "5.npz", "epochs.html"), "000123.png"
+    }  # fmt: skip
     validation(val, tmp_path / "new").cut(0)  # without files
     assert not (tmp_path / "new").exists()
 
