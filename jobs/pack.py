@@ -34,19 +34,18 @@ def pack(
     import shlex
 
     from saltern.pipeline.shards.pack import pack as write
-    from saltern.schemas.errors import printable
     from saltern.schemas.text import counted, in_bytes
 
     order = None if no_shuffle else shuffle
     packed = write(folder, out, per_shard=per_shard, boxes=boxes, classes=classes, shuffle=order)
     for remark in packed.remarks.lines():
-        typer.echo(printable(remark), err=True)
+        opt.say(remark, err=True)
     classes_found = counted(packed.classes, "class", "classes") if packed.classes else "unknown classes"
     line = f"{counted(packed.samples, 'image')} of {classes_found}, {in_bytes(packed.bytes)}"
     line += f", in {counted(packed.shards, 'shard')} in {out}"
     if boxes is not None:
         line += f"; {packed.samples - packed.unboxed:,} with boxes, {packed.unboxed:,} without an annotation"
-    typer.echo(line)
+    opt.say(line)
     fix = "" if classes else " --target top1"
     extract = f"saltern extract {shlex.quote(str(out))} --out RUN --model resnet50 --method grad-cam{fix}"
-    typer.echo(f"next: {extract}", err=True)
+    opt.say(f"next: {extract}", err=True)

@@ -41,5 +41,5 @@ def plan(
 
     made, hints = estimate(collect(ExtractRequest, ctx, target="top1"), device.value, workers)
     for line in hints:
-        typer.echo(line, err=True)
+        opt.say(line, err=True)
     typer.echo(json.dumps(asdict(made), indent=1) if as_json else made.table())

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
+from saltern.schemas.errors import printable
+
 ALIGNED = 40  # characters; longer cells are not padded, so that a terminal does not wrap blanks
 
 
@@ -10,7 +12,7 @@ def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
     Args:
         heads: one per column.
-        rows: their cells; pipes are escaped and line breaks become blanks.
+        rows: their cells; pipes and control characters are escaped, and line breaks become blanks.
 
     Raises:
         ValueError: a row does not have as many cells as there are heads.
@@ -22,4 +24,4 @@ def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _escaped(cell: str) -> str:
-    return cell.replace("|", r"\|").replace("\n", " ")
+    return printable(cell.replace("|", r"\|").replace("\n", " "))

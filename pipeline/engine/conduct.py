@@ -24,7 +24,7 @@ from saltern.pipeline.runs.outlet import Spec
 from saltern.pipeline.runs.reasons import reasons_of, too_few_ok
 from saltern.pipeline.shards.samples import list_keys
 from saltern.pipeline.storage.store import Store
-from saltern.schemas.errors import ShardError, UserError
+from saltern.schemas.errors import ShardError, UserError, printable
 from saltern.schemas.receipt import Receipt
 from saltern.schemas.run import Run, Shard
 from saltern.schemas.text import counted
@@ -115,7 +115,7 @@ def conduct(job: Job | Jobs, options: RunOptions) -> RunResult:
         folders = read_folders(root, [""] if isinstance(job, Job) else job.names)
     hints = _plan(job, folders, options, engine)
     for line in (*hints, str(engine)):
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_sigterm())
         with _explained(options.out):
@@ -186,7 +186,7 @@ def _drive(root: str, folders: Sequence[Folder], factory: Factory, options: RunO
     done = len(run.shards) - len(pending)
     _say_begun(folders, done, len(pending))
     if not pending:
-        print(f"nothing to do: all shards of {root} are done")
+        print(printable(f"nothing to do: all shards of {root} are done"))
         return _result(root, folders, books, Outcome(), done)
     pool = make_pool(engine, factory, options.decode_threads, run.config.torch_threads)
     started = time.monotonic()
@@ -265,13 +265,13 @@ def _expected(pending: Sequence[Shard], receipts: dict[str, Receipt]) -> int | N
 def _report(outcome: Outcome, shards: int, done: int, root: str, seconds: float) -> None:
     rows = ", ".join(f"{count:,} {status}" for status, count in _rows(outcome.receipts.values()).items()) or "no rows"
     print(
-        f"{done}/{shards} shards done in {root}: {counted(outcome.samples, 'image')} in {clock(seconds)} "
+        f"{done}/{shards} shards done in {printable(root)}: {counted(outcome.samples, 'image')} in {clock(seconds)} "
         f"({outcome.samples / seconds:,.1f} images/s); rows: {rows}; time: {shares(outcome.seconds)}"
     )
     if outcome.stopped or outcome.failures:
         why = outcome.stopped or f"{counted(len(outcome.failures), 'shard')} failed"
         lost = f"; {counted(outcome.lost, 'image')} of unfinished shards will be done again" if outcome.lost else ""
-        print(f"{why}; finished shards are kept{lost}: repeat the command to resume", file=sys.stderr)
+        print(f"{printable(why)}; finished shards are kept{lost}: repeat the command to resume", file=sys.stderr)
 
 
 def _say_halved(receipts: Collection[Receipt], batch_size: int) -> None:

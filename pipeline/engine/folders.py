@@ -11,7 +11,7 @@ from saltern.pipeline.runs.manifest import load_run
 from saltern.pipeline.runs.recover import recover
 from saltern.pipeline.storage.session import Session, session
 from saltern.pipeline.storage.store import Store
-from saltern.schemas.errors import DamagedRunError, UserError
+from saltern.schemas.errors import DamagedRunError, UserError, printable
 from saltern.schemas.run import Run
 
 
@@ -36,7 +36,7 @@ class Folder:
 
     def say(self, line: str) -> None:
         """Print a line for the user, with the run's name if there are several."""
-        print(f"{self.name}: {line}" if self.name else line, file=sys.stderr)
+        print(printable(f"{self.name}: {line}" if self.name else line), file=sys.stderr)
 
 
 def read_folders(root: str, names: Sequence[str]) -> list[Folder]:

@@ -10,6 +10,7 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from saltern.pipeline.engine.outcome import State
+from saltern.schemas.errors import printable
 from saltern.schemas.text import counted
 
 PLAIN_EVERY_S = 10.0
@@ -62,6 +63,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
+        text = printable(text)
         if self._bar:
             self._bar.console.print(Text(text))
         else:

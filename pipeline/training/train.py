@@ -13,12 +13,12 @@ from saltern.pipeline.masknet.checkpoint import Checkpoint, Checkpoints
 from saltern.pipeline.training.loop import locked, run
 from saltern.pipeline.training.ranks import Ranks
 from saltern.pipeline.training.request import MakePlan, R
-from saltern.schemas.errors import UserError
+from saltern.schemas.errors import UserError, printable
 
 
 def print_to_stderr(text: str) -> None:
     """Print a line for the user."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def train(request: R, make_plan: MakePlan[R], say: Callable[[str], None] = print_to_stderr) -> Path:

@@ -32,6 +32,25 @@ def test_control_characters_of_names_and_errors_are_escaped(tmp_path: Path) -> N
     assert "\\x1b[2J\\u202e" in refused(call("status", f"{tmp_path}/{ESCAPE}"))
 
 
+def test_control_characters_of_file_names_are_escaped_while_a_run_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(HELPERS)
+    write_shards(tmp_path / "in", 1, 2)
+    (tmp_path / f"in/cut{ESCAPE}.tar").write_bytes(b"no tar")
+    (tmp_path / f"in/link{ESCAPE}").symlink_to("nowhere")
+    ended = call("extract", tmp_path / "in", "--out", tmp_path / f"run{ESCAPE}", *GRAD_CAM, "--device", "cpu")
+    assert ended.returncode == 1
+    (tmp_path / f"in/cut{ESCAPE}.tar").unlink()
+    planned = call("plan", tmp_path / "in")
+    for said in (ended, planned):
+        assert "\x1b" not in said.stdout + said.stderr
+        assert "\u202e" not in said.stdout + said.stderr
+        assert "link\\x1b[2J\\u202e is a link to nowhere" in said.stderr
+    assert ": data: not a tar" in ended.stderr
+    assert "run\\x1b[2J\\u202e" in ended.stdout
+
+
 @pytest.mark.parametrize(
     "value", ["[" * 100_000, '{"boxes": [[0, 0, 1e60, 1e60]], "name": "\\ud800"}', '{"boxes": [[9' + "9" * 400 + "]]}"]
 )

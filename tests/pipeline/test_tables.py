@@ -28,6 +28,7 @@ def test_a_long_cell_does_not_widen_the_others() -> None:
 
 def test_cells_cannot_break_the_table() -> None:
     assert markdown_table(["a"], [["x | y\nz"]]).splitlines()[2] == r"| x \| y z |"
+    assert markdown_table(["a"], [["x\x1b[2J\u202e"]]).splitlines()[2] == r"| x\x1b[2J\u202e |"
 
 
 def test_a_table_without_rows_keeps_its_heads() -> None:
