@@ -47,7 +47,7 @@ def test_control_characters_of_file_names_are_escaped_while_a_run_works(
         assert "\x1b" not in said.stdout + said.stderr
         assert "\u202e" not in said.stdout + said.stderr
         assert "link\\x1b[2J\\u202e is a link to nowhere" in said.stderr
-    assert ": data: not a tar" in ended.stderr
+    assert ".tar: not a tar" in ended.stderr
     assert "run\\x1b[2J\\u202e" in ended.stdout
 
 

@@ -1,5 +1,6 @@
 """Files of weights as people have them: wrapped, prefixed, quantised, pointers, TorchScript; one line for each."""
 
+import re
 import warnings
 import zipfile
 
@@ -67,6 +68,24 @@ def test_a_pointer_and_torchscript_say_what_to_do(tmp_path):
         archive.writestr("s/constants.pkl", b"")
         archive.writestr("s/data.pkl", b"")
     assert "is TorchScript; save its weights: torch.save(torch.jit.load(FILE).state_dict()" in fails(tmp_path / "s.pt")
+
+
+def test_what_the_messages_advise_makes_a_file_that_loads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save((net := making.tiny()).state_dict(), "plain.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit and quantised tensors are deprecated
+        torch.jit.save(torch.jit.script(net), "s.pt")
+        command = re.search(r"torch\.save\(.*\)", fails("s.pt"))[0]
+        exec(command.replace("FILE", "'s.pt'"), {"torch": torch})  # noqa: S102
+        made, plain = (load("making:tiny", name, side=32) for name in ("weights.pth", "plain.pt"))
+        assert made.digest == plain.digest
+        weight = torch.quantize_per_tensor(STATE["head.weight"], 0.1, 0, torch.qint8)
+        for odd, dense in ((weight, weight.dequantize()), (STATE["head.weight"].to_sparse(), STATE["head.weight"])):
+            torch.save({**STATE, "head.weight": odd}, "w.pt")
+            assert "save dense floating weights" in fails("w.pt")
+            torch.save({**STATE, "head.weight": dense}, "w.pt")
+            load("making:tiny", "w.pt", side=32)
 
 
 def test_a_file_that_is_no_zip_inside(tmp_path):

@@ -1,5 +1,6 @@
 """A run from shards in an object store into another folder of the store: resume, verify, no leftovers."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from saltern.pipeline.extract.extraction import extraction
 from saltern.pipeline.extract.request import ExtractRequest
 from saltern.pipeline.runs.manifest import load_run_folder
 from saltern.pipeline.runs.verify import verify
+from saltern.pipeline.storage import lock
+from saltern.pipeline.storage.session import session
+from saltern.pipeline.storage.store import Store
+from saltern.schemas.errors import UserError
 
 
 @pytest.fixture
@@ -41,6 +46,23 @@ def test_a_run_in_a_bucket_equals_one_on_a_disk(s3: S3, tmp_path: Path, monkeypa
     assert not [name for name in s3.requests if name.startswith("GET in/") and "part-000001" not in name]
     verdict = verify(*load_run_folder(settings.out))
     assert (verdict.findings, verdict.rows) == ([], 15)
+
+
+def test_of_two_commands_with_two_configs_the_second_is_told_of_the_first(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(HELPERS)
+    monkeypatch.setattr(lock, "SETTLE_S", 0.1)
+    write_shards(tmp_path / "in", 1, 2)
+    request = replace(REQUEST, shards=[str(tmp_path / "in")], torch_threads=1)
+    settings = RunOptions(f"s3://{BUCKET}/run", device="cpu", engine="local")
+    with session(Store(settings.out)):
+        before = {name for name in s3.objects if not name.endswith("/")}
+        for options in (settings, replace(settings, overwrite=True)):
+            with pytest.raises(UserError, match=rf"another command is writing this run \(host .*process {os.getpid()}"):
+                conduct(extraction(replace(request, target="top1")), options)
+        assert {name for name in s3.objects if not name.endswith("/")} == before
+    assert conduct(extraction(request), settings).code == 0
 
 
 def test_several_runs_in_a_bucket_equal_those_on_a_disk(

@@ -10,13 +10,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from s3server import BUCKET, s3_server
 
 from saltern.pipeline.storage import lock as module
 from saltern.pipeline.storage.lock import CLAIM, LOCK, own
+from saltern.pipeline.storage.session import own_folder
 from saltern.pipeline.storage.store import Store
+from saltern.pipeline.training.loop import locked as training_lock
 from saltern.schemas.errors import OutputError, UserError
 
 
@@ -166,6 +169,24 @@ def test_an_owner_writes_its_claim_again_and_again(store: Store, monkeypatch: py
         with pytest.raises(UserError, match="another command"), own(store):
             pass
         held.check()
+
+
+def test_what_is_locked_is_open_for_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS refuses an exclusive lock on a file that is open for reading only (EBADF)."""
+    flock, locked = fcntl.flock, []
+
+    def of_nfs(handle: Any, how: int) -> None:
+        locked.append(handle)
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", of_nfs)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with own(Store(str(tmp_path))), training_lock(tmp_path, "driver"):
+        own_folder()
+        own_folder()  # looks whether the first is owned
+    assert len(locked) >= 5
 
 
 def test_another_error_of_the_lock_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
