@@ -135,7 +135,11 @@ def resolve(
             check_choice(f"--{key.replace('_', '-')}", getattr(request, key), choices)
     if not request.save_map and (request.map_dtype or request.map_size != "native"):
         raise UserError("--map-dtype and --map-size have no effect with --no-map; leave one of them out")
-    rule = Rule.parse(request.discretize or find(request.method).default_rule)
+    kind = find(request.method)
+    rule = Rule.parse(request.discretize or kind.default_rule)
+    # Older runs may have such a target, and so may one of several methods.
+    if not (kind.needs_target or existing or inputs) and request.target not in ("label", "top1"):
+        raise UserError(f"--target {request.target} has no effect on {request.method}, which explains no class")
     inputs = inputs or find_inputs(request, existing or sibling)
     shards, classifier = inputs.shards, inputs.classifier
     target = Target.parse(request.target, classifier.classes, classifier.prompts.names if classifier.prompts else ())

@@ -161,7 +161,7 @@ def named(path: str) -> Iterator[None]:
 def _no_folder(path: str) -> UserError:
     """Return the error of a path below a file."""
     place = Path(path)
-    file = next((above for above in (place, *place.parents) if above.is_file()), place)
+    file = next((above for above in (place, *place.parents) if above.exists() and not above.is_dir()), place)
     return UserError(f"{file} is a file, where a folder should be; move it away, or give another name")
 
 

@@ -1,6 +1,7 @@
 """What others' data, names and permissions do to the read-only commands: one line, and no escape sequence."""
 
 import builtins
+import errno
 import json
 import os
 from pathlib import Path
@@ -104,6 +105,8 @@ def test_a_folder_that_may_not_be_listed_and_a_file_in_its_place_are_named(
     (tmp_path / "data").write_text("")
     with pytest.raises(UserError, match="data is a file, where a folder should be"):
         Store(str(tmp_path)).listing("data", "")
+    with pytest.raises(UserError, match=r"^/dev/null is a file, where a folder should be"):
+        Store("/dev/null/run").read("run.json")
     for folder in (tmp_path / "data", tmp_path / "data/deep/run"):
         for line in (["status", folder], ["extract", write_shards(tmp_path / "in", 1, 1), "--out", folder, *GRAD_CAM]):
             assert refused(call(*line)).startswith(f"saltern: {tmp_path}/data is a file, where a folder should be")
@@ -114,6 +117,30 @@ def test_a_folder_that_may_not_be_listed_and_a_file_in_its_place_are_named(
     monkeypatch.setattr(os, "scandir", forbidden)
     with pytest.raises(UserError, match=r"receipts.*: Permission denied"):
         Store(str(tmp_path)).listing("receipts", "")
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_a_folder_that_takes_no_files_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """As a folder of another user, or one that is mounted read-only; root may write to any other."""
+    monkeypatch.chdir(HELPERS)
+    opened = os.open
+
+    def refuse(path: Any, *more: Any, **options: Any) -> int:
+        if str(path).endswith("/.lock"):
+            raise OSError(code, os.strerror(code), str(path))
+        return opened(path, *more, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    line = ["extract", write_shards(tmp_path / "in", 1, 1), "--out", tmp_path / "run", *GRAD_CAM, "--device", "cpu"]
+    ended = call(*line)
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith(f"saltern: --out {tmp_path}/run: ")
+    assert os.strerror(code) in last
+    assert not (tmp_path / "run").exists()
+    line[3] = " "
+    assert "--out is empty" in refused(call(*line))
 
 
 def test_verify_says_which_tars_were_not_compared_and_takes_their_new_place(tmp_path: Path) -> None:

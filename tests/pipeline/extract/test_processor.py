@@ -185,6 +185,9 @@ def test_a_class_agnostic_method_has_no_target_and_needs_no_label(tmp_path: Path
     (row,) = rows(tmp_path / "run")
     assert (row["status"], row["target"], row["score"], row["label"]) == ("ok", None, None, None)
     assert row["predicted"] is not None
+    for target in ("class:3", "top:2"):
+        with pytest.raises(UserError, match=f"--target {target} has no effect on odd_methods:Agnostic"):
+            extract(tmp_path / "in", tmp_path / "new", method="odd_methods:Agnostic", layer=None, target=target)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float16", "float32"])

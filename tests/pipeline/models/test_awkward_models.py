@@ -30,12 +30,12 @@ def test_the_default_layer_of_a_map_pooled_transformer_is_a_grid_or_is_refused_w
     size = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
     net = timm.create_model("vit_tiny_patch16_224", **size, global_pool="map", class_token=False, num_classes=5).eval()
     method = build("grad-cam", net, input_side=64)
-    try:
-        check_layers(net, method.layer, 64)
-    except UserError as error:
-        assert "no grid of the image at 64 x 64 pixels" in str(error)
-        fitting = re.search(r"layers that fit: (.*) \(", str(error))[1].split(", ")
+    if "attn_pool" in method.layer[0]:
+        with pytest.raises(UserError, match="no grid of the image at 64 x 64 pixels") as refused:
+            check_layers(net, method.layer, 64)
+        fitting = re.search(r"layers that fit: (.*) \(", str(refused.value))[1].split(", ")
         method = build("grad-cam", net, input_side=64, layer=fitting[0])
+    check_layers(net, method.layer, 64)
     assert method(torch.randn(2, 3, 64, 64)).shape == (2, 8, 8)
 
 
@@ -61,5 +61,5 @@ class Only64(making.Tiny):
 def test_cam_finds_head_and_layer_of_a_network_for_64_pixels_only():
     net = Only64().eval()
     assert build("cam", net, input_side=64)(torch.randn(2, 3, 64, 64)).shape == (2, 8, 8)
-    with pytest.raises(UserError, match="fails on a 224 x 224 image .*give the size that it takes"):
+    with pytest.raises(UserError, match=r"fails on a 224 x 224 image .*give the size that it takes"):
         build("cam", net)
