@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from saltern.pipeline.models.probe import probe, watched
+from saltern.pipeline.models.taps import is_scaled
 from saltern.pipeline.naming import nearest
 from saltern.schemas.errors import UserError
 from saltern.schemas.sizes import Side
@@ -46,9 +47,9 @@ def default_layer(model: nn.Module, side: Side | None = None) -> str:
     """Return the last layer with a grid: the output of the last stage, before global pooling.
 
     VGG and AlexNet: the last activation before the last max pooling (14 x 14 and 13 x 13 at 224), as in the paper on
-    Grad-CAM. Transformers with a class token: the first norm of the last block, because the patches do not reach the
-    logits after it. A model that is not from torchvision is run once, on images of `side` pixels, to find it. Raises
-    UserError if it has none.
+    Grad-CAM. Transformers on tokens: the first norm of the last block, because the patches do not reach the logits
+    after it if those come from a class token. A model that is not from torchvision is run once, on images of `side`
+    pixels, to find it. Raises UserError if it has none.
     """
     family = next(
         (kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("torchvision.models")), ""
@@ -74,15 +75,20 @@ def _last_first_norm(model: nn.Module, known: dict[str, nn.Module]) -> str:
 
 def _last_grid(model: nn.Module, known: dict[str, nn.Module], side: Side | None) -> str:
     grids: list[tuple[str, int]] = []  # name and number of dimensions
+    x_BCHW = probe(model, side)
+    image = x_BCHW.shape[2:]
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.ndim in (3, 4) and min(output.shape[1:]) > 1:
+            if not isinstance(output, Tensor) or output.ndim not in (3, 4) or min(output.shape[1:]) == 1:
+                return
+            # Four dimensions inside of an attention (heads, tokens, channels) are no grid.
+            if output.ndim == 3 or any(is_scaled(output.shape[at : at + 2], image) for at in (1, 2)):
                 grids.append((name, output.ndim))
 
         return hook
 
-    watched(model, probe(model, side), {module: note(name) for name, module in known.items() if name})
+    watched(model, x_BCHW, {module: note(name) for name, module in known.items() if name})
     if not grids:
         raise UserError(f"{_kind(model)} has no layer with a grid (N, K, h, w); name the target layer (layer=)")
     name, dimensions = grids[-1]

@@ -121,12 +121,12 @@ class Taps:
         return -1 if output.ndim == 3 or is_norm or self._channels_last(output, image) else 1
 
     def _channels_last(self, output: Tensor, image: Sequence[int]) -> bool:
-        first, last = _is_scaled(output.shape[2:], image), _is_scaled(output.shape[1:3], image)
+        first, last = is_scaled(output.shape[2:], image), is_scaled(output.shape[1:3], image)
         return last and (self._tokens_last or not first)
 
 
-def _is_scaled(grid: Sequence[int], image: Sequence[int]) -> bool:
-    # Equal aspect ratios, up to the rounding of the grid to whole cells.
+def is_scaled(grid: Sequence[int], image: Sequence[int]) -> bool:
+    """Return whether a grid has the image's aspect ratio, up to the rounding to whole cells."""
     return abs(grid[0] * image[1] - grid[1] * image[0]) <= max(image)
 
 
