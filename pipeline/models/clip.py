@@ -81,8 +81,20 @@ def converted(model: Any, state: dict[str, Any]) -> dict[str, Any]:
             state = towers.convert_to_custom_text_state_dict(state)
         towers.resize_pos_embed(state, model)
         towers.resize_text_pos_embed(state, model)
+        state |= _positions_of_timm(model, state)
     # Text towers of older releases of transformers have a table of positions.
     return {key: value for key, value in state.items() if not key.endswith("embeddings.position_ids")}
+
+
+def _positions_of_timm(model: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """Return the position embeddings of an image tower of timm for its grid, which may be another than the file's."""
+    key, trunk = "visual.trunk.pos_embed", getattr(model.visual, "trunk", None)
+    own = getattr(trunk, "pos_embed", None)
+    if trunk is None or own is None or key not in state or state[key].shape == own.shape:
+        return {}
+    prefix = 0 if getattr(trunk, "no_embed_class", False) else trunk.num_prefix_tokens
+    resample = importlib.import_module("timm.layers").resample_abs_pos_embed
+    return {key: resample(state[key], list(trunk.patch_embed.grid_size), num_prefix_tokens=prefix)}
 
 
 @contextmanager

@@ -66,12 +66,13 @@ def with_prompts(model: Any, prompts: Prompts, name: str) -> tuple[TextClassifie
         name: of the model, for messages.
 
     Raises:
-        UserError: the model lacks a part, or the embeddings are not finite.
+        UserError: the model lacks a part, a text is too long, or the embeddings are not finite.
     """
     missing = [part for part in _NEEDED if not hasattr(model, part)]
     if missing:
         raise UserError(f"{name} compares images with texts, and lacks {', '.join(missing)}; set it in the factory")
     if not prompts.embeddings:
+        _check_lengths(model.tokenizer, prompts, name)
         embedding_KD = embed(model, prompts.texts())
         if not embedding_KD.isfinite().all():
             raise UserError(f"{name} gives embeddings of texts that are not finite; check its weights")
@@ -79,6 +80,17 @@ def with_prompts(model: Any, prompts: Prompts, name: str) -> tuple[TextClassifie
     stored = np.frombuffer(prompts.raw(), "<f4").astype(np.float32).reshape(len(prompts.names), -1)
     scale, bias = model.logit_scale.exp().item(), getattr(model, "logit_bias", None)
     return TextClassifier(model.visual, torch.from_numpy(stored), scale, 0.0 if bias is None else bias.item()), prompts
+
+
+def _check_lengths(tokenizer: Any, prompts: Prompts, name: str) -> None:
+    """Raise UserError if a text is cut, as far as the tokenizer tells."""
+    encode, length = getattr(tokenizer, "encode", None), getattr(tokenizer, "context_length", None)
+    if encode is None or length is None:
+        return
+    for text in (text for own in prompts.texts() for text in own):
+        tokens = len(encode(text)) + 2  # with the marks of its start and its end
+        if tokens > length:
+            raise UserError(f"the prompt {text[:40]!r}... has {tokens} tokens, and {name} reads {length}; shorten it")
 
 
 @torch.no_grad()

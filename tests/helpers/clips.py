@@ -20,6 +20,12 @@ RESNET = {
     "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
     "text_cfg": _TEXT,
 }
+TIMM = {  # SigLIP's image tower is one of timm
+    "embed_dim": 12,
+    "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "", "image_size": 224},
+    "text_cfg": _TEXT,
+    "custom_text": True,
+}
 COLOURS = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
 
 
@@ -38,6 +44,18 @@ def stored(folder: Path, config: dict[str, Any], seed: int = 0) -> str:
                 value.add_(0.2 * torch.rand_like(value))
     safetensors.torch.save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     return f"open_clip:local-dir:{folder}"
+
+
+def own() -> torch.nn.Module:
+    """Return a user's model of images and texts, with `--model clips:own`."""
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**VIT)
+    model.tokenizer = open_clip.SimpleTokenizer(context_length=_TEXT["context_length"])
+    return model
+
+
+def without_tokenizer() -> torch.nn.Module:
+    return open_clip.CLIP(**VIT)
 
 
 def by_hand(folder: Path, texts: list[list[str]], x_BCHW: torch.Tensor, **more: Any) -> torch.Tensor:

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from clips import VIT, by_hand, stored
+from commands import call
 from extracting import extract
 from making import picture, write_tar
 
@@ -109,6 +110,19 @@ def test_several_methods_are_judged_in_half_precision_too(model: str, shards: Pa
     (found,) = judged.runs
     assert found.estimates["average_drop"].count == 4
     assert sanity(run, 2, stages=2, device="cpu").summary["model"] == model
+
+
+def test_prompts_on_the_command_line_and_in_a_config(model: str, shards: Path, tmp_path: Path) -> None:
+    common = ["extract", str(shards), "--model", model, "--method", "grad-cam", "--device", "cpu", "--target"]
+    words = ["prompt:cat", "--prompts", "dog,cat", "--template", "my {}", "--template", "a {}"]
+    ended = call(*common, *words, "--out", str(tmp_path / "run"))
+    assert ended.returncode == 0, ended.stderr
+    prompts = load_run_folder(str(tmp_path / "run"))[1].config.prompts
+    assert prompts is not None
+    assert prompts.texts() == [["my dog", "a dog"], ["my cat", "a cat"]]
+    (tmp_path / "c.toml").write_text('prompts = "dog,cat"\ntemplate = ["my {}", "a {}"]\n')
+    ended = call(*common, "prompt:cat", "--config", str(tmp_path / "c.toml"), "--out", str(tmp_path / "run"))
+    assert "1 of 1 shards done, 0 to do" in ended.stderr
 
 
 def test_one_prompt_is_enough(model: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

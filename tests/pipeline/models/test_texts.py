@@ -6,7 +6,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from clips import COLOURS, RESNET, SIGLIP, VIT, by_hand, stored
+from clips import COLOURS, RESNET, SIGLIP, TIMM, VIT, by_hand, own, stored
 
 from saltern.pipeline.methods import available, build
 from saltern.pipeline.models.classifiers import load
@@ -49,6 +49,38 @@ def test_logits_and_gradients_are_those_of_open_clip_called_by_hand(tower: tuple
     assert made.preprocess == Preprocess(
         *(config["vision_cfg"]["image_size"],) * 2, False, "bicubic", *map(tuple, COLOURS.values())
     )
+
+
+def test_a_tower_of_timm_gives_the_logits_of_open_clip_at_any_shape(tmp_path: Path) -> None:
+    name, shape = stored(tmp_path / "clip", TIMM), (32, 48)
+    x_BCHW = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected_BK = by_hand(tmp_path / "clip", TEXTS, x_BCHW, force_image_size=shape)
+        for weights in ("DEFAULT", str(tmp_path / "clip" / "open_clip_model.safetensors")):
+            made = load(name, weights, side=shape, prompts=PROMPTS)
+            torch.testing.assert_close(made.model(x_BCHW), expected_BK, rtol=1e-4, atol=1e-4)
+    with build("grad-cam", made.model, input_side=shape) as method:
+        assert method.layer == ["visual.trunk.blocks.11.norm1"]
+        assert method(x_BCHW).shape == (2, 2, 3)
+
+
+def test_a_model_of_the_user_may_compare_texts() -> None:
+    made, model = load("clips:own", prompts=PROMPTS), own().eval()
+    x_BCHW = images(VIT)
+    with torch.no_grad():
+        image_BD = model.encode_image(x_BCHW, normalize=True)
+        fox_2D = model.encode_text(model.tokenizer(TEXTS[2]), normalize=True)
+        fox_D = torch.nn.functional.normalize(fox_2D.mean(0), dim=0)
+        expected_B = model.logit_scale.exp() * image_BD @ fox_D
+        torch.testing.assert_close(made.model(x_BCHW)[:, 2], expected_B, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="clips:without_tokenizer compares images with texts, and lacks tokenizer; set"):
+        load("clips:without_tokenizer", prompts=PROMPTS)
+
+
+def test_a_text_that_would_be_cut_is_refused() -> None:
+    long = "a photo of a dog that runs over a lawn behind a red ball with a black cat"
+    with pytest.raises(UserError, match=r"'a photo of a dog that runs over a lawn b'... has 20 tokens, .* reads 16"):
+        load("clips:own", prompts=Prompts(("dog", "b"), ((long,), ("b",))))
 
 
 def test_the_text_tower_is_dropped_and_the_digest_covers_both_towers(tmp_path: Path) -> None:
