@@ -58,6 +58,8 @@ CASES = [
     Case("input-x-gradient", 1.10, _TO_PIXELS),
     Case("shapley-cam", 1.10, (Passes(backwards=2, to_layer=True),)),
     Case("fullgrad", 1.10, _TO_PIXELS),
+    *(Case(name, 1.10, model="vit_b_16", batch=4) for name in ("attention", "rollout", "grad-eclip")),
+    *(Case(name, 1.10, _TO_PIXELS, model="vit_b_16", batch=4) for name in ("chefer", "legrad")),
     Case("integrated-gradients", 1.10, _EIGHT_STEPS, options={"steps": 8}, batch=8),
     Case("smoothgrad", 1.10, _EIGHT_STEPS, options={"samples": 8}, batch=8),
     Case("occlusion", 1.05, (Passes(), Passes(36)), options={"window": 64, "stride": 32}, batch=4),

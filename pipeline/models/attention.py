@@ -45,7 +45,8 @@ class Weights:
         self._keep = keep
 
     def attend(self, q_BMQD: Tensor, k_BMSD: Tensor, v_BMSD: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-        scores_BMQS = (q_BMQD * scale) @ k_BMSD.mT
+        # Contiguous keys: of strided ones, the product would copy the transposed form, which takes as long as itself.
+        scores_BMQS = (q_BMQD * scale) @ k_BMSD.contiguous().mT
         if bias is not None:
             scores_BMQS = scores_BMQS + bias
         A_BMQS = scores_BMQS.softmax(-1, dtype=torch.promote_types(scores_BMQS.dtype, torch.float32))
