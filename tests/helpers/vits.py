@@ -63,7 +63,7 @@ FAMILIES = {
     ),
     "timm": Family(_timm("vit_tiny_patch16_224"), "blocks"),
     "timm-avg": Family(_timm("vit_tiny_patch16_224", global_pool="avg"), "blocks", 1, None),
-    "timm-wide": Family(_timm("vit_tiny_patch16_224", dynamic_img_size=True), "blocks", image=(32, 80)),
+    "timm-wide": Family(_timm("vit_tiny_patch16_224", img_size=(32, 80)), "blocks", image=(32, 80)),
     "deit-distilled": Family(_timm("deit_tiny_distilled_patch16_224"), "blocks", 2, (0, 1)),
     "dinov2": Family(_timm("vit_small_patch14_reg4_dinov2", patch_size=16), "blocks", 5),
     "dinov3": Family(_timm("vit_small_patch16_dinov3"), "blocks", 5, None),

@@ -16,7 +16,7 @@ from saltern.schemas.errors import UserError
 @pytest.mark.parametrize("family", vits.FAMILIES)
 def test_calls_tokens_and_what_reaches_the_logits(family):
     known, model = vits.FAMILIES[family], vits.made(family)
-    tower = find_tower(model, 64, "rollout")
+    tower = find_tower(model, known.image, "rollout")
     names = [name for name, _ in model.get_submodule(known.blocks).named_children()]
     blocks = [f"{known.blocks}.{name}" for name in names]
     assert [call.block for call in tower.calls] == [*blocks, *([known.pool] if known.pool else [])]

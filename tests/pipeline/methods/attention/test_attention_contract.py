@@ -20,7 +20,7 @@ TARGETED = [name for name in ATTENTION if find(name).needs_target]
 
 
 def of(name, family, **given):
-    return build(name, vits.made(family), input_side=64, **given)
+    return build(name, vits.made(family), input_side=vits.FAMILIES[family].image, **given)
 
 
 CHOSEN = (2, 5, 6)

@@ -26,7 +26,7 @@ def strongest(method, x):
 @pytest.mark.parametrize("name", METHODS)
 def test_maps_are_those_of_the_definition(name, family):
     x = vits.images_of(family, 2)
-    with build(name, vits.made(family), input_side=64) as method:
+    with build(name, vits.made(family), input_side=vits.FAMILIES[family].image) as method:
         targets = strongest(method, x)
         found, logits = method(x, targets), method.last.logits_BK
     assert found.shape == (2, x.shape[2] // 16, x.shape[3] // 16)
