@@ -19,6 +19,7 @@ from saltern.pipeline.runs.manifest import load_run_folder
 from saltern.pipeline.runs.reader import open_run
 from saltern.pipeline.runs.verify import verify
 from saltern.pipeline.shards.expand import expand
+from saltern.pipeline.shards.pack import pack
 from saltern.pipeline.show.sheet import contact_sheet
 from saltern.schemas.errors import UserError
 from saltern.schemas.run import Shard
@@ -94,6 +95,22 @@ def test_names_that_the_model_lacks_are_refused_before_anything_is_written(tmp_p
     assert "class 0 'my bed', 1 'my desk' in the shards, but the model's class 0 is 'cat'" in said
     assert all(fix in said for fix in ("--target top1", "--labels FILE", "--labels as-is"))
     assert not out.exists()
+
+
+def test_a_packed_folder_of_ones_own_classes_is_refused_and_shown_with_both_tables_of_names(tmp_path: Path) -> None:
+    for name in ("my bed", "my desk"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "0.jpg").write_bytes(picture(len(name)))
+    pack(tmp_path / "images", tmp_path / "packed")
+    with pytest.raises(UserError, match="class 0 'my bed', 1 'my desk' in the shards"):
+        extract(tmp_path / "packed", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert extract(tmp_path / "packed", tmp_path / "run", target="top1") == 0
+    run = open_run(str(tmp_path / "run"))
+    for card, row in zip(Page(contact_sheet(run)).cards, run, strict=True):
+        said = " ".join(card.text.split())
+        assert f"label {row.label} my {('bed', 'desk')[row.label]}" in said
+        assert f"predicted {row.predicted} {MODEL[row.predicted]}" in said
 
 
 def test_other_targets_and_methods_without_one_need_no_names(

@@ -50,7 +50,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 
 def test_the_rows_name_the_options(tmp_path: Path, shard: Path) -> None:
-    extract(shard, tmp_path / "run")
+    assert extract(shard, tmp_path / "run") == 1
     assert {row["status"] for row in rows(tmp_path / "run")} == {"missing_image"}
     assert rows(tmp_path / "run")[0]["error"].endswith("name one with --image-member image.jpg")
     extract(shard, tmp_path / "second", image_member="image.jpg")

@@ -2,6 +2,7 @@
 
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import casm_toys
 import making
@@ -13,6 +14,7 @@ from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.training.plan import TrainRequest, make_plan
 from saltern.pipeline.extract.explain import Explainer
 from saltern.pipeline.extract.request import ExtractRequest, resolve
+from saltern.pipeline.localizer import plan as localizer_plan
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.models.presets import Preset
 from saltern.pipeline.runs.dataset import SaliencyDataset
@@ -70,6 +72,12 @@ def test_each_field_of_a_preset_reaches_the_config_of_each_job(job, preset, shar
     model = casm_toys.small() if job is of_training else making.tiny()
     monkeypatch.setattr(classifiers, "_factory", lambda spec, weights: classifiers._Loaded(model, Preset(preset)))
     assert job(shards) == preset
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=["base", *OTHER])
+def test_a_localizer_sees_images_as_the_run_that_it_learns_from(preset):
+    run = SimpleNamespace(config=SimpleNamespace(preprocess=preset))
+    assert localizer_plan._preprocess(SimpleNamespace(side=None, model=None), run, None) == preset
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=["base", *OTHER])

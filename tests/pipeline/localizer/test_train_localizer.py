@@ -26,6 +26,7 @@ from saltern.pipeline.localizer.plan import make_plan
 from saltern.pipeline.localizer.train import train
 from saltern.pipeline.masknet.localizer import Head, Localizer
 from saltern.pipeline.runs.reader import open_run
+from saltern.pipeline.training.loop import preprocess_of
 from saltern.pipeline.training.loop import run as run_loop
 from saltern.pipeline.training.ranks import Ranks
 from saltern.schemas.errors import UserError
@@ -39,6 +40,11 @@ def test_the_training_trains_and_writes_no_pickle(undisturbed):
     assert log[-1]["loss"] < log[0]["loss"]
     suffixes = {path.suffix for path in undisturbed.rglob("*") if path.is_file() and path.stat().st_size}
     assert suffixes == {".json", ".jsonl", ".safetensors", ".bin"}  # .bin: plain records of the labels
+
+
+def test_the_config_has_the_preprocessing_of_the_run(run, tmp_path):
+    plan = make_plan(request(run, tmp_path / "new"), "cpu", None, quiet)
+    assert preprocess_of(plan.config) == open_run(str(run)).config.preprocess
 
 
 @pytest.mark.parametrize("step", [2, 7])
