@@ -21,6 +21,7 @@ from saltern.schemas.text import in_bytes, in_time
 
 COUNTED = 16  # shards whose samples are counted; the samples of the others are estimated from their bytes
 TRIED = 64  # images extracted
+LONG_S = 600.0  # of a shard: a shard is the unit of resume
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,17 @@ class Plan:
         else:
             lines.append(f"time     about {in_time(3600 * self.hours)} at {self.images_per_s:,.1f} images/s per worker")
             lines.append(f"output   about {in_bytes(self.output_bytes)}")
+            lines += self._long_shards(self.images_per_s or 0.0)
         return "\n".join(lines)
+
+    def _long_shards(self, rate: float) -> list[str]:
+        """Return a line if a stop loses much, because a shard takes long."""
+        seconds = self.samples / self.shards / rate if rate else 0.0
+        if seconds <= LONG_S:
+            return []
+        each = in_time(seconds)
+        fit = f"`saltern pack --per-shard {max(1, round(LONG_S / 2 * rate))}` makes them last {in_time(LONG_S / 2)}"
+        return [f"resume   a shard takes about {each}, which each stop or lost worker costs again; {fit}"]
 
 
 def estimate(request: ExtractRequest, device: str, workers: int) -> tuple[Plan, list[str]]:

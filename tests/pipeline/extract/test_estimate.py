@@ -16,3 +16,12 @@ from saltern.pipeline.extract.estimate import Plan
 def test_a_plan_has_units_that_fit(plan: Plan, words: list[str]) -> None:
     table = plan.table()
     assert all(word in table for word in words), table
+
+
+def test_a_plan_of_long_shards_says_what_a_stop_costs_and_how_to_pack() -> None:
+    """CAMERAS makes about 1 image/s, so that a shard of 1,000 images takes 17 minutes."""
+    slow = Plan(10, 10**9, 10_000, True, 1.0, 2.8, 10**8).table().splitlines()[-1]
+    assert slow.startswith("resume   a shard takes about 17 min, which each stop or lost worker costs again;")
+    assert "`saltern pack --per-shard 300` makes them last 5 min" in slow
+    assert "resume" not in Plan(10, 10**9, 10_000, True, 2.0, 1.4, 10**8).table()
+    assert "resume" not in Plan(10, 10**9, 10_000, True).table()
