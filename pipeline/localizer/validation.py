@@ -151,7 +151,10 @@ class Validation:
 
     def _lines(self) -> list[dict[str, Any]]:
         path = self.root / LINES
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        try:
+            return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is damaged ({error}); remove it to go on without its lines") from error
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         write(self.root / LINES, "".join(json.dumps(line) + "\n" for line in lines).encode())

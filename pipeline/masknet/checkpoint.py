@@ -163,11 +163,11 @@ def _open(folder: Path) -> Checkpoint:
         raw = (folder / _REST).read_bytes()
         content = json.loads(raw)
         if content["format"] != FORMAT:
-            raise UserError(f"{folder} has format {content['format']}; only format {FORMAT} can be read")
+            raise UserError(f"{folder} has format {content['format']!r}; only format {FORMAT} can be read")
         complete = _sha256(folder / _TENSORS) == content["sha256"]
         digest = hashlib.sha256(raw).hexdigest()
         checkpoint = Checkpoint(folder.absolute(), content["step"], content["config"], content["state"], digest)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"the checkpoint {folder} is damaged ({brief(error)})") from error
     if not complete:
         raise UserError(f"the checkpoint {folder} is damaged ({_TENSORS} has changed since it was written)")
@@ -192,7 +192,7 @@ def _pool_steps(folder: Path) -> list[int]:
     try:
         manifest = json.loads((folder / _REST).read_bytes())["state"]["pool_manifest"]
         return [entry["step"] for entry in trees.join(manifest, lambda name: torch.empty(0))]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []  # incomplete: no training resumes from it
 
 

@@ -146,14 +146,15 @@ def open_localizer(folder: Path) -> Saved:
     try:
         raw = (folder / _REST).read_bytes()
         config = json.loads(raw)
+        config["model"], config["weights_digest"]  # needed later
         known, complete = config["format"] == FORMAT, _sha256(folder / _TENSORS) == config["sha256"]
         tensors = safetensors.torch.load_file(folder / _TENSORS) if complete else {}
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
         raise UserError(
             f"the localizer in {folder} is damaged ({brief(error)}); restore it, or train it again"
         ) from error
     if not known:
-        raise UserError(f"{folder / _REST} has format {config['format']}; only format {FORMAT} can be read")
+        raise UserError(f"{folder / _REST} has format {config['format']!r}; only format {FORMAT} can be read")
     if not complete:
         raise UserError(f"{folder / _TENSORS} is not the file that {_REST} names; restore both")
     return Saved(folder.absolute(), hashlib.sha256(raw).hexdigest(), config, tensors)

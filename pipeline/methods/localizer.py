@@ -54,7 +54,7 @@ class LocalizerMap(Method):
 
     def _load(self, saved: Saved) -> None:
         like, trunk = next(self.model.parameters()), saved.part("trunk")
-        model, source = self.model, f"{saved.folder} (trained on {saved.config['model']})"
+        model, source = self.model, f"{saved.folder} (trained on {saved.config['model']!r})"
         if trunk:
             model = copy.deepcopy(self.model).requires_grad_(False)
             fit(model, trunk, source)

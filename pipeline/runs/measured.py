@@ -117,7 +117,7 @@ def _summary(run: SaliencyRun, family: str) -> dict[str, dict[str, float]]:
         ends = ("value", "low", "high", "count")
         found = {name: own for name, own in stored["metrics"].items() if own and name in METRICS[family]}
         return {name: {end: float(own[end]) for end in ends} for name, own in found.items()}
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}  # it can be made again; the values of the samples are elsewhere
 
 

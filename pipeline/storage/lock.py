@@ -202,7 +202,7 @@ def _parse(owner: bytes) -> dict[str, Any] | None:
     try:
         it = json.loads(owner)
         return {"host": str(it["host"]), "pid": int(it["pid"]), "since": str(it["since"]), "process": it["process"]}
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
 
 

@@ -132,7 +132,7 @@ def _writer(folder: Path, start: int) -> "SummaryWriter":
 
 
 def _cut(path: Path, start: int) -> int:
-    """Keep only the lines of the steps before `start`, and return their number."""
+    """Keep only the lines of the steps before `start`, and return their number. Raises UserError for other lines."""
     kept: list[str] = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -140,5 +140,7 @@ def _cut(path: Path, start: int) -> int:
                 kept.append(line)
         except ValueError:
             break  # a killed training left its last line incomplete
+        except (TypeError, KeyError, RecursionError) as error:
+            raise UserError(f"{path} is no log of a training; move it away, or give another --out") from error
     write(path, "".join(f"{line}\n" for line in kept).encode())
     return len(kept)

@@ -14,11 +14,15 @@ from mutate import mutate_bytes, mutate_json
 
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.masknet.checkpoint import Checkpoints
+from saltern.pipeline.masknet.localizer import Head, save_localizer
+from saltern.pipeline.masknet.stages import find_stages
 from saltern.pipeline.methods import build
+from saltern.pipeline.models.weights import digest as weights_digest
 from saltern.pipeline.models.weights import fit, read
 from saltern.schemas.errors import UserError
 
 pytestmark = pytest.mark.slow
+NESTED = b"[" * 100_000
 ODD = [torch.ones(2, 2).to_sparse(), torch.ones(1, dtype=torch.int64), torch.ones(0), torch.ones(3) * 1j, "text", None]
 
 
@@ -86,6 +90,9 @@ def test_mutated_checkpoints_of_casm(fuzz, tmp_path):
     config = {"classes": None, "model_classes": 5, "model": "casm_toys:small"}
     good = Checkpoints(tmp_path / "good").save(training.state_dict(pool=False), config, [])
     assert not expect_a_line(lambda: build("casm", model, checkpoint=str(good)))
+    shutil.copytree(good, tmp_path / "bad")
+    (tmp_path / "bad/state.json").write_bytes(NESTED)
+    assert expect_a_line(lambda: build("casm", model, checkpoint=str(tmp_path / "bad")))
     refused = 0
     for rng in fuzz:
         shutil.rmtree(tmp_path / "bad", ignore_errors=True)
@@ -98,3 +105,24 @@ def test_mutated_checkpoints_of_casm(fuzz, tmp_path):
     print(f"{fuzz.rounds} mutated checkpoints of CASM, {refused} refused")
     assert fuzz.rounds < 20 or refused > 0
     assert json.loads((good / "state.json").read_bytes())["config"] == config
+
+
+def test_mutated_localizers(fuzz, tmp_path):
+    model, good, bad = casm_toys.small(), tmp_path / "good", tmp_path / "bad"
+    good.mkdir()
+    head = Head(find_stages(model, 32).channels[2:])
+    config = {"model": "casm_toys:small", "weights_digest": weights_digest(model), "steps": 9}
+    save_localizer(good, config, {"head": head.state_dict()})
+    assert not expect_a_line(lambda: build("localizer", model, input_side=32, checkpoint=str(good)))
+    shutil.copytree(good, bad)
+    (bad / "localizer.json").write_bytes(NESTED)
+    refused = int(expect_a_line(lambda: build("localizer", model, input_side=32, checkpoint=str(bad))))
+    assert refused
+    for rng in fuzz:
+        shutil.rmtree(bad)
+        shutil.copytree(good, bad)
+        name = rng.choice(["localizer.json", "localizer.safetensors"])
+        raw = (good / name).read_bytes()
+        (bad / name).write_bytes(mutate_json(raw, rng) if name.endswith("json") else mutate_bytes(raw, rng))
+        refused += expect_a_line(lambda: build("localizer", model, input_side=32, checkpoint=str(bad)))
+    print(f"{fuzz.rounds} mutated localizers, {refused} refused")

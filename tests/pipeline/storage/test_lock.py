@@ -149,7 +149,7 @@ def test_a_claim_of_another_machine_holds_until_it_is_stale(store: Store, monkey
     assert marks(store) == []
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"pid": "x"}', b"\xff"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"pid": "x"}', b"\xff", b"[" * 10**5])
 def test_a_claim_that_cannot_be_read_is_a_claim(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:
