@@ -61,11 +61,7 @@ def scaled_dot_product_attention(
         mask = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask.detach().to(query.dtype)
         return function(query, key, values, mask, **options)  # type: ignore[no-any-return]
 
-    def rule() -> Callable[[Tensor], Tensor]:
-        held = hold(value)
-        return lambda R: recorder.rules.share(operation, [held.get()], R)[0]
-
-    return set_mark(recorder.step(operation, rule, value), nonnegative=shared_marks([value])["nonnegative"])
+    return set_mark(recorder.share(operation, value), nonnegative=shared_marks([value])["nonnegative"])
 
 
 def _scores(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:

@@ -24,7 +24,7 @@ from saltern.pipeline.methods.relevance.marks import (
     widened,
 )
 from saltern.pipeline.methods.relevance.rules import Convolution, Linear, LinearRule
-from saltern.pipeline.methods.relevance.steps import Recorder
+from saltern.pipeline.methods.relevance.steps import Recorder, as_ran
 from saltern.pipeline.models.halves import full_of
 
 
@@ -87,6 +87,7 @@ def affine(recorder: Recorder, layer: Linear, full: Linear, x: Tensor, rule: Lin
     def operation(x: Tensor) -> Tensor:
         return layer.apply(narrowed(x, layer.weight), layer.weight, layer.bias)
 
+    full = replace(full, ran=as_ran(operation, x.device))
     out = recorder.step(operation, lambda: _bound(rule, full, x), x)
     return set_mark(out, source=(full, x) if recorder.rules.merge and x.requires_grad else None)
 
@@ -122,7 +123,8 @@ def batch_norm(
     if source is None or training or running_mean is None or running_var is None:
         return set_mark(recorder.step(operation, lambda: _unchanged, input))
     layer, x = source
-    folded = layer.folded(running_mean, running_var, weight, bias, eps)
+    ran = as_ran(operation, x.device)
+    folded = replace(layer.folded(running_mean, running_var, weight, bias, eps), ran=lambda x: ran(layer.result(x)))
     rule = recorder.rules.linear if type(layer) is Linear else recorder.rules.convolution
     if (mark := mark_of(x)) is not None and mark.image and isinstance(layer, Convolution):
         rule = recorder.rules.first
@@ -186,11 +188,7 @@ def pool(recorder: Recorder, function: Any, x: Tensor, *args: Any, **kwargs: Any
         out: Tensor = function(x, *args, **kwargs)
         return out
 
-    def rule() -> Callable[[Tensor], Tensor]:
-        held = hold(x)
-        return lambda R: recorder.rules.share(operation, [held.get()], R)[0]
-
-    return set_mark(recorder.step(operation, rule, x), nonnegative=shared_marks([x])["nonnegative"])
+    return set_mark(recorder.share(operation, x), nonnegative=shared_marks([x])["nonnegative"])
 
 
 def requires_grad(recorder: Recorder, function: Any, tensor: Tensor, requires_grad: bool = True) -> Tensor:

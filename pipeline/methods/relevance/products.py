@@ -97,11 +97,7 @@ def product(recorder: Recorder, function: Any, *args: Any, **kwargs: Any) -> Ten
             values[index] = carrier
         return function(*leading, *aligned(values))  # type: ignore[no-any-return]
 
-    def rule() -> Callable[[Tensor], tuple[Tensor, ...]]:
-        held = [hold(factors[index]) for index in moving]
-        return lambda R: recorder.rules.share(operation, [value.get() for value in held], R)
-
-    return set_mark(recorder.step(operation, rule, *(factors[index] for index in moving)))
+    return set_mark(recorder.share(operation, *(factors[index] for index in moving)))
 
 
 def gate(recorder: Recorder, function: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

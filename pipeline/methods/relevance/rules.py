@@ -9,7 +9,7 @@ positive and the negative part.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
 import torch
@@ -26,6 +26,11 @@ class Linear:
 
     weight: Tensor
     bias: Tensor | None
+    ran: Callable[[Tensor], Tensor] | None = field(default=None, kw_only=True)  # as in the forward pass, in 16 bits too
+
+    def result(self, x: Tensor) -> Tensor:
+        """Return what the forward pass returned: relevance of a result near zero must be divided by the same value."""
+        return self.apply(x, self.weight, self.bias) if self.ran is None else self.ran(x)
 
     def apply(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
         """Return the operation's result with other weights."""
@@ -47,7 +52,7 @@ class Linear:
         bias = -mean.to(dtype) if self.bias is None else self.bias.to(dtype) - mean.to(dtype)
         bias = bias * factor if shift is None else bias * factor + shift.to(dtype)
         weight = self.weight.to(dtype) * factor.view(-1, *(1,) * (self.weight.ndim - 1))
-        return replace(self, weight=weight, bias=bias)
+        return replace(self, weight=weight, bias=bias, ran=None)
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ def alpha1beta0(layer: Linear, x: Tensor, nonnegative: bool, R: Tensor) -> Tenso
 
 def epsilon(layer: Linear, x: Tensor, nonnegative: bool, R: Tensor) -> Tensor:
     """All contributions, denominator shifted by 1e-6 (Bach 2015, eq. 58; zennit's Epsilon)."""
-    S = divide_shifted(R, layer.apply(x, layer.weight, layer.bias))
+    S = divide_shifted(R, layer.result(x))
     return layer.back(S, layer.weight, x).mul_(x)
 
 
@@ -158,15 +163,25 @@ class Rules:
     def _divide(self, R: Tensor, Z: Tensor) -> Tensor:
         return (divide if self.safe else divide_shifted)(R, Z)
 
-    def share(self, operation: Callable[..., Tensor], factors: Sequence[Tensor], R: Tensor) -> tuple[Tensor, ...]:
+    def share(
+        self,
+        operation: Callable[..., Tensor],
+        factors: Sequence[Tensor],
+        R: Tensor,
+        ran: Callable[..., Tensor] | None = None,
+    ) -> tuple[Tensor, ...]:
         """Return the relevance of the n factors of an operation that is linear in each: R_x = x * operation^T(R / n Z).
 
         Of a pool, the values by their share of Z. Of a product of two, each half (Achtibat 2024, proposition 3.3).
+
+        Args:
+            ran: the operation as in the forward pass, if it ran in 16 bits.
         """
         with torch.enable_grad():
             leaves = [factor.detach().requires_grad_() for factor in factors]
             Z = operation(*leaves)
-        S = self._divide(R, len(leaves) * Z.detach())
+        result = Z.detach() if ran is None else ran(*factors)
+        S = self._divide(R, len(leaves) * result)
         return tuple(leaf.detach() * part for leaf, part in zip(leaves, torch.autograd.grad(Z, leaves, S), strict=True))
 
     def layer_norm(

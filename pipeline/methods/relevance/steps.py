@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from saltern.pipeline.methods.relevance import kinds
-from saltern.pipeline.methods.relevance.marks import depends, is_gate, set_mark, tensors_in, widened
+from saltern.pipeline.methods.relevance.marks import depends, hold, is_gate, set_mark, tensors_in, widened
 from saltern.pipeline.methods.relevance.rules import Rules
 from saltern.pipeline.models.interception import Interception
 from saltern.pipeline.models.passes import full_precision
@@ -48,6 +48,18 @@ class Step(torch.autograd.Function):
         return None, None, None, *(relevance if isinstance(relevance, tuple) else (relevance,))
 
 
+def as_ran(operation: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+    """Return an operation that runs later as it does now, under the same autocast, and returns float32 at least."""
+    kind = device.type
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+    def run(*inputs: Tensor) -> Tensor:
+        with torch.autocast(kind, dtype, enabled):
+            return widened(operation(*inputs))
+
+    return run
+
+
 @dataclass
 class Barrier:
     """The rule of an operation that has none: it refuses relevance, if any arrives."""
@@ -80,6 +92,17 @@ class Recorder:
         if not any(tensor.requires_grad for tensor in inputs):
             return operation(*inputs)
         return Step.apply(operation, rule(), self.flow, *inputs)  # type: ignore[no-any-return]
+
+    def share(self, operation: Callable[..., Tensor], *factors: Tensor) -> Tensor:
+        """Run an operation that is linear in each factor; `Rules.share` is its rule."""
+        device = factors[0].device
+        ran = as_ran(operation, device) if torch.is_autocast_enabled(device.type) else None
+
+        def rule() -> Callable[[Tensor], tuple[Tensor, ...]]:
+            held = [hold(factor) for factor in factors]
+            return lambda R: self.rules.share(operation, [value.get() for value in held], R, ran)
+
+        return self.step(operation, rule, *factors)
 
     def barrier(self, what: str) -> Barrier:
         """Return the rule that refuses relevance of an operation."""

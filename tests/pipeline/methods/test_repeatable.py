@@ -45,7 +45,7 @@ def test_no_method_uses_an_operation_that_does_not_repeat(name, pooled, tiny, im
     assert not seen & RAISING
 
 
-@pytest.mark.parametrize("name", ["gradient", "grad-cam"])
+@pytest.mark.parametrize("name", ["gradient", "grad-cam", "lrp", "relevance-cam"])
 @pytest.mark.parametrize("model_name", ["small_vit", "small_swin"])
 def test_nor_do_transformers(name, model_name, network, images):
     with build(name, network(model_name)) as method:

@@ -233,17 +233,28 @@ def test_a_batch_equals_single_runs_and_top_classes_share_a_forward(name, option
         agree(maps, method(x, ranked[:, index]), "one class at a time", name, rtol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"softmax": "attnlrp"}])
-@pytest.mark.parametrize("name", ["vit", "swin", "timm_vit", "timm_swin", "efficientnet"])
-def test_half_precision_gives_nearly_the_same_and_leaves_the_model_alone(name, options, images):
+@pytest.mark.parametrize(
+    ("name", "rtol", "options"),
+    [
+        ("vit", 0.1, {}),
+        ("vit", 0.1, {"composite": "epsilon", "softmax": "attnlrp"}),
+        ("timm_vit", 0.1, {"softmax": "attnlrp"}),
+        ("swin", 0.1, {"composite": "epsilon"}),
+        ("swin", 0.3, {}),  # its LayerNorm of patches with 16 channels divides by little
+        ("timm_swin", 0.2, {"composite": "epsilon", "softmax": "attnlrp"}),
+        ("convnext", 0.1, {"composite": "epsilon"}),
+        ("efficientnet", 0.1, {}),
+    ],
+)
+def test_half_precision_gives_nearly_the_same_and_leaves_the_model_alone(name, rtol, options, images):
     model = small(name).float()
     x = images(2, model.image_size)
     top_B = model(x).argmax(1)  # a logit near zero has no digits in 16 bits
     expected = build("lrp", model, **options)(x, top_B)
     half = copy.deepcopy(model).to(torch.bfloat16)
     before = copy.deepcopy(half.state_dict())
-    agree(build("lrp", half, **options)(x.bfloat16(), top_B), expected, "float32", f"{name}, bfloat16", rtol=0.3)
+    agree(build("lrp", half, **options)(x.bfloat16(), top_B), expected, "float32", f"{name}, bfloat16", rtol=rtol)
     with torch.autocast("cpu", torch.bfloat16):
-        agree(build("lrp", model, **options)(x, top_B), expected, "float32", f"{name}, autocast", rtol=0.3)
+        agree(build("lrp", model, **options)(x, top_B), expected, "float32", f"{name}, autocast", rtol=rtol)
     assert all(torch.equal(value, before[key]) for key, value in half.state_dict().items())
     assert not any(hasattr(value, "_relevance_mark") for value in (*half.parameters(), *half.buffers()))
