@@ -137,9 +137,6 @@ def resolve(
         raise UserError("--map-dtype and --map-size have no effect with --no-map; leave one of them out")
     kind = find(request.method)
     rule = Rule.parse(request.discretize or kind.default_rule)
-    # Older runs may have such a target, and so may one of several methods.
-    if not (kind.needs_target or existing or inputs) and request.target not in ("label", "top1"):
-        raise UserError(f"--target {request.target} has no effect on {request.method}, which explains no class")
     inputs = inputs or find_inputs(request, existing or sibling)
     shards, classifier = inputs.shards, inputs.classifier
     target = Target.parse(request.target, classifier.classes, classifier.prompts.names if classifier.prompts else ())
@@ -160,8 +157,10 @@ def resolve(
     if not is_proven(config, existing):
         try_extract(method, config, device)
     method.close()
+    idle = not kind.needs_target and request.target not in ("label", "top1")
     said = [
         why,
+        *[f"--target {request.target} has no effect on {request.method}, which explains no class"] * idle,
         *describe_decoder(config.decoder, device),
         *inputs.hints,
         *remarks,
