@@ -7,7 +7,7 @@ from saltern.pipeline.methods.functions import CLAMPS, OTHER_ACTIVATIONS, RECTIF
 ACTIVATIONS = RECTIFIERS | CLAMPS | OTHER_ACTIVATIONS | functions("tanh tanh_ threshold threshold_")
 DROPOUTS = functions("dropout dropout_ dropout2d feature_dropout alpha_dropout")
 MAX_POOLS = functions("max_pool2d adaptive_max_pool2d")
-MEAN_POOLS = functions("avg_pool2d adaptive_avg_pool2d mean")
+MEAN_POOLS = functions("avg_pool2d adaptive_avg_pool2d adaptive_avg_pool1d mean")
 SUMS = functions("add add_ __add__ __radd__ __iadd__")
 SCALINGS = functions(
     "sub sub_ subtract __sub__ __rsub__ __isub__ rsub mul mul_ multiply __mul__ __rmul__ __imul__ div div_ divide"

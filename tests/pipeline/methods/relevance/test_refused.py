@@ -83,6 +83,14 @@ def test_a_gate_is_a_constant_whatever_it_is_made_of(gate, images):
         torch.testing.assert_close(build(method, model, **options)(x), build(method, fixed, **options)(x))
 
 
+def test_the_mean_over_tokens_is_a_pool(images):
+    torch.manual_seed(0)
+    model, x = Gate(lambda x: F.adaptive_avg_pool1d(x.flatten(2), 1)[..., None]).double(), images(2, 8).double()
+    found = build("lrp", model)(x)
+    model.gate = lambda x: x.mean((2, 3), keepdim=True)
+    torch.testing.assert_close(found, build("lrp", model)(x))
+
+
 class Times(nn.Module):
     """The image times itself, moved by a pixel."""
 
