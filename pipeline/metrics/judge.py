@@ -119,7 +119,9 @@ def truth_of(sample: Sample, row: Row) -> Annotation | None:
     """
     truth = read_annotation(sample)
     size = None if truth is None else truth.size or size_of(row)
-    for box in truth.boxes if truth and size else ():
+    if truth is None or size is None:
+        return truth
+    for box in truth.boxes:
         if not area(clipped(box, *size)):
             x0, y0, x1, y1 = box
             raise ValueError(
