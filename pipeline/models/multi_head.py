@@ -24,13 +24,9 @@ def multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     Raises:
         UserError: a rare argument that this form has not.
     """
-    bound = _SIGNATURE.bind(*args, **kwargs)
-    bound.apply_defaults()
-    given: Mapping[str, Any] = bound.arguments
-    rare = [name for name in _RARE if given[name] is not None and given[name] is not False]
-    if rare or given["query"].ndim != 3:
-        what = rare[0] if rare else "an image without its batch dimension"
-        raise UserError(f"the model's nn.MultiheadAttention is called with {what}, whose attention cannot be shown")
+    rare, given = rare_argument(*args, **kwargs), _arguments(args, kwargs)
+    if rare:
+        raise UserError(f"the model's nn.MultiheadAttention is called with {rare}, whose attention cannot be shown")
     heads, mask = int(given["num_heads"]), given["attn_mask"]
     if mask is not None:
         # True means masked here, and attended in scaled_dot_product_attention.
@@ -41,12 +37,27 @@ def multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     output_QBE = F.linear(o_BMQD.permute(2, 0, 1, 3).flatten(2), given["out_proj_weight"], given["out_proj_bias"])
     if not given["need_weights"]:
         return output_QBE, None
-    scores_BMQS = (q_BMQD * q_BMQD.shape[-1] ** -0.5) @ k_BMSD.mT
+    scores_BMQS = (q_BMQD * q_BMQD.shape[-1] ** -0.5) @ k_BMSD.transpose(-2, -1)
     if mask is not None:
         scores_BMQS = scores_BMQS + mask if mask.is_floating_point() else scores_BMQS.masked_fill(~mask, -torch.inf)
     # Of three dimensions: a softmax over the last of four would be seen as attention of its own.
     A_BMQS = scores_BMQS.flatten(0, 1).softmax(-1).unflatten(0, (-1, heads))
     return output_QBE, A_BMQS.mean(1) if given["average_attn_weights"] else A_BMQS
+
+
+def rare_argument(*args: Any, **kwargs: Any) -> str | None:
+    """Return an argument of `F.multi_head_attention_forward` that `multi_head` does not take; None if there is none."""
+    given = _arguments(args, kwargs)
+    rare = [name for name in _RARE if given[name] is not None and given[name] is not False]
+    if rare or given["query"].ndim != 3:
+        return rare[0] if rare else "an image without its batch dimension"
+    return None
+
+
+def _arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    bound = _SIGNATURE.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def _projected(given: Mapping[str, Any]) -> tuple[Tensor, ...]:
