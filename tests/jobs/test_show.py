@@ -33,7 +33,8 @@ def test_options(tmp_path: Path) -> None:
 def test_errors_name_the_fix(tmp_path: Path) -> None:
     made = make_run(tmp_path, shards=1)
     for words, fix in [
-        ([str(tmp_path)], "saltern extract"),
+        ([str(tmp_path)], f"give one of the runs in it: {made.path}"),
+        ([str(tmp_path / "nothing")], "saltern extract"),
         ([str(made.path), "--sort", "nosuch"], "score"),
         ([str(made.path), "--out", str(tmp_path / "no" / "page.html")], "--out"),
     ]:

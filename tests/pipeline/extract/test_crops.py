@@ -96,9 +96,11 @@ def test_a_rectangle_lies_where_it_was_drawn(squash: bool) -> None:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    members = [
-        (f"k{at}", {"jpg": picture(at, 44, 60), "cls": f"{at}", "json": inclusive((5, 5, 40, 40))}) for at in range(3)
-    ]
+    mask_YX, encoded = np.zeros((44, 60), np.uint8), io.BytesIO()
+    mask_YX[5:40, 5:40] = 255
+    Image.fromarray(mask_YX).save(encoded, "PNG")
+    common = {"json": inclusive((5, 5, 40, 40)), "mask.png": encoded.getvalue()}
+    members = [(f"k{at}", {"jpg": picture(at, 44, 60), "cls": f"{at}", **common}) for at in range(3)]
     return write_tar(tmp_path / "in" / "a.tar", members)
 
 

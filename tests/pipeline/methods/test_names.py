@@ -14,7 +14,7 @@ from saltern.schemas.errors import UserError
     ("name", "options", "said"),
     [
         ("gradcam", {}, "did you mean 'grad-cam'"),
-        ("zzz", {}, "known: ablation-cam, cam"),
+        ("zzz", {}, "known: ablation-cam, attention, cam"),
         ("grad-cam", {"layer": "stage3"}, "did you mean 'stage"),
         ("grad-cam", {"layer": "backbone"}, "its layers: stem, stage1, stage2, unused, fc"),
         ("grad-cam", {"layer": ["stage1", "stage1"]}, "given twice"),
@@ -58,7 +58,7 @@ def test_wrong_calls_say_what_is_wrong(layer, target, said, tiny, images):
 
 
 def test_options_of_all_types_come_from_text(tmp_path: Path, monkeypatch, tiny, images):
-    (tmp_path / "own_method.py").write_text(
+    (tmp_path / "own_means.py").write_text(
         "from typing import ClassVar, Literal\n"
         "import torch\n"
         "from saltern.pipeline.methods import Method\n"
@@ -76,7 +76,7 @@ def test_options_of_all_types_come_from_text(tmp_path: Path, monkeypatch, tiny, 
         "        return self.scale * x_BCHW.mean(1), self.model(x_BCHW), None\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    spec = "own_method:Mean"
+    spec = "own_means:Mean"
     full = {"steps": 2, "scale": 1.0, "name_of": "a", "sizes": None, "both": False}
     assert find(spec).defaults() == full
     given = {"steps": "8", "scale": "2", "name_of": "12", "sizes": "[1, 2]", "both": "true"}
@@ -88,4 +88,4 @@ def test_options_of_all_types_come_from_text(tmp_path: Path, monkeypatch, tiny, 
     for wrong in ({"steps": "x"}, {"steps": 1.5}, {"steps": True}, {"sizes": [1.5]}, {"both": 1}, {"_inner": 1}):
         with pytest.raises(UserError):
             build(spec, tiny, **wrong)
-    sys.modules.pop("own_method")
+    sys.modules.pop("own_means")

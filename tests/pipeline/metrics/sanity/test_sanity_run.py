@@ -54,7 +54,7 @@ def test_the_maps_before_are_those_of_the_run(run: Path) -> None:
 def test_errors_name_the_fix(run: Path, tmp_path: Path) -> None:
     (tmp_path / "in" / "part-000000.tar").unlink()
     assert "--shards" in refused(call("sanity", run))
-    assert "saltern extract" in refused(call("sanity", tmp_path))
+    assert "saltern extract" in refused(call("sanity", tmp_path / "in"))
 
 
 def test_a_replaced_run_loses_its_results(run: Path, tmp_path: Path) -> None:
