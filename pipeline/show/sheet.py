@@ -219,12 +219,13 @@ def _same(row: Row, run: SaliencyRun) -> Row | None:
 
 
 def _captions(runs: Sequence[SaliencyRun]) -> list[str]:
-    """Return a unique caption for each run: its method, with layer, model or options if several runs share it."""
+    """Return a unique caption for each run: its method, with layer, model, options or target if several share it."""
     tries = [
         [run.config.method for run in runs],
         [" ".join([run.config.method, *run.config.layer]) for run in runs],
         [" ".join([run.config.method, *run.config.layer, run.config.model]) for run in runs],
         [f"{run.config.method} {_options(run, _CAPTION)}" for run in runs],
+        [f"{run.config.method} {run.config.target.text}" for run in runs],
         [f"{run.config.method} {run.path}" for run in runs],
     ]
     counts = [Counter(names) for names in tries]
@@ -240,7 +241,8 @@ def _captions(runs: Sequence[SaliencyRun]) -> list[str]:
 
 def _in_short(run: SaliencyRun) -> str:
     config = run.config
-    return ", ".join(filter(None, [run.path, config.model, *config.layer, _options(run), run.run.fingerprint]))
+    facts = [run.path, config.model, *config.layer, f"target {config.target.text}", _options(run), run.run.fingerprint]
+    return ", ".join(filter(None, facts))
 
 
 def _options(run: SaliencyRun, length: int | None = None) -> str:

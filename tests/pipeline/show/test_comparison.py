@@ -53,6 +53,17 @@ def test_runs_of_one_method_are_told_apart(tmp_path: Path) -> None:
         wide(made[0], made[0])
 
 
+def test_runs_of_one_method_are_told_apart_by_their_targets(tmp_path: Path) -> None:
+    targets = ("top1", "class:1")
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+    made = [make_run(tmp_path / str(at), shards=1, target=target) for at, target in enumerate(targets)]
+    page = wide(*made)
+    for target in targets:
+        assert f"grad-cam {target}" in page.cards[0].text
+        assert f"target {target}" in page.head
+
+
 def test_a_sample_that_a_run_lacks_leaves_a_gap(tmp_path: Path) -> None:
     page = wide(run_of(tmp_path, "cam", shards=2), run_of(tmp_path, "grad-cam", shards=1))
     assert "not in this run" not in page.cards[0].text
