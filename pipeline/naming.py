@@ -28,6 +28,20 @@ def install_hint(extra: str) -> str:
     return f"in your clone of Saltern, run pip install -c constraints.txt '.[{extra}]'"
 
 
+def located(name: str, start: str | os.PathLike[str] = "") -> str:
+    """Return the name of a model, with a folder in it made absolute, for workers with another working folder.
+
+    Args:
+        name: as in --model; hf: and open_clip:local-dir: may name a folder, which may begin with ~.
+        start: the folder that relative ones start from; "" = the working folder.
+    """
+    for prefix in ("hf:", "open_clip:local-dir:"):
+        folder = os.path.join(start, os.path.expanduser(name.removeprefix(prefix)))
+        if name.startswith(prefix) and (os.path.isdir(folder) or name.startswith(f"{prefix}~")):
+            return prefix + os.path.abspath(folder)
+    return name
+
+
 def import_object(spec: str) -> Any:
     """Return the object that `package.module:name` names. Raises UserError if there is no such module or name.
 

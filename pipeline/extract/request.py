@@ -18,8 +18,8 @@ from saltern.pipeline.masknet.checkpoint import newer_than
 from saltern.pipeline.methods import Method, build, find
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.models.classifiers import Classifier, needs_prompts
-from saltern.pipeline.models.hf import located
 from saltern.pipeline.models.presets import adapt
+from saltern.pipeline.naming import located
 from saltern.pipeline.shards.decoder import choose_decoder, describe_decoder
 from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.samples import list_keys
@@ -90,7 +90,7 @@ def find_inputs(request: MethodRequest, existing: Run | None) -> Inputs:
     """Return the shards and the classifier of a request. Raises UserError if one is not available.
 
     Args:
-        existing: the run in the folder; its embeddings are used if its prompts are the requested ones.
+        existing: the run in the folder; its embeddings are used if its prompts and its weights are the requested ones.
     """
     shards, hints = wanted_shards(request)
     prompts, own_names = given_prompts(request.prompts, request.templates or ()), False
@@ -102,9 +102,10 @@ def find_inputs(request: MethodRequest, existing: Run | None) -> Inputs:
     if prompts is None and request.templates:
         raise UserError(f"--template has no effect on {request.model}, which takes no prompts; leave it out")
     held = existing.config.prompts if existing else None
-    if held is not None and prompts is not None and held.same_texts(prompts):
-        prompts = held
-    classifier = load_classifier(request.model, request.weights, request.seed, request.crop, prompts)
+    same = held if held is not None and prompts is not None and held.same_texts(prompts) else None
+    classifier = load_classifier(request.model, request.weights, request.seed, request.crop, same or prompts)
+    if same and existing and classifier.digest != existing.config.weights_digest:  # another model's embeddings
+        classifier = load_classifier(request.model, request.weights, request.seed, request.crop, prompts)
     return Inputs(shards, hints, classifier, own_names)
 
 

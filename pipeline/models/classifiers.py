@@ -17,7 +17,7 @@ from saltern.pipeline.models.presets import Preset
 from saltern.pipeline.models.probe import count_classes
 from saltern.pipeline.models.texts import compares_texts, with_prompts
 from saltern.pipeline.models.weights import SUFFIXES, digest, fit, read
-from saltern.pipeline.naming import brief, import_object, install_hint, nearest
+from saltern.pipeline.naming import brief, import_object, install_hint, located, nearest
 from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
 from saltern.schemas.prompts import Prompts
@@ -118,6 +118,7 @@ def _of_texts(name: str, loaded: _Loaded, prompts: Prompts | None) -> Classifier
 
 
 def _load(name: str, weights: str, path: Path | None, side: Side | None) -> _Loaded:
+    name = located(name) if "~" in name else name
     if name.startswith(clip.PREFIX):
         return _Loaded(*clip.load(name.removeprefix(clip.PREFIX), weights, side), convert=clip.converted)
     if name.startswith(hf.PREFIX):

@@ -32,6 +32,8 @@ def load(name: str, weights: str, side: Side | None) -> tuple[nn.Module, Preset,
     Raises:
         UserError: transformers is missing, or there is no such model here, or it is no image classifier.
     """
+    if os.path.isabs(name) and not os.path.isdir(name):  # transformers would take it for a name of its hub
+        raise UserError(f"{PREFIX}{name}: there is no such folder")
     try:
         library = importlib.import_module("transformers")
     except ImportError:
@@ -51,17 +53,9 @@ def load(name: str, weights: str, side: Side | None) -> tuple[nn.Module, Preset,
         preset = _preset(library, name, usual)
     if side not in (None, usual) and _RESIZES in inspect.signature(model.forward).parameters:
         model.register_forward_pre_hook(_resizing, with_kwargs=True)
-    names = [config.id2label[number] for number in range(len(config.id2label))]
+    labels = config.id2label
+    names = [labels[number] for number in range(len(labels))] if sorted(labels) == list(range(len(labels))) else []
     return model, preset, None if all(name.startswith("LABEL_") for name in names) else names
-
-
-def located(name: str) -> str:
-    """Return the name of a model, with a folder in it made absolute, for workers with another working folder."""
-    for prefix in (PREFIX, "open_clip:local-dir:"):
-        folder = name.removeprefix(prefix)
-        if name.startswith(prefix) and os.path.isdir(folder):
-            return prefix + os.path.abspath(folder)
-    return name
 
 
 def _resizing(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

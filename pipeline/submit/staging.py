@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from saltern.pipeline.naming import located
 from saltern.pipeline.storage.filesystem import check_url
 from saltern.schemas.errors import UserError
 
@@ -22,6 +23,7 @@ MAX_BYTES = 1_000_000  # of one input file, or of the user's package
 INPUTS = "_inputs"  # folder of the input files in the staged folder
 _PATHS = ("out", "boxes", "val", "checkpoint")  # options that hold a path; so does every positional argument
 _FILES = ("prompts", "templates", "labels")  # options that may name a file
+_LIBRARIES = ("saltern", "timm", "open_clip", "hf", "captum")  # before a colon; a folder here of such a name is another
 _PACKAGE = Path(__file__).parents[2]  # saltern/, its links followed
 _UNWANTED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "tests")
 
@@ -88,12 +90,18 @@ class _Staging:
             return self._add(value, self._read(value))
         if name in ("model", "method"):
             self._add_module(value)
-            return value
+            return self._locate(value)
         if name == "weights" and os.sep not in value and not (self.cwd / value).exists():
             return value  # DEFAULT, none or a name of torchvision
         if word.flag is not None and name not in (*_PATHS, "weights"):
             return value
         return self._add_list(value) if value.startswith("@") else self._make_absolute(value)
+
+    def _locate(self, model: str) -> str:
+        found = located(model, self.cwd)
+        if found != model:
+            self.absolute.append(found)
+        return found
 
     def _make_absolute(self, path: str) -> str:
         check_url(path)
@@ -133,7 +141,7 @@ class _Staging:
     def _add_module(self, spec: str) -> None:
         """Copy the module of `package.module:name` from `cwd`; if it is not there, the cluster must have it."""
         top = spec.partition(":")[0].partition(".")[0]
-        if ":" not in spec or not top.isidentifier() or top == "saltern":
+        if ":" not in spec or not top.isidentifier() or top in _LIBRARIES:
             return
         package, module = self.cwd / top, self.cwd / f"{top}.py"
         if package.is_dir():

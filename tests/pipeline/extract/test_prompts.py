@@ -99,6 +99,14 @@ def test_a_run_keeps_its_prompts_and_their_embeddings(
     assert open_run(str(out)).config.target.number == 1
 
 
+def test_another_model_on_a_run_is_refused_by_its_name(model: str, shards: Path, tmp_path: Path) -> None:
+    """The run's embeddings have another length than the other model's."""
+    other = stored(tmp_path / "other", {**VIT, "embed_dim": 20})
+    assert extract(shards, tmp_path / "run", model=model, **HOW) == 0
+    with pytest.raises(UserError, match=r"holds a run with another config: model: .*/other' requested.*--overwrite"):
+        extract(shards, tmp_path / "run", model=other, **HOW)
+
+
 def test_several_methods_are_judged_in_half_precision_too(model: str, shards: Path, tmp_path: Path) -> None:
     given = {**HOW, "method": "grad-cam,gradient", "prompts": "a dog,a cat", "target": "top:2", "model": model}
     assert extract(shards, tmp_path / "runs", **given) == 0

@@ -60,6 +60,23 @@ def test_an_extraction_by_name_of_a_relative_folder(tmp_path: Path, monkeypatch:
     assert run.class_names == list(NAMES.values())
 
 
+def test_a_folder_of_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    vit(tmp_path / "vit")
+    assert load("hf:~/vit").classes == 3
+    with pytest.raises(UserError, match=f"hf:{tmp_path}/other: there is no such folder"):
+        load("hf:~/other")
+
+
+def test_names_of_classes_that_do_not_count_from_0_are_left_out(tmp_path: Path) -> None:
+    name = vit(tmp_path / "vit")
+    path = tmp_path / "vit" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "id2label": {"1": "cat", "2": "dog", "3": "fox"}}))
+    made = load(name)
+    assert (made.classes, made.class_names) == (3, None)
+
+
 def test_other_sizes_and_other_weights(tmp_path: Path) -> None:
     name = vit(tmp_path / "vit")
     larger_BCHW = torch.randn(2, 3, 48, 32)

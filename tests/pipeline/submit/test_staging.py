@@ -115,6 +115,24 @@ def test_names_of_weights_stay(tmp_path: Path, here: Path, value: str) -> None:
     assert sent(tmp_path, here, Word("weights", "--weights", value))[0].args == [f"--weights={value}"]
 
 
+@pytest.mark.parametrize("prefix", ["hf:", "open_clip:local-dir:"])
+def test_a_folder_in_the_name_of_a_model_becomes_absolute(tmp_path: Path, here: Path, prefix: str) -> None:
+    (here / "hfm" / "ok").mkdir(parents=True)
+    job, _ = sent(tmp_path, here, Word("model", "--model", f"{prefix}hfm/ok"))
+    assert job.args == [f"--model={prefix}{here / 'hfm' / 'ok'}"]
+    assert job.absolute == [f"{prefix}{here / 'hfm' / 'ok'}"]
+    job, _ = sent(tmp_path, here, Word("model", "--model", f"{prefix}org/name"))
+    assert (job.args, job.absolute) == ([f"--model={prefix}org/name"], [])
+
+
+@pytest.mark.parametrize("top", ["timm", "hf", "open_clip", "captum"])
+def test_a_folder_named_like_a_prefix_of_models_does_not_travel(tmp_path: Path, here: Path, top: str) -> None:
+    (here / top).mkdir()
+    (here / top / "large.bin").write_bytes(b"x" * 2_000_000)
+    _, folder = sent(tmp_path, here, Word("model", "--model", f"{top}:vit"))
+    assert {path.name for path in folder.iterdir()} == OURS
+
+
 def test_the_entrypoint_survives_a_shell(tmp_path: Path, here: Path) -> None:
     job, _ = sent(tmp_path, here, Word("shards", None, "/a b/$(x)'s.tar"), Word("option", "--option", "-1"))
     assert shlex.split(job.entrypoint) == ["python", "-m", "saltern", "extract", "/a b/$(x)'s.tar", "--option=-1"]
