@@ -19,7 +19,7 @@ _NUMBERED = {
 _PLAIN = ("fraction", "otsu")
 RULES = "mean:ALPHA, mean-std:K, quantile:Q, fixed:T, max:ALPHA, fraction, otsu"
 
-
+_DIGITS = 9  # more are no number that a target can have
 _ALPHA = 0.6  # of finer targets: that of Finer-CAM (2501.11309) for the mean over several similar classes
 
 
@@ -54,12 +54,12 @@ class Target:
         if text in ("label", "top1"):
             return cls(text, kind, 1)
         if kind in ("top", "class") and colon and number.isdecimal():
-            value = int(number)
+            value = int(number) if len(number) <= _DIGITS else classes + 1
             if (1 <= value <= classes) if kind == "top" else (value < classes):
                 return cls(text, kind, value)
             allowed = f"N is 1..{classes}" if kind == "top" else f"the model has the classes 0..{classes - 1}"
             raise UserError(f"--target {text!r}: {allowed}")
-        if kind == "prompt" and number and prompts:
+        if kind == "prompt" and prompts:
             return cls(text, "class", number_of(number, prompts))
         if kind == "prompt":
             raise UserError(f"--target {text!r} needs a model of images and texts, and its --prompts; give class:ID")
@@ -69,13 +69,16 @@ class Target:
     def _finer(cls, text: str, classes: int, prompts: Sequence[str]) -> "Target":
         """Parse finer:K, finer:K:ALPHA, and either with @ and another target: its class, in place of the label."""
         how, at, explained = text.partition("@")
-        base = cls.parse(explained if at else "label", classes, prompts)
-        found = re.fullmatch(r"finer:([0-9]+)(?::([0-9]+(?:\.[0-9]+)?))?", how)
+        if classes < 2:
+            raise UserError(f"--target {text!r} compares a class with others, and the model has one; give more prompts")
+        base = cls.parse(explained or "label", classes, prompts)
+        found = re.fullmatch(rf"finer:([0-9]{{1,{_DIGITS}}})(?::([0-9]{{1,{_DIGITS}}}(?:\.[0-9]+)?))?", how)
         finer = Finer(int(found[1]), float(found[2] or _ALPHA)) if found else Finer(0)
-        if base.finer or not 1 <= finer.count < classes:
+        if base.finer or (at and not explained) or not 1 <= finer.count < classes:
             raise UserError(
                 f"--target {text!r} must be finer:K or finer:K:ALPHA, with K similar classes (1..{classes - 1}) and "
-                f"ALPHA of 0 or more (default {_ALPHA:g}); @ and another target explain that one's class: finer:3@top1"
+                f"ALPHA of 0 or more (below 1e{_DIGITS}, default {_ALPHA:g}); @ and another target explain that one's "
+                "class: finer:3@top1"
             )
         return replace(base, text=text, finer=finer)
 

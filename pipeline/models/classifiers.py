@@ -204,6 +204,12 @@ def _timm(name: str, weights: str, side: Side | None) -> _Loaded:
 
 
 def _factory(spec: str, weights: str) -> _Loaded:
+    module, _, made = spec.partition(":")
+    if not all(map(str.isidentifier, [*module.split("."), made])):
+        hint = nearest(module, ["timm", "open_clip", "hf"])
+        raise UserError(
+            f"unknown model {spec!r}; {hint}give timm:NAME, open_clip:NAME, hf:FOLDER or package.module:factory"
+        )
     _only_default(spec, weights)
     factory = import_object(spec)
     try:

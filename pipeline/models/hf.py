@@ -18,6 +18,7 @@ from saltern.schemas.sizes import Side
 
 PREFIX = "hf:"
 _RESIZES = "interpolate_pos_encoding"  # argument of transformers' models that take images of other sizes
+_UNKNOWN = "there is no preprocessor_config.json; without --mean and --std, ImageNet's are used"
 _OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -67,7 +68,7 @@ def _preset(library: Any, name: str, usual: Any) -> Preset:
         processor = library.AutoImageProcessor.from_pretrained(name, **_OFFLINE)
     except OSError:
         side = usual if isinstance(usual, int) else Preprocess.crop
-        return Preset(Preprocess(crop=side), "none: there is no preprocessor_config.json")
+        return Preset(Preprocess(crop=side), _UNKNOWN)
     return presets.of_hf(type(processor).__name__, processor.to_dict())
 
 

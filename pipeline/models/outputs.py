@@ -28,11 +28,18 @@ def find_logits(output: Any) -> Tensor | None:
     return found[0] if len(found) == 1 else None
 
 
-def form_of(output: Any) -> str:
+def no_logits(kind: str, output: Any) -> UserError:
+    """Return the error about a model's output in which `find_logits` finds nothing."""
+    fix = "" if isinstance(output, Tensor) else ", or name one of its tensors 'logits'"
+    form = _form_of(output)
+    return UserError(f"{kind} must return logits of shape (batch, classes), not {form}; wrap it in a factory{fix}")
+
+
+def _form_of(output: Any) -> str:
     """Return the shape of a tensor, or the kind and parts of another output, for a message."""
     if isinstance(output, Tensor):
         return str(tuple(output.shape))
-    parts = {name: form_of(part) for name, part in _parts(output).items() if isinstance(part, Tensor)}
+    parts = {name: _form_of(part) for name, part in _parts(output).items() if isinstance(part, Tensor)}
     listed = f" of {', '.join(f'{name} {form}' for name, form in parts.items())}" if parts else ""
     return type(output).__name__ + listed
 

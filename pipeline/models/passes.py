@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saltern.pipeline.models.outputs import find_logits, form_of
+from saltern.pipeline.models.outputs import find_logits, no_logits
 from saltern.schemas.errors import UserError
 
 
@@ -80,9 +80,7 @@ def logits_of(output: Any) -> Tensor:
     logits_BK = find_logits(output)
     if logits_BK is not None:
         return logits_BK
-    raise UserError(
-        f"the model must return logits of shape (batch, classes), not {form_of(output)}; wrap it in a factory that does"
-    )
+    raise no_logits("the model", output)
 
 
 def pick_target(logits_BK: Tensor, target_B: Tensor | None) -> Tensor:

@@ -124,7 +124,7 @@ def adapt(
     usual = preset.preprocess
     if preset.unusual and not (crop and (resize or squash)):
         raise UserError(
-            f"the weights' preset ({preset.unusual}) is not one that Saltern has: give the "
+            f"the preprocessing of these weights cannot be taken over ({preset.unusual}): give the "
             "nearest yourself, --crop N with --resize N or --squash (train-casm: --side N)"
         )
     squash = (usual.squash and not preset.unusual) if squash is None else squash
@@ -140,7 +140,9 @@ def adapt(
     )
     if min(wanted.shape) < 1 or (not squash and wanted.resize < min(wanted.shape)):
         shown = "x".join(map(str, dict.fromkeys(wanted.shape)))
-        raise UserError(f"--resize {wanted.resize} is smaller than --crop {shown}: the crop would be padded")
+        given = f"--resize {resize}" if resize else f"the weights' resize, {usual.resize},"
+        fix = f"; give --resize {min(wanted.shape)} or more" if min(wanted.shape) > 0 else ""
+        raise UserError(f"{given} is smaller than --crop {shown}: the crop would be padded{fix}")
     check_colours(wanted)
     return wanted
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from saltern.pipeline.device import device_lost, out_of_memory
-from saltern.pipeline.models.outputs import find_logits, form_of
+from saltern.pipeline.models.outputs import find_logits, no_logits
 from saltern.pipeline.naming import brief
 from saltern.schemas.errors import UserError
 from saltern.schemas.sizes import Side, shape_of
@@ -84,9 +84,7 @@ def count_classes(model: nn.Module, side: Side) -> int:
     output = watched(model, probe(model, side), dict.fromkeys(leaves, note))
     logits_BK = find_logits(output)
     if logits_BK is None:
-        raise UserError(
-            f"{kind} must return logits of shape (batch, classes), not {form_of(output)}; wrap it in a factory"
-        )
+        raise no_logits(kind, output)
     if last and isinstance(last[0], nn.Identity) and produced and not isinstance(produced[0], _HEADS):
         raise UserError(f"{kind} has no classifier head: its logits come from {type(produced[0]).__name__}; add one")
     _check_logits(kind, logits_BK.float(), produced[0] if produced else None)

@@ -97,8 +97,8 @@ def find_tower(model: nn.Module, side: Side | None, method: str) -> Tower:
             reason = f"has {grid[0]} x {grid[1]} tokens that do not follow a patch moved in the image"
     if reason or grid is None:
         raise UserError(
-            f"{method} needs attention between all patches of the image, and {type(model).__name__} {reason}; take "
-            "grad-cam, layer-cam, gradient or another method that needs none"
+            f"method {method} needs attention between all patches of the image, and {type(model).__name__} {reason}; "
+            "take grad-cam, layer-cam, gradient or another method that needs none"
         )
     prefix = calls[-1].keys - grid[0] * grid[1]
     return Tower(calls, prefix, _read(model, x_BCHW[:1], calls[-1], prefix))

@@ -185,7 +185,7 @@ def _refusal(store: Store, owner: bytes) -> UserError:
     if it:
         who = printable(f"host {it['host']}, process {it['pid']}, since {it['since']}")
     return UserError(
-        f"{store.path}: another command is writing this run ({who}): wait until it ends, stop it, or give another --out"
+        f"{store.path}: another command is writing this run ({who}): wait until it ends, stop it, or use another folder"
     )
 
 

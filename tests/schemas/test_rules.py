@@ -20,7 +20,11 @@ from saltern.schemas.rules import Finer, Target
         ("finer:2:-1", "ALPHA of 0 or more"),
         ("finer:2:nan", "ALPHA of 0 or more"),
         ("finer:2:1:1", "must be finer:K or finer:K:ALPHA"),
-        ("finer:2@", "'' is none of label"),
+        ("finer:2@", "finer:3@top1"),
+        ("class:" + "9" * 5000, "the model has the classes 0..4"),
+        ("top:" + "9" * 5000, "N is 1..5"),
+        ("finer:" + "9" * 5000, "must be finer:K or finer:K:ALPHA"),
+        ("finer:1:" + "9" * 400, "ALPHA of 0 or more"),
         ("finer:2@class:5", "the model has the classes 0..4"),
         ("finer:2@finer:2", "finer:3@top1"),
     ],
@@ -45,3 +49,14 @@ def test_a_finer_target_has_the_class_of_another_target() -> None:
     ):
         assert Target.parse(text, 5) == Target(text, kind, number, finer)
     assert Target.parse("top1", 5).finer is None
+
+
+@pytest.mark.parametrize("text", ["prompt:", "prompt", "prompt:a shark"])
+def test_a_prompt_that_is_not_there_is_refused_with_those_that_are(text: str) -> None:
+    with pytest.raises(UserError, match="no prompt has this name; there are 'a c"):
+        Target.parse(text, 2, ["a cod", "a crab"])
+
+
+def test_a_finer_target_needs_two_classes() -> None:
+    with pytest.raises(UserError, match="the model has one; give more prompts"):
+        Target.parse("finer:1", 1, ["a cod"])

@@ -214,6 +214,7 @@ def test_vit_takes_the_image_size_of_its_default_weights():
     [
         ("resnet51", "none", "did you mean 'resnet"),
         ("quux", "none", "saltern models"),
+        ("clip:ViT-B-32", "none", "unknown model 'clip:ViT-B-32'; did you mean 'open_clip'"),
         ("fcn_resnet50", "none", "unknown model"),  # torchvision has it, and it is no classifier
         (SMALL, "IMAGENET1K_V9", "did you mean 'IMAGENET1K_V1'"),
         (SMALL, "best", "known: none, FILE, IMAGENET1K_V1, DEFAULT"),

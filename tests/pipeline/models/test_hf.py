@@ -12,7 +12,7 @@ from making import write_shard
 
 from saltern.pipeline.methods import build
 from saltern.pipeline.models.classifiers import load
-from saltern.pipeline.models.presets import of_hf
+from saltern.pipeline.models.presets import adapt, of_hf
 from saltern.pipeline.runs.manifest import load_run_folder
 from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
@@ -117,7 +117,8 @@ def test_what_is_no_classifier_is_refused_in_one_line(tmp_path: Path) -> None:
             load(model)
         assert "\n" not in str(refusal.value)
     (tmp_path / "vit" / "preprocessor_config.json").unlink()
-    assert "no preprocessor_config.json" in load(name).preset.unusual
+    with pytest.raises(UserError, match=r"there is no preprocessor_config.json; without --mean and --std, ImageNet's"):
+        adapt(load(name).preset)
 
 
 @pytest.mark.parametrize(

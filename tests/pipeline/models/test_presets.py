@@ -79,7 +79,8 @@ def test_squash_is_the_presets_unless_the_run_says_otherwise():
         ({"std": (0.2, 0.0, 0.2)}, "--std 0.2,0,0.2"),
         ({"mean": (0.5, float("nan"), 0.5)}, "--mean 0.5,nan,0.5"),
         ({"mean": (0.5, 0.5)}, "three numbers"),
-        ({"crop": 300}, "--resize 256 is smaller than --crop 300"),
+        ({"crop": 300}, "the weights' resize, 256, is smaller than --crop 300.*; give --resize 300 or more"),
+        ({"crop": 300, "resize": 280}, "--resize 280 is smaller than --crop 300.*; give --resize 300 or more"),
         ({"crop": -1}, "--crop -1"),
     ],
 )

@@ -12,7 +12,7 @@ REFUSED = {
     "OneLogit": r"returns 1 logit.*torch\.cat\(\[torch\.zeros_like\(z\), z\], 1\)",
     "Headless": "no classifier head: its logits come from ReLU",
     "Backbone": "no classifier head .num_classes is 0",
-    "Ambiguous": r"must return logits .*, not tuple of 0 \(2, 5\), 1 \(2, 5\); wrap it in a factory",
+    "Ambiguous": r"not tuple of 0 \(2, 5\), 1 \(2, 5\); wrap it in a factory, or name one of its tensors 'logits'",
     "Nothing": "not NoneType; wrap it",
     "Keyword": r"TypeError: .*forward must take the image alone",
     "TwoInputs": "TypeError: .*metadata.*forward must take the image alone",

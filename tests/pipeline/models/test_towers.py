@@ -61,7 +61,7 @@ def test_networks_whose_attention_leads_nowhere_are_refused_with_methods_that_fi
         (Shuffled(), 64, "legrad", "has 4 x 4 tokens that do not follow a patch moved in the image"),
     ):
         line = refusal(model, side, name)
-        assert line.startswith(f"{name} needs attention between all patches of the image, and ")
+        assert line.startswith(f"method {name} needs attention between all patches of the image, and ")
         assert reason in line
         assert "take grad-cam, layer-cam" in line
 
