@@ -81,13 +81,18 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
         given = tomllib.loads(path.read_text("utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"--config {path}: {error}") from error
-    names = {_key(parameter): parameter.name for parameter in ctx.command.params if parameter.name != "config"}
+    parameters = {_key(parameter): parameter for parameter in ctx.command.params if parameter.name != "config"}
+    names = {key: parameter.name for key, parameter in parameters.items()}
     given = {key.replace("_", "-"): value for key, value in given.items()}
     check_keys(given, names, str(path))
     table = given.get("options", {})
     if not isinstance(table, dict):
         raise UserError(f"{path}: options must be a table, as [options] and then key = value lines")
-    defaults = {names[key]: _as_text(value) for key, value in given.items() if key != "options"}
+    defaults = {
+        names[key]: _as_text(value) if _takes_several(parameters[key]) else _joined(f"{path}: {key}", _as_text(value))
+        for key, value in given.items()
+        if key != "options"
+    }
     if table:
         defaults[names["options"]] = [f"{key}={json.dumps(value)}" for key, value in table.items()]
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
@@ -98,6 +103,19 @@ def _key(parameter: Any) -> str:
     """Return an option's key in the file: its long name without dashes; `options` for the table of method options."""
     long = [name for name in parameter.opts if name.startswith("--")]
     return long[0][2:] if long and parameter.name != "options" else str(parameter.name)
+
+
+def _takes_several(parameter: Any) -> bool:
+    return parameter.nargs != 1 or getattr(parameter, "multiple", False)
+
+
+def _joined(where: str, value: Any) -> Any:
+    """Return a list of texts as the one text with commas that the command line takes."""
+    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+        return value
+    if any("," in word for word in value):
+        raise UserError(f"{where} = {value!r}: a text with a comma cannot be in this list; give a file in its place")
+    return ",".join(value)
 
 
 def _as_text(value: Any) -> Any:

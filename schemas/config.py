@@ -13,6 +13,7 @@ from saltern.schemas.rules import Rule, Target
 from saltern.schemas.sizes import Side, shape_of, side_of
 
 _SHOWN = 120  # characters of a value in a message
+_EMBEDDED = "prompts: digest"  # key of the embeddings among the differences
 SCHEMA_VERSION = 1  # of all files in a run's folder
 # run.json keeps these and a resumed run reuses them, as they change last bits. The fingerprint leaves them out.
 PINNED = ("batch_size", "torch_threads", "deterministic")
@@ -135,11 +136,17 @@ class RunConfig:
     def differences(self, other: "RunConfig") -> list[str]:
         """Return one line for each key that differs; the places of weights and checkpoint are not compared."""
         mine, theirs = _with_job_options(self), _with_job_options(other)
+        differing = [
+            key
+            for key in {**mine, **theirs}
+            if key not in ("weights", "checkpoint") and mine.get(key) != theirs.get(key)
+        ]
+        if any(key.startswith("prompts: ") and key != _EMBEDDED for key in differing):
+            differing = [key for key in differing if key != _EMBEDDED]  # other texts have other embeddings
         return [
             f"{key}: {_short(mine.get(key, _STORED.get(key)))} there, "
             f"{_short(theirs.get(key, _STORED.get(key)))} requested"
-            for key in {**mine, **theirs}
-            if key not in ("weights", "checkpoint") and mine.get(key) != theirs.get(key)
+            for key in differing
         ]
 
 
@@ -302,5 +309,6 @@ def _short(value: object) -> str:
 
 def _with_job_options(config: RunConfig) -> dict[str, Any]:
     stored = {**_STORED, **config.to_dict()}
-    stored["prompts"] = config.prompts and config.prompts.marked()
-    return {**stored, **stored.pop("job_options")}
+    del stored["prompts"]
+    texts = config.prompts.marked() if config.prompts else {}
+    return {**stored, **stored.pop("job_options"), **{f"prompts: {key}": value for key, value in texts.items()}}

@@ -63,12 +63,14 @@ class Prompts:
 
 
 def number_of(name: str, names: Sequence[str]) -> int:
-    """Return the number of the class with a name, written in any case. Raises UserError if there is no such class."""
-    if name in names:
-        return names.index(name)
-    same = [number for number, known in enumerate(names) if known.casefold() == name.casefold()]
+    """Return the number of the class with a name, written in any case. Raises UserError if not one class has it."""
+    same = [number for number, known in enumerate(names) if known == name]
+    same = same or [number for number, known in enumerate(names) if known.casefold() == name.casefold()]
     if len(same) == 1:
         return same[0]
+    if same:
+        numbers = ", ".join(map(str, same))
+        raise UserError(f"--target prompt:{name}: the classes {numbers} have this name; give one as class:{same[0]}")
     shown = difflib.get_close_matches(name, names, 3, 0.4) or names[:3]
     more = f" and {len(names) - len(shown)} more" * (len(names) > len(shown))
     raise UserError(f"--target prompt:{name}: no prompt has this name; there are {', '.join(map(repr, shown))}{more}")

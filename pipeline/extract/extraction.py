@@ -146,7 +146,7 @@ class Extraction(Task):
         if self._config.target.kind != "label" or not self._explain.method.needs_target:
             return None
         if label is None:
-            return MISSING_LABEL, _no_label(sample, self._config.classes)
+            return MISSING_LABEL, _no_label(sample, self._config)
         return None if label < self._config.classes else (MISSING_LABEL, _outside(f"{label}", self._config.classes))
 
     def rows(self, shard: Shard, batch: Batch, explained: Explained | None) -> pa.RecordBatch:
@@ -187,13 +187,18 @@ def _model_key(config: ExtractConfig) -> object:
     return config.method if own and config.precision in AUTOCAST else None
 
 
-def _no_label(sample: Sample, classes: int) -> str:
+def _no_label(sample: Sample, config: ExtractConfig) -> str:
     """Return why a sample has no label."""
     text = printable(sample.class_text.decode("utf-8-sig", "replace").strip())
     if sample.given is not None and sample.numbers is not None:
+        if config.prompts is not None:
+            return (
+                f"no prompt is known for class {sample.given}; name it in the classes.json of the shards, among "
+                "--prompts or in the table of --labels"
+            )
         return f"class {sample.given} is not in the table of --labels"
     if re.fullmatch(r"[+-]?[0-9]+", text):
-        return _outside(text, classes)
+        return _outside(text, config.classes)
     ext, _, key = (sample.named.label or "cls").partition(":")
     numbers = [name for name, value in extra(sample).items() if isinstance(value, int) and len(name) < 40]
     other = f"json:{printable(numbers[0])}" if numbers and not key else "EXT, such as txt, or json:KEY"

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from saltern import __version__
 from saltern.pipeline.extract.compilation import choose_compile
 from saltern.pipeline.extract.labels import AUTO, Numbers, choose_labels, numbers_in_order
-from saltern.pipeline.extract.prompts import given_prompts, prompts_of_dataset
+from saltern.pipeline.extract.prompts import choose_prompts
 from saltern.pipeline.extract.tryout import is_proven, try_extract
 from saltern.pipeline.machine import torch_threads
 from saltern.pipeline.masknet.checkpoint import newer_than
@@ -43,8 +43,8 @@ class MethodRequest:
     model: str
     method: str
     weights: str = "DEFAULT"
-    prompts: str | None = None  # texts with commas between them, or a file; None: the dataset's class names
-    templates: Sequence[str] | None = None  # with {} for a prompt, or files of them
+    prompts: str | Sequence[str] | None = None  # texts, also with commas between, or a file; None: the class names
+    templates: str | Sequence[str] | None = None  # with {} for a prompt, or files of them
     layer: str | None = None
     options: dict[str, Any] = field(default_factory=dict)  # of the method
     resize: int | None = None
@@ -93,20 +93,13 @@ def find_inputs(request: MethodRequest, existing: Run | None) -> Inputs:
         existing: the run in the folder; its embeddings are used if its prompts and its weights are the requested ones.
     """
     shards, hints = wanted_shards(request)
-    prompts, own_names = given_prompts(request.prompts, request.templates or ()), False
-    if prompts is None and needs_prompts(request.model):
-        prompts, said = prompts_of_dataset(shards, request.templates or (), request.model)
-        hints, own_names = [*hints, *said], True
-    if prompts is not None and len(prompts.names) == 1:
-        hints = [*hints, "prompts: one class, whose score is 1 for every image; give others to compare it with"]
-    if prompts is None and request.templates:
-        raise UserError(f"--template has no effect on {request.model}, which takes no prompts; leave it out")
+    prompts, own_names, said = choose_prompts(request.prompts, request.templates or (), shards, request.model)
     held = existing.config.prompts if existing else None
     same = held if held is not None and prompts is not None and held.same_texts(prompts) else None
     classifier = load_classifier(request.model, request.weights, request.seed, request.crop, same or prompts)
     if same and existing and classifier.digest != existing.config.weights_digest:  # another model's embeddings
         classifier = load_classifier(request.model, request.weights, request.seed, request.crop, prompts)
-    return Inputs(shards, hints, classifier, own_names)
+    return Inputs(shards, [*hints, *said], classifier, own_names)
 
 
 def resolve(
@@ -199,10 +192,13 @@ def _labels(
         return existing.config.labels, []
     if request.labels == AUTO and inputs.own_names:
         return numbers_in_order(inputs.shards), []
-    needed = needed and find(request.method).needs_target
-    fix = "explain the model's own choice with --target top1, "
+    needed, prompts = needed and find(request.method).needs_target, inputs.classifier.prompts
     names, classes = inputs.classifier.class_names, inputs.classifier.classes
-    return choose_labels(request.labels, inputs.shards, names, classes, needed=needed, fix=fix)
+    fix = "explain the model's own choice with --target top1, "
+    if prompts is not None and needs_prompts(request.model):
+        fix = f"leave out --prompts, whose default are the dataset's classes, {fix}"
+    labels, said = choose_labels(request.labels, inputs.shards, names, classes, needed=needed, fix=fix)
+    return labels, said if labels or not prompts else []  # prompts need not be the dataset's classes
 
 
 def wanted_shards(request: MethodRequest) -> tuple[list[Shard], list[str]]:

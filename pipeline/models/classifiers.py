@@ -111,7 +111,9 @@ class _Loaded:
 def _of_texts(name: str, loaded: _Loaded, prompts: Prompts | None) -> Classifier:
     """Return the classifier of a model that compares images with texts. Its digest covers both towers."""
     if prompts is None:
-        raise UserError(f"{name} compares images with texts, and has no classes: a command with --prompts can use it")
+        raise UserError(
+            f"{name} compares images with texts, and has no classes: give --prompts to a command that has it"
+        )
     model, prompts = with_prompts(loaded.model, prompts, name)
     names = list(prompts.names)
     return Classifier(model.eval(), loaded.preset, digest(loaded.model), len(names), names, prompts)

@@ -150,7 +150,7 @@ def test_one_prompt_is_enough(model: str, shards: Path, tmp_path: Path, capsys: 
         ),
         ('["dog", "cat"]', "p.json", {"dog": ["dog"], "cat": ["cat"]}),
         ('{"dog": "a dog", "cat": ["a cat", "a kitten"]}', "p.json", {"dog": ["a dog"], "cat": ["a cat", "a kitten"]}),
-        ('{"1": "dog", "0": "cat"}', "classes.json", {"cat": ["cat"], "dog": ["dog"]}),
+        ('{"7": "seven", "3": ["three", "a 3"]}', "p.json", {"7": ["seven"], "3": ["three", "a 3"]}),
     ],
 )
 def test_files_of_prompts(content: str, name: str, expected: dict[str, list[str]], tmp_path: Path) -> None:
@@ -176,7 +176,10 @@ def test_files_of_prompts(content: str, name: str, expected: dict[str, list[str]
             r"--target prompt:dag: no prompt has this name; there are 'dog'",
         ),
         ({"model": "making:tiny", "layer": "body", "prompts": "dog"}, "--prompts: making:tiny has classes of its own"),
-        ({"model": "making:tiny", "layer": "body", "templates": ["a {}"]}, "--template has no effect on making:tiny"),
+        (
+            {"model": "making:tiny", "layer": "body", "templates": ["a {}"]},
+            "--template needs --prompts and a model of images",
+        ),
         ({"model": "making:tiny", "layer": "body", "target": "prompt:dog"}, "needs a model of images and texts"),
     ],
 )

@@ -165,5 +165,5 @@ def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path, monkeypatch: 
         with pytest.raises(UserError, match=said) as refusal:
             load(model, weights, prompts=PROMPTS)
         assert "\n" not in str(refusal.value)
-    with pytest.raises(UserError, match="has no classes: a command with --prompts can use it"):
+    with pytest.raises(UserError, match="has no classes: give --prompts"):
         load(name, "none")
