@@ -6,9 +6,10 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from naive_relevance import STARTS, Naive
+from naive_relevance import Naive
 from networks import randomise
 from references import agree
+from relevance_starts import STARTS
 from torch import nn
 from torch.nn import functional as F
 

@@ -5,8 +5,9 @@ import copy
 import detached
 import pytest
 import torch
-from naive_relevance import STARTS, Naive
+from naive_relevance import Naive
 from references import agree
+from relevance_starts import STARTS
 from small_transformers import small
 from torch import nn
 from zennit.attribution import Gradient
