@@ -44,8 +44,9 @@ def evaluate(
     shards could not be read.
     """
     from saltern.pipeline.engine.conduct import RunOptions
+    from saltern.pipeline.engine.derived import StoppedError
     from saltern.pipeline.metrics import table
-    from saltern.pipeline.metrics.evaluate import EvaluateRequest, StoppedError, named
+    from saltern.pipeline.metrics.evaluate import EvaluateRequest, named
     from saltern.pipeline.metrics.evaluate import evaluate as measure
 
     # If the shell expands a glob, `--shards` takes the first path and the others come as arguments.

@@ -45,10 +45,10 @@ def layers(
     A repeated command computes only what is missing. Writes layers.json, layers.md and layers.png in DIR.
     """
     from saltern.pipeline.engine.conduct import RunOptions
+    from saltern.pipeline.engine.derived import StoppedError
     from saltern.pipeline.extract.request import ExtractRequest
     from saltern.pipeline.layerwise.compare import LayersRequest, compare_layers
     from saltern.pipeline.layerwise.report import as_markdown
-    from saltern.pipeline.metrics.evaluate import StoppedError
     from saltern.pipeline.metrics.table import remarks
 
     names = [name.strip() for name in layers.split(",")]

@@ -59,9 +59,10 @@ def leaderboard(
     code is 1 if shards could not be read.
     """
     from saltern.pipeline.engine.conduct import RunOptions
+    from saltern.pipeline.engine.derived import StoppedError
     from saltern.pipeline.extract.request import ExtractRequest
     from saltern.pipeline.leaderboard.board import make_leaderboard
-    from saltern.pipeline.metrics.evaluate import EvaluateRequest, StoppedError
+    from saltern.pipeline.metrics.evaluate import EvaluateRequest
     from saltern.pipeline.metrics.table import remarks
 
     request = collect(ExtractRequest, ctx)

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from saltern.pipeline.engine.conduct import RunOptions, conduct
+from saltern.pipeline.engine.derived import StoppedError
 from saltern.pipeline.extract.extraction import extraction
 from saltern.pipeline.extract.request import ExtractRequest
 from saltern.pipeline.extract.several import each_method
 from saltern.pipeline.leaderboard.page import board_page
-from saltern.pipeline.metrics.evaluate import EvaluateRequest, Evaluation, StoppedError, evaluate
+from saltern.pipeline.metrics.evaluate import EvaluateRequest, Evaluation, evaluate
 from saltern.pipeline.metrics.table import as_json, as_markdown, remarks
 from saltern.pipeline.metrics.wanted import same_samples
 from saltern.pipeline.runs.reader import SaliencyRun, open_run

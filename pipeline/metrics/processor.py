@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -11,40 +11,26 @@ import torch
 from torch import Tensor
 
 from saltern.pipeline.device import arithmetic, faults
+from saltern.pipeline.engine.derived import Source, read_digest
 from saltern.pipeline.metrics.control_rows import control_rows
 from saltern.pipeline.metrics.family import Batch, Family
 from saltern.pipeline.runs.columns import Record, from_records
 from saltern.pipeline.runs.datafile import data_schema
-from saltern.pipeline.runs.manifest import receipt_name
 from saltern.pipeline.runs.measured import is_of
 from saltern.pipeline.runs.outlet import Made, Outlet, Spec, Tally
-from saltern.pipeline.runs.reader import Row, SaliencyRun
+from saltern.pipeline.runs.reader import Row
 from saltern.pipeline.shards.decoder import Decoder, make_decoder
 from saltern.pipeline.shards.prefetch import prefetch
 from saltern.pipeline.shards.samples import Sample, content_of, fold
-from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import EvaluateConfig, ExtractConfig
 from saltern.schemas.errors import ShardError
 from saltern.schemas.evaluation import CONTROLS, FOUND
 from saltern.schemas.receipt import Receipt
-from saltern.schemas.run import Run, Shard
+from saltern.schemas.run import Shard
 from saltern.schemas.saliency import OK
 
 _AHEAD = 2  # batches that are decoded before they are needed
 _THREADS = 16  # that decode, at most
-
-
-@dataclass(frozen=True)
-class Source:
-    """The run that is judged. It travels to the workers."""
-
-    path: str
-    run: Run  # without its shards
-    trusted: frozenset[str]  # shards whose tars the user named
-
-    def open(self) -> SaliencyRun:
-        """Open the run for reading single shards."""
-        return SaliencyRun(self.path, Store(self.path), self.run, {}, self.trusted)
 
 
 class MetricProcessor:
@@ -80,7 +66,7 @@ class MetricProcessor:
             OSError: an error of the environment, worth a retry.
             OutputError: the folder accepts no more data.
         """
-        digest = self._digest(shard)
+        digest = read_digest(self._run, shard)
         if earlier is not None and is_of(earlier, digest):
             read = content_of(self._run.tar(shard), named=self._run.config.members, more=self._family.members)
             if read is not None and earlier.content is not None and earlier.content.endswith(read):
@@ -100,14 +86,6 @@ class MetricProcessor:
     def _begin(self) -> None:
         """Set torch's threads, which it keeps for each calling thread."""
         torch.set_num_threads(self._config.torch_threads)
-
-    def _digest(self, shard: Shard) -> str:
-        """Return the digest of the run's data file of a shard, which the run's receipt has."""
-        raw = self._run.store.read(receipt_name(shard.name))
-        try:
-            return Receipt.from_json(raw or b"", sealed=self._run.run.sealed).digest
-        except ValueError as error:
-            raise ShardError(f"{self._run.path}: the receipt of {shard.name} is gone or damaged ({error})") from error
 
     def _process(self, shard: Shard, digest: str) -> Made:
         tally, content = Tally(), 0

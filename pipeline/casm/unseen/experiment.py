@@ -16,11 +16,12 @@ from saltern.pipeline.casm.training.plan import make_plan
 from saltern.pipeline.casm.training.train import TrainRequest, print_to_stderr, train
 from saltern.pipeline.casm.unseen.split import SUBSETS, Split, check_val, make_split
 from saltern.pipeline.engine.conduct import RunOptions
+from saltern.pipeline.engine.derived import StoppedError
 from saltern.pipeline.extract.extraction import extract
 from saltern.pipeline.machine import pick_device
 from saltern.pipeline.masknet.checkpoint import Checkpoints
 from saltern.pipeline.metrics.estimate import read_subjects
-from saltern.pipeline.metrics.evaluate import EvaluateRequest, StoppedError, evaluate
+from saltern.pipeline.metrics.evaluate import EvaluateRequest, evaluate
 from saltern.pipeline.metrics.mean import Mean
 from saltern.pipeline.naming import brief
 from saltern.pipeline.storage.files import write

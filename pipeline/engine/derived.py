@@ -1,0 +1,128 @@
+"""Jobs over the shards of a run, whose results derive from its data files and can be made again."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from saltern.pipeline.engine.conduct import Job, RunOptions, RunResult, conduct
+from saltern.pipeline.runs.manifest import load_run, read_receipts, receipt_name
+from saltern.pipeline.runs.measured import is_of
+from saltern.pipeline.runs.reader import SaliencyRun
+from saltern.pipeline.storage.store import Store
+from saltern.schemas.errors import ShardError, UserError
+from saltern.schemas.receipt import Receipt
+from saltern.schemas.run import Run, Shard
+
+
+class StoppedError(Exception):
+    """The engine stopped before the end: interrupted, or without its device or its folder. The same command goes on."""
+
+    def __init__(self, result: RunResult):
+        super().__init__(result.path)
+        self.result = result
+
+
+@dataclass(frozen=True)
+class Source:
+    """The run that a job reads. It travels to the workers."""
+
+    path: str
+    run: Run  # without its shards
+    trusted: frozenset[str]  # shards whose tars the user named
+
+    @classmethod
+    def of(cls, run: SaliencyRun) -> "Source":
+        """Return the source of an open run."""
+        return cls(run.path, replace(run.run, shards=[]), run.given)
+
+    def open(self) -> SaliencyRun:
+        """Open the run for reading single shards."""
+        return SaliencyRun(self.path, Store(self.path), self.run, {}, self.trusted)
+
+
+def read_digest(run: SaliencyRun, shard: Shard) -> str:
+    """Return the digest of the run's data file of a shard, which the run's receipt has. Raises ShardError."""
+    raw = run.store.read(receipt_name(shard.name))
+    try:
+        return Receipt.from_json(raw or b"", sealed=run.run.sealed).digest
+    except ValueError as error:
+        raise ShardError(f"{run.path}: the receipt of {shard.name} is gone or damaged ({error})") from error
+
+
+def derive(
+    run: SaliencyRun, root: str, job: Job, shards: Sequence[Shard], options: RunOptions
+) -> tuple[list[Shard], dict[str, str]]:
+    """Run a job over shards of a run, or resume it. Results of data files that the run has replaced are made again.
+
+    Args:
+        run: whose data files the job reads.
+        root: folder or URL of the results.
+        job: its receipts have the content of `runs.measured.is_of`, and as many samples as the shard that was read.
+        shards: of the run, as the job's plan has them.
+        options: of the execution; `out` is not used.
+
+    Returns:
+        The shards that are done; those that could not be read, with the reason.
+
+    Raises:
+        UserError: the results cannot be written, or are damaged; or as the job.
+        StoppedError: the engine stopped before the end; finished shards are kept.
+    """
+    store = Store(root)
+    with writing(root):
+        overwrite = _prepare(store, job.plan, run)
+    # Only results go to stdout.
+    with contextlib.redirect_stdout(sys.stderr):
+        result = conduct(job, replace(options, out=root, overwrite=overwrite))
+    if result.code not in (0, 1) or result.done + len(result.failures) < result.shards:
+        raise StoppedError(result)
+    receipts = read_receipts(store, job.plan(load_run(store), "cpu", 1)[0])
+    return [shard for shard in shards if shard.name in receipts], result.failures
+
+
+@contextlib.contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Raise UserError for an error of the folder of the results."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: the results cannot be written there: {error}") from error
+
+
+def _prepare(store: Store, plan: Callable[[Run | None, str, int], tuple[Run, list[str]]], source: SaliencyRun) -> bool:
+    """Forget results that do not hold any more.
+
+    Returns:
+        Whether the results that are there are of another config, and are to be replaced.
+    """
+    existing = _existing(store)
+    made = {shard.name: receipt for shard, receipt in zip(source.shards, source.receipts, strict=True)}
+    if existing is None:
+        # Older versions wrote a file for each shard here.
+        store.remove(name for name in store.listing("", ".parquet") if name.removesuffix(".parquet") in made)
+        return False
+    run = plan(existing, "cpu", 1)[0]
+    if existing.config.differences(run.config):
+        return True
+    if existing.shards != run.shards:  # others of the run's, or at other places
+        store.write("run.json", run.to_json())
+    store.remove(_outdated(run.shards, read_receipts(store, run), made))
+    return False
+
+
+def _existing(store: Store) -> Run | None:
+    """Return the run in the folder. Raise UserError, with the fix, if it cannot be read."""
+    try:
+        return load_run(store)
+    except UserError as error:
+        raise UserError(f"{error}; remove {store.full('')} and repeat the command: it is made again") from error
+
+
+def _outdated(shards: Sequence[Shard], receipts: Mapping[str, Receipt], made: Mapping[str, Receipt]) -> Iterator[str]:
+    """Yield the names of receipts of data files that the run has replaced, or of another number of samples."""
+    for shard in shards:
+        receipt, own = receipts.get(shard.name), made[shard.name]
+        samples = own.samples if shard.take is None else min(own.samples, shard.take)
+        if receipt is not None and not (is_of(receipt, own.digest) and receipt.samples == samples):
+            yield receipt_name(shard.name)

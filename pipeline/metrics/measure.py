@@ -1,0 +1,86 @@
+"""Measure shards of a run by one family of metrics, in a resumable job of the engine."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from saltern.pipeline.engine.conduct import Job, RunOptions
+from saltern.pipeline.engine.derived import Source, derive
+from saltern.pipeline.extract.request import Pinned, new_run, pin
+from saltern.pipeline.metrics.family import Family
+from saltern.pipeline.metrics.processor import MetricProcessor
+from saltern.pipeline.runs.reader import SaliencyRun
+from saltern.pipeline.storage.store import Store
+from saltern.schemas.config import EvaluateConfig
+from saltern.schemas.evaluation import evaluation_schema
+from saltern.schemas.run import Run, Shard
+
+
+class Measuring(Pinned, Protocol):
+    """A request's settings of the arithmetic."""
+
+    @property
+    def precision(self) -> str: ...
+
+
+def measure(
+    run: SaliencyRun,
+    family: type[Family],
+    shards: Sequence[Shard],
+    request: Measuring,
+    options: RunOptions,
+    *,
+    controls: bool = False,
+    **more: Any,
+) -> tuple[Store, list[Shard], dict[str, str]]:
+    """Measure shards of a run by a family. Writes RUN/metrics/FAMILY/, or RUN/metrics/FAMILY-controls/.
+
+    Args:
+        run: that is judged.
+        family: of metrics.
+        shards: of the run.
+        request: precision and the pinned settings.
+        options: of the execution; `out` is not used.
+        controls: judge the controls instead of the run's maps.
+        more: further fields of the evaluation's config, as `classifiers`.
+
+    Returns:
+        The store of the results; the shards that are done; those that could not be read, with the reason.
+
+    Raises:
+        UserError, StoppedError: as `engine.derived.derive`.
+    """
+    root = f"{run.path.rstrip('/')}/metrics/{family.name}{'-controls' * controls}"
+    plan = partial(_plan, run, family, shards, request, {"controls": controls, **more})
+    job = Job(plan, partial(MetricProcessor, source=Source.of(run), family=family))
+    return Store(root), *derive(run, root, job, shards, options)
+
+
+def _plan(
+    run: SaliencyRun,
+    family: type[Family],
+    shards: Sequence[Shard],
+    request: Measuring,
+    more: dict[str, Any],
+    existing: Run | None,
+    device: str,
+    workers: int,
+) -> tuple[Run, list[str]]:
+    """Return the evaluation as a run over the same shards, with the judged run's model."""
+    config = run.config
+    made = EvaluateConfig(
+        model=config.model,
+        weights=config.weights,
+        weights_digest=config.weights_digest,
+        classes=config.classes,
+        prompts=config.prompts,
+        preprocess=config.preprocess,
+        precision=request.precision if family.runs_network else "fp32",
+        seed=config.seed,
+        family=family.name,
+        source=run.run.fingerprint,
+        columns=tuple(evaluation_schema(family.name).names),
+        **more,
+        **pin(request, existing, device, workers),
+    )
+    return new_run(made, list(shards), run.run.class_names), []
