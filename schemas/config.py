@@ -257,12 +257,17 @@ class EvaluateConfig(RunConfig):
     controls: bool  # judge the controls instead of the run's maps
     columns: tuple[str, ...]  # of the data files: a version with other columns measures again
     classifiers: tuple[ClassifierConfig, ...] = ()  # besides the run's own, in the order of the columns' values
+    stages: int = 0  # of the family `sanity`: steps in which the layers become random; 0 = one for each layer
 
     def _to_stored(self) -> dict[str, Any]:
         options = {name: getattr(self, name) for name in ("family", "source", "controls")}
         options["columns"] = list(self.columns)
         further = [{**asdict(one), "mean": list(one.mean), "std": list(one.std)} for one in self.classifiers]
-        return {"job_options": {**options, **({"classifiers": further} if further else {})}}
+        added = {
+            "classifiers": further,
+            "stages": self.stages,
+        }  # only where they are used: others keep their fingerprint
+        return {"job_options": options | {name: value for name, value in added.items() if value}}
 
     @classmethod
     def _from_stored(cls, stored: Mapping[str, Any]) -> dict[str, Any]:

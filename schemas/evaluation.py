@@ -16,6 +16,7 @@ MISSING, UNREADABLE = (NO_BOXES, NO_MASK), (BAD_BOXES, BAD_MASK)  # such samples
 
 HIT_BYTES = 128  # of the column box_hits
 PIXEL_BINS = 1002  # of the column pixel_counts
+SANITY = "sanity"  # the family of `saltern sanity`
 
 _IDENTITY = [
     pa.field("key", pa.string(), nullable=False),
@@ -62,6 +63,14 @@ FIELDS: dict[str, list[pa.Field]] = {
     # its top-1 is the label; null without a label or a mask
     "masked": [pa.field(name, pa.list_(pa.bool_())) for name in ("whole", "masked_in", "masked_out", "inpainted")],
     "confidence": _floats("average_drop", "increase", "rho_plus", "rho_minus"),
+    # Of `saltern sanity` (pipeline/metrics/sanity/cascade.py); null if the row has no map. A value for each stage: the
+    # last layer that is random, similarities to the map of the trained model, bits, whether the map is constant
+    SANITY: [
+        *_floats("entropy_before"),  # bits, of the map of the trained model
+        pa.field("layers", pa.list_(pa.string())),
+        *[pa.field(name, pa.list_(pa.float32())) for name in ("spearman", "absolute", "ssim", "entropy")],
+        pa.field("constant", pa.list_(pa.bool_())),
+    ],
 }
 
 

@@ -50,6 +50,15 @@ def read_digest(run: SaliencyRun, shard: Shard) -> str:
         raise ShardError(f"{run.path}: the receipt of {shard.name} is gone or damaged ({error})") from error
 
 
+@contextlib.contextmanager
+def reading_tar(shard: Shard) -> Iterator[None]:
+    """Raise ShardError, with the fix, if the shard's tar is gone. Other errors of the environment are worth a retry."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ShardError(f"{shard.url} is gone; if the tars were moved, name them with --shards") from error
+
+
 def derive(
     run: SaliencyRun, root: str, job: Job, shards: Sequence[Shard], options: RunOptions
 ) -> tuple[list[Shard], dict[str, str]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saltern.pipeline.device import arithmetic, faults
-from saltern.pipeline.engine.derived import Source, read_digest
+from saltern.pipeline.engine.derived import Source, read_digest, reading_tar
 from saltern.pipeline.metrics.control_rows import control_rows
 from saltern.pipeline.metrics.family import Batch, Family
 from saltern.pipeline.runs.columns import Record, from_records
@@ -68,7 +68,8 @@ class MetricProcessor:
         """
         digest = read_digest(self._run, shard)
         if earlier is not None and is_of(earlier, digest):
-            read = content_of(self._run.tar(shard), named=self._run.config.members, more=self._family.members)
+            with reading_tar(shard):
+                read = content_of(self._run.tar(shard), named=self._run.config.members, more=self._family.members)
             if read is not None and earlier.content is not None and earlier.content.endswith(read):
                 return Made(replace(earlier, mtime_ns=shard.mtime_ns), {})
         self.images[shard.name] = 0
@@ -115,11 +116,15 @@ class MetricProcessor:
     def _joined(self, shard: Shard) -> Iterator[Batch]:
         """Yield batches of the run's rows, decoded. Runs in a thread ahead of the rest."""
         pairs = self._run.joined(shard, self._family.members)
-        while some := list(islice(pairs, self._config.batch_size)):
+        while some := self._next(shard, pairs):
             samples, rows = [sample for sample, _ in some], [own[0] for _, own in some]
             pixels_MHWC = self._pixels([sample for sample, row in zip(samples, rows, strict=True) if seen(row)])
             batch = Batch(FOUND, samples, rows, pixels_MHWC)
             yield batch if self._config.controls else self._begun(batch)
+
+    def _next(self, shard: Shard, pairs: Iterator[tuple[Sample, list[Row]]]) -> list[tuple[Sample, list[Row]]]:
+        with reading_tar(shard):
+            return list(islice(pairs, self._config.batch_size))
 
     def _begun(self, batch: Batch) -> Batch:
         return replace(batch, begun=self._family.begin(batch, self._threads))

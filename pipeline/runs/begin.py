@@ -18,15 +18,15 @@ from saltern.pipeline.runs.manifest import (
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import ATTACK, VISUALIZE
 from saltern.schemas.errors import UserError
-from saltern.schemas.metrics import METRICS
+from saltern.schemas.evaluation import FIELDS
 from saltern.schemas.receipt import Failure, Receipt
 from saltern.schemas.run import Run, Shard, classes_of, same_time
 
 WRITTEN = ("data", "receipts", "failures", "metrics", "pictures")  # folders of a run
 # A family of metrics is a run in a folder of its name; its summary and plot are files of that name.
-_FAMILY = "|".join(METRICS)
+_FAMILY = "|".join(FIELDS)
 _METRIC = re.compile(rf"^metrics/({_FAMILY})(-controls)?/(?=(data|receipts|failures)/|run\.json$)")
-_SUMMARY = re.compile(rf"metrics/({_FAMILY}|sanity)\.(json|png)")
+_SUMMARY = re.compile(rf"metrics/({_FAMILY})\.(json|png)")
 _SHEETS = {ATTACK: {"attack.png"}, VISUALIZE: {"pictures.png"}}
 
 

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from itertools import groupby, zip_longest
+from itertools import groupby, islice, zip_longest
 from typing import Any
 
 import numpy as np
@@ -205,14 +205,14 @@ class SaliencyRun:
         """Yield each sample of one shard's tar with its rows.
 
         Args:
-            shard: one of the run's.
+            shard: one of the run's; with `take`, its first samples.
             more: extensions of further members to read, besides those of the run.
 
         Raises:
             ShardError: tar and data file do not hold the same samples; or as read_samples does.
             OSError: the tar cannot be read.
         """
-        rows = groupby(self.read(shard), lambda row: row.index)
+        rows = islice(groupby(self.read(shard), lambda row: row.index), shard.take)
         samples = read_samples(self.tar(shard), named=self.config.members, more=more)
         for sample, group in zip_longest(samples, (list(group) for _, group in rows)):
             if sample is None or group is None or (sample.index, sample.key) != (group[0].index, group[0].key):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from saltern.pipeline.maps.discretize import upsample
 from saltern.pipeline.methods import Method
 from saltern.pipeline.metrics.faithfulness.statistics import map_statistics
-from saltern.pipeline.metrics.sanity.randomise import layers_from_the_logits, randomised
+from saltern.pipeline.metrics.sanity.randomise import Randomised
 from saltern.pipeline.metrics.sanity.similarity import spearman, ssim
 
 
@@ -44,10 +44,8 @@ def cascade(
     build_method: Callable[[nn.Module], Method],
     x_BCHW: Tensor,
     target_B: Tensor | None,
-    *,
+    randomised: Randomised,
     seed_B: Tensor | None = None,
-    seed: int = 0,
-    stages: int | None = None,
 ) -> Cascade:
     """Compare the maps of a model with those of its randomised copies, at the network's input.
 
@@ -58,16 +56,14 @@ def cascade(
         build_method: returns the method on a model: `lambda model: methods.build(name, model, **options)`.
         x_BCHW: normalised images, on the model's device.
         target_B: int64, the class to explain; None: the model's top-1.
+        randomised: copies of the model, the same for every batch.
         seed_B: int64, of each sample's noise, for methods that draw any.
-        seed: of the random weights, which are the same for every batch.
-        stages: as for `randomised`.
     """
-    side = (x_BCHW.shape[2], x_BCHW.shape[3])
     with build_method(model) as method:
         map_BHW = _map(method, x_BCHW, target_B, seed_B)
         target_B = method.last.target_B
     found = []
-    for name, changed in randomised(model, layers_from_the_logits(model, side), seed=seed, stages=stages):
+    for name, changed in randomised:
         with build_method(changed) as method:
             found.append(_compare(name, map_BHW, _map(method, x_BCHW, target_B, seed_B)))
     return Cascade(map_statistics(map_BHW).entropy_B, found)

@@ -26,9 +26,8 @@ def plot(curves: Curves, title: str) -> bytes:
     FigureCanvasAgg(figure)
     panel = figure.subplots()
     at_P = np.arange(len(curves.layers) + 1)
-    signed = not np.array_equal(curves.values("spearman"), curves.values("absolute"))
     for name, (label, colour) in _CURVES.items():
-        if name == "spearman" and not signed:
+        if name == "spearman" and not curves.signed:
             continue  # the same curve as that of absolute maps
         found = curves.stages(name)
         value_P, around_P = (
@@ -43,7 +42,7 @@ def plot(curves: Curves, title: str) -> bytes:
     panel.set_xticks(at_P[::every], ["trained", *curves.layers][::every], rotation=60, ha="right", fontsize=8)
     panel.set_xlabel("layers that are random: those up to")
     panel.set_ylabel("similarity to the map of the trained model")
-    panel.set_title(f"{title}: {curves.verdict()}, area {curves.area()}, {curves.images} images", fontsize=10)
+    panel.set_title(f"{title}: {curves.verdict()}, area {curves.figure('area')}, {curves.images} images", fontsize=10)
     panel.legend(fontsize=8)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")

@@ -1,34 +1,46 @@
-"""Judge the sanity of a run's method by the first images of its shards, and keep the results in RUN/metrics.
-
-Shape suffixes: B batch, C H W the network's input.
-"""
+"""Judge the sanity of a run's method by images of its shards, and keep the results in RUN/metrics."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from saltern.pipeline.extract.extraction import build_method, load_method
-from saltern.pipeline.machine import pick_device
-from saltern.pipeline.methods import Method
-from saltern.pipeline.metrics.controls import sample_seeds
+from saltern.pipeline.engine.conduct import RunOptions
+from saltern.pipeline.engine.derived import writing
+from saltern.pipeline.metrics.estimate import read_subjects
+from saltern.pipeline.metrics.measure import measure
 from saltern.pipeline.metrics.sanity.adversarial import judge_attacks
-from saltern.pipeline.metrics.sanity.cascade import cascade
+from saltern.pipeline.metrics.sanity.family import MAPPED, SanityFamily
 from saltern.pipeline.metrics.sanity.plot import plot
-from saltern.pipeline.metrics.sanity.verdict import Curves, lines
+from saltern.pipeline.metrics.sanity.verdict import COLUMNS, Curves, lines
+from saltern.pipeline.runs.datafile import reading_data
 from saltern.pipeline.runs.manifest import load_run_folder
-from saltern.pipeline.runs.reader import Row, SaliencyRun, open_run
-from saltern.pipeline.shards.decode import DecodeError, decode
-from saltern.schemas.config import ATTACK, ExtractConfig
+from saltern.pipeline.runs.reader import SaliencyRun, open_run
+from saltern.pipeline.storage.store import Store
+from saltern.schemas.config import ATTACK
 from saltern.schemas.errors import ShardError, UserError
-from saltern.schemas.saliency import OK, ZERO_MAP
+from saltern.schemas.evaluation import SANITY
+from saltern.schemas.run import Shard
 
-SUMMARY, PICTURE = "metrics/sanity.json", "metrics/sanity.png"
+SUMMARY, PICTURE = f"metrics/{SANITY}.json", f"metrics/{SANITY}.png"
+
+
+@dataclass(frozen=True)
+class SanityRequest:
+    """Options of `sanity`. None = the existing results' value, or the default."""
+
+    run: str  # folder or URL
+    images: int  # the first of the run that have a map
+    stages: int | None = None  # in which the layers become random, in equal groups; 1: all at once; None: one a layer
+    shards: Sequence[str] = ()  # where tars of the run are now, if they were moved; others are not used
+    batch_size: int | None = None
+    torch_threads: int | None = None
+    deterministic: bool | None = None
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -37,95 +49,95 @@ class Sanity:
 
     summary: dict[str, Any]
     lines: list[str]
+    unread: dict[str, str] = field(default_factory=dict)  # shard -> reason
 
 
-def sanity(
-    path: str,
-    images: int,
-    *,
-    stages: int | None = None,
-    patterns: Sequence[str] = (),
-    device: str = "auto",
-    batch_size: int = 16,
-) -> Sanity:
+def sanity(request: SanityRequest, options: RunOptions) -> Sanity:
     """Judge the method of an extraction by cascading randomisation, that of an attack by the pixels that it changes.
 
-    Writes RUN/metrics/sanity.json and, for an extraction, RUN/metrics/sanity.png. A stage has one pass of the method
-    over each image; all are in float32.
+    Writes RUN/metrics/sanity.json. For an extraction it is a resumable job of the engine, which writes a row for each
+    image in RUN/metrics/sanity/ (schemas.evaluation), and the plot RUN/metrics/sanity.png. A stage has one pass of the
+    method over each image; all are in float32. Shards that cannot be read are skipped and listed.
 
     Args:
-        path: the run's folder or URL.
-        images: number of images, the first of the run that have a map.
-        stages: steps of the cascade, in equal groups of layers; 1: only full randomisation; None: a step a layer.
-        patterns: where the run's shards are now, if they were moved.
-        device: auto | cpu | cuda.
-        batch_size: images of a pass.
+        request: the run, the images and the stages.
+        options: of the execution; `out` is not used.
 
     Raises:
-        UserError: no run, no image with a map, a shard that cannot be read, or a method that runs another network.
+        UserError: no run, no image with a map, or a method that runs another network.
+        StoppedError: the engine stopped before the end; finished shards are kept.
     """
+    path = request.run
     store, run = load_run_folder(path)
     config = run.config.to_dict()
     head = {name: config[name] for name in ("model", "method", "layer", "options")}
     head = {"run": path, "fingerprint": run.fingerprint, **head}
     if run.config.job == ATTACK:
-        attacked = judge_attacks(store, run, images)
+        attacked = judge_attacks(store, run, request.images)
         found = Sanity({**head, "adversarial": attacked.summary()}, attacked.lines())
     else:
-        curves = _cascades(open_run(path, patterns), images, stages, torch.device(pick_device(device)), batch_size)
-        found = Sanity({**head, "seed": config["seed"], **curves.summary()}, list(lines(curves)))
-        store.write(PICTURE, plot(curves, f"{config['method']} of {config['model']}"))
-    store.write(SUMMARY, json.dumps(found.summary, indent=1).encode())
+        curves, unread = _cascades(open_run(path, request.shards), request, options)
+        summary = {**head, "seed": config["seed"], "unread_shards": unread, **curves.summary()}
+        found = Sanity(summary, list(lines(curves)), unread)
+        with writing(path):
+            store.write(PICTURE, plot(curves, f"{config['method']} of {config['model']}"))
+    with writing(path):
+        store.write(SUMMARY, json.dumps(found.summary, indent=1).encode())
     return found
 
 
-def _build(config: ExtractConfig, device: torch.device) -> tuple[nn.Module, Callable[[nn.Module], Method]]:
-    """Return the run's model, and the function that builds its method on a model."""
-    model, method = load_method(config, device)
-    apart = all(network is not model for network in method.networks())
-    method.close()
-    if apart:
-        raise UserError(f"the maps of {config.method} come from a network of its own, not from {config.model}")
-
-    return model, partial(build_method, config)
-
-
-def _cascades(run: SaliencyRun, images: int, stages: int | None, device: torch.device, batch_size: int) -> Curves:
-    config = run.config
-    model, build = _build(config, device)
-    curves, chosen = Curves(), islice(_images(run), images)
-    while batch := list(islice(chosen, batch_size)):
-        rows = [row for row, _ in batch]
-        targets = [row.target for row in rows if row.target is not None]
-        curves.add(
-            cascade(
-                model,
-                build,
-                _normalised(torch.stack([pixels for _, pixels in batch]), config, device),
-                torch.tensor(targets, device=device) if len(targets) == len(rows) else None,
-                seed_B=sample_seeds(config.seed, [row.key for row in rows]).to(device),
-                seed=config.seed,
-                stages=stages,
-            )
-        )
-    if not curves.images:
+def _cascades(run: SaliencyRun, request: SanityRequest, options: RunOptions) -> tuple[Curves, dict[str, str]]:
+    """Measure the first images that have a map. Returns their sums, and the shards that could not be read."""
+    there = [shard for shard in run.shards if not request.shards or shard.name in run.given]
+    shards = _first_mapped(run, there, request.images)
+    if not shards:
         raise UserError(f"{run.path} has no image with a map; `saltern status {run.path}` says why")
+    store, done, unread = measure(run, SanityFamily, shards, request, options, stages=request.stages or 0)
+    curves = _read_curves(store, done)
+    if not curves.images:
+        name, why = next(iter(unread.items()), (run.path, "its shards have no image with a map"))
+        raise UserError(f"no image could be judged: {name}: {why}")
+    return curves, unread
+
+
+def _first_mapped(run: SaliencyRun, shards: Sequence[Shard], images: int) -> list[Shard]:
+    """Return the shards that hold the first images with a map; of the last one, its first samples only."""
+    wanted: list[Shard] = []
+    for shard in shards:
+        try:
+            mapped_N = _mapped(run, shard)
+        except ShardError:
+            wanted.append(shard)  # the engine names it
+            continue
+        if len(mapped_N) >= images:
+            return [*wanted, replace(shard, take=int(mapped_N[images - 1]) + 1)]
+        if len(mapped_N):
+            wanted.append(shard)
+        images -= len(mapped_N)
+    return wanted
+
+
+def _mapped(run: SaliencyRun, shard: Shard) -> NDArray[np.int64]:
+    """Return the indices of the samples whose first row has a map."""
+    with reading_data(run.store, run.run, shard) as file:
+        rows = file.read(["index", "status"], use_threads=False)
+    index_N, first_N = np.unique(rows["index"].to_numpy(), return_index=True)
+    mapped_N: NDArray[np.int64] = index_N[np.isin(np.asarray(rows["status"].to_pylist())[first_N], MAPPED)]
+    return mapped_N
+
+
+def _read_curves(store: Store, shards: Sequence[Shard]) -> Curves:
+    """Sum up the rows of the images with a map, in the order of the shards."""
+    curves = Curves()
+    names = ["layers", "entropy_before", "constant", *COLUMNS]
+    for _, _, every in read_subjects(store, shards, names):
+        rows = every.filter(pc.is_valid(every["layers"]))
+        if not rows.num_rows:
+            continue
+        columns = {
+            name: rows[name].flatten().to_numpy(zero_copy_only=False).reshape(rows.num_rows, -1).T
+            for name in ("constant", *COLUMNS)
+        }
+        before_N = rows["entropy_before"].to_numpy(zero_copy_only=False)
+        curves.add(rows["layers"][0].as_py(), {**columns, "before": before_N})
     return curves
-
-
-def _images(run: SaliencyRun) -> Iterator[tuple[Row, Tensor]]:
-    """Yield the first row of each sample that has a map, with its pixels, uint8 (H, W, C)."""
-    try:
-        for shard in run.shards:
-            for sample, rows in run.joined(shard):
-                if rows[0].status in (OK, ZERO_MAP) and sample.image is not None:
-                    yield rows[0], torch.from_numpy(decode(sample.image, run.config.preprocess).pixels_HWC)
-    except (ShardError, DecodeError, OSError) as error:
-        raise UserError(f"{error}; if the tars were moved, name them with --shards") from error
-
-
-def _normalised(pixels_BHWC: Tensor, config: ExtractConfig, device: torch.device) -> Tensor:
-    mean, std = (
-        torch.tensor(values, device=device).view(3, 1, 1) for values in (config.preprocess.mean, config.preprocess.std)
-    )
-    return (pixels_BHWC.to(device).permute(0, 3, 1, 2).float() / 255 - mean) / std

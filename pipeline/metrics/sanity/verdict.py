@@ -4,14 +4,12 @@ Shape suffixes: S stages, N images.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from saltern.pipeline.metrics.sanity.cascade import Cascade
 
 _Z = 1.96  # standard deviations that hold 95 % of a normal distribution
 HALF = 0.5
@@ -20,7 +18,7 @@ RULE = (
     "passes if the 95 % interval of the area lies below 0.5, fails if it lies above, and is undecided between"
 )
 PASSES, FAILS, UNDECIDED = "passes", "fails", "undecided"
-COLUMNS = {"spearman": "spearman_B", "absolute": "absolute_B", "ssim": "ssim_B", "entropy": "entropy_B"}
+COLUMNS = ("spearman", "absolute", "ssim", "entropy")  # with a value for each stage
 Numbers = NDArray[np.float64]
 
 
@@ -34,11 +32,9 @@ class Figure:
     @classmethod
     def of(cls, values_N: Numbers) -> "Figure":
         """Return the figure of values; NaN without values, and no interval of a single one."""
-        count = len(values_N)
-        if not count:
-            return cls(math.nan, math.nan)
-        spread = float(values_N.std(ddof=1)) if count > 1 else math.nan
-        return cls(float(values_N.mean()), _Z * spread / math.sqrt(count))
+        moments = Moments()
+        moments.add(values_N[None])
+        return moments.figures()[0]
 
     def to_json(self) -> dict[str, float | None]:
         """Return value and plus_minus; None for NaN."""
@@ -48,50 +44,84 @@ class Figure:
         return f"{self.value:.3f}" + ("" if math.isnan(self.plus_minus) else f" ± {self.plus_minus:.3f}")
 
 
-@dataclass
+class Moments:
+    """Means and squared deviations of rows of values, which come in parts (Chan, Golub and LeVeque 1979)."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._mean_S: Numbers = np.zeros(1)
+        self._squares_S: Numbers = np.zeros(1)
+
+    def add(self, values_SN: Numbers) -> None:
+        """Add values of further images."""
+        count = values_SN.shape[1]
+        if not count:
+            return
+        mean_S, total = values_SN.mean(1), self._count + count
+        apart_S = mean_S - self._mean_S
+        within_S = ((values_SN - mean_S[:, None]) ** 2).sum(1)
+        self._mean_S = self._mean_S + apart_S * (count / total)
+        self._squares_S = self._squares_S + within_S + apart_S**2 * (self._count * count / total)
+        self._count = total
+
+    def figures(self) -> list[Figure]:
+        """Return the figure of each row; NaN without values."""
+        if not self._count:
+            return [Figure(math.nan, math.nan)]
+        spread_S = np.sqrt(self._squares_S / (self._count - 1)) if self._count > 1 else self._squares_S + math.nan
+        around_S = _Z * spread_S / math.sqrt(self._count)
+        return [Figure(*pair) for pair in zip(self._mean_S.tolist(), around_S.tolist(), strict=True)]
+
+
 class Curves:
-    """The cascades of batches of images, joined."""
+    """Sums over the cascades of images. Memory does not grow with their number."""
 
-    layers: list[str] = field(default_factory=list)  # by stage: the last that was drawn again
-    _parts: list[dict[str, Numbers]] = field(default_factory=list)  # (S, N) by column, and the first entropy (1, N)
+    def __init__(self) -> None:
+        self.layers: list[str] = []  # by stage: the last that is random
+        self.images = 0
+        self.signed = False  # whether the correlations of maps and of absolute maps differ
+        self.constant_S: NDArray[np.int64] = np.zeros(1, np.int64)  # maps with one value everywhere
+        self._moments = {name: Moments() for name in (*COLUMNS, "before", "area", "area_signed", "rise")}
 
-    def add(self, found: Cascade) -> None:
-        """Add the images of a batch."""
-        self.layers = [stage.layer for stage in found.stages]
-        columns = {**COLUMNS, "constant": "constant_B"}
-        part = {
-            name: np.stack([getattr(stage, column).double().cpu().numpy() for stage in found.stages])
-            for name, column in columns.items()
+    def add(self, layers: list[str], columns: Mapping[str, NDArray[Any]]) -> None:
+        """Add images.
+
+        Args:
+            layers: by stage, the last that is random.
+            columns: `constant` and those of COLUMNS, (S, N); `before`, (N), the entropy of the trained model's maps.
+        """
+        before_N, entropy_SN = columns["before"], columns["entropy"]
+        some_N = before_N > 0
+        values = {name: columns[name] for name in COLUMNS} | {
+            "before": before_N[None],
+            "area": _area(columns["absolute"])[None],
+            "area_signed": _area(columns["spearman"])[None],
+            "rise": (entropy_SN[-1, some_N] / before_N[some_N] - 1)[None],
         }
-        self._parts.append({**part, "before": found.entropy_B.double().cpu().numpy()[None]})
-
-    @property
-    def images(self) -> int:
-        return sum(part["before"].shape[1] for part in self._parts)
-
-    def values(self, name: str) -> Numbers:
-        """Return a column of all images: (S, N)."""
-        return np.concatenate([part[name] for part in self._parts], 1)
+        for name, values_SN in values.items():
+            self._moments[name].add(values_SN.astype(np.float64))
+        self.layers = layers
+        self.images += len(before_N)
+        self.signed = self.signed or not np.array_equal(columns["spearman"], columns["absolute"])
+        self.constant_S = self.constant_S + columns["constant"].sum(1)
 
     def stages(self, name: str) -> list[Figure]:
         """Return the figure of a column at each stage."""
-        return [Figure.of(values_N) for values_N in self.values(name)]
+        return self._moments[name].figures()
 
-    def area(self, name: str = "absolute") -> Figure:
-        """Return the area under a correlation's curve over the share of the stages, from 1 at the trained model."""
-        values_SN = self.values(name)
-        curve = np.concatenate([np.ones((1, values_SN.shape[1])), values_SN])
-        return Figure.of(np.trapezoid(curve, dx=1 / len(values_SN), axis=0))
+    def figure(self, name: str) -> Figure:
+        """Return a figure of all stages.
 
-    def rise(self) -> Figure:
-        """Return the relative rise of the entropy at full randomisation, over images whose map had any."""
-        before_N, after_N = self.values("before")[0], self.values("entropy")[-1]
-        some = before_N > 0
-        return Figure.of(after_N[some] / before_N[some] - 1)
+        Args:
+            name: area, area_signed (under a correlation's curve over the share of the stages, from 1 at the trained
+                model), before (entropy of its maps), or rise (relative, of the entropy at full randomisation, over
+                images whose map had any).
+        """
+        return self._moments[name].figures()[0]
 
     def verdict(self) -> str:
         """Return the verdict by RULE; a cascade of one stage has none."""
-        area = self.area()
+        area = self.figure("area")
         if len(self.layers) < 2 or math.isnan(area.plus_minus):
             return UNDECIDED
         if area.value + area.plus_minus < HALF:
@@ -105,7 +135,7 @@ class Curves:
             {
                 "layer": layer,
                 **{name: figures[number].to_json() for name, figures in columns.items()},
-                "constant": int(self.values("constant")[number].sum()),
+                "constant": int(self.constant_S[number]),
             }
             for number, layer in enumerate(self.layers)
         ]
@@ -113,25 +143,32 @@ class Curves:
             "images": self.images,
             "verdict": self.verdict(),
             "rule": RULE,
-            "area": self.area().to_json(),
-            "area_signed": self.area("spearman").to_json(),
+            "area": self.figure("area").to_json(),
+            "area_signed": self.figure("area_signed").to_json(),
             "full_randomisation": {name: figures[-1].to_json() for name, figures in columns.items()},
-            "entropy": Figure.of(self.values("before")[0]).to_json(),
-            "entropy_rise": self.rise().to_json(),
+            "entropy": self.figure("before").to_json(),
+            "entropy_rise": self.figure("rise").to_json(),
             "stages": stages,
         }
+
+
+def _area(values_SN: NDArray[Any]) -> Numbers:
+    """Return the area under each image's curve, from 1 at the trained model, over the share of the stages."""
+    curve = np.concatenate([np.ones((1, values_SN.shape[1])), values_SN])
+    area_N: Numbers = np.trapezoid(curve, dx=1 / len(values_SN), axis=0)
+    return area_N
 
 
 def lines(curves: Curves) -> Sequence[str]:
     """Return the figures as lines of text."""
     last = {name: curves.stages(name)[-1] for name in COLUMNS}
-    constant = int(curves.values("constant")[-1].sum())
+    constant = int(curves.constant_S[-1])
     return [
-        f"{curves.verdict()}: area under the rank correlation of absolute maps {curves.area()} (0.5 divides)",
+        f"{curves.verdict()}: area under the rank correlation of absolute maps {curves.figure('area')} (0.5 divides)",
         f"all layers random: rank correlation {last['spearman']}, of absolute maps {last['absolute']}, SSIM "
         f"{last['ssim']}",
-        f"entropy {Figure.of(curves.values('before')[0])} bits before, {last['entropy']} after, relative rise "
-        f"{curves.rise()}",
+        f"entropy {curves.figure('before')} bits before, {last['entropy']} after, relative rise "
+        f"{curves.figure('rise')}",
         *(
             [f"{constant} of {curves.images} maps of the random model are constant, and count as correlation 0"]
             * (constant > 0)

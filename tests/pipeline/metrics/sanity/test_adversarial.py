@@ -8,7 +8,7 @@ from making import HELPERS, write_shards
 
 from saltern.pipeline.engine.conduct import RunOptions, conduct
 from saltern.pipeline.metrics.sanity.adversarial import overlap
-from saltern.pipeline.metrics.sanity.run import sanity
+from saltern.pipeline.metrics.sanity.run import SanityRequest, sanity
 from saltern.pipeline.synthesis.attack import AttackRequest, attacking
 from saltern.schemas.config import PGD
 from saltern.schemas.errors import UserError
@@ -43,7 +43,7 @@ def test_an_attack_run_is_judged_by_its_pictures(tmp_path: Path, monkeypatch: py
     )  # fmt: skip
     run = str(tmp_path / "run")
     assert conduct(attacking(request), RunOptions(run, device="cpu", engine="local")).code == 0
-    found = sanity(run, 3)
+    found = sanity(SanityRequest(run, 3), RunOptions(run))
     assert found.summary["adversarial"]["images"] == 3
     assert 0 <= found.summary["adversarial"]["overlap"]["value"] <= 1
     assert (tmp_path / "run/metrics/sanity.json").exists()
@@ -51,4 +51,4 @@ def test_an_attack_run_is_judged_by_its_pictures(tmp_path: Path, monkeypatch: py
     other = str(tmp_path / "bare")
     assert conduct(attacking(bare), RunOptions(other, device="cpu", engine="local")).code == 0
     with pytest.raises(UserError, match="no pictures"):
-        sanity(other, 3)
+        sanity(SanityRequest(other, 3), RunOptions(other))

@@ -7,7 +7,7 @@ import torch
 from making import Tiny, tiny
 from torch import Tensor, nn
 
-from saltern.pipeline.metrics.sanity.randomise import layers_from_the_logits, randomised
+from saltern.pipeline.metrics.sanity.randomise import Randomised, layers_from_the_logits
 
 
 class Odd(nn.Module):
@@ -60,10 +60,19 @@ def test_each_stage_draws_one_more_layer_and_leaves_the_model() -> None:
             one.running_mean += 1
     before = copy.deepcopy(model)
     seen = [
-        (name, changed(before, copy.deepcopy(now))) for name, now in randomised(model, ["head", "body.3", "body.1"])
+        (name, changed(before, copy.deepcopy(now))) for name, now in Randomised(model, ["head", "body.3", "body.1"])
     ]
     assert seen == [("head", {"head"}), ("body.3", {"head", "body.3"}), ("body.1", {"head", "body.3", "body.1"})]
     assert changed(before, model) == set()
+
+
+def test_each_iteration_starts_again_from_the_trained_model() -> None:
+    model = tiny()
+    again = Randomised(model, ["head", "body.1"])
+    first = [copy.deepcopy(now) for _, now in again]
+    assert changed(model, first[0]) == {"head"}
+    for once, (_, now) in zip(first, again, strict=True):
+        assert changed(once, now) == set()
 
 
 def test_batch_normalisation_becomes_an_untrained_one() -> None:
@@ -71,7 +80,7 @@ def test_batch_normalisation_becomes_an_untrained_one() -> None:
     norm = model.get_submodule("body.1")
     nn.init.uniform_(norm.weight)
     norm.running_mean += 1
-    *_, (_, now) = randomised(model, ["body.1"])
+    *_, (_, now) = Randomised(model, ["body.1"])
     fresh, found = nn.BatchNorm2d(8).state_dict(), now.get_submodule("body.1").state_dict()
     assert all(torch.equal(found[name], fresh[name]) for name in fresh)
 
@@ -80,10 +89,10 @@ def test_the_seed_alone_gives_the_weights() -> None:
     model, names = tiny(), layers_from_the_logits(tiny(), 32)
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    *_, (_, one) = randomised(model, names, seed=3)
+    *_, (_, one) = Randomised(model, names, seed=3)
     assert torch.equal(torch.get_rng_state(), state)  # of the caller
-    *_, (_, same) = randomised(model, names, seed=3, stages=1)
-    *_, (_, other) = randomised(model, names, seed=4)
+    *_, (_, same) = Randomised(model, names, seed=3, stages=1)
+    *_, (_, other) = Randomised(model, names, seed=4)
     assert changed(one, same) == set()
     assert "head" in changed(one, other)
     # As the layer itself would draw them.
@@ -94,12 +103,12 @@ def test_the_seed_alone_gives_the_weights() -> None:
 @pytest.mark.parametrize(("stages", "last"), [(1, ["body.0"]), (2, ["body.3", "body.0"]), (9, None), (None, None)])
 def test_stages_are_equal_groups_and_end_with_all_layers(stages: int | None, last: list[str] | None) -> None:
     names = layers_from_the_logits(tiny(), 32)
-    assert [name for name, _ in randomised(tiny(), names, stages=stages)] == (last or names)
+    assert [name for name, _ in Randomised(tiny(), names, stages=stages)] == (last or names)
 
 
 def test_parameters_without_a_reset_are_small_and_normal() -> None:
     model = Odd().eval()
-    *_, (_, now) = randomised(model, [""])
+    *_, (_, now) = Randomised(model, [""])
     assert isinstance(now, Odd)
     assert 0 < now.scale.std() < 0.1
     assert changed(model, now) == {""}
