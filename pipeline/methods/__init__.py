@@ -33,6 +33,7 @@ from saltern.pipeline.methods.gradients.gradient import Gradient, InputXGradient
 from saltern.pipeline.methods.gradients.occlusion import Occlusion
 from saltern.pipeline.methods.gradients.paths import IntegratedGradients, SmoothGrad
 from saltern.pipeline.methods.gradients.rectified import Deconvnet, GuidedBackprop, GuidedGradCAM
+from saltern.pipeline.methods.gradients.rise import RISE
 from saltern.pipeline.methods.localizer import LocalizerMap
 from saltern.pipeline.methods.options import OptionSpec
 from saltern.pipeline.methods.relevance.lrp import CLRP, LRP, SGLRP, RelevanceCAM
@@ -53,6 +54,7 @@ _CLASSES: tuple[type[Method], ...] = (
     ShapleyCAM,
     FullGrad,
     Occlusion,
+    RISE,
     LRP,
     CLRP,
     SGLRP,

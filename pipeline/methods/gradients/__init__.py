@@ -1,1 +1,1 @@
-"""Methods that read the gradient at the input, and occlusion."""
+"""Methods that read the gradient at the input, occlusion and RISE."""

@@ -40,14 +40,15 @@ def gaussian(seed_B: Tensor, draws: range, elements: int) -> Tensor:
     return noise_SBN
 
 
-def uniform(seed_B: Tensor, elements: int) -> Tensor:
+def uniform(seed_B: Tensor, elements: int, first: int = 0) -> Tensor:
     """Return uniform noise_BN in [0, 1), float32, on the seeds' device: multiples of 2^-24, the same on every device.
 
     Args:
         seed_B: int64, one a sample.
         elements: values of a sample.
+        first: the number of the first of them.
     """
-    counter_N = torch.arange(1, elements + 1, device=seed_B.device) * _GOLDEN
+    counter_N = torch.arange(first + 1, first + elements + 1, device=seed_B.device) * _GOLDEN
     bits_BN = mixed(mixed(seed_B * _GOLDEN)[:, None] + counter_N)
     return _shifted(bits_BN, 40).float().mul_(2**-24)
 

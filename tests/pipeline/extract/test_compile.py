@@ -116,7 +116,7 @@ def test_the_parts_of_each_method() -> None:
     compiled = {name for name, kind in available().items() if kind.trunk is not Method.trunk}
     assert compiled == {
         "attention", "cam", "casm", "eigen-cam", "grad-cam", "grad-cam++", "grad-eclip", "hires-cam", "layer-cam",
-        "localizer", "occlusion", "score-cam", "shapley-cam", "xgrad-cam",
+        "localizer", "occlusion", "rise", "score-cam", "shapley-cam", "xgrad-cam",
     }  # fmt: skip
 
 

@@ -174,7 +174,11 @@ def test_the_command_takes_height_and_width(shards: Path, tmp_path: Path) -> Non
 def test_every_method_keeps_the_shape() -> None:
     torch.manual_seed(0)
     model, x_BCHW = Tiny().eval(), torch.randn(2, 3, *CROP)
-    options: dict[str, Any] = {"cameras": {"sizes": [32, 48]}, "occlusion": {"window": 8, "stride": 8}}
+    options: dict[str, Any] = {
+        "cameras": {"sizes": [32, 48]},
+        "occlusion": {"window": 8, "stride": 8},
+        "rise": {"masks": 4},
+    }
     refused = set()
     for name in set(available()) - {"casm", "localizer"}:
         try:

@@ -24,9 +24,10 @@ SMALL = {
     "cameras": {"sizes": [16, 24]},
     "integrated-gradients": {"steps": 3},
     "occlusion": {"window": 6, "stride": 5},
+    "rise": {"masks": 12, "cells": 3},
     "smoothgrad": {"samples": 3},
 }
-SLOW = ("occlusion", "score-cam")  # on a torchvision network
+SLOW = ("occlusion", "rise", "score-cam")  # on a torchvision network
 
 
 def build(name, model, **given):

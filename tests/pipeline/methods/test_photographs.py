@@ -19,6 +19,7 @@ SMALL = {
     "cameras": {"sizes": [224, 324, 424]},
     "integrated-gradients": {"steps": 4},
     "occlusion": {"window": 56, "stride": 56},
+    "rise": {"masks": 8},
     "score-cam": {"layer": "_blocks.0"},  # of 16 channels
     "smoothgrad": {"samples": 4},
 }

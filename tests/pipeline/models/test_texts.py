@@ -132,7 +132,8 @@ def test_every_method_explains_a_prompt_or_refuses_in_one_line(tower: tuple[str,
     made, x_BCHW = load(name, prompts=PROMPTS), images(config)
     side, target_B, refused = x_BCHW.shape[-1], torch.tensor([0, 1, 2]), {}
     shown: list[str] = []
-    few: dict[str, Any] = {"cameras": {"sizes": [side]}, "occlusion": {"window": side // 2, "stride": side // 2}}
+    half = {"window": side // 2, "stride": side // 2}
+    few: dict[str, Any] = {"cameras": {"sizes": [side]}, "occlusion": half, "rise": {"masks": 8}}
     for kind in sorted(set(available()) - {"casm", "localizer"}):
         try:
             with build(kind, made.model, input_side=side, **few.get(kind, {})) as method:
