@@ -1,13 +1,17 @@
 """README, docs/ and examples/ name only what exists in the code, and name all commands and options."""
 
+import json
 import re
 import shlex
 import tomllib
 from enum import Enum
 from pathlib import Path
 
+import duckdb
 import pytest
 import typer
+from judging import BLANK, annotate, judge, rows_of
+from made_run import make_run
 
 from saltern.jobs.main import EXIT_CODES, app
 from saltern.pipeline.methods import available
@@ -118,6 +122,39 @@ def test_the_metrics_are_complete_with_their_directions() -> None:
     metrics = {name: metric for family in FAMILIES.values() for name, metric in family.metrics.items()}
     assert named == [(option_name(name), metric.better.value) for name, metric in metrics.items()]
     assert re.findall(r"^\| `([\w-]+)` \|", table, re.M) == list(FAMILIES)
+
+
+def test_each_published_figure_has_its_commands_and_what_differs() -> None:
+    section = text("docs/evaluation.md").partition("## Published figures\n")[2]
+    figures = re.split(r"^\*\*", section, flags=re.M)[1:]
+    assert len(figures) == 4
+    for figure in figures:
+        assert re.search(r"^saltern extract .*--method .*\nsaltern evaluate .*--metric ", figure, re.M), figure[:40]
+        assert re.search(r"^```\n.*\bhere\b", figure, re.M | re.S | re.I), figure[:40]
+
+
+def test_the_query_gives_the_mean_of_the_classes_rates(tmp_path: Path) -> None:
+    made = make_run(tmp_path / "voc", method="cameras", json=BLANK)
+    made.path = made.path.rename(tmp_path / "voc" / "cameras")
+    corners = [(0, 0, 4, 4), (50, 34, 59, 43), (20, 10, 40, 30)]
+
+    def boxes(key: str) -> bytes:
+        shard, label = int(key[1]), int(key[3])
+        box = corners[(shard * label) % 3]
+        return b"{}" if key == "s1k1" else json.dumps({"boxes": [box], "distractors": label}).encode()
+
+    annotate(made, boxes)
+    judge(made.path)
+    query = re.search(r"^```sql\n(.*?)^```", text("docs/evaluation.md"), re.M | re.S)[1]
+    ((rate, difficult),) = duckdb.sql(query.replace("'voc/", f"'{tmp_path}/voc/")).fetchall()
+    hits: dict[str, list[float]] = {}
+    for row in rows_of(made):
+        hits.setdefault(row["key"][3], []).extend([] if row["pointing"] is None else [row["pointing"]])
+    rates = {label: sum(found) / len(found) for label, found in hits.items()}
+    assert rate == pytest.approx(sum(rates.values()) / 5)
+    assert rate != pytest.approx(sum(sum(found) for found in hits.values()) / 14)
+    del rates["0"]  # it has no distractors; all boxes are small
+    assert difficult == pytest.approx(sum(rates.values()) / 4)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
