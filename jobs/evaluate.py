@@ -62,9 +62,8 @@ def evaluate(
             opt.say(line, err=True)
     forms = {"markdown": table.as_markdown, "csv": table.as_csv, "json": table.as_json, "text": table.as_text}
     typer.echo(forms[format.value](evaluation))
-    if format == choices.TableFormat.text:
-        for line in table.remarks(evaluation):
-            opt.say(line)
+    for line in table.remarks(evaluation):
+        opt.say(line, err=format != choices.TableFormat.text)  # programs read the other forms from stdout
     for shard, reason in evaluation.unread.items():
         opt.say(f"{shard}: {reason}", err=True)
     raise typer.Exit(1 if evaluation.unread else 0)

@@ -27,6 +27,7 @@ class Estimate:
     low: float
     high: float
     count: int  # samples that have a value
+    std: float | None = None  # of the values, over samples; None if the statistic is no mean of values
 
     @property
     def plus_minus(self) -> float:
@@ -37,7 +38,7 @@ class Estimate:
         """Return the numbers as JSON; None without values."""
         if not self.count:
             return None
-        return {"value": self.value, "low": self.low, "high": self.high, "count": self.count}
+        return {"value": self.value, "low": self.low, "high": self.high, "count": self.count, "std": self.std}
 
 
 class Means:
@@ -45,19 +46,24 @@ class Means:
 
     def __init__(self, columns: int):
         self._sums = DrawnSums((2, columns))  # of the values, and of how many there are
+        self._squares_C = np.zeros(columns)
 
     def add(self, values_NC: NDArray[np.float64]) -> None:
         """Add rows."""
         there_NC = ~np.isnan(values_NC)
-        self._sums.add(np.stack([np.where(there_NC, values_NC, 0), there_NC], 1))
+        known_NC = np.where(there_NC, values_NC, 0)
+        self._sums.add(np.stack([known_NC, there_NC], 1))
+        self._squares_C += (known_NC**2).sum(0)
 
     def estimates(self) -> list[Estimate]:
         """Return the estimate of each column."""
         (sum_C, count_C), (sum_DC, count_DC) = self._sums.sums, self._sums.drawn_sums.swapaxes(0, 1)
         with np.errstate(invalid="ignore", divide="ignore"):
             mean_C, mean_DC = sum_C / count_C, sum_DC / count_DC
+            std_C = np.sqrt((self._squares_C / count_C - mean_C**2).clip(0))
         ends = [interval(mean_D) for mean_D in mean_DC.T]
-        return [Estimate(float(mean), *own, int(n)) for mean, own, n in zip(mean_C, ends, count_C, strict=True)]
+        columns = zip(mean_C, ends, count_C, std_C, strict=True)
+        return [Estimate(float(mean), *own, int(count), float(std)) for mean, own, count, std in columns]
 
 
 def read_subjects(

@@ -127,7 +127,8 @@ def _judge_run(
     census = take_census(store, done, "other_size" in evaluation_schema(name).names)
     FAMILIES[name].check_census(judged.run.path, census, unread)
     estimates = next(iter(FAMILIES[name].summarise(store, done).values()), {})
-    judged.estimates |= {metric: estimates[metric] for metric in metrics if metric in estimates}
+    # Those of one classifier are named METRIC@MODEL.
+    judged.estimates |= {name: own for name, own in estimates.items() if name.partition("@")[0] in metrics}
     judged.unread |= unread
     judged.census = judged.census if judged.census.statuses else census
     summary = {**describe(judged.run), **census.summary(), "unread_shards": unread, "metrics": to_json(estimates)}

@@ -30,6 +30,7 @@ _CONTROLS = {
     WHOLE: "whole image",
 }
 _SHOWN = 5  # number of failed samples that are printed
+_NUMBERS = ("value", "low", "high", "count", "std")  # of an estimate, in a CSV file
 
 
 def columns_of(evaluation: Evaluation) -> dict[str, Metric]:
@@ -70,33 +71,40 @@ def as_text(evaluation: Evaluation) -> str:
 
 
 def as_csv(evaluation: Evaluation) -> str:
-    """Return lines of name, metric, value, low, high, count; values as stored, not in percent."""
+    """Return a line for each run or control and each metric, with as_json's values, not in percent.
+
+    A metric without values has a count of 0 and empty cells.
+    """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["name", "metric", "better", "value", "low", "high", "count"])
+    writer.writerow(["name", "metric", "better", *_NUMBERS])
     for name, found in lines_of(evaluation):
         for key, metric in columns_of(evaluation).items():
-            if key in found and found[key].count:
-                own = found[key]
-                better = metric.better.name.lower()
-                writer.writerow([name, option_name(key), better, own.value, own.low, own.high, own.count])
+            own = (found[key].to_dict() if key in found else None) or {"count": 0}
+            numbers = [own.get(number) for number in _NUMBERS]
+            writer.writerow([name, option_name(key), metric.better.name.lower(), *numbers])
     return file.getvalue().rstrip("\n")
 
 
 def as_json(evaluation: Evaluation) -> str:
     """Return everything as JSON; values as stored, not in percent."""
+    columns = columns_of(evaluation)
     runs = [
         {
+            "name": name,
             **describe(judged.run),
             **judged.census.summary(),
             "notes": judged.notes,
             "unread_shards": judged.unread,
             "metrics": to_json(judged.estimates),
         }
-        for judged in evaluation.runs
+        for (name, _), judged in zip(lines_of(evaluation), evaluation.runs, strict=False)
     ]
-    controls = {subject: to_json(found) for subject, found in evaluation.controls.items()}
-    better: dict[str, Any] = {key: metric.better.name.lower() for key, metric in columns_of(evaluation).items()}
+    controls = {
+        subject: to_json({key: own for key, own in found.items() if key.partition("@")[0] in columns})
+        for subject, found in evaluation.controls.items()
+    }
+    better: dict[str, Any] = {key: metric.better.name.lower() for key, metric in columns.items()}
     return json.dumps({"better": better, "runs": runs, "controls": controls}, indent=1)
 
 

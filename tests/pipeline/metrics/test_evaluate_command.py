@@ -1,5 +1,6 @@
 """Evaluations of moved, changed and broken shards, of several runs, and the command."""
 
+import csv
 import json
 import os
 from dataclasses import replace
@@ -140,9 +141,39 @@ def test_the_command(tmp_path: Path) -> None:
     assert as_json["better"]["le"] == "less"
     assert f"{100 * as_json['runs'][0]['metrics']['f1']['value']:.1f} ±" in rows[0]
     lines = call(made.path, "--format", "csv", "--metric", "le").stdout.splitlines()
-    assert lines[0] == "name,metric,better,value,low,high,count"
+    assert lines[0] == "name,metric,better,value,low,high,count,std"
     assert len(lines) == 7
     assert isinstance(call(made.path, "--metric", "f2").exception, UserError)
+
+
+def test_all_forms_of_a_table_say_the_same(tmp_path: Path) -> None:
+    made = make_run(tmp_path, shards=1, json=inclusive((10, 10, 40, 40)))
+    words = ("le", "pointing-difficult", "total-variation")  # the second has no values here
+    ended = {
+        form: call(made.path, "--metric", ",".join(words), "--format", form) for form in ("markdown", "csv", "json")
+    }
+    lines = ended["markdown"].stdout.splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (lines[0], *lines[2:])]
+    as_json = json.loads(ended["json"].stdout)
+    subjects = [as_json["runs"][0]["metrics"], *as_json["controls"].values()]
+    read = list(csv.DictReader(ended["csv"].stdout.splitlines()))
+    assert [row["name"] for row in read[::3]] == [row[0] for row in cells[1:]]
+    assert read[0]["name"] == as_json["runs"][0]["name"] == "grad-cam of resnet18"
+    for row, found, in_csv in zip(cells[1:], subjects, zip(*[iter(read)] * 3, strict=True), strict=True):
+        assert [line["metric"] for line in in_csv] == list(words)
+        assert [line["better"] for line in in_csv] == list(as_json["better"].values()) == ["less", "more", "neither"]
+        for word, cell, line in zip(words, row[1:], in_csv, strict=True):
+            own = found[word.replace("-", "_")] or {"count": 0}
+            assert {
+                name: str(own.get(name, "")) for name in ("value", "low", "high", "count", "std")
+            }.items() <= line.items()
+            scale, digits = (1, 3) if word == "total-variation" else (100, 1)
+            assert cell == (
+                f"{scale * own['value']:.{digits}f} ± {scale * (own['high'] - own['low']) / 2:.{digits}f}"
+                if own["count"]
+                else "-"
+            )
+    assert all("↓ less is better; " in found.stderr for found in ended.values())  # how the numbers were computed
 
 
 def test_boxes_at_every_threshold_have_a_family(tmp_path: Path) -> None:

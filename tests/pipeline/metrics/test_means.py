@@ -18,6 +18,7 @@ def test_the_interval_is_that_of_scipy() -> None:
         (values_N,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(1)
     ).confidence_interval
     assert found.value == pytest.approx(values_N.mean(), rel=1e-6)
+    assert found.std == pytest.approx(values_N.std(), rel=1e-5)
     assert found.plus_minus == pytest.approx((expected.high - expected.low) / 2, rel=0.1)
     assert (found.low, found.high) == pytest.approx(
         (expected.low, expected.high), abs=0.1 * (expected.high - expected.low)
@@ -29,7 +30,7 @@ def test_values_that_are_missing_do_not_count() -> None:
     sums = Means(1)
     sums.add(values_N1)
     (found,) = sums.estimates()
-    assert (found.value, found.count) == (2.0, 2)
+    assert (found.value, found.count, found.std) == (2.0, 2, 1.0)
     assert 1 <= found.low <= found.high <= 3
     (nothing,) = Means(1).estimates()
     assert np.isnan(nothing.value)
