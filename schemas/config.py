@@ -19,7 +19,8 @@ SCHEMA_VERSION = 1  # of all files in a run's folder
 PINNED = ("batch_size", "torch_threads", "deterministic")
 # Digests identify the weights and the checkpoint of a mask network, wherever they were loaded from.
 UNMARKED = ("weights", "checkpoint", *PINNED)
-EXTRACT, ATTACK, VISUALIZE, EVALUATE = "extract", "attack", "visualize-class", "evaluate"
+EXTRACT, ATTACK, VISUALIZE = "extract", "attack", "visualize-class"
+EVALUATE, EXPORT = "evaluate", "export"  # of the rows of a run
 PILLOW = "pillow"  # of any version: it decoded the images of older runs
 # The keys of a config in run.json, in their order, each with the value stored by a job that does not use the key.
 _STORED: dict[str, Any] = {
@@ -277,7 +278,23 @@ class EvaluateConfig(RunConfig):
         return {**options, "columns": columns, "classifiers": tuple(ClassifierConfig(**one) for one in further)}
 
 
-_KINDS: tuple[type[RunConfig], ...] = (ExtractConfig, AttackConfig, VisualizeConfig, EvaluateConfig)
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(RunConfig):
+    """The config of `export`: the rows of another run in another format."""
+
+    job = EXPORT
+    form: str  # one of choices.ExportFormat
+    source: str  # fingerprint of the run
+
+    def _to_stored(self) -> dict[str, Any]:
+        return {"job_options": {"form": self.form, "source": self.source}}
+
+    @classmethod
+    def _from_stored(cls, stored: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(stored["job_options"])
+
+
+_KINDS: tuple[type[RunConfig], ...] = (ExtractConfig, AttackConfig, VisualizeConfig, EvaluateConfig, ExportConfig)
 CONFIGS: dict[str, type[RunConfig]] = {kind.job: kind for kind in _KINDS}
 
 

@@ -38,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
     "show": _RUNS,
     "leaderboard": {"metrics", "show", "extract", "engine", "tables", *_RUNS, *_MODELS, *_BASE},
     "layerwise": {"leaderboard", "metrics", "extract", "engine", "tables", *_RUNS, *_MODELS, *_BASE},
-    "export": _RUNS,
+    "export": {"engine", *_RUNS, *_BASE},
     "synthesis": {"extract", "show", "engine", *_RUNS, *_MODELS, *_BASE},
     "training": {"extract", "engine", *_RUNS, *_MODELS, *_BASE},
     "casm": {"training", "extract", "metrics", "show", "engine", "tables", *_RUNS, *_MODELS, *_BASE},

@@ -41,22 +41,24 @@ class Source:
         return SaliencyRun(self.path, Store(self.path), self.run, {}, self.trusted)
 
 
-def read_digest(run: SaliencyRun, shard: Shard) -> str:
-    """Return the digest of the run's data file of a shard, which the run's receipt has. Raises ShardError."""
+def read_receipt(run: SaliencyRun, shard: Shard) -> Receipt:
+    """Return the run's receipt of a shard. Raises ShardError if it is gone or damaged."""
     raw = run.store.read(receipt_name(shard.name))
     try:
-        return Receipt.from_json(raw or b"", sealed=run.run.sealed).digest
+        return Receipt.from_json(raw or b"", sealed=run.run.sealed)
     except ValueError as error:
         raise ShardError(f"{run.path}: the receipt of {shard.name} is gone or damaged ({error})") from error
 
 
 @contextlib.contextmanager
 def reading_tar(shard: Shard) -> Iterator[None]:
-    """Raise ShardError, with the fix, if the shard's tar is gone. Other errors of the environment are worth a retry."""
+    """Raise ShardError, with the fix, if the tar is gone or not for this user. Other errors are worth a retry."""
     try:
         yield
     except FileNotFoundError as error:
         raise ShardError(f"{shard.url} is gone; if the tars were moved, name them with --shards") from error
+    except PermissionError as error:
+        raise ShardError(f"{shard.url} may not be read: {error.strerror}") from error
 
 
 def derive(
@@ -99,13 +101,22 @@ def writing(path: str) -> Iterator[None]:
         raise UserError(f"{path}: the results cannot be written there: {error}") from error
 
 
+@contextlib.contextmanager
+def reading_results(root: str) -> Iterator[None]:
+    """Raise UserError, with the fix, for a damaged file of the results."""
+    try:
+        yield
+    except ShardError as error:
+        raise UserError(f"{error}; remove {root} and repeat the command: it is made again") from error
+
+
 def _prepare(store: Store, plan: Callable[[Run | None, str, int], tuple[Run, list[str]]], source: SaliencyRun) -> bool:
     """Forget results that do not hold any more.
 
     Returns:
         Whether the results that are there are of another config, and are to be replaced.
     """
-    existing = _existing(store)
+    existing = load_results(store)
     made = {shard.name: receipt for shard, receipt in zip(source.shards, source.receipts, strict=True)}
     if existing is None:
         # Older versions wrote a file for each shard here.
@@ -120,7 +131,7 @@ def _prepare(store: Store, plan: Callable[[Run | None, str, int], tuple[Run, lis
     return False
 
 
-def _existing(store: Store) -> Run | None:
+def load_results(store: Store) -> Run | None:
     """Return the run in the folder. Raise UserError, with the fix, if it cannot be read."""
     try:
         return load_run(store)

@@ -6,6 +6,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from saltern.pipeline.engine.derived import read_receipt
 from saltern.pipeline.export.facts import to_json, values
 from saltern.pipeline.export.folder import Folder
 from saltern.pipeline.runs.reader import SaliencyRun
@@ -22,7 +23,7 @@ def write_arrays(folder: Folder, run: SaliencyRun, shard: Shard) -> int:
     Returns:
         The number of rows.
     """
-    expected = run.receipts[run.shards.index(shard)].rows
+    expected = read_receipt(run, shard).rows
     rows = 0
     with ExitStack() as stack:
         map_ = _Array(folder, stack, f"{shard.name}.map.npy", expected, np.dtype(np.float32))

@@ -3,17 +3,17 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import groupby, zip_longest
 from typing import Any
 from urllib.parse import quote
 
+from saltern.pipeline.engine.derived import reading_tar
 from saltern.pipeline.runs.reader import Row, SaliencyRun
 from saltern.pipeline.shards.samples import list_images
 from saltern.schemas.errors import ShardError
 from saltern.schemas.run import Shard
 
-Take = Callable[[Shard], int]  # exports a shard, and returns the number of its rows
 OBJECT = "object"  # the class of a method's maps that explain none
 _LONGEST = 200  # bytes of a part of a file's name, without its ending; file systems allow 255
 _PLAIN = (
@@ -49,7 +49,8 @@ def with_files(run: SaliencyRun, shard: Shard) -> Iterator[tuple[list[Row], str 
     """Yield the rows of each sample with the name of its image file in the tar; None if it has no image.
 
     Raises:
-        ShardError: the tar cannot be read, or does not hold the samples of the run.
+        ShardError: the tar is gone or damaged, or does not hold the samples of the run.
+        OSError: an error of the environment, worth a retry.
     """
     files = _images(run, shard)
     for rows, file in zip_longest(samples(run, shard), files):
@@ -61,10 +62,8 @@ def with_files(run: SaliencyRun, shard: Shard) -> Iterator[tuple[list[Row], str 
 
 
 def _images(run: SaliencyRun, shard: Shard) -> Iterator[tuple[str, str | None]]:
-    try:
+    with reading_tar(shard):
         yield from list_images(run.tar(shard), named=run.config.members)
-    except OSError as error:
-        raise ShardError(f"{error}; if the tars were moved, name them with --shards") from error
 
 
 def classes(run: SaliencyRun) -> dict[int, str]:

@@ -1,12 +1,10 @@
 """Export as tasks with predictions that Label Studio imports."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
 
-from saltern.pipeline.export.facts import OBJECT, Take, classes, finite, to_json, with_files
+from saltern.pipeline.export.facts import OBJECT, classes, finite, to_json, with_files
 from saltern.pipeline.export.folder import Folder
 from saltern.pipeline.export.rle import brush_rle
 from saltern.pipeline.runs.reader import Row, SaliencyRun, mask_in_original
@@ -27,42 +25,42 @@ _VIEW = """<View>
 """
 
 
-@contextlib.contextmanager
-def tasks(folder: Folder, run: SaliencyRun) -> Iterator[Take]:
-    """Write `labels.xml`, the project's labelling config, and yield the function that writes `<shard>.json`.
+def write_tasks(folder: Folder, run: SaliencyRun, shard: Shard) -> int:
+    """Write `<shard>.json`, the tasks of a shard's samples.
 
     A task is a sample whose image has a known size, with a prediction for each row: its boxes in percent of the
     image's sides, and its mask as brush strokes.
+
+    Returns:
+        The number of rows.
     """
-    writer = _Tasks(folder, run)
-    names = [OBJECT, *writer.labels.values()]
+    tasks, count, comma = _Tasks(run), 0, b"[\n"
+    with folder.file(f"{shard.name}.json") as stream:
+        for rows, file in with_files(run, shard):
+            count += len(rows)
+            if file is None or rows[0].image_width is None:
+                continue
+            stream.write(comma + to_json(tasks.task(rows, file)))
+            comma = b",\n"
+        stream.write(b"\n]\n" if comma != b"[\n" else b"[]\n")
+    return count
+
+
+def write_labels(folder: Folder, run: SaliencyRun) -> None:
+    """Write `labels.xml`, the project's labelling config."""
+    names = [OBJECT, *_Tasks(run).labels.values()]
     listed = "\n".join(f"    <Label value={quoteattr(name)}/>" for name in names)
     folder.write(LABELS, _VIEW.format(labels=listed).encode())
-    yield writer.write
 
 
 class _Tasks:
-    def __init__(self, folder: Folder, run: SaliencyRun):
-        self._folder, self._run = folder, run
+    def __init__(self, run: SaliencyRun):
         self._version = f"saltern {run.config.method} {run.config.model} {run.run.fingerprint}"
         # Two classes of ImageNet have one name.
         names = classes(run) if run.run.class_names else dict.fromkeys(classes(run), "")
         self.labels = {number: printable(f"{number} {name}".strip()) for number, name in names.items()}
 
-    def write(self, shard: Shard) -> int:
-        """Write the tasks of a shard. Returns the number of its rows."""
-        count, comma = 0, b"[\n"
-        with self._folder.file(f"{shard.name}.json") as stream:
-            for rows, file in with_files(self._run, shard):
-                count += len(rows)
-                if file is None or rows[0].image_width is None:
-                    continue
-                stream.write(comma + to_json(self._task(rows, file)))
-                comma = b",\n"
-            stream.write(b"\n]\n" if comma != b"[\n" else b"[]\n")
-        return count
-
-    def _task(self, rows: list[Row], file: str) -> dict[str, Any]:
+    def task(self, rows: list[Row], file: str) -> dict[str, Any]:
         data = {"image": _LOCAL + quote(file), "key": rows[0].key, "shard": rows[0].shard}
         return {"data": data, "predictions": [self._prediction(row) for row in rows if row.boxes]}
 

@@ -4,11 +4,9 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-from saltern import __version__
 from saltern.pipeline.extract.compilation import choose_compile
 from saltern.pipeline.extract.labels import AUTO, Numbers, choose_labels, numbers_in_order
 from saltern.pipeline.extract.prompts import choose_prompts
@@ -20,11 +18,12 @@ from saltern.pipeline.models import classifiers
 from saltern.pipeline.models.classifiers import Classifier, needs_prompts
 from saltern.pipeline.models.presets import adapt
 from saltern.pipeline.naming import located
+from saltern.pipeline.runs.begin import new_run
 from saltern.pipeline.shards.decoder import choose_decoder, describe_decoder
 from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.samples import list_keys
 from saltern.schemas.choices import Compile, MapDtype, MapSize, Precision, check_choice
-from saltern.schemas.config import ExtractConfig, MethodConfig, RunConfig
+from saltern.schemas.config import ExtractConfig, MethodConfig
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.prompts import Prompts
 from saltern.schemas.rules import Finer, Rule, Target
@@ -337,10 +336,3 @@ def pin(
         "torch_threads": request.torch_threads or (config.torch_threads if config else torch_threads(device, workers)),
         "deterministic": chosen if chosen is not None else config.deterministic if config else True,
     }
-
-
-def new_run(config: RunConfig, shards: list[Shard], class_names: list[str] | None) -> Run:
-    """Return a run with its fingerprint and the versions of the installed packages."""
-    installed = {name: version(name) for name in ("torch", "torchvision", "pyarrow", "pillow", "numpy")}
-    versions = {"saltern": __version__, **installed}
-    return Run(config, shards, versions, config.fingerprint(), class_names)

@@ -6,9 +6,10 @@ from typing import Any, Protocol
 
 from saltern.pipeline.engine.conduct import Job, RunOptions
 from saltern.pipeline.engine.derived import Source, derive
-from saltern.pipeline.extract.request import Pinned, new_run, pin
+from saltern.pipeline.extract.request import Pinned, pin
 from saltern.pipeline.metrics.family import Family
 from saltern.pipeline.metrics.processor import MetricProcessor
+from saltern.pipeline.runs.begin import new_run
 from saltern.pipeline.runs.reader import SaliencyRun
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import EvaluateConfig

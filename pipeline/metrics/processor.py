@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saltern.pipeline.device import arithmetic, faults
-from saltern.pipeline.engine.derived import Source, read_digest, reading_tar
+from saltern.pipeline.engine.derived import Source, read_receipt, reading_tar
 from saltern.pipeline.metrics.control_rows import control_rows
 from saltern.pipeline.metrics.family import Batch, Family
 from saltern.pipeline.runs.columns import Record, from_records
@@ -66,7 +66,7 @@ class MetricProcessor:
             OSError: an error of the environment, worth a retry.
             OutputError: the folder accepts no more data.
         """
-        digest = read_digest(self._run, shard)
+        digest = read_receipt(self._run, shard).digest
         if earlier is not None and is_of(earlier, digest):
             with reading_tar(shard):
                 read = content_of(self._run.tar(shard), named=self._run.config.members, more=self._family.members)

@@ -5,7 +5,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.metadata import version
 
+from saltern import __version__
 from saltern.pipeline.runs.manifest import (
     data_name,
     failure_name,
@@ -16,7 +18,7 @@ from saltern.pipeline.runs.manifest import (
     receipt_name,
 )
 from saltern.pipeline.storage.store import Store
-from saltern.schemas.config import ATTACK, VISUALIZE
+from saltern.schemas.config import ATTACK, VISUALIZE, RunConfig
 from saltern.schemas.errors import UserError
 from saltern.schemas.evaluation import FIELDS
 from saltern.schemas.receipt import Failure, Receipt
@@ -28,6 +30,13 @@ _FAMILY = "|".join(FIELDS)
 _METRIC = re.compile(rf"^metrics/({_FAMILY})(-controls)?/(?=(data|receipts|failures)/|run\.json$)")
 _SUMMARY = re.compile(rf"metrics/({_FAMILY})\.(json|png)")
 _SHEETS = {ATTACK: {"attack.png"}, VISUALIZE: {"pictures.png"}}
+
+
+def new_run(config: RunConfig, shards: list[Shard], class_names: list[str] | None) -> Run:
+    """Return a run with its fingerprint and the versions of the installed packages."""
+    installed = {name: version(name) for name in ("torch", "torchvision", "pyarrow", "pillow", "numpy")}
+    versions = {"saltern": __version__, **installed}
+    return Run(config, shards, versions, config.fingerprint(), class_names)
 
 
 def check_folder(store: Store, old: Run | None, run: Run, why: str = "") -> None:

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 from saltern.pipeline.runs.manifest import data_name
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.attack import attack_schema
-from saltern.schemas.config import AttackConfig, EvaluateConfig, ExtractConfig
+from saltern.schemas.config import AttackConfig, EvaluateConfig, ExportConfig, ExtractConfig
 from saltern.schemas.errors import ShardError
 from saltern.schemas.evaluation import evaluation_schema
+from saltern.schemas.export import export_schema
 from saltern.schemas.run import Run, Shard
 from saltern.schemas.saliency import read_metadata, table_schema, with_metadata
 from saltern.schemas.visualization import visualization_schema
@@ -34,6 +35,8 @@ def data_schema(run: Run, measured: Mapping[str, Any]) -> pa.Schema:
     origin: dict[str, Any] = {"fingerprint": run.fingerprint, "config": config.marked(), "versions": run.versions}
     if isinstance(config, EvaluateConfig):
         return with_metadata(evaluation_schema(config.family), origin)
+    if isinstance(config, ExportConfig):
+        return with_metadata(export_schema(config.form), origin)
     if not isinstance(config, ExtractConfig | AttackConfig):
         return with_metadata(visualization_schema(), origin)
     origin["input_shape"] = list(config.preprocess.shape)

@@ -17,13 +17,14 @@ from saltern.pipeline.engine.conduct import Job
 from saltern.pipeline.extract.batch import Batch
 from saltern.pipeline.extract.extraction import load_method
 from saltern.pipeline.extract.processor import Processor
-from saltern.pipeline.extract.request import MethodRequest, find_inputs, method_fields, new_run
+from saltern.pipeline.extract.request import MethodRequest, find_inputs, method_fields
 from saltern.pipeline.extract.rows import Rows
 from saltern.pipeline.extract.task import STATUSES, Explained, Pending, Task
 from saltern.pipeline.extract.tryout import is_proven, try_gradient, try_method
 from saltern.pipeline.maps.discretize import upsample
 from saltern.pipeline.methods import find
 from saltern.pipeline.models.passes import frozen, logits_of
+from saltern.pipeline.runs.begin import new_run
 from saltern.pipeline.runs.columns import numbers
 from saltern.pipeline.runs.datafile import data_schema
 from saltern.pipeline.runs.outlet import Spec

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from saltern.pipeline.device import arithmetic, faults, out_of_memory
 from saltern.pipeline.engine.conduct import Job
 from saltern.pipeline.extract.extraction import load_model
-from saltern.pipeline.extract.request import load_classifier, model_fields, new_run, pin
+from saltern.pipeline.extract.request import load_classifier, model_fields, pin
 from saltern.pipeline.extract.tryout import is_proven, try_gradient
 from saltern.pipeline.models.passes import frozen, logits_of
 from saltern.pipeline.models.presets import adapt
+from saltern.pipeline.runs.begin import new_run
 from saltern.pipeline.runs.columns import Record, from_records
 from saltern.pipeline.runs.datafile import data_schema
 from saltern.pipeline.runs.manifest import picture_name
