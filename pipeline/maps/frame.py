@@ -83,7 +83,8 @@ def lay(
     scale_x, scale_y, offset_x, offset_y = geometry
     y_Y = (np.arange(height) + 0.5 - offset_y) / (scale_y * input_shape[0])
     x_X = (np.arange(width) + 0.5 - offset_x) / (scale_x * input_shape[1])
-    return Laid(map_hw.astype(np.float64), _Axis(y_Y, smooth), _Axis(x_X, smooth))
+    y, x = (_Axis.of(share, cells, smooth) for share, cells in zip((y_Y, x_X), map_hw.shape, strict=True))
+    return Laid(map_hw.astype(np.float64), y, x)
 
 
 @dataclass(frozen=True)
@@ -100,46 +101,43 @@ class Laid:
     @property
     def frame(self) -> Box:
         """Return the box of the whole original."""
-        return whole_image(len(self.y.share), len(self.x.share))
+        return whole_image(len(self.y.cell), len(self.x.cell))
 
     def pixels(self) -> Numbers:
         """Return the value of each pixel of the original, (Y, X). Only of a map that is not interpolated."""
-        (y_Y, in_Y), (x_X, in_X) = self.y.cells(self.map_hw.shape[0]), self.x.cells(self.map_hw.shape[1])
-        values_YX: Numbers = self.map_hw[y_Y][:, x_X] * (in_Y[:, None] & in_X)
+        values_YX: Numbers = self.map_hw[self.y.cell][:, self.x.cell] * np.outer(self.y.weight, self.x.weight)
         return values_YX
 
     def sum(self, box: Box) -> float:
         """Return the sum over the pixels in the box."""
         x0, y0, x1, y1 = (max(edge, 0) for edge in box)
-        return float(
-            self.y.weights(y0, y1, len(self.map_hw)) @ self.map_hw @ self.x.weights(x0, x1, self.map_hw.shape[1])
-        )
+        return float(self.y.weights(y0, y1) @ self.map_hw @ self.x.weights(x0, x1))
 
 
 @dataclass(frozen=True)
 class _Axis:
-    """The positions of the original's pixel centres along one side of the input: 0 is its first edge, 1 its last."""
+    """The cells that give each pixel of a side of the original its value, and their weights: 0 outside of the crop."""
 
-    share: Numbers
-    smooth: bool
+    cells: int
+    cell: NDArray[np.intp]
+    weight: NDArray[np.float64]
+    after: NDArray[np.intp] | None  # the next cell, of a map that is interpolated
+    part: NDArray[np.float64] | None  # its weight
 
-    def cells(self, cells: int) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
-        """Return the cell of each pixel, and whether the pixel lies in the input."""
-        return (self.share * cells).astype(int).clip(0, cells - 1), (self.share >= 0) & (self.share < 1)
+    @classmethod
+    def of(cls, share: Numbers, cells: int, smooth: bool) -> "_Axis":
+        """Return the axis of pixels whose centres lie at shares of the input: 0 is its first edge, 1 its last."""
+        inside = ((share >= 0) & (share < 1)).astype(np.float64)
+        at = (share * cells - 0.5 * smooth).clip(0, cells - 1)
+        cell = at.astype(np.intp)
+        if not smooth:
+            return cls(cells, cell, inside, None, None)
+        part = (at - cell) * inside
+        return cls(cells, cell, inside - part, np.minimum(cell + 1, cells - 1), part)
 
-    def weights(self, start: int, stop: int, cells: int) -> NDArray[np.float64]:
+    def weights(self, start: int, stop: int) -> NDArray[np.float64]:
         """Return the weight of each of the map's cells in the sum of the pixels start..stop."""
-        share = self.share[start:stop]
-        at = share[(share >= 0) & (share < 1)] * cells
-        if not self.smooth:
-            return np.bincount(at.astype(int).clip(0, cells - 1), minlength=cells).astype(np.float64)
-        at = (at - 0.5).clip(0, cells - 1)
-        before = at.astype(int)
-        part = at - before
-        after = np.minimum(before + 1, cells - 1)
-        weights: NDArray[np.float64] = _counted(before, 1 - part, cells) + _counted(after, part, cells)
-        return weights
-
-
-def _counted(cell: NDArray[np.intp], weight: Numbers, cells: int) -> NDArray[np.float64]:
-    return np.bincount(cell, weight, cells).astype(np.float64)
+        weights: NDArray[np.float64] = np.bincount(self.cell[start:stop], self.weight[start:stop], self.cells)
+        if self.after is not None:
+            weights += np.bincount(self.after[start:stop], self.part[start:stop], self.cells)
+        return weights.astype(np.float64, copy=False)  # counts of no pixels are whole numbers

@@ -61,7 +61,7 @@ def write_val(folder: Path, drop: int | None = None, boxless: int | None = None,
     for shard in range(3):
         samples = []
         for number in range(2 * CLASSES):
-            boxes = [box(draw) for _ in range(0 if number == 3 else 1 + 6 * (number % 3))]
+            boxes = [box(draw) for _ in range(0 if number == 3 else 1 + 2 * (number % 3))]
             label = number % CLASSES
             if label != drop:
                 image = b"damaged" if number == 5 else picture(100 * shard + number, 72, 76)

@@ -9,6 +9,7 @@ import torch
 from staged import batches, staged  # noqa: F401  (fixtures)
 
 from saltern.pipeline.casm.training.train import train
+from saltern.pipeline.casm.watch import curves
 
 torch.set_num_threads(1)
 
@@ -18,6 +19,12 @@ def one_thread() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
+
+
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """Draw no curves, which takes a second each time."""
+    monkeypatch.setattr(curves, "draw", lambda root: None)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from saltern.pipeline.casm.training.train import train
 from saltern.pipeline.masknet import checkpoint
 from saltern.schemas.errors import CollapseError
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 FIXED = Hyperparameters(thinning=casm_toys.OFTEN, lam=3.0, pool_size=3, lr_classifier=0.01, seed=5)
 
 

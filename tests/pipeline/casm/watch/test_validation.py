@@ -39,12 +39,6 @@ HOW = {"class_numbers": range(6), "batch_size": 4, "threads": 2}
 SIZES = ((72, 100), (90, 64), (64, 64))
 
 
-@pytest.fixture
-def undrawn(monkeypatch) -> None:
-    """Draw no curves, which takes a second each time."""
-    monkeypatch.setattr(curves, "draw", lambda root: None)
-
-
 def boxes(number: int, height: int, width: int) -> str:
     x0, y0 = number % 7 * 5, number % 5 * 6
     found = [[x0, y0, min(x0 + 40, width) - 1, min(y0 + 45, height) - 1]]
@@ -233,30 +227,32 @@ def test_a_resume_drops_what_is_later(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.fixture(scope="module")
+def measured(shards, tmp_path_factory) -> tuple[list[str], dict[str, str]]:
+    """Return shards to validate on, and the files of an undisturbed training that does."""
+    folder = tmp_path_factory.mktemp("measured")
+    val = [str(write_val(folder / "val", 4))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves, "draw", lambda root: None)
+        train(casm_toys.request(shards, folder / "whole", val=val), print)
+    return val, casm_toys.files(folder / "whole")
+
+
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("step", [5, 9, 12])
-def test_a_resumed_training_is_measured_as_an_undisturbed_one(step, tmp_path, monkeypatch):
+def test_a_resumed_training_is_measured_as_an_undisturbed_one(step, shards, measured, tmp_path, monkeypatch):
     """Stop before, at and after a checkpoint. Epochs end at 6, 12, 18; checkpoints are at 4, 8, 12, 16, 18."""
-    (tmp_path / "train").mkdir()
-    (tmp_path / "val").mkdir()
-    shards = casm_toys.write_shards(tmp_path / "train")
-    val = [str(write_val(tmp_path / "val", 4))]
-    train(casm_toys.request(shards, tmp_path / "whole", val=val), print)
+    val, whole = measured
     with monkeypatch.context() as patch:
         casm_toys.interrupt(patch, step)
         with pytest.raises(casm_toys.CutError):
             train(casm_toys.request(shards, tmp_path / "cut", val=val), print)
     train(casm_toys.request(shards, tmp_path / "cut", val=val, resume=True), print)
-    kept = [
-        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-        for root in (tmp_path / "whole", tmp_path / "cut")
-    ]
-    for files in kept:
-        files.pop(Path("speed.jsonl"))
-    assert kept[0] == kept[1]
+    assert casm_toys.files(tmp_path / "cut") == whole
     assert [line["step"] for line in lines(tmp_path / "cut")] == [6, 12, 18]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_tensorboard_shows_each_step_once_also_after_a_resume(shards, tmp_path, monkeypatch):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="an optional extra")
     val = [str(write_val(tmp_path / "val", 2))]
@@ -274,6 +270,7 @@ def test_tensorboard_shows_each_step_once_also_after_a_resume(shards, tmp_path, 
     assert [event.step for event in found.Scalars("validation/f1")] == [5, 11, 17]
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("count", [4, 15])
 def test_the_page_is_self_contained_and_shows_the_same_samples_each_time(count, tmp_path):
     training, val = made(), write_val(tmp_path / "val", count, **ODD)
@@ -298,6 +295,7 @@ def test_the_page_is_self_contained_and_shows_the_same_samples_each_time(count, 
     assert "Masks after 4 steps" in pages[1]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_page_shows_the_same_images_over_the_training(tmp_path):
     training, val = made(), write_val(tmp_path / "val", 3, **ODD)
     measure = validation(val, tmp_path)
