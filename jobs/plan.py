@@ -14,7 +14,7 @@ def plan(
     shards: opt.Shards,
     *,
     model: opt.Model = "",
-    method: opt.Method = "grad-cam",
+    method: opt.Methods = "grad-cam",
     weights: opt.Weights = "DEFAULT",
     prompts: opt.Prompts = None,
     templates: opt.Templates = None,
@@ -31,7 +31,7 @@ def plan(
 ) -> None:
     """Count shards and samples, and estimate hours and bytes by extracting a few dozen images.
 
-    Without --model, only counts. Starts no run.
+    Several methods are measured together, as `extract` makes them. Without --model, only counts. Starts no run.
     """
     import json
     from dataclasses import asdict

@@ -1,7 +1,10 @@
 """Classifiers by name and weights, with the preprocessing that they were trained for."""
 
+import contextlib
+import difflib
 import importlib
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +27,13 @@ from saltern.schemas.prompts import Prompts
 from saltern.schemas.sizes import Side, shape_of
 
 _LITE = {"efficientnet_lite0": 224, "efficientnet_lite1": 240, "efficientnet_lite2": 260}  # side of the input, pixels
+# Prefixes of names by what users call the libraries.
+_LIBRARIES = {
+    **dict.fromkeys(("openclip", "clip"), clip.PREFIX),
+    **dict.fromkeys(("hf", "huggingface", "transformers"), hf.PREFIX),
+    "timm": "timm:",
+    "torchvision": "",
+}
 _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}  # heads only used in training
 
 
@@ -136,7 +146,7 @@ def _load(name: str, weights: str, path: Path | None, side: Side | None) -> _Loa
         return _lite(name, weights, path)
     if name in _torchvision_models():
         return _torchvision(name, weights, path)
-    hint = nearest(name, available_models())
+    hint = _elsewhere(name) or nearest(name, available_models())
     raise UserError(f"unknown model {name!r}; {hint}`saltern models` lists them, or give package.module:factory")
 
 
@@ -207,13 +217,16 @@ def _timm(name: str, weights: str, side: Side | None) -> _Loaded:
 
 def _factory(spec: str, weights: str) -> _Loaded:
     module, _, made = spec.partition(":")
+    forms = "give timm:NAME, open_clip:NAME, hf:FOLDER or package.module:factory"
     if not all(map(str.isidentifier, [*module.split("."), made])):
-        hint = nearest(module, ["timm", "open_clip", "hf"])
-        raise UserError(
-            f"unknown model {spec!r}; {hint}give timm:NAME, open_clip:NAME, hf:FOLDER or package.module:factory"
-        )
+        raise UserError(f"unknown model {spec!r}; {_in_form(module, made)}{forms}")
     _only_default(spec, weights)
-    factory = import_object(spec)
+    try:
+        factory = import_object(spec)
+    except UserError as error:
+        if hint := _in_form(module, made):  # `clip` may also be a module here
+            raise UserError(f"unknown model {spec!r}; {hint}{forms}") from error
+        raise
     try:
         inspect.signature(factory).bind()
     except (TypeError, ValueError) as error:
@@ -226,6 +239,24 @@ def _factory(spec: str, weights: str) -> _Loaded:
     if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
         raise UserError(f"{spec} has lazy layers without weights; run an image through the model in the factory")
     return _Loaded(model.cpu(), Preset(Preprocess()))
+
+
+def _in_form(library: str, name: str) -> str:
+    """Return a hint with the form of a model's name if the library is one of those known, written in another way."""
+    near = difflib.get_close_matches(re.sub("[^a-z]", "", library.lower()), _LIBRARIES, 1, 0.75)
+    if not near:
+        return ""
+    prefix = _LIBRARIES[near[0]]
+    return f"did you mean '{prefix}{name.replace('/', '-') if prefix == clip.PREFIX else name}'? "
+
+
+def _elsewhere(name: str) -> str:
+    """Return a hint with the form of a model's name if timm or open_clip, where installed, has it."""
+    for library, prefix in (("timm", "timm:"), ("open_clip", clip.PREFIX)):
+        with contextlib.suppress(ImportError):
+            if name in importlib.import_module(library).list_models():
+                return f"did you mean '{prefix}{name}'? "
+    return ""
 
 
 def _uncompiled(model: Any) -> Any:

@@ -91,6 +91,8 @@ class _Staging:
         if name in ("model", "method"):
             self._add_module(value)
             return self._locate(value)
+        if name == "classifiers":
+            return ",".join(self._add_classifier(part.strip()) for part in value.split(","))
         if name == "weights" and os.sep not in value and not (self.cwd / value).exists():
             return value  # DEFAULT, none or a name of torchvision
         if word.flag is not None and name not in (*_PATHS, "weights"):
@@ -102,6 +104,12 @@ class _Staging:
         if found != model:
             self.absolute.append(found)
         return found
+
+    def _add_classifier(self, word: str) -> str:
+        """Translate MODEL or MODEL=WEIGHTS, each as the option of its name."""
+        model, equals, weights = word.partition("=")
+        found = self.translate(Word("model", "--model", model)) or ""
+        return found + equals + (self.translate(Word("weights", "--weights", weights)) or "") if weights else found
 
     def _make_absolute(self, path: str) -> str:
         check_url(path)

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from saltern.pipeline.extract.extraction import load_model
+from saltern.pipeline.extract.request import absolute
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.models.probe import count_classes
+from saltern.pipeline.naming import located
 from saltern.schemas.config import ClassifierConfig, EvaluateConfig, ExtractConfig
 from saltern.schemas.errors import UserError
 from saltern.schemas.sizes import Side
@@ -28,7 +30,7 @@ def further_classifiers(words: Sequence[str], config: ExtractConfig) -> tuple[Cl
     """
     if "" in words:
         raise UserError(f"--classifiers {','.join(words)}: a name is empty; give names with one comma between them")
-    names = [config.model, *(word.partition("=")[0] for word in words)]
+    names = [config.model, *(located(word.partition("=")[0]) for word in words)]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"--classifiers names {name} twice, or it is the run's own model, which is always judged")
@@ -38,7 +40,8 @@ def further_classifiers(words: Sequence[str], config: ExtractConfig) -> tuple[Cl
 @lru_cache(16)  # a command plans each evaluation several times
 def _further(word: str, seed: int, side: Side, classes: int, own: str) -> ClassifierConfig:
     name, _, weights = word.partition("=")
-    classifier = classifiers.load(name, weights or "DEFAULT", seed=seed, side=side)
+    name, weights = located(name), absolute(weights or "DEFAULT")  # workers have other working folders
+    classifier = classifiers.load(name, weights, seed=seed, side=side)
     # A model with its classes in its weights was not run yet.
     found = count_classes(classifier.model, side)
     if found != classes:
@@ -46,7 +49,7 @@ def _further(word: str, seed: int, side: Side, classes: int, own: str) -> Classi
             f"--classifiers {name} has {found} classes, the run's {own} has {classes}: they must be the same"
         )
     preprocess = classifier.preprocess
-    return ClassifierConfig(name, weights or "DEFAULT", classifier.digest, preprocess.mean, preprocess.std)
+    return ClassifierConfig(name, weights, classifier.digest, preprocess.mean, preprocess.std)
 
 
 def load_further(how: EvaluateConfig, further: ClassifierConfig, device: torch.device) -> nn.Module:

@@ -1,8 +1,15 @@
-"""The table of `plan` is readable whatever the size of the dataset."""
+"""The estimates of `plan`, and its table, which is readable whatever the size of the dataset."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from commands import call, refused
+from extracting import REQUEST
+from making import HELPERS, write_shards
 
-from saltern.pipeline.extract.estimate import Plan
+from saltern.pipeline.extract.estimate import Plan, estimate
 
 
 @pytest.mark.parametrize(
@@ -25,3 +32,26 @@ def test_a_plan_of_long_shards_says_what_a_stop_costs_and_how_to_pack() -> None:
     assert "`saltern pack --per-shard 300` makes them last 5 min" in slow
     assert "resume" not in Plan(10, 10**9, 10_000, True, 2.0, 1.4, 10**8).table()
     assert "resume" not in Plan(10, 10**9, 10_000, True).table()
+
+
+def test_several_methods_are_measured_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(HELPERS)
+    shards = [str(write_shards(tmp_path / "in", 2, 4))]
+    plan, _ = estimate(replace(REQUEST, shards=shards, method="grad-cam,layer-cam,gradient"), "cpu", 1)
+    alone, _ = estimate(replace(REQUEST, shards=shards, method="grad-cam"), "cpu", 1)
+    assert list(plan.bytes_by_method) == ["grad-cam", "layer-cam", "gradient"]
+    assert plan.output_bytes == sum(plan.bytes_by_method.values())
+    assert plan.bytes_by_method["grad-cam"] == pytest.approx(alone.output_bytes, rel=0.02)
+    assert alone.bytes_by_method == {}
+    assert plan.hours == pytest.approx(8 / plan.images_per_s / 3600)
+    time, output = plan.table().splitlines()[2:]
+    assert time.endswith("images/s per worker, all 3 methods together")
+    assert ": grad-cam " in output
+
+
+def test_the_command_takes_several_methods(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "in", 1, 2)
+    words = ("plan", shards, "--model", "making:tiny", "--layer", "body", "--device", "cpu", "--json")
+    found = json.loads(call(*words, "--method", "grad-cam,layer-cam").stdout)
+    assert found["bytes_by_method"].keys() == {"grad-cam", "layer-cam"}
+    assert "grad-cam is named twice" in refused(call(*words, "--method", "grad-cam,grad-cam"))

@@ -7,6 +7,7 @@ import tarfile
 import urllib.error
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -214,7 +215,12 @@ def test_vit_takes_the_image_size_of_its_default_weights():
     [
         ("resnet51", "none", "did you mean 'resnet"),
         ("quux", "none", "saltern models"),
-        ("clip:ViT-B-32", "none", "unknown model 'clip:ViT-B-32'; did you mean 'open_clip'"),
+        ("clip:ViT-B/32", "none", "unknown model 'clip:ViT-B/32'; did you mean 'open_clip:ViT-B-32'? give timm:NAME, "),
+        ("clip:RN50", "none", "unknown model 'clip:RN50'; did you mean 'open_clip:RN50'? give timm:NAME, "),
+        ("Open-CLIP:RN50", "none", "did you mean 'open_clip:RN50'?"),
+        ("tim:resnet50", "none", "did you mean 'timm:resnet50'?"),
+        ("huggingface:org/name", "none", "did you mean 'hf:org/name'?"),
+        ("torchvision:resnet50", "none", "did you mean 'resnet50'?"),
         ("fcn_resnet50", "none", "unknown model"),  # torchvision has it, and it is no classifier
         (SMALL, "IMAGENET1K_V9", "did you mean 'IMAGENET1K_V1'"),
         (SMALL, "best", "known: none, FILE, IMAGENET1K_V1, DEFAULT"),
@@ -228,6 +234,15 @@ def test_wrong_names(name, weights, said):
     with pytest.raises(UserError) as caught:
         load(name, weights)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("library", "name"), [("timm", "vit_base_patch16_224"), ("open_clip", "RN50")])
+def test_a_name_of_another_library_is_answered_with_its_prefix(monkeypatch, library, name):
+    there = SimpleNamespace(list_models=lambda: [name])
+    monkeypatch.setitem(sys.modules, "timm", None)  # not installed
+    monkeypatch.setitem(sys.modules, library, there)
+    with pytest.raises(UserError, match=f"unknown model '{name}'; did you mean '{library}:{name}'\\?"):
+        load(name, "none")
 
 
 def test_available_models():

@@ -82,6 +82,18 @@ def test_relative_paths_become_absolute_and_urls_stay(tmp_path: Path, here: Path
     assert job.absolute == [f"{here}/data/{{0..3}}.tar", run, weights]
 
 
+def test_further_classifiers_travel_as_models_and_weights_do(tmp_path: Path, here: Path) -> None:
+    (here / "vit").mkdir()
+    (here / "own.py").write_text("")
+    (here / "w.pth").write_bytes(b"x")
+    given = "resnet50, hf:vit,own:net=w.pth,timm:a=none,hf:org/name"
+    job, folder = sent(tmp_path, here, Word("classifiers", "--classifiers", given), command="evaluate")
+    translated = f"resnet50,hf:{here}/vit,own:net={here}/w.pth,timm:a=none,hf:org/name"
+    assert job.args == [f"--classifiers={translated}"]
+    assert job.absolute == [f"hf:{here}/vit", f"{here}/w.pth"]
+    assert (folder / "own.py").exists()
+
+
 def test_what_a_training_names(tmp_path: Path, here: Path) -> None:
     (here / "classes.txt").write_text("1 2 3")
     words = [
