@@ -21,7 +21,7 @@ from saltern.pipeline.localizer.step import LocalizerTraining
 from saltern.pipeline.methods import Method
 from saltern.pipeline.methods.localizer import LocalizerMap
 from saltern.pipeline.metrics.control_rows import BOXES, control_rows
-from saltern.pipeline.metrics.judge import AS_IS, NO_MAPS, box_scores, maps_of, scores, size_of, truth_of
+from saltern.pipeline.metrics.judge import AS_IS, NO_MAPS, SCALED, box_scores, maps_of, scores, size_of, truth_of
 from saltern.pipeline.metrics.localization.levels import LEVELS
 from saltern.pipeline.metrics.localization.maxbox import IOUS
 from saltern.pipeline.metrics.max_box import hits_of_rows
@@ -37,10 +37,12 @@ from saltern.pipeline.training.trainee import Say
 from saltern.pipeline.training.whole import Whole, check_boxes
 from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
+from saltern.schemas.evaluation import CONTROLS
+from saltern.schemas.text import counted
 
 LINES = "validation.jsonl"
-MEASURED = {"le": "LE %", "f1": "F1 %", "max_box_acc": "MaxBoxAcc %", "max_box_acc_v2": "MaxBoxAccV2 %"}
-LOCALIZER = "localizer"
+MEASURED = {"le": "LE %", "om": "OM %", "f1": "F1 %", "max_box_acc": "MaxBoxAcc %", "max_box_acc_v2": "MaxBoxAccV2 %"}
+LOCALIZER, RANDOM = "localizer", CONTROLS[0]
 _TOGETHER = 256  # rows whose maps are in memory together
 Figures = dict[str, float | None]  # of MEASURED, in percent
 _True = list[tuple[Row, Annotation]]  # rows with their true boxes
@@ -89,7 +91,7 @@ class Validation:
         shards = [self.run.tar(shard) for shard in self.run.shards]
         whole = Whole(
             shards, self.preprocess, self.batch_size, self.threads, self.ranks.rank, self.ranks.world,
-            members=self.run.config.members,
+            self.run.config.labels, self.run.config.members,
         )  # fmt: skip
         with contextlib.closing(whole.batches()) as batches:
             for shard, samples, batch in batches:
@@ -120,19 +122,25 @@ class Validation:
             [name, *("-" if (value := values[m]) is None else f"{value:.1f}" for m in MEASURED)]
             for name, values in figures.items()
         ]
-        return markdown_table([f"{len(self.run):,} samples", *MEASURED.values()], rows)
+        samples = counted(sum(line["samples"] for line in self._lines()[-1:]), "sample")
+        return markdown_table([f"{samples} with boxes", *MEASURED.values()], rows)
 
     @cached_property
     def _others(self) -> dict[str, Figures]:
-        """The figures of the teacher's rows and of the controls."""
+        """The figures of the teacher's rows and of the controls.
+
+        The random map has no box accuracies: its boxes at all thresholds take a second an image.
+        """
         config, maps = self.run.config, maps_of(self.run.config)
         teacher = f"its teacher, {config.method} {config.discretize.text}"
-        sums = {name: _Sums(maps != NO_MAPS or name != teacher) for name in (teacher, *BOXES)}
+        sums = {teacher: _Sums(maps != NO_MAPS), RANDOM: _Sums(has_maps=False), **{name: _Sums() for name in BOXES}}
         for true in self._stored():
             rows = [row for row, _ in true]
             sums[teacher].add([scores(row, truth, maps) for row, truth in true], true)
             read = sum(row.geometry is not None for row in rows)
             pixels_MHWC = torch.zeros(read, *rows[0].layout.input_shape, 3) if read else None  # only its shape counts
+            noise = zip(control_rows(RANDOM, rows, pixels_MHWC, config), true, strict=True)
+            sums[RANDOM].add([scores(row, truth, SCALED) for row, (_, truth) in noise], true)
             for name, box_of in BOXES.items():
                 sizes = [size_of(row) or truth.size for row, truth in true]
                 boxes = [box_of(*size) if size else None for size in sizes]
@@ -173,7 +181,7 @@ class _Sums:
     """Sums over samples that give MEASURED, and that ranks can add up."""
 
     has_maps: bool = True
-    means: dict[str, Mean] = field(default_factory=lambda: {"le": Mean(), "f1": Mean()})
+    means: dict[str, Mean] = field(default_factory=lambda: {name: Mean() for name in ("le", "om", "f1")})
     hits_IL: NDArray[np.float64] = field(default_factory=lambda: np.zeros((len(IOUS), LEVELS)))  # noqa: N815
 
     def add(self, judged: Sequence[Mapping[str, float | None]], true: _True) -> None:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -24,7 +25,6 @@ from saltern.pipeline import methods
 from saltern.pipeline.localizer.hyperparameters import Hyperparameters
 from saltern.pipeline.localizer.plan import make_plan
 from saltern.pipeline.localizer.train import train
-from saltern.pipeline.masknet.localizer import Head, Localizer
 from saltern.pipeline.runs.reader import open_run
 from saltern.pipeline.training.loop import preprocess_of
 from saltern.pipeline.training.loop import run as run_loop
@@ -72,16 +72,17 @@ def test_a_tuned_trunk_is_resumed_too_and_moves(run, tmp_path):
     assert "fc.weight" not in moved  # the taps do not depend on it
 
 
-def test_the_files_load_by_hand_and_give_the_method_s_maps(undisturbed):
-    config = json.loads((undisturbed / "localizer.json").read_text())
-    tensors = load_file(undisturbed / "localizer.safetensors")
-    model = calm()
-    channels = [tensors[f"head/lateral.{number}.0.weight"].shape[1] for number in range(len(config["taps"]))]
-    head = Head(channels)
-    head.load_state_dict({key.removeprefix("head/"): value for key, value in tensors.items()})
+def test_the_ten_lines_of_the_docs_load_the_files_and_give_the_method_s_maps(undisturbed, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[3] / "docs/localizer.md").read_text()
+    lines = re.search(r"^```python\n(.*?)^```", page, re.M | re.S)[1]
+    assert len([line for line in lines.splitlines() if line]) == 10
+    (tmp_path / "localizer").symlink_to(undisturbed)
+    monkeypatch.chdir(tmp_path)
     x_BCHW = torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+    named = {"x_BCHW": x_BCHW}
     with torch.no_grad():
-        map_Bhw, logits_BK = Localizer(model, config["taps"], head).predict(x_BCHW)
+        exec(lines, named)  # noqa: S102 - lines of our own page
+    map_Bhw, logits_BK = named["map_Bhw"], named["logits_BK"]
     with methods.build("localizer", calm(), checkpoint=str(undisturbed)) as method:
         torch.testing.assert_close(method(x_BCHW), map_Bhw, rtol=0, atol=0)
         torch.testing.assert_close(method.last.logits_BK, logits_BK, rtol=0, atol=0)
@@ -105,25 +106,28 @@ def test_extract_finds_what_the_validation_measured(undisturbed, val, tmp_path):
     (tar,) = (shard["url"] for shard in json.loads((val / "run.json").read_text())["shards"])
     out = extract(tar, tmp_path / "found", method="localizer", layer=None, options={"checkpoint": str(undisturbed)})
     figures = json.loads((undisturbed / "localizer.json").read_text())["validation"]
-    assert list(figures) == ["localizer", "its teacher, grad-cam mean:1", "centre-box", "whole-image"]
+    assert list(figures) == ["localizer", "its teacher, grad-cam mean:1", "random", "centre-box", "whole-image"]
+    assert figures["localizer"]["om"] == 100  # the labels are 1, and the network says 0
+    assert (figures["random"]["max_box_acc"], figures["random"]["max_box_acc_v2"]) == (None, None)
     assert figures["localizer"]["le"] == pytest.approx(naive_le(str(out)))
     assert figures["its teacher, grad-cam mean:1"]["le"] == pytest.approx(naive_le(str(val)))
-    measured = [*judged(out, "found"), *judged(val, "centre-box", "whole-image", "found")]
-    for name, values in zip(
-        ("localizer", "centre-box", "whole-image", "its teacher, grad-cam mean:1"), measured, strict=True
-    ):
-        assert {metric: figures[name][metric] for metric in values} == pytest.approx(values)
+    measured = [*judged(out, "found"), *judged(val, "random", "centre-box", "whole-image", "found")]
+    names = ("localizer", "random", "centre-box", "whole-image", "its teacher, grad-cam mean:1")
+    for name, values in zip(names, measured, strict=True):
+        known = {metric: value for metric, value in figures[name].items() if value is not None}
+        assert len(known) == (3 if name == "random" else 5)
+        assert known == pytest.approx({metric: values[metric] for metric in known})
     whole = [1 - (x1 + 1 - x0) * (y1 + 1 - y0) / (w * h) for x0, y0, x1, y1, w, h in true_boxes(tar)]
     assert figures["whole-image"]["le"] == pytest.approx(100 * sum(share >= 0.5 for share in whole) / len(whole))
     assert json.loads((out / "run.json").read_text())["config"]["discretize"] == "fixed:0.5"
 
 
 def judged(run_folder: Path, *subjects: str) -> list[dict[str, float]]:
-    """Return LE, F1 and the box accuracies of an evaluation of the run, in percent."""
+    """Return LE, OM, F1 and the box accuracies of an evaluation of the run, in percent."""
     copy = shutil.copytree(run_folder, run_folder.parent / "judged")
-    found = judge(copy, metrics=("le", "f1", "max-box"))
+    found = judge(copy, metrics=("le", "om", "f1", "max-box"))
     by_subject = {"found": found.runs[0].estimates, **found.controls}
-    names = ("le", "f1", "max_box_acc", "max_box_acc_v2")
+    names = ("le", "om", "f1", "max_box_acc", "max_box_acc_v2")
     return [{name: 100 * by_subject[subject][name].value for name in names} for subject in subjects]
 
 
