@@ -57,7 +57,7 @@ FIELDS: dict[str, list[pa.Field]] = {
     "statistics": _floats("total_variation", "entropy", "map_mean", "map_std", "mask_area"),
     "perturbation": _floats("insertion", "deletion"),  # in [0, 1]
     # average_drop in [0, 1]; increase 0 or 1; rho_plus null for a map of zeros, rho_minus for a map of ones
-    "road": _floats("road"),  # in [-1, 1]
+    "road": _floats("road"),  # in [-0.5, 0.5]
     "composite": _floats("coherency", "adcc", "arcc"),  # in [0, 1]; null for controls
     # A value for each classifier: the run's own, then the further ones in the order of the evaluation's config. Whether
     # its top-1 is the label; null without a label or a mask

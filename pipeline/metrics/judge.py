@@ -15,6 +15,7 @@ from saltern.pipeline.metrics.localization.boxes import (
     box_f1,
     clipped,
     covered,
+    disjoint,
     is_hit,
     map_f1,
     mask_iou,
@@ -22,7 +23,6 @@ from saltern.pipeline.metrics.localization.boxes import (
     unit,
 )
 from saltern.pipeline.metrics.localization.pointing import (
-    apart,
     energy_inside,
     highest_point,
     is_difficult,
@@ -89,7 +89,7 @@ class Localization(Family):
                 found["box_iou"] = covered(box, [clipped(one, *size) for one in truth.boxes])
         found = other | found | _pointing(row, truth, maps)
         if subject in BOXES and box:
-            found["energy"] = sum(overlap(box, one) for one in apart(truth.boxes)) / area(box)
+            found["energy"] = sum(overlap(box, one) for one in disjoint(truth.boxes)) / area(box)
         return found
 
 

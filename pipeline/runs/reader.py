@@ -263,10 +263,19 @@ class SaliencyRun:
     def rows(self, key: str, shard: str | None = None) -> list[Row]:
         """Return all rows of a key, in shard order: one for each target, in each shard (or the named one) with the key.
 
-        The first call reads the keys of the whole run. An unknown key has no rows.
+        Without a shard, the first call reads the keys of the whole run. An unknown key has no rows.
         """
-        numbers = np.flatnonzero(pc.equal(self._keys, key)).tolist()  # pc.indices_nonzero crashed on an empty run
-        return [row for row in map(self.at, numbers) if shard in (None, row.shard)]
+        keys, start = (self._keys, 0) if shard is None else self._keys_of(shard)
+        numbers = np.flatnonzero(pc.equal(keys, key)) + start  # pc.indices_nonzero crashed on an empty run
+        return [self.at(number) for number in numbers.tolist()]
+
+    def _keys_of(self, name: str) -> tuple[pa.ChunkedArray, int]:
+        """Return the keys of the shard's rows, none if it is not done, and the number of its first row."""
+        position = next((at for at, shard in enumerate(self.shards) if shard.name == name), None)
+        if position is None:
+            return pa.chunked_array([], pa.string()), 0
+        with self._reading(self.shards[position]) as (file, _):
+            return file.read(["key"], use_threads=False)["key"], int(self._starts[position])
 
     def row(self, key: str, shard: str | None = None) -> Row:
         """Return the first row of a key. Raises KeyError if the key has none, or is in several shards."""

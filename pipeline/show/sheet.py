@@ -101,6 +101,8 @@ def comparison(
     if cards and others and not matches:
         raise UserError(f"{first.path} shares no sample with {', '.join(run.path for run in others)}")
     facts = [(caption, _in_short(run)) for caption, run in zip(captions, runs, strict=True)]
+    each = [_provenance(run) for run in runs]
+    facts += [fact for fact in each[0] if all(fact in own for own in each)]
     shown = ("shown", f"{len(cards):,} of {len(first):,} rows, {order}")
     said = [*notes, *([_MEAN] if any(measured.values()) else []), *_doubts(runs), *signed, *problems]
     return render(title or " | ".join(captions), [*facts, shown], said, cards, table, orders(found))

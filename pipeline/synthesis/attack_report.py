@@ -38,12 +38,13 @@ def close(store: Store, run: Run) -> None:
 
 def means(store: Store, run: Run) -> dict[str, float]:
     """Return means over the rows that are ok, by column, and `images`, their number; empty if no row is ok."""
-    rows = read_columns(store, run, [*_MEANS, "norm_reduction", "status"])
-    usable = [row for row in rows if row["status"] == OK and row["norm_reduction"] is not None]
-    if not usable:
-        return {}
-    averages = {name: sum(row[name] for row in usable) / len(usable) for name in (*_MEANS, "norm_reduction")}
-    return {"images": len(usable), **averages}
+    names = (*_MEANS, "norm_reduction")
+    images, sums = 0, np.zeros(len(names))
+    for row in read_columns(store, run, [*names, "status"]):
+        if row["status"] == OK and row["norm_reduction"] is not None:
+            images += 1
+            sums += [row[name] for name in names]
+    return {"images": images, **dict(zip(names, (sums / images).tolist(), strict=True))} if images else {}
 
 
 def in_words(averages: dict[str, float]) -> str:

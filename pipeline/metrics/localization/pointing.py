@@ -5,13 +5,12 @@ Shape suffixes: h w a map's grid, Y X pixels of the original.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from saltern.pipeline.maps.frame import Laid, over_frame
-from saltern.pipeline.metrics.localization.boxes import area, clipped
+from saltern.pipeline.metrics.localization.boxes import area, clipped, disjoint
 from saltern.schemas.saliency import Box
 
 TOLERANCE = 15  # pixels of the original
@@ -62,7 +61,7 @@ def is_difficult(true: Sequence[Box], distractors: int | None, height: int, widt
     """
     if distractors is None:
         return None
-    covered = sum(area(box) for box in apart([clipped(box, height, width) for box in true]))
+    covered = sum(area(box) for box in disjoint([clipped(box, height, width) for box in true]))
     return distractors > 0 and 4 * covered < height * width
 
 
@@ -77,17 +76,4 @@ def energy_inside(laid: Laid, true: Sequence[Box]) -> float:
         true: the true boxes.
     """
     total = laid.sum(laid.frame)
-    return sum(laid.sum(box) for box in apart(true)) / total if total > 0 else 0.0
-
-
-def apart(boxes: Sequence[Box]) -> list[Box]:
-    """Return boxes that do not overlap and cover the same pixels."""
-    found: list[Box] = []
-    for top, bottom in pairwise(sorted({edge for box in boxes for edge in box[1::2]})):
-        reached: int | None = None
-        for x0, x1 in sorted((x0, x1) for x0, y0, x1, y1 in boxes if y0 <= top and bottom <= y1):
-            start = x0 if reached is None else max(x0, reached)
-            if start < x1:
-                found.append((start, top, x1, bottom))
-                reached = x1
-    return found
+    return sum(laid.sum(box) for box in disjoint(true)) / total if total > 0 else 0.0

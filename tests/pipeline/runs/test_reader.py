@@ -99,6 +99,10 @@ def test_a_key_in_two_shards_asks_for_the_shard(tmp_path: Path) -> None:
     assert run.row("same", shard="part1/train").shard == "part1/train"
     with pytest.raises(KeyError, match="part0/train, part1/train"):
         run.row("same")
+    made.data(0).unlink()
+    alone = open_run(str(made.path))
+    assert [row.shard for row in alone.rows("same", shard="part1/train")] == ["part1/train"]  # no other file is read
+    assert alone.rows("same", shard="part9/train") == []
 
 
 def test_row_groups_are_crossed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,9 @@ def test_several_runs_are_shown_side_by_side(tmp_path: Path) -> None:
     assert np.array_equal(page.cards[0].pixels(1), single.cards[0].pixels(1))
     assert "4 of 15 rows" in page.head
     assert second.run.fingerprint in page.head
+    assert "shorter side 40, crop 32" in page.head  # what all runs share
+    assert "weights none" in page.head
+    assert "15 ok" not in page.head  # only of two of them
 
 
 def test_runs_of_one_method_are_told_apart(tmp_path: Path) -> None:

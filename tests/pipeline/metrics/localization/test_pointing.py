@@ -9,9 +9,8 @@ from naive_metrics import HEIGHT, WIDTH, pixels, some_box
 from naive_wsol import naive_pointing
 
 from saltern.pipeline.maps.frame import lay, over_frame
-from saltern.pipeline.metrics.localization.boxes import unit
+from saltern.pipeline.metrics.localization.boxes import disjoint, unit
 from saltern.pipeline.metrics.localization.pointing import (
-    apart,
     energy_inside,
     highest_point,
     is_difficult,
@@ -81,11 +80,11 @@ def test_difficult_samples() -> None:
     assert is_difficult([small], None, 20, 20) is None
 
 
-def test_boxes_apart_cover_the_same_pixels() -> None:
+def test_disjoint_boxes_cover_the_same_pixels() -> None:
     draw = random.Random(2)
     for _ in range(100):
         boxes = [some_box(draw, 12, 9) for _ in range(draw.randint(0, 5))]
-        found = apart(boxes)
+        found = disjoint(boxes)
         assert sum(len(pixels(box)) for box in found) == len(set[tuple[int, int]]().union(*map(pixels, found)))
         assert set().union(*map(pixels, found)) == set().union(*map(pixels, boxes))
 
