@@ -13,7 +13,9 @@ from saltern.schemas.errors import DeviceLostError, UserError
 
 # Parts of messages of torch and of NVIDIA's libraries.
 _FULL = re.compile(
-    "out of memory|(can't|cannot) allocate memory|not enough memory|std::bad_alloc|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED"
+    "out of memory|(can't|cannot) allocate memory|not enough memory|std::bad_alloc"
+    # cuDNN 9: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED
+    "|(CUBLAS|CUDNN|CUSOLVER)_STATUS_[A-Z_]*ALLOC(ATION)?_FAILED"
 )
 # Given when a library finds no room for its workspace, and for other reasons too.
 _PERHAPS_FULL = re.compile(

@@ -80,12 +80,10 @@ def _max(unit_BHW: Tensor, alpha: float) -> Tensor:
 def _otsu(unit_BHW: Tensor, _: float) -> Tensor:
     """Return the threshold that maximises the variance between the two classes (Otsu 1979), on 256 levels."""
     level_BN = (unit_BHW * 255).round().long().flatten(1)
-    hist_BL = unit_BHW.new_zeros(len(unit_BHW), 256).scatter_add_(
-        1, level_BN, torch.ones_like(level_BN, dtype=torch.float)
-    )
-    share_BL = hist_BL / hist_BL.sum(1, keepdim=True)
-    below_BL = share_BL.cumsum(1)
-    moment_BL = (share_BL * torch.arange(256, device=unit_BHW.device)).cumsum(1)
+    # Counts are whole numbers, whose sums repeat on a GPU: torch 2.11 has no deterministic cumsum of floats there.
+    count_BL = level_BN.new_zeros(len(unit_BHW), 256).scatter_add_(1, level_BN, torch.ones_like(level_BN))
+    moment_BL = (count_BL * torch.arange(256, device=unit_BHW.device)).cumsum(1).double() / level_BN.shape[1]
+    below_BL = count_BL.cumsum(1).double() / level_BN.shape[1]
     between_BL = (moment_BL[:, -1:] * below_BL - moment_BL) ** 2 / (below_BL * (1 - below_BL)).clamp_min(1e-12)
     return (between_BL.argmax(1) + 0.5) / 255
 

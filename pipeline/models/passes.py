@@ -120,10 +120,11 @@ def score_gradients(
     """
     if not logits_BK.requires_grad:
         return (None,) * len(inputs)
-    # In eval mode samples do not mix, so the gradient of the sum holds that of each sample.
-    total = score.of(logits_BK).sum()
+    # In eval mode samples do not mix. The score's derivative is given: on a GPU, the backward pass of `gather` that
+    # repeats to the bit takes two dozen kernels.
+    weight_BK = score.weights(logits_BK.detach())
     with full_precision(logits_BK.device):
-        return torch.autograd.grad(total, inputs, allow_unused=True, retain_graph=keep)
+        return torch.autograd.grad(logits_BK, inputs, weight_BK, allow_unused=True, retain_graph=keep)
 
 
 @contextmanager

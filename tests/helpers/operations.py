@@ -15,8 +15,12 @@ _NAMES = (
     " bincount median nanmedian kthvalue grid_sampler_2d_backward grid_sampler_3d_backward scatter_reduce"
     " scatter_reduce_"
 )
+_OF_FLOATS = frozenset(("cumsum", "cumsum_"))  # raise for floating tensors only, up to torch 2.11
 # `torch.use_deterministic_algorithms` documents that these raise on CUDA tensors.
-RAISING = frozenset(_NAMES.split())
+RAISING = frozenset(_NAMES.split()) | {f"{name} of floats" for name in _OF_FLOATS}
+# The host waits for a GPU that runs these. The deterministic `scatter_add`, as of the backward pass of `gather`, takes
+# two dozen kernels there, and a copy for which older versions of torch wait.
+WAITING = frozenset("_local_scalar_dense nonzero masked_select equal unique_dim _unique2 scatter_add scatter_add_".split())
 
 
 class _Seen(TorchDispatchMode):
@@ -25,8 +29,11 @@ class _Seen(TorchDispatchMode):
         self.names: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        of_floats = name in _OF_FLOATS and result.is_floating_point()
+        self.names.add(f"{name} of floats" if of_floats else name)
+        return result
 
 
 def operations(run: Callable[[], object]) -> set[str]:

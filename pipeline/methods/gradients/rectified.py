@@ -23,7 +23,7 @@ from saltern.pipeline.methods.functions import (
 )
 from saltern.pipeline.methods.gradients.gradient import Gradient, pixel_gradients
 from saltern.pipeline.models.interception import Interception, Swap, check_visible
-from saltern.pipeline.models.passes import Score, full_precision
+from saltern.pipeline.models.passes import Score, full_precision, score_gradients
 from saltern.pipeline.models.probe import probe
 from saltern.pipeline.models.taps import Taps
 from saltern.schemas.errors import UserError
@@ -150,10 +150,8 @@ class GuidedGradCAM(Rectified):
 
     def _cam(self, logits_BK: Tensor, score: Score, output: Tensor, x_BCHW: Tensor) -> Tensor:
         self._rule.clipped = False  # both backward passes use the same graph
-        total = score.of(logits_BK).sum()
+        (gradient,) = self._taps.all_reached(score_gradients(logits_BK, score, [output], keep=True))
         with full_precision(x_BCHW.device):
-            gradients = torch.autograd.grad(total, [output], retain_graph=True, allow_unused=True)
-            (gradient,) = self._taps.all_reached(gradients)
             size = x_BCHW.shape[2:]
             A_BKhw, G_BKhw = self._taps.grid(0, output, size), self._taps.grid(0, gradient, size)
             cam_Bhw = weighted_sum(G_BKhw.mean((2, 3)), A_BKhw).relu()
