@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saltern.pipeline.device import device_lost
-from saltern.pipeline.shards.decode import MAX_PIXELS, Cut, region_of
+from saltern.pipeline.shards.decode import MAX_PIXELS, Cut, Region, region_of
 from saltern.pipeline.shards.decoder import CpuDecoder, DecodedBatch, as_tensor, empty_batch
 from saltern.pipeline.shards.jpeg import Frame, plain_frame
 from saltern.pipeline.shards.resample import resample_regions, send
@@ -81,27 +81,38 @@ class GpuDecoder:
             region_of(*size, self._preprocess, None if cuts is None else cuts[position])
             for size, position in zip(sizes, positions, strict=True)
         ]
-        try:
-            files = [as_tensor(images[position]) for position in positions]
-            pixels_BHWC = resample_regions(
-                self._decode_jpegs(files), [region for _, region in placed], self._preprocess
-            )
-            single_B = single_scans(files, [frames[position].scan for position in positions], self.device).tolist()
-        except RuntimeError as error:
-            if device_lost(error):
-                raise
-            if len(positions) == 1:
-                return positions
+        files = [as_tensor(images[position]) for position in positions]
+        scans = [frames[position].scan for position in positions]
+        made = self._try_out(files, scans, [region for _, region in placed])
+        if made is None and len(positions) == 1:
+            return positions
+        if made is None:
             half = len(positions) // 2
             return [
                 position
                 for part in (positions[:half], positions[half:])
                 for position in self._simple(batch, images, part, frames, cuts)
             ]
+        pixels_BHWC, single = made
         batch.pixels_BHWC[send(torch.tensor(positions), self.device)] = pixels_BHWC
         batch.size_B2[positions] = [(height, width) for width, height in sizes]
         batch.geometry_B4[positions] = [geometry for geometry, _ in placed]
-        return [position for position, single in zip(positions, single_B, strict=True) if not single]
+        return [position for position, alone in zip(positions, single, strict=True) if not alone]
+
+    def _try_out(
+        self, files: Sequence[Tensor], scans: Sequence[int], regions: Sequence[Region]
+    ) -> tuple[Tensor, list[bool]] | None:
+        """Return the input of each file, and whether its scan has no further marker; None if one of them fails.
+
+        It holds nothing after a failure, which may be one of memory.
+        """
+        try:
+            pixels_BHWC = resample_regions(self._decode_jpegs(list(files)), regions, self._preprocess)
+            return pixels_BHWC, single_scans(files, scans, self.device).tolist()
+        except RuntimeError as error:
+            if device_lost(error):
+                raise
+        return None
 
     @staticmethod
     def _place(batch: DecodedBatch, position: int, one: DecodedBatch) -> None:

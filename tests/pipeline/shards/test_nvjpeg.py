@@ -5,6 +5,7 @@ Without a GPU, torchcodec's CPU function takes the place of nvJPEG, and the rest
 
 import io
 import random
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -158,6 +159,21 @@ def test_if_nvjpeg_refuses_all_the_cpu_decodes_all() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     assert compare([*GOOD, b""], gpu_decoder(refuse), 0) == {OK: 9, DECODE_FAILED: 1}
+
+
+def test_a_failed_batch_is_released_before_its_halves_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    jpegs, resample, held = Jpegs(), module.resample_regions, []
+
+    def scarce(images: Sequence[torch.Tensor], *how: object) -> torch.Tensor:
+        assert [image for image in held if image() is not None] == []
+        if len(images) > 2:
+            held.extend(weakref.ref(image) for image in images)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return resample(images, *how)
+
+    monkeypatch.setattr(module, "resample_regions", scarce)
+    assert compare(GOOD, gpu_decoder(jpegs)) == {OK: 9}
+    assert jpegs.sizes == [9, 4, 2, 2, 5, 2, 3, 1, 2]
 
 
 @pytest.mark.parametrize("error", [torch.AcceleratorError("an illegal access"), RuntimeError("CUDA error: launch")])
