@@ -55,7 +55,7 @@ def maps_exact(place: Place) -> dict[str, Any]:
         for name in methods():
             if name in costly:
                 continue
-            with arithmetic("fp32"):
+            with arithmetic("fp32", deterministic=False):  # at 64 pixels, VGG's pool has no version that repeats
                 found = explain(model, name, x_BCHW, place.device, torch.float32)
                 since = time.perf_counter()
                 exact = explain(model, name, x_BCHW, "cpu", torch.float64)

@@ -20,7 +20,8 @@ _OF_FLOATS = frozenset(("cumsum", "cumsum_"))  # raise for floating tensors only
 RAISING = frozenset(_NAMES.split()) | {f"{name} of floats" for name in _OF_FLOATS}
 # The host waits for a GPU that runs these. The deterministic `scatter_add`, as of the backward pass of `gather`, takes
 # two dozen kernels there, and a copy for which older versions of torch wait.
-WAITING = frozenset("_local_scalar_dense nonzero masked_select equal unique_dim _unique2 scatter_add scatter_add_".split())
+_WAITING = "_local_scalar_dense nonzero masked_select equal unique_dim _unique2 scatter_add scatter_add_"
+WAITING = frozenset(_WAITING.split())
 
 
 class _Seen(TorchDispatchMode):

@@ -11,8 +11,8 @@ import pytest
 from commands import call
 from making import write_shard, write_shards
 
-from saltern.pipeline.bench import commands
-from saltern.pipeline.bench.commands import Used, measure_run
+from saltern.pipeline.bench import commands, extract
+from saltern.pipeline.bench.commands import RunRate, Used, measure_run
 from saltern.pipeline.bench.extract import engines, measure
 from saltern.pipeline.bench.figures import Figure, by_turns, figures_table
 from saltern.pipeline.bench.report import Report
@@ -139,6 +139,27 @@ def test_every_figure_is_measured(tmp_path: Path, ray_address: str, monkeypatch:
         assert part in names
     assert (tmp_path / "out" / "extract.md").read_text() == table
     assert table.count("\n| ") == 2 + len(made["figures"])  # heads and the line below them
+
+
+def test_on_a_gpu_a_run_is_held_to_the_slower_of_method_and_decoding_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[object, ...]] = []
+    run = RunRate(8100.0, dict.fromkeys(PHASES, 0.1))
+    monkeypatch.setattr(extract, "measure_run", lambda words: asked.append(tuple(words)) or run)
+    monkeypatch.setattr(extract, "method_alone", lambda bench, threads: 10_000.0)
+    monkeypatch.setattr(extract, "decode_alone", lambda *how: asked.append(how[1:]) or 9000.0)
+    monkeypatch.setattr(extract.torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    image = read_images([str(write_shards(tmp_path / "in", 1, 1))], 1)
+    monkeypatch.setattr(extract, "make_images", lambda count: image)
+    bench = ExtractBench(["saltern"], device="cuda", precision="bf16", rounds=2, large_shards=1)
+    table = figures_table(found := list(measure(bench)))
+    assert [figure.value for figure in found] == [0.9, 8100.0]
+    assert found[0].name.startswith("end to end ÷ decode alone")
+    assert "NVIDIA H200, bf16; ImageNet in 2.6 min" in table
+    assert {row for row in asked if row[0] != "saltern"} == {(2, "cuda", 128)}
+    assert all("cuda" in row for row in asked)
+    assert len(asked) == 4
 
 
 def test_without_ray_its_figures_are_skipped(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_every_step_is_of_its_kind_and_leaves_the_weights(past: bool) -> None:
 
 @pytest.mark.slow
 def test_the_command_reports_every_figure(toy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "_ENOUGH_S", 0.01)
+    monkeypatch.setattr(figures, "_ENOUGH_S", {"cpu": 0.01})
     monkeypatch.setattr(feed, "_IMAGES", 4)
     words = ["bench", "casm", "--out", str(tmp_path / "out"), "--model", toy, "--batch-size", "2", "--device", "cpu"]
     ended = CliRunner().invoke(app, [*words, "--rounds", "1", "--workers", "1"], catch_exceptions=False)
