@@ -25,12 +25,14 @@ def to_original(
         geometry_R4: scale x, scale y, offset x, offset y (see saltern.schemas.saliency).
         size_R2: height and width of the upright original, pixels.
     """
-    scale_R4, offset_R4 = geometry_R4[:, [0, 1, 0, 1]], geometry_R4[:, [2, 3, 2, 3]]
-    edge_R4 = np.rint(offset_R4 + scale_R4 * box_R4).astype(np.int64)
-    last_R2 = size_R2[:, ::-1]
-    begin_R2 = edge_R4[:, :2].clip(0, last_R2 - 1)
-    end_R2 = np.minimum(np.maximum(edge_R4[:, 2:], begin_R2 + 1), last_R2)
-    return np.concatenate([begin_R2, end_R2], 1)
+    box_4R, geometry_4R = box_R4.T, geometry_R4.T
+    found_4R = np.empty((4, len(box_R4)), np.int64)
+    for axis in (0, 1):
+        scale_R, offset_R, size_R = geometry_4R[axis], geometry_4R[2 + axis], size_R2[:, 1 - axis]
+        begin_R, end_R = (np.rint(offset_R + scale_R * edge_R).astype(np.int64) for edge_R in box_4R[axis::2])
+        begin_R = begin_R.clip(0, size_R - 1)
+        found_4R[axis], found_4R[2 + axis] = begin_R, np.minimum(np.maximum(end_R, begin_R + 1), size_R)
+    return found_4R.T
 
 
 def whole_image(height: int, width: int) -> Box:

@@ -6,7 +6,9 @@ a path from one to the other reach. (The max-tree of Salembier et al. 1998, with
 Shape suffixes: B maps, H W pixels, P pixels of all maps with their margins, N nodes, E edges, K basins.
 """
 
+import itertools
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,13 +33,46 @@ class Basins:
     passes: Ints  # (E, 2) two basins, or -1 for the margin; by falling height, one for each pair
     height: Bytes  # (E) of the best pass between them
 
-    @property
+    @cached_property
     def length(self) -> Ints:
         """The number of pixels of each node (N)."""
         return np.diff(self.start, append=len(self.value))
 
-    @property
-    def of_pixel(self) -> Labels:
+    @cached_property
+    def row(self) -> Ints:
+        """The row of its map that each node lies in (N). A node starts where its values begin to rise."""
+        _, height, width = self.shape
+        return (self.start - width - 1) // (width + 1) % (height + 1)
+
+    @cached_property
+    def of_maps(self) -> list[tuple[int, int]]:
+        """The first basin of each map, and the one after its last."""
+        return list(itertools.pairwise(np.searchsorted(self.map, np.arange(self.shape[0] + 1)).tolist()))
+
+    @cached_property
+    def regions(self) -> list[list[int]]:
+        """A box round the pixels of each basin: x0, y0, x1, y1, half-open."""
+        _, height, width = self.shape
+        some_N = np.flatnonzero(self.basin >= 0)
+        basin_N, y_N, x0_N = self.basin[some_N], self.row[some_N], (self.start[some_N] - width - 1) % (width + 1)
+        x1_N = np.minimum(x0_N + self.length[some_N], width)
+        region_4K = np.repeat([[width], [height], [0], [0]], len(self.top), 1)
+        for edge_K, edge_N in zip(region_4K[:2], (x0_N, y_N), strict=True):
+            np.minimum.at(edge_K, basin_N, edge_N)
+        for edge_K, edge_N in zip(region_4K[2:], (x1_N, y_N + 1), strict=True):
+            np.maximum.at(edge_K, basin_N, edge_N)
+        regions: list[list[int]] = region_4K.T.tolist()
+        return regions
+
+    def pixels_of(self, number: int) -> tuple[Bytes, Labels]:
+        """Return value and basin of each pixel of a map, with the margins below and to the right (H + 1, W + 1)."""
+        _, height, width = self.shape
+        start = (width + 1) * (1 + number * (height + 1))
+        part = slice(start, start + (height + 1) * (width + 1))
+        return self.value[part].reshape(height + 1, -1), self._basin_of_pixel[part].reshape(height + 1, -1)
+
+    @cached_property
+    def _basin_of_pixel(self) -> Labels:
         """The basin of each pixel (P), in the smallest type that holds them."""
         return np.repeat(self.basin.astype(np.min_scalar_type(-max(len(self.top), 1))), self.length)
 

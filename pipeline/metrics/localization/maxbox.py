@@ -15,14 +15,17 @@ from numpy.typing import NDArray
 
 from saltern.pipeline.maps.discretize import upsample
 from saltern.pipeline.maps.frame import to_original
-from saltern.pipeline.metrics.localization.levels import LEVELS, Parts, parts_and_holes
+from saltern.pipeline.metrics.localization.areas import areas_of
+from saltern.pipeline.metrics.localization.basins import Basins, bright_and_dark
+from saltern.pipeline.metrics.localization.levels import LEVELS, Parts, holes_of, parts_of
 from saltern.schemas.saliency import Box
 
 IOUS = (0.5, 0.3, 0.5, 0.7)  # the least IoU of a hit: of MaxBoxAcc, and the three of MaxBoxAccV2
 BYTES = -(-LEVELS // 8)
 _LARGER = np.array([0, 0, 1, 1])  # from a tight box, half-open, to that of clovaai
 _OUTLINE = np.array([-1, -1, 2, 2])  # likewise from the box of a hole, which the outline lies around
-_PIXELS = 2**18  # of the maps that are in memory together
+_PIXELS = 2**20  # of the maps that are in memory together
+_MANY = 4096  # basins; the tables of more are not made for several maps together
 _Ints = NDArray[np.int64]
 
 
@@ -97,25 +100,30 @@ def _hits(
     true: Sequence[Sequence[Box]],
 ) -> NDArray[np.uint8]:
     batch, height, width = map_BHW.shape
-    parts, holes = parts_and_holes(map_BHW)
-    flat = _of_flat_maps(map_BHW)
+    bright, dark = bright_and_dark(map_BHW)
+    if batch > 1 and len(bright.top) + len(dark.top) > _MANY:
+        each = (slice(number, number + 1) for number in range(batch))
+        return np.concatenate([_hits(map_BHW[at], geometry_B4[at], size_B2[at], true[at]) for at in each])
+    parts, holes, flat = parts_of(bright), holes_of(dark), _of_flat_maps(map_BHW)
     box_R4 = np.concatenate([parts.box + _LARGER, holes.box + _OUTLINE, flat.box])
     key_R = np.concatenate([each.map * LEVELS + each.level for each in (parts, holes, flat)])
-    largest, open_key = _largest(parts, holes, key_R, batch)
 
     def ious(box_R4: _Ints, map_R: _Ints) -> NDArray[np.float64]:
         box_R4[:, 2:] = np.minimum(box_R4[:, 2:], [width, height])
         return _best_iou(to_original(box_R4, geometry_B4[map_R], size_B2[map_R]), map_R, true)
 
     iou_R = ious(box_R4, key_R // LEVELS)
-    best = np.zeros((len(IOUS), batch * LEVELS))
+    best, worst = np.zeros((len(IOUS), batch * LEVELS)), np.ones(batch * LEVELS)
     np.maximum.at(best[1], key_R, iou_R)
-    best[2:] = best[1]
-    best[0, key_R[largest]] = iou_R[largest]
-    # If no box of a level hits, then that of its largest contour does not either.
-    open_key = open_key[best[1, open_key] >= IOUS[0]]
-    again = [_largest_contour(map_BHW[key // LEVELS], key % LEVELS) for key in open_key.tolist()]
-    best[0, open_key] = ious(np.array(again, np.int64).reshape(-1, 4), open_key // LEVELS)
+    np.minimum.at(worst, key_R, iou_R)
+    best[:] = best[1]
+    # Only if some boxes of a level hit and others do not, it matters which contour is the largest.
+    doubt = (best[1] >= IOUS[0]) & (worst < IOUS[0])
+    if doubt.any():
+        largest, open_key = _largest(bright, parts, key_R, doubt)
+        best[0, key_R[largest]] = iou_R[largest]
+        again = [_largest_contour(map_BHW[key // LEVELS], key % LEVELS) for key in open_key.tolist()]
+        best[0, open_key] = ious(np.array(again, np.int64).reshape(-1, 4), open_key // LEVELS)
     hit = best >= np.array(IOUS)[:, None]
     return np.packbits(hit.reshape(len(IOUS), batch, LEVELS).swapaxes(0, 1), axis=2)
 
@@ -125,26 +133,34 @@ def _of_flat_maps(map_BHW: NDArray[np.uint8]) -> Parts:
     flat = np.flatnonzero(map_BHW.max((1, 2)) == 0)
     rows = len(flat) * LEVELS
     box_R4 = np.tile([0, 0, 1, 1], (rows, 1))
-    return Parts(np.repeat(flat, LEVELS), np.tile(np.arange(LEVELS), len(flat)), box_R4, np.zeros(rows))
+    return Parts(np.repeat(flat, LEVELS), np.tile(np.arange(LEVELS), len(flat)), box_R4)
 
 
-def _largest(parts: Parts, holes: Parts, key_R: _Ints, batch: int) -> tuple[_Ints, _Ints]:
+def _largest(bright: Basins, parts: Parts, key_R: _Ints, doubt: NDArray[np.bool_]) -> tuple[_Ints, _Ints]:
     """Return which rows are the largest contours, and the keys (map and level) where this must be looked up.
 
-    A contour's area is that of its part with the holes filled: at least `area`, at most the polygon of its box.
+    A contour's area is that of its part with the holes filled: at least `areas_of`, at most the polygon of its box.
+
+    Args:
+        bright, parts: basins and their parts.
+        key_R: the keys of all rows, those of the parts first.
+        doubt: the keys that are asked about.
     """
-    key_P, of_flat = key_R[: len(parts.map)], np.arange(len(parts.map) + len(holes.map), len(key_R))
-    least = np.zeros(batch * LEVELS)
-    np.maximum.at(least, key_P, parts.area)
-    has_hole = np.zeros(batch * LEVELS, np.bool_)
-    has_hole[key_R[len(key_P) : len(key_P) + len(holes.map)]] = True
-    side_P2 = parts.box[:, 2:] - parts.box[:, :2] - 1
-    most_P = np.where(has_hole[key_P], side_P2[:, 0] * side_P2[:, 1], parts.area)
+    some_B = np.logical_or.reduce(doubt.reshape(-1, LEVELS), 1)
+    row_P, area_P = np.flatnonzero(some_B[parts.map]), areas_of(bright, some_B)
+    asked_P = doubt[key_R[row_P]]
+    row_P, area_P = row_P[asked_P], area_P[asked_P]
+    key_P, least = key_R[row_P], np.zeros(len(doubt))
+    np.maximum.at(least, key_P, area_P)
+    has_hole = np.zeros(len(doubt), np.bool_)
+    has_hole[key_R[len(parts.map) :]] = True
+    side_P2 = parts.box[row_P, 2:] - parts.box[row_P, :2] - 1
+    most_P = np.where(has_hole[key_P], side_P2[:, 0] * side_P2[:, 1], area_P)
     may_P = np.flatnonzero(most_P >= least[key_P])
-    count = np.bincount(key_P[may_P], minlength=batch * LEVELS)
+    count = np.bincount(key_P[may_P], minlength=len(doubt))
     # A part without any area may be a ring of the same area as its hole.
-    is_open = (count > 1) | (has_hole & (least == 0))
-    return np.concatenate([may_P[~is_open[key_P[may_P]]], of_flat]), np.flatnonzero(is_open)
+    is_open = doubt & ((count > 1) | (has_hole & (least == 0)))
+    return row_P[may_P[~is_open[key_P[may_P]]]], np.flatnonzero(is_open)
 
 
 def _largest_contour(map_HW: NDArray[np.uint8], level: int) -> Box:

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
 from saltern.pipeline.maps.frame import lay, to_original, whole_image
+from saltern.pipeline.metrics.localization.basins import bright_and_dark
 from saltern.pipeline.metrics.localization.boxes import iou, map_f1, overlap, unit
-from saltern.pipeline.metrics.localization.levels import parts_and_holes
+from saltern.pipeline.metrics.localization.levels import parts_of
 from saltern.pipeline.metrics.localization.maxbox import box_hits, eight_bits
 from saltern.pipeline.metrics.localization.pixels import mask_at_input
 from saltern.pipeline.metrics.localization.pointing import energy_inside, highest_point, is_pointed_at
@@ -68,7 +69,7 @@ def test_the_rectangle_is_found(height: int, width: int, orientation: int, prepr
     geometry_14, size_12 = np.array([decoded.geometry]), np.array([[height, width]], np.int32)
     geometry = list(decoded.geometry)
 
-    parts, _ = parts_and_holes(eight_bits(map_HW[None]))
+    parts = parts_of(bright_and_dark(eight_bits(map_HW[None]))[0])
     (half,) = np.flatnonzero(parts.level == 127)
     found = tuple(to_original(parts.box[[half]], geometry_14, size_12)[0].tolist())
     slack = max(geometry[:2])  # of one pixel of the input

@@ -9,8 +9,10 @@ from naive_metrics import some_box
 from naive_wsol import THRESHOLDS, naive_hits, normalised
 from numpy.typing import NDArray
 
-from saltern.pipeline.metrics.localization import levels
+from saltern.pipeline.metrics.localization import areas, levels, maxbox
 from saltern.pipeline.metrics.localization.accuracy import levels_of, threshold_of
+from saltern.pipeline.metrics.localization.basins import bright_and_dark
+from saltern.pipeline.metrics.localization.levels import parts_of
 from saltern.pipeline.metrics.localization.maxbox import BYTES, box_hits, eight_bits
 from saltern.schemas.saliency import Box
 
@@ -71,18 +73,36 @@ def test_levels_are_those_of_all_thresholds() -> None:
     assert set(levels_of(THRESHOLDS)) == set(range(255))
 
 
-@pytest.mark.parametrize(("name", "value"), [("_FEW", 0), ("_MANY", 0)])
-def test_parts_do_not_depend_on_what_is_measured_together(
-    name: str, value: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    map_BHW = np.random.default_rng(4).integers(0, 9, (4, 15, 12)).astype(np.uint8) * 28
-    usual = levels.parts_and_holes(map_BHW)
-    monkeypatch.setattr(levels, name, value)
-    for found, expected in zip(levels.parts_and_holes(map_BHW), usual, strict=True):
-        order, expected_order = (np.lexsort((*each.box.T, each.level, each.map)) for each in (found, expected))
-        assert len(order) > 100
-        for column, expected_column in zip(found, expected, strict=True):
-            np.testing.assert_array_equal(column[order], expected_column[expected_order])
+def test_hits_do_not_depend_on_what_is_measured_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    map_BHW = np.random.default_rng(4).integers(0, 9, (4, 15, 12)).astype(np.float32) * 28
+    true: list[list[Box]] = [[(x, y, x + 2, y + 2) for x in range(10) for y in range(0, 13, 3)]] * 4
+    usual = hits(map_BHW, true)
+    assert (usual[:, 0] != usual[:, 2]).any()  # areas decide
+    for module, name in ((maxbox, "_MANY"), (levels, "FEW"), (areas, "FEW")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, 0)
+            np.testing.assert_array_equal(hits(map_BHW, true), usual)
+
+
+@pytest.mark.parametrize("kind", [ties, smooth, clipped])
+def test_areas_of_some_maps_are_those_of_their_contours(kind: object) -> None:
+    assert callable(kind)
+    map_BHW = eight_bits(kind(np.random.default_rng(6), 4, 19, 16))
+    bright, _ = bright_and_dark(map_BHW)
+    parts, some_B = parts_of(bright), np.array([True, False, True, True])
+    shown = some_B[parts.map]
+    found = dict.fromkeys(zip(parts.map[shown].tolist(), parts.level[shown].tolist(), strict=True), 0.0)
+    for key, area in zip(
+        zip(parts.map[shown], parts.level[shown], strict=True), areas.areas_of(bright, some_B), strict=True
+    ):
+        found[int(key[0]), int(key[1])] += area
+    assert {number for number, _ in found} == {0, 2, 3}
+    for (number, level), area in found.items():
+        mask_HW = (map_BHW[number] > level).astype(np.uint8)
+        contours, tree = cv2.findContours(mask_HW, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+        # OpenCV traces a hole through the pixels around it.
+        signs = [1 if parent < 0 else -1 for parent in tree[0, :, 3]]
+        assert area == sum(sign * cv2.contourArea(each) for sign, each in zip(signs, contours, strict=True))
 
 
 @pytest.mark.slow
