@@ -14,7 +14,11 @@ def pack(
     out: opt.OutFolder,
     per_shard: Annotated[int, opt.output("Samples in a shard.", min=1)] = 1000,
     boxes: Annotated[
-        Path | None, opt.inputs("Folder of ILSVRC annotations: CLASS/STEM.xml or STEM.xml.", metavar="DIR")
+        Path | None,
+        opt.inputs(
+            "Folder of ILSVRC annotations, CLASS/STEM.xml or STEM.xml, or a CSV file of boxes: image,x0,y0,x1,y1.",
+            metavar="DIR|FILE",
+        ),
     ] = None,
     classes: Annotated[
         str | None,

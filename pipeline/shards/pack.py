@@ -4,23 +4,21 @@ import json
 import random
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 from webdataset.writer import TarWriter
 
+from saltern.pipeline.shards.box_files import Facts, open_boxes
 from saltern.pipeline.shards.classes import FILE, IMAGENET, Vocabulary, imagenet_names, read_names
 from saltern.pipeline.shards.expand import ENDINGS
 from saltern.pipeline.shards.folder import Folder, Image, Remarks
 from saltern.schemas.errors import UserError
 
 SCRATCH = ".tmp-pack"  # `expand` ignores names that begin with a dot
-_MAX_XML = 2**20  # bytes
-_CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 @dataclass(slots=True)
@@ -56,7 +54,7 @@ def pack(
         folder: one sub-folder per class, or only images.
         out: created if missing. The shards appear in it when all are written.
         per_shard: number of samples in a shard.
-        boxes: ILSVRC annotations, as CLASS/STEM.xml or STEM.xml, in it or in its sub-folder Annotation.
+        boxes: ILSVRC annotations or a CSV file, as for `open_boxes`.
         classes: how the classes are numbered. None: by the sorted names of the sub-folders, as in torchvision's
             ImageFolder. `imagenet`, or a file of names as `classes.json`: by the folder's name (or WordNet id) there.
         shuffle: seed of the order of samples; None: the order of the sorted paths.
@@ -65,7 +63,8 @@ def pack(
         UserError: no images, images next to class folders, shards in `out`, a damaged annotation, a folder that is none
             of the classes; files that cannot be read, of which nothing is packed.
     """
-    _check(folder, out, per_shard, boxes)
+    _check(folder, out, per_shard)
+    boxes_of = None if boxes is None else open_boxes(boxes)
     scratch = out / SCRATCH
     try:
         listed = Folder(folder)
@@ -79,7 +78,7 @@ def pack(
         table = dict(sorted(names.values()))
         if table:
             (scratch / FILE).write_text(json.dumps(table, indent=0) + "\n")
-        _Packer(folder, table, boxes, packed).write(images, scratch, per_shard)
+        _Packer(folder, table, boxes_of, packed).write(images, scratch, per_shard)
         for path in sorted(scratch.iterdir()):
             path.rename(out / path.name)
         return packed
@@ -90,14 +89,11 @@ def pack(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _check(folder: Path, out: Path, per_shard: int, boxes: Path | None) -> None:
+def _check(folder: Path, out: Path, per_shard: int) -> None:
     if per_shard < 1:
         raise UserError(f"--per-shard {per_shard}: at least one sample is needed")
-    for needed in (folder, boxes):
-        if needed is not None and not needed.is_dir():
-            raise UserError(f"{needed}: no such folder")
-    if boxes is not None and next(boxes.rglob("*.xml"), None) is None:
-        raise UserError(f"--boxes {boxes}: no .xml file below it")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: not a folder")
     if out.resolve().is_relative_to(folder.resolve()):
@@ -136,7 +132,7 @@ class _Packer:
 
     folder: Path
     names: dict[int, str]
-    boxes: Path | None
+    boxes_of: Callable[[Image], Facts | None] | None  # None: no boxes were requested
     packed: Packed
 
     def write(self, images: Iterable[Image], scratch: Path, per_shard: int) -> None:
@@ -163,43 +159,10 @@ class _Packer:
         if image.label is not None:
             members["cls"] = str(image.label).encode()
             facts["name"] = self.names[image.label]
-        if self.boxes is not None:
-            annotation = _annotation(image, self.boxes)
-            self.packed.unboxed += annotation is None
-            facts |= read_ilsvrc(annotation) if annotation else {}
+        if self.boxes_of is not None:
+            boxes = self.boxes_of(image)
+            self.packed.unboxed += boxes is None
+            facts |= boxes or {}
         if facts:
             members["json"] = json.dumps(facts).encode()
         return members
-
-
-def _annotation(image: Image, boxes: Path) -> Path | None:
-    name = f"{Path(image.name).stem}.xml"
-    folders = [boxes / "Annotation", boxes]
-    if image.label is not None:
-        folders = [place for folder in folders for place in (folder / image.name.partition("/")[0], folder)]
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
-
-
-def read_ilsvrc(path: Path) -> dict[str, Any]:
-    """Return `boxes` [[x0, y0, x1, y1]], inclusive pixels, `height` and `width` of an ILSVRC annotation.
-
-    Raises:
-        UserError: the file is not an ILSVRC annotation.
-    """
-    raw = path.read_bytes()
-    # A document type can declare entities that expand without limit. ILSVRC's files have none, and no other encoding.
-    if len(raw) > _MAX_XML or any(mark in raw for mark in (b"<!DOCTYPE", b"<!ENTITY", b"\0")):
-        raise UserError(f"{path}: refused: an ILSVRC annotation declares no document type and is not that large")
-    try:
-        tree = ElementTree.fromstring(raw)  # noqa: S314 - see above
-        boxes = [[_pixels(thing, f"bndbox/{corner}") for corner in _CORNERS] for thing in tree.iter("object")]
-        return {"boxes": boxes, "height": _pixels(tree, "size/height"), "width": _pixels(tree, "size/width")}
-    except (ElementTree.ParseError, ValueError, OverflowError, LookupError) as error:
-        raise UserError(f"{path}: not an ILSVRC annotation ({error}); restore or remove it") from error
-
-
-def _pixels(element: ElementTree.Element, path: str) -> int:
-    text = element.findtext(path)
-    if text is None:
-        raise ValueError(f"{path} is missing")
-    return round(float(text))

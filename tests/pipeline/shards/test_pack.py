@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from saltern.pipeline.shards.box_files import read_ilsvrc
 from saltern.pipeline.shards.expand import expand
-from saltern.pipeline.shards.pack import pack, read_ilsvrc
+from saltern.pipeline.shards.pack import pack
 from saltern.pipeline.shards.samples import Sample, read_samples
 from saltern.schemas.errors import UserError
 
