@@ -57,9 +57,8 @@ def evaluate(
         evaluation = measure(request, collect(RunOptions, ctx, out=folders[0]))
     except StoppedError as stopped:
         leave(stopped.result)
-    for judged in evaluation.runs:
-        for line in judged.notes:
-            opt.say(line, err=True)
+    for line in table.notes(evaluation):
+        opt.say(line, err=True)
     forms = {"markdown": table.as_markdown, "csv": table.as_csv, "json": table.as_json, "text": table.as_text}
     typer.echo(forms[format.value](evaluation))
     for line in table.remarks(evaluation):

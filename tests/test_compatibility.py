@@ -120,3 +120,11 @@ def test_an_old_checkpoint_makes_masks(old: Path) -> None:
         old=old,
     )
     assert {row["status"] for row in rows(old / "masks")} == {"ok"}
+
+
+def test_a_run_is_measured_and_exported(old: Path) -> None:
+    call("evaluate {old}/extract --metric statistics --engine local", old=old)
+    found = json.loads((old / "extract/metrics/statistics.json").read_text())
+    assert found["samples"] == len(rows(old / "extract"))
+    assert "6 rows of 2 shards" in call("export {old}/extract --format npy --out {old}/npy --engine local", old=old)
+    assert "area under" in call("sanity {old}/extract --images 4 --stages 2 --engine local --device cpu", old=old)

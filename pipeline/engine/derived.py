@@ -9,8 +9,9 @@ from saltern.pipeline.engine.conduct import Job, RunOptions, RunResult, conduct
 from saltern.pipeline.runs.manifest import load_run, read_receipts, receipt_name
 from saltern.pipeline.runs.measured import is_of
 from saltern.pipeline.runs.reader import SaliencyRun
+from saltern.pipeline.storage.session import session
 from saltern.pipeline.storage.store import Store
-from saltern.schemas.errors import ShardError, UserError
+from saltern.schemas.errors import OutputError, ShardError, UserError
 from saltern.schemas.receipt import Receipt
 from saltern.schemas.run import Run, Shard
 
@@ -62,7 +63,7 @@ def reading_tar(shard: Shard) -> Iterator[None]:
 
 
 def derive(
-    run: SaliencyRun, root: str, job: Job, shards: Sequence[Shard], options: RunOptions
+    run: SaliencyRun, root: str, job: Job, shards: Sequence[Shard], options: RunOptions, fix: str
 ) -> tuple[list[Shard], dict[str, str]]:
     """Run a job over shards of a run, or resume it. Results of data files that the run has replaced are made again.
 
@@ -72,16 +73,18 @@ def derive(
         job: its receipts have the content of `runs.measured.is_of`, and as many samples as the shard that was read.
         shards: of the run, as the job's plan has them.
         options: of the execution; `out` is not used.
+        fix: for the user, if the results cannot be written.
 
     Returns:
         The shards that are done; those that could not be read, with the reason.
 
     Raises:
-        UserError: the results cannot be written, or are damaged; or as the job.
+        UserError: the results cannot be written, are damaged, or another command writes them; or as the job.
         StoppedError: the engine stopped before the end; finished shards are kept.
     """
     store = Store(root)
-    with writing(root):
+    store.read("run.json")  # names a file that is in the way of the folder
+    with writing(root, fix), session(store):  # nothing is changed while another command writes there
         overwrite = _prepare(store, job.plan, run)
     # Only results go to stdout.
     with contextlib.redirect_stdout(sys.stderr):
@@ -93,12 +96,12 @@ def derive(
 
 
 @contextlib.contextmanager
-def writing(path: str) -> Iterator[None]:
-    """Raise UserError for an error of the folder of the results."""
+def writing(path: str, fix: str) -> Iterator[None]:
+    """Raise UserError, with the fix, for an error of the folder of the results."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{path}: the results cannot be written there: {error}") from error
+    except (OSError, OutputError) as error:
+        raise UserError(f"{path}: the results cannot be written there: {error}; {fix}") from error
 
 
 @contextlib.contextmanager

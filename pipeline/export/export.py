@@ -27,6 +27,7 @@ from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.export import RECORDS
 from saltern.schemas.run import Run, Shard
 
+_FIX = "make room, or give another --out"
 _THREADS = 32  # that read records
 
 
@@ -69,12 +70,12 @@ def export(path: str, form: str, out: str, patterns: Sequence[str] = (), options
         )
     check(out, run, form)
     store, root = records(out), f"{out.rstrip('/')}/{RECORDS}"
-    with writing(out):
-        _forget_lost(store, out)
     job = Job(partial(_plan, run, form, shards), partial(ExportProcessor, source=Source.of(run), out=out))
     chosen = replace(options or RunOptions(out), device="cpu")
-    done, exported.failures = derive(run, root, job, shards, chosen)
-    with writing(out), session(store) as owned, reading_results(root):
+    with writing(out, _FIX):
+        _forget_lost(store, out)
+    done, exported.failures = derive(run, root, job, shards, chosen, _FIX)
+    with writing(out, _FIX), session(store) as owned, reading_results(root):
         _finish(Folder.at(out, owned.scratch), form, run, store, done)
     rows = {shard.name: receipt.rows for shard, receipt in zip(run.shards, run.receipts, strict=True)}
     exported.shards, exported.rows = len(done), sum(rows[shard.name] for shard in done)

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from saltern.pipeline.engine.conduct import RunOptions
-from saltern.pipeline.engine.derived import writing
+from saltern.pipeline.engine.derived import reading_results
 from saltern.pipeline.metrics.census import Census, take_census
 from saltern.pipeline.metrics.estimate import Estimate
 from saltern.pipeline.metrics.faithfulness.further import further_classifiers
 from saltern.pipeline.metrics.families import FAMILIES, choose_metrics
-from saltern.pipeline.metrics.measure import measure
+from saltern.pipeline.metrics.measure import measure, writing_to
 from saltern.pipeline.metrics.wanted import same_samples, wanted_shards
 from saltern.pipeline.runs.agreement import measure_agreement
 from saltern.pipeline.runs.reader import SaliencyRun, open_run
@@ -90,13 +90,14 @@ def evaluate(request: EvaluateRequest, options: RunOptions) -> Evaluation:
             own.append(_judge_run(judged, name, shards, request, options, chosen[name]))
         run, shards, _ = runs[0]
         store, done, _ = _measured(run, name, shards, request, options, controls=True)
-        found = FAMILIES[name].summarise(store, done)
+        with reading_results(store.path):
+            found = FAMILIES[name].summarise(store, done)
         for subject, estimates in found.items():
             evaluation.controls.setdefault(subject, {}).update(estimates)
         for (run, _, _), estimates in zip(runs, own, strict=True):
             picture = FAMILIES[name].draw({FOUND: estimates, **found})
             if picture is not None:
-                with writing(run.path):
+                with writing_to(run):
                     run.store.write(f"metrics/{name}.png", picture)
     for judged, (_, shards, _) in zip(evaluation.runs, runs, strict=True):
         judged.notes += _notes(judged, evaluation)
@@ -124,15 +125,16 @@ def _judge_run(
 ) -> dict[str, Estimate]:
     """Measure a run by one family, and write the summary. Returns all of its estimates."""
     store, done, unread = _measured(judged.run, name, shards, request, options, controls=False)
-    census = take_census(store, done, "other_size" in evaluation_schema(name).names)
+    with reading_results(store.path):
+        census = take_census(store, done, "other_size" in evaluation_schema(name).names)
+        estimates = next(iter(FAMILIES[name].summarise(store, done).values()), {})
     FAMILIES[name].check_census(judged.run.path, census, unread)
-    estimates = next(iter(FAMILIES[name].summarise(store, done).values()), {})
     # Those of one classifier are named METRIC@MODEL.
     judged.estimates |= {name: own for name, own in estimates.items() if name.partition("@")[0] in metrics}
     judged.unread |= unread
     judged.census = judged.census if judged.census.statuses else census
     summary = {**describe(judged.run), **census.summary(), "unread_shards": unread, "metrics": to_json(estimates)}
-    with writing(judged.run.path):
+    with writing_to(judged.run):
         judged.run.store.write(f"metrics/{name}.json", json.dumps(summary, indent=1).encode())
     return estimates
 

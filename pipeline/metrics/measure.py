@@ -1,11 +1,13 @@
 """Measure shards of a run by one family of metrics, in a resumable job of the engine."""
 
+import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
 
 from saltern.pipeline.engine.conduct import Job, RunOptions
-from saltern.pipeline.engine.derived import Source, derive
+from saltern.pipeline.engine.derived import Source, derive, writing
 from saltern.pipeline.extract.request import Pinned, pin
 from saltern.pipeline.metrics.family import Family
 from saltern.pipeline.metrics.processor import MetricProcessor
@@ -54,7 +56,17 @@ def measure(
     root = f"{run.path.rstrip('/')}/metrics/{family.name}{'-controls' * controls}"
     plan = partial(_plan, run, family, shards, request, {"controls": controls, **more})
     job = Job(plan, partial(MetricProcessor, source=Source.of(run), family=family))
-    return Store(root), *derive(run, root, job, shards, options)
+    return Store(root), *derive(run, root, job, shards, options, _fix(run))
+
+
+def writing_to(run: SaliencyRun) -> AbstractContextManager[None]:
+    """Raise UserError, with the fix, for an error of the run's folder."""
+    return writing(run.path, _fix(run))
+
+
+def _fix(run: SaliencyRun) -> str:
+    link = f"`cp -rs {os.path.abspath(run.path)} COPY` links its files in a folder of yours"
+    return f"make room, or measure a copy: {link if run.store.local else 'of its folder, without the shards'}"
 
 
 def _plan(

@@ -127,7 +127,16 @@ def remarks(evaluation: Evaluation) -> Iterator[str]:
     marks = {metric.better for metric in columns_of(evaluation).values()}
     meaning = {Better.LESS: "↓ less is better", Better.MORE: "↑ more is better"}
     yield "; ".join([*(text for mark, text in meaning.items() if mark in marks), "± half the 95 % bootstrap interval"])
-    said = [list(_of_run(judged, evaluation)) for judged in evaluation.runs]
+    yield from _merged(evaluation, [list(_of_run(judged, evaluation)) for judged in evaluation.runs])
+
+
+def notes(evaluation: Evaluation) -> Iterator[str]:
+    """Yield the notes for the user."""
+    yield from _merged(evaluation, [judged.notes for judged in evaluation.runs])
+
+
+def _merged(evaluation: Evaluation, said: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield the lines about each run: those about all runs once, the others with the run's path."""
     for number, (judged, lines) in enumerate(zip(evaluation.runs, said, strict=True)):
         for line in lines:
             every = all(line in others for others in said)

@@ -10,9 +10,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from saltern.pipeline.engine.conduct import RunOptions
-from saltern.pipeline.engine.derived import writing
+from saltern.pipeline.engine.derived import reading_results
 from saltern.pipeline.metrics.estimate import read_subjects
-from saltern.pipeline.metrics.measure import measure
+from saltern.pipeline.metrics.measure import measure, writing_to
 from saltern.pipeline.metrics.sanity.adversarial import judge_attacks
 from saltern.pipeline.metrics.sanity.family import MAPPED, SanityFamily
 from saltern.pipeline.metrics.sanity.plot import plot
@@ -76,13 +76,13 @@ def sanity(request: SanityRequest, options: RunOptions) -> Sanity:
         attacked = judge_attacks(store, run, request.images)
         found = Sanity({**head, "adversarial": attacked.summary()}, attacked.lines())
     else:
-        curves, unread = _cascades(open_run(path, request.shards), request, options)
+        opened = open_run(path, request.shards)
+        curves, unread = _cascades(opened, request, options)
         summary = {**head, "seed": config["seed"], "unread_shards": unread, **curves.summary()}
         found = Sanity(summary, list(lines(curves)), unread)
-        with writing(path):
+        with writing_to(opened):
             store.write(PICTURE, plot(curves, f"{config['method']} of {config['model']}"))
-    with writing(path):
-        store.write(SUMMARY, json.dumps(found.summary, indent=1).encode())
+    store.write(SUMMARY, json.dumps(found.summary, indent=1).encode())
     return found
 
 
@@ -93,7 +93,8 @@ def _cascades(run: SaliencyRun, request: SanityRequest, options: RunOptions) -> 
     if not shards:
         raise UserError(f"{run.path} has no image with a map; `saltern status {run.path}` says why")
     store, done, unread = measure(run, SanityFamily, shards, request, options, stages=request.stages or 0)
-    curves = _read_curves(store, done)
+    with reading_results(store.path):
+        curves = _read_curves(store, done)
     if not curves.images:
         name, why = next(iter(unread.items()), (run.path, "its shards have no image with a map"))
         raise UserError(f"no image could be judged: {name}: {why}")
