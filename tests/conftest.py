@@ -22,6 +22,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_USAGE_STATS_ENABLED="0")
 # Niced workers would get no core while other tests run. Ray Train sees the end of a worker at its next health check.
 os.environ.update(RAY_worker_niceness="0", RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2")
+# On a machine whose cores are busy, a cluster starts slowly. Workers that wait for actors would be started in vain.
+os.environ.update(RAY_raylet_start_wait_time_s="120", RAY_worker_register_timeout_seconds="300")
+os.environ.update(RAY_prestart_worker_first_driver="0")
 for _name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
     os.environ.pop(_name, None)
 
@@ -89,16 +92,19 @@ def shared_data() -> Path:
 def ray_address() -> Iterator[str]:
     """Start one cluster for all tests of this process: two CPUs, its own token, nothing written in the user's home."""
     import ray
+    from forked_workers import few_processes, forked_workers
 
     # Ray's Unix sockets are in this folder, and their paths may have 107 characters.
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        context = ray.init(
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            object_store_memory=80_000_000,
-            _temp_dir=folder,
-        )
+    temporary = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
+    with temporary as folder, forked_workers(Path(folder)):
+        with few_processes():
+            context = ray.init(
+                num_cpus=2,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                object_store_memory=80_000_000,
+                _temp_dir=folder,
+            )
         yield context.address_info["address"]
         ray.shutdown()

@@ -86,6 +86,8 @@ def secure(address: str | None) -> None:
     if address is None:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # on every system: listen on loopback only
         os.environ.setdefault("RAY_enable_metrics_collection", "0")  # metrics need no token
+        # A process for each core, which no actor would use: actors have environments of their own.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         if "RAY_AUTH_TOKEN_PATH" not in os.environ:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from faults import EACH, SHARDS, actors, command, done, equals, finish, resume, run, run_here, start, until, workers_of
 from forked import Forks
+from forked_workers import few_processes
 from making import files, picture, write_shards, write_tar
 from PIL import Image
 
@@ -107,11 +108,12 @@ def test_a_lost_node_without_replacement(
     from ray.cluster_utils import Cluster
 
     # An orphaned actor survives for a moment, in which it must not finish. Actors have their node's environment.
-    monkeypatch.setenv("SLOW", "1.0")
+    monkeypatch.setenv("SLOW", "0.5")
     out = tmp_path / "run"
     each = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 80_000_000}
-    lean = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
-    cluster = Cluster(initialize_head=True, head_node_args={**each, **lean})
+    quick = {"_system_config": {"health_check_period_ms": 500, "health_check_failure_threshold": 2}}
+    with few_processes():
+        cluster = Cluster(initialize_head=True, head_node_args={**each, **quick, "include_dashboard": False})
     try:
         node = cluster.add_node(**each)
         line = command(shards, out, "--engine", "ray", "--address", cluster.address, "--workers", "2")

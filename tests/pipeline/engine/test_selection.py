@@ -43,7 +43,8 @@ own = [process.pid for process in psutil.Process().children(recursive=True)] + [
 ports = [port for port in psutil.net_connections("tcp") if port.status == "LISTEN" and port.pid in own]
 folder = ray._private.worker._global_node.get_session_dir_path()
 above = [os.path.dirname(os.path.dirname(folder))]
-print(json.dumps([sorted({port.laddr.ip for port in ports}), above[0], oct(os.stat(above[0]).st_mode)[-3:]]))
+idle = sum("default_worker.py" in " ".join(psutil.Process(pid).cmdline()) for pid in own)
+print(json.dumps([sorted({port.laddr.ip for port in ports}), above[0], oct(os.stat(above[0]).st_mode)[-3:], idle]))
 """
 
 
@@ -55,8 +56,9 @@ def test_a_cluster_that_saltern_starts_listens_on_loopback_and_leaves_nothing(tm
         line, env={**environment, "PYTHONPATH": PYTHONPATH}, capture_output=True, text=True, cwd=tmp_path
     )
     assert ended.returncode == 0, ended.stderr
-    ips, folder, mode = json.loads(ended.stdout.splitlines()[-1])
+    ips, folder, mode, idle = json.loads(ended.stdout.splitlines()[-1])
     assert ips
     assert set(ips) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     assert mode == "700"
+    assert idle == 0
     assert not Path(folder).exists()
