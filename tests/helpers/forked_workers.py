@@ -1,5 +1,6 @@
-"""Workers of Ray that are forked from one process, which imports torch and more once. Ray's own workers import Ray twice
-and torch once, each of them, which takes longer than most tests.
+"""Workers of Ray that are forked from one process, which imports torch and more once.
+
+Each of Ray's own workers imports Ray twice and torch once, which takes longer than most tests.
 
 As a program: with the path of a socket, the process that forks; with other words, the process that a raylet starts
 instead of Ray's setup_worker.py, which has the worker forked and lives until it ends.

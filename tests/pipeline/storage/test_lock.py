@@ -9,12 +9,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from s3server import BUCKET, s3_server
+from s3server import BUCKET, S3, s3_server
 
+from saltern.pipeline.storage import filesystem
 from saltern.pipeline.storage import lock as module
 from saltern.pipeline.storage.lock import CLAIM, LOCK, own
 from saltern.pipeline.storage.session import own_folder
@@ -27,6 +29,14 @@ def refuse_locks(*_: object) -> None:
     raise OSError(errno.ENOLCK, "No locks available")
 
 
+@pytest.fixture(scope="module")  # clients are kept for each bucket
+def server() -> Iterator[S3]:
+    filesystem._bucket.cache_clear()
+    with s3_server() as made:
+        yield made
+    filesystem._bucket.cache_clear()
+
+
 @pytest.fixture(params=["lock", "claim", "bucket"])
 def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """Return a run's folder with locks, on a file system without them, or in an object store."""
@@ -37,16 +47,31 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / "run").mkdir()
         yield Store(str(tmp_path / "run"))
         return
-    with s3_server() as server:
-        for name, value in {
-            "ENDPOINT_URL": f"http://127.0.0.1:{server.server_address[1]}",
-            "ACCESS_KEY_ID": "key",
-            "SECRET_ACCESS_KEY": "secret",
-            "DEFAULT_REGION": "us-east-1",
-            "EC2_METADATA_DISABLED": "true",
-        }.items():
-            monkeypatch.setenv(f"AWS_{name}", value)
-        yield Store(f"s3://{BUCKET}/run-{server.server_address[1]}")
+    server = request.getfixturevalue("server")
+    for name, value in {
+        "ENDPOINT_URL": f"http://127.0.0.1:{server.server_address[1]}",
+        "ACCESS_KEY_ID": "key",
+        "SECRET_ACCESS_KEY": "secret",
+        "DEFAULT_REGION": "us-east-1",
+        "EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    yield Store(f"s3://{BUCKET}/{tmp_path.name}")
+
+
+@pytest.fixture
+def age(request: pytest.FixtureRequest, store: Store) -> Callable[[str], None]:
+    """Return a function that makes a file as old as if it had been written ten minutes ago."""
+    written = time.time() - 600
+
+    def age(name: str) -> None:
+        if store.local:
+            os.utime(store.full(name), (written, written))
+        else:
+            key = store.full(name).removeprefix(f"{BUCKET}/")
+            request.getfixturevalue("server").written[key] = datetime.fromtimestamp(int(written), UTC)
+
+    return age
 
 
 def marks(store: Store) -> list[str]:
@@ -89,7 +114,7 @@ def test_of_owners_that_start_together_at_most_one_wins(store: Store) -> None:
             with own(store):
                 owners.append(threading.get_ident())
                 most.append(len(owners))
-                time.sleep(1.0)
+                time.sleep(0.4)
                 owners.remove(threading.get_ident())
         except UserError:
             pass
@@ -136,14 +161,15 @@ def claim(store: Store, **changes: object) -> str:
     return f"{CLAIM}0"
 
 
-def test_a_claim_of_another_machine_holds_until_it_is_stale(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_claim_of_another_machine_holds_until_it_is_stale(
+    store: Store, age: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fcntl, "flock", refuse_locks)
     name = claim(store, pid=7)
     with pytest.raises(UserError, match="host elsewhere, process 7"), own(store):
         pass
     assert marks(store) == [name]
-    monkeypatch.setattr(module, "STALE_S", 1.0)
-    time.sleep(2.1)
+    age(name)
     with own(store):
         assert name not in marks(store)
     assert marks(store) == []
@@ -160,12 +186,19 @@ def test_a_claim_that_cannot_be_read_is_a_claim(
         pass
 
 
-def test_an_owner_writes_its_claim_again_and_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_owner_writes_its_claim_again_and_again(
+    store: Store, age: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fcntl, "flock", refuse_locks)
     monkeypatch.setattr(module, "BEAT_S", 0.1)
-    monkeypatch.setattr(module, "STALE_S", 5.0)  # a loaded machine may stop for seconds
     with own(store) as held:
-        time.sleep(6.5)
+        (name,) = marks(store)
+        for _ in range(2):
+            age(name)
+            end = time.monotonic() + 60
+            while time.time() - store.fs.get_file_info(store.full(name)).mtime_ns / 1e9 > module.STALE_S:
+                assert time.monotonic() < end
+                time.sleep(0.02)
         with pytest.raises(UserError, match="another command"), own(store):
             pass
         held.check()
