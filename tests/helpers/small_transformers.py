@@ -3,14 +3,17 @@
 import timm
 import torch
 from networks import randomise
+from thin import thin
 from torch import nn
 from torchvision import models
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+from torchvision.models.regnet import BlockParams, RegNet
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 from torchvision.models.vision_transformer import VisionTransformer
 
 _TOKENS = ("pos_embed", "pos_embedding", "class_token", "cls_token", "dist_token", "reg_token")
 _V2 = {"block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2}
+_REGNET = BlockParams([1, 2], [16, 32], [8, 8], [1.0, 1.0], [2, 2], se_ratio=0.25)
 _BLOCKS = [CNBlockConfig(16, 32, 1), CNBlockConfig(32, None, 1)]
 
 MAKERS = {
@@ -19,9 +22,9 @@ MAKERS = {
     "swin_v2": lambda: SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], num_classes=10, **_V2),
     "convnext": lambda: ConvNeXt(_BLOCKS, num_classes=10),
     "maxvit": lambda: models.MaxVit((64, 64), 8, 2, [8, 16], [1, 1], 4, 0.0, num_classes=10),
-    "efficientnet": lambda: models.efficientnet_b0(num_classes=10),
-    "mobilenet_v3": lambda: models.mobilenet_v3_small(num_classes=10),
-    "regnet": lambda: models.regnet_y_400mf(num_classes=10),
+    "efficientnet": lambda: thin("efficientnet_b0", num_classes=10),
+    "mobilenet_v3": lambda: thin("mobilenet_v3_small", num_classes=10),
+    "regnet": lambda: RegNet(_REGNET, num_classes=10),
     "timm_vit": lambda: _timm("vit_tiny_patch16_224", depth=2, init_values=0.5, reg_tokens=2),
     "timm_deit": lambda: _timm("deit_tiny_distilled_patch16_224", depth=2),
     "timm_swin": lambda: _timm("swin_tiny_patch4_window7_224", depths=(2, 2), embed_dim=24, window_size=4),

@@ -1,17 +1,16 @@
 """Models that the method tests share: seeded random weights, BatchNorm statistics and affine terms randomised too."""
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache
 
 import pytest
 import torch
 from networks import randomise
+from thin import thin
 from torch import Tensor, nn
-from torchvision.models import SwinTransformer, VisionTransformer
-
-from saltern.pipeline.models.classifiers import load
+from torchvision.models import MaxVit, SwinTransformer, VisionTransformer, regnet_x_400mf
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 torch.set_num_threads(1)
 
@@ -39,28 +38,36 @@ def tiny() -> nn.Module:
         for module in net.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
+        net.image_size = 32
         return randomise(net)
 
 
-# Transformers of torchvision's classes, with few and narrow layers.
+# Networks of torchvision's classes, with few and narrow layers.
 SMALL = {
     "small_vit": lambda: VisionTransformer(64, 16, num_layers=2, num_heads=4, hidden_dim=64, mlp_dim=128),
+    "tiny_vit": lambda: VisionTransformer(64, 16, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32),
     "small_swin": lambda: SwinTransformer([4, 4], 24, [2, 2], [2, 4], [7, 7]),
+    "small_convnext": lambda: ConvNeXt([CNBlockConfig(16, 32, 1), CNBlockConfig(32, None, 1)]),
+    "small_maxvit": lambda: MaxVit((224, 224), 8, 7, [8, 16], [1, 1], 4, 0.0),
+    "regnet_x_400mf": regnet_x_400mf,
 }
+
+
+SIDES = {"small_vit": 64, "tiny_vit": 64, "small_maxvit": 224}  # of the images that a method is built with, pixels
 
 
 @cache
 def _randomised(name: str) -> nn.Module:
-    if name not in SMALL:
-        return randomise(load(name, "none").model)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return randomise(SMALL[name]())
+        model = randomise(SMALL[name]()) if name in SMALL else thin(name, 8 if name == "vgg16_bn" else 4)
+    model.image_size = SIDES.get(name, 96)
+    return model
 
 
 @pytest.fixture(scope="session")
 def network() -> Callable[[str], nn.Module]:
-    """A model of `saltern.pipeline.models.classifiers` or of SMALL by name, randomised; made once."""
+    """A network of torchvision by name with a quarter of its channels, or one of SMALL, randomised; made once."""
     return _randomised
 
 
@@ -78,13 +85,4 @@ def images() -> Callable[..., Tensor]:
 @pytest.fixture
 def double(network):
     """Copies of the networks in float64."""
-
-    def make(name):
-        model = network(name)
-        if name == "vgg16_bn":  # its head of a gigabyte, narrowed
-            model = nn.Sequential(OrderedDict(model.named_children()))
-            head = nn.Sequential(nn.Flatten(), nn.Linear(25088, 64), nn.ReLU(True), nn.Dropout(), nn.Linear(64, 1000))
-            model.classifier = randomise(head)
-        return copy.deepcopy(model).double().eval()
-
-    return make
+    return lambda name: copy.deepcopy(network(name)).double().eval()

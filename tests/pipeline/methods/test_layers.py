@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-import torchvision
 from references import agree
+from thin import thin
 from torch import nn
 
 from saltern.pipeline.methods import build
@@ -128,7 +128,7 @@ def test_a_model_that_gives_no_logits(tiny, images):
 @pytest.mark.parametrize("name", ["cam", "grad-cam", "guided-backprop", "relevance-cam", "ablation-cam"])
 def test_heads_that_serve_training_alone_do_not_matter(name, network, images):
     plain, x = network("googlenet"), images(1, 96)
-    with_heads = torchvision.models.GoogLeNet(aux_logits=True, init_weights=False).train()
+    with_heads = thin("googlenet", aux_logits=True).train()
     with_heads.load_state_dict(plain.state_dict(), strict=False)
     target = plain(x).argmax(1)
     with build(name, plain) as expected, build(name, with_heads) as found:

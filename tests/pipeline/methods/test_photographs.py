@@ -16,11 +16,12 @@ from saltern.pipeline.shards.expand import expand
 from saltern.pipeline.shards.samples import read_samples
 
 SMALL = {
+    "ablation-cam": {"layer": "_blocks.0"},  # of 16 channels
     "cameras": {"sizes": [224, 324, 424]},
     "integrated-gradients": {"steps": 4},
     "occlusion": {"window": 56, "stride": 56},
     "rise": {"masks": 8},
-    "score-cam": {"layer": "_blocks.0"},  # of 16 channels
+    "score-cam": {"layer": "_blocks.0"},
     "smoothgrad": {"samples": 4},
 }
 

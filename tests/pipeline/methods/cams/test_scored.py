@@ -198,7 +198,7 @@ class Peak(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["score-cam", "ablation-cam"])
-@pytest.mark.parametrize("channels", [64, 2048])
+@pytest.mark.parametrize("channels", [64, 512])
 def test_memory_is_that_of_a_forward_pass_of_one_chunk(name, channels, images):
     body = nn.Sequential(nn.Conv2d(3, channels, 1, 16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model = nn.Sequential(*body, nn.Linear(channels, 5)).eval()
@@ -209,5 +209,5 @@ def test_memory_is_that_of_a_forward_pass_of_one_chunk(name, channels, images):
         method(x)  # compares vmap with a single channel
         with Peak() as seen:
             method(x)
-    # Beside the pass: its images, their masks and the batch's own maps. All channels at once: 8 and 256 times as much.
+    # Beside the pass: its images, their masks and the batch's own maps. All channels at once: 8 and 64 times as much.
     assert seen.most < 1.1 * one_pass.most + 3 * chunk * 4 * 64 * 64 * 4

@@ -58,7 +58,7 @@ def test_against_whole_hessians(layer, curved, utility, tiny, images):
 
 
 def test_against_whole_hessians_through_attention(network, images):
-    model, x = network("small_vit"), images(1, 64)
+    model, x = network("tiny_vit"), images(1, 64)
 
     def grid(tokens_BTK):
         return tokens_BTK[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
@@ -68,7 +68,7 @@ def test_against_whole_hessians_through_attention(network, images):
         found = method(x, target)
         expected, H = naive(model, method.layer[0], x[0], int(target), "logit", grid)
     assert float(H.abs().max()) > 1e-6
-    agree(found, expected[None], "Hessian in float64", "small_vit logit")
+    agree(found, expected[None], "Hessian in float64", "tiny_vit logit")
 
 
 @pytest.mark.parametrize("utility", ["rest", "logit"])

@@ -31,7 +31,9 @@ def test_against_captum(name, network, images):
     agree(build("occlusion", model, window=16, stride=12, fill=0.3)(x, DRAWN), expected, "captum Occlusion", name)
 
 
-@pytest.mark.parametrize(("name", "side", "window"), [("vgg16_bn", 64, 32), ("swin_t", 64, 32), ("small_vit", 64, 40)])
+@pytest.mark.parametrize(
+    ("name", "side", "window"), [("vgg16_bn", 64, 32), ("small_swin", 64, 32), ("small_vit", 64, 40)]
+)
 def test_against_captum_in_float32(name, side, window, network, images):
     model, x = network(name), images(1, side)
     with torch.no_grad():

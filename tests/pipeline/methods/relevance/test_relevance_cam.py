@@ -66,7 +66,7 @@ def test_maps_equal_the_naive_ones(name, side, layers, starts, double, images):
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "densenet121"])
 def test_folded_batch_norm_equals_the_naive_one(name, double, images):
-    layer = {"resnet18": "layer2", "mobilenet_v2": "features.10", "densenet121": "features.transition2"}[name]
+    layer = {"resnet18": "layer2", "mobilenet_v2": "features.10", "densenet121": "features.transition1"}[name]
     model, x = double(name), images(2, 64).double()
     found = build("relevance-cam", model, layer=layer, bn="merge")(x, TARGET)
     tapes = naives(model, x, [layer], **PUBLISHED, merge=True)
