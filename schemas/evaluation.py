@@ -4,8 +4,8 @@ import pyarrow as pa
 
 # Subjects: the run's own maps, and the controls that every table has.
 FOUND = "found"
-CENTRE, WHOLE = "centre-box", "whole-image"
-CONTROLS = ("random", "centre-blob", "edges", CENTRE, WHOLE)
+RANDOM, CENTRE, WHOLE = "random", "centre-box", "whole-image"
+CONTROLS = (RANDOM, "centre-blob", "edges", CENTRE, WHOLE)
 
 # Statuses of a row besides those of the run's row (schemas.saliency).
 NO_BOXES = "no_boxes"  # the sample has no true boxes to judge by

@@ -37,12 +37,12 @@ from saltern.pipeline.training.trainee import Say
 from saltern.pipeline.training.whole import Whole, check_boxes
 from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
-from saltern.schemas.evaluation import CONTROLS
+from saltern.schemas.evaluation import RANDOM
 from saltern.schemas.text import counted
 
 LINES = "validation.jsonl"
 MEASURED = {"le": "LE %", "om": "OM %", "f1": "F1 %", "max_box_acc": "MaxBoxAcc %", "max_box_acc_v2": "MaxBoxAccV2 %"}
-LOCALIZER, RANDOM = "localizer", CONTROLS[0]
+LOCALIZER = "localizer"
 _TOGETHER = 256  # rows whose maps are in memory together
 Figures = dict[str, float | None]  # of MEASURED, in percent
 _True = list[tuple[Row, Annotation]]  # rows with their true boxes

@@ -127,6 +127,8 @@ def remarks(evaluation: Evaluation) -> Iterator[str]:
     marks = {metric.better for metric in columns_of(evaluation).values()}
     meaning = {Better.LESS: "↓ less is better", Better.MORE: "↑ more is better"}
     yield "; ".join([*(text for mark, text in meaning.items() if mark in marks), "± half the 95 % bootstrap interval"])
+    if "max-box" in evaluation.chosen:
+        yield "MaxBoxAcc: at the best thresholds of these samples, which is an oracle's choice"
     yield from _merged(evaluation, [list(_of_run(judged, evaluation)) for judged in evaluation.runs])
 
 

@@ -29,11 +29,11 @@ from saltern.pipeline.storage.store import Store
 from saltern.pipeline.tables import markdown_table
 from saltern.pipeline.training.request import differences
 from saltern.schemas.errors import UserError
-from saltern.schemas.evaluation import CENTRE, FOUND, WHOLE
+from saltern.schemas.evaluation import CENTRE, FOUND, RANDOM, WHOLE
 
 TRAININGS = {"F": "F", "EF": "E+F", "DEF": "D-F", "CDEF": "C-F", "BCDEF": "B-F"}  # subsets -> name in print
 SEEN, UNSEEN = "seen", "unseen"
-_BASELINES = {CENTRE: "centre box of half the area", WHOLE: "whole image"}
+_BASELINES = {RANDOM: "random map", CENTRE: "centre box of half the area", WHOLE: "whole image"}
 _KEPT = ("epochs", "steps_per_epoch", "batch_size", "side", "min_crop")  # of a request, in split.json
 
 Say = Callable[[str], None]
@@ -48,7 +48,7 @@ class Unseen:
     seed: int
     trained: dict[str, Means] = field(default_factory=dict)  # by the subsets trained on: keys of TRAININGS
     steps: dict[str, int] = field(default_factory=dict)  # of each training
-    baselines: dict[str, Means] = field(default_factory=dict)  # of CENTRE and WHOLE
+    baselines: dict[str, Means] = field(default_factory=dict)  # of RANDOM, CENTRE and WHOLE
 
     def summary(self) -> dict[str, Any]:
         """Return everything as JSON; LE in percent."""

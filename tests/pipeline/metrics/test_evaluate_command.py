@@ -21,6 +21,7 @@ from saltern.jobs.main import app
 from saltern.pipeline.metrics.faithfulness.maps import StatisticsFamily
 from saltern.pipeline.metrics.localization.levels import LEVELS
 from saltern.pipeline.metrics.localization.maxbox import box_hits
+from saltern.pipeline.metrics.table import remarks
 from saltern.pipeline.runs.manifest import receipt_name
 from saltern.pipeline.runs.reader import Row, open_run
 from saltern.schemas import evaluation
@@ -179,6 +180,7 @@ def test_all_forms_of_a_table_say_the_same(tmp_path: Path) -> None:
 def test_boxes_at_every_threshold_have_a_family(tmp_path: Path) -> None:
     made = make_run(tmp_path, shards=1, broken=((0, 1),), json=inclusive((0, 0, WIDTH, HEIGHT)))
     evaluation = judge(made.path, metrics=["max-box"])
+    assert any("an oracle's choice" in line for line in remarks(evaluation))
     found = evaluation.runs[0].estimates
     hits_N = [box_hits_of(row) for row in open_run(str(made.path))]
     assert found["max_box_acc"].value == pytest.approx(max(np.mean(hits_N, 0)[0]))
