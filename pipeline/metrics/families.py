@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from saltern.pipeline.metrics.faithfulness.families import (
     CompositeFamily,
     ConfidenceFamily,
+    NetworkFamily,
     PerturbationFamily,
     RoadFamily,
 )
@@ -15,6 +16,7 @@ from saltern.pipeline.metrics.judge import Localization
 from saltern.pipeline.metrics.max_box import MaxBox
 from saltern.pipeline.metrics.segmentation import Pixels
 from saltern.schemas.errors import UserError
+from saltern.schemas.metrics import METRICS
 
 _ALL: tuple[type[Family], ...] = (
     Localization,
@@ -28,11 +30,12 @@ _ALL: tuple[type[Family], ...] = (
     MaskedFamily,
 )
 FAMILIES: dict[str, type[Family]] = {family.name: family for family in _ALL}
+_BESIDE = ("total_variation", "entropy")  # metrics in each table of faithfulness
 DEFAULT = ("localization", "statistics")  # families that are quick: no forward passes, no boxes at every threshold
 
 
 def choose_metrics(words: Sequence[str]) -> dict[str, list[str]]:
-    """Return the chosen metrics of each family.
+    """Return the chosen metrics of each family. Metrics of faithfulness come with total variation and entropy.
 
     Args:
         words: names of metrics and of families, commas allowed; none = the families of DEFAULT.
@@ -51,6 +54,10 @@ def choose_metrics(words: Sequence[str]) -> dict[str, list[str]]:
         name: [metric for metric in family.metrics if name in names or option_name(metric) in names]
         for name, family in FAMILIES.items()
     }
+    if any(chosen[name] for name, family in FAMILIES.items() if issubclass(family, NetworkFamily)):
+        # Blur and noise shift faithfulness, so its tables show how smooth the maps are.
+        statistics = StatisticsFamily.name
+        chosen[statistics] = [name for name in METRICS[statistics] if name in (*chosen[statistics], *_BESIDE)]
     return {family: metrics for family, metrics in chosen.items() if metrics}
 
 
