@@ -35,6 +35,7 @@ def run(plan: Plan, ranks: Ranks, say: Say) -> Path:
 
     Raises:
         UserError: a pool file was altered, there is too little memory, ranks disagree, or a loss is not finite.
+        DeviceLostError: this process cannot go on; the message names the complete checkpoint.
         KeyboardInterrupt: the message names the complete checkpoint.
     """
     say = say if ranks.rank == 0 else lambda text: None
@@ -103,8 +104,10 @@ class _Loop:
         except KeyboardInterrupt:
             say(f"interrupted at step {trainee.steps_done:,}; {describe_checkpoint(self._last)}")
             raise
-        except (ShardError, DeviceLostError, MemoryError) as error:
+        except (ShardError, MemoryError) as error:
             raise UserError(f"{error}; {describe_checkpoint(self._last)}") from error
+        except DeviceLostError as error:
+            raise DeviceLostError(f"{error}; {describe_checkpoint(self._last)}") from error
         if writes:
             trainee.finish()
         return self._last

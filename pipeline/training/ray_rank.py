@@ -6,7 +6,7 @@ from typing import Any
 import ray
 import ray.train.torch
 
-from saltern.schemas.errors import CollapseError, UserError
+from saltern.schemas.errors import CollapseError, DeviceLostError, UserError
 
 
 def train_rank(config: dict[str, Any]) -> None:
@@ -32,7 +32,7 @@ def train_rank(config: dict[str, Any]) -> None:
     except UserError as error:
         queue.put(("user", str(error)))
         raise
-    except (RuntimeError, OSError):  # lost ranks, devices and files: worth another attempt
+    except (RuntimeError, OSError, DeviceLostError):  # lost ranks, devices and files: worth another attempt
         raise
     except Exception:
         queue.put(("code", traceback.format_exc()))

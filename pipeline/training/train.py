@@ -13,7 +13,7 @@ from saltern.pipeline.masknet.checkpoint import Checkpoint, Checkpoints
 from saltern.pipeline.training.loop import locked, run
 from saltern.pipeline.training.ranks import Ranks
 from saltern.pipeline.training.request import MakePlan, R
-from saltern.schemas.errors import UserError, printable
+from saltern.schemas.errors import DeviceLostError, UserError, printable
 
 
 def print_to_stderr(text: str) -> None:
@@ -46,7 +46,10 @@ def train(request: R, make_plan: MakePlan[R], say: Callable[[str], None] = print
         device = pick_device(request.device)
         plan = make_plan(request, device, existing, say)
         with locked(plan.root, "driver"):
-            return run(plan, Ranks(torch.device(device)), say)
+            try:
+                return run(plan, Ranks(torch.device(device)), say)
+            except DeviceLostError as error:
+                raise UserError(str(error)) from error
 
 
 def _existing(checkpoints: Checkpoints, request: R, say: Callable[[str], None]) -> Checkpoint | None:
