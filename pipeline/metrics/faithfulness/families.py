@@ -6,6 +6,7 @@ Shape suffixes: B batch, H W the network's input, C channels.
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -70,9 +71,9 @@ class NetworkFamily(MapFamily):
     def logits(self, x_BCHW: Tensor) -> Tensor:
         return logits_of(self._model(x_BCHW))
 
-    def explain(self, x_BCHW: Tensor, target_B: Tensor) -> Tensor:
-        """Return the method's maps of other images, at the network's input."""
-        map_Bhw = self._method(x_BCHW, target_B if self._method.needs_target else None)
+    def explain(self, x_BCHW: Tensor, target_B: Tensor, seed_B: Tensor) -> Tensor:
+        """Return the method's maps of other images, at the network's input, with the noise of the run's maps."""
+        map_Bhw = self._method(x_BCHW, target_B if self._method.needs_target else None, seed_B)
         assert isinstance(map_Bhw, Tensor)  # noqa: S101 - a run's method has one layer
         return upsample(map_Bhw, (x_BCHW.shape[2], x_BCHW.shape[3]))
 
@@ -136,7 +137,8 @@ class CompositeFamily(NetworkFamily):
         x_BCHW, map_BHW, target_B = images.x_BCHW, images.map_BHW, images.target_B
         if images.subject != FOUND:
             return {}
-        coherency_B = coherency(self.explain, x_BCHW, map_BHW, target_B, self.black_C11)
+        explain = partial(self.explain, seed_B=images.seed_B)
+        coherency_B = coherency(explain, x_BCHW, map_BHW, target_B, self.black_C11)
         complexity_B = complexity(map_BHW)
         inputs = self.logits, x_BCHW, map_BHW, target_B
         whole_B = target_probability(self.logits, x_BCHW, target_B, batch=self.batch)

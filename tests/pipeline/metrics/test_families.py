@@ -14,9 +14,10 @@ from making import Tiny, picture, write_tar
 from torch import Tensor
 
 from saltern.pipeline.engine.conduct import RunOptions
+from saltern.pipeline.methods import build
 from saltern.pipeline.metrics.controls import control, sample_seeds
 from saltern.pipeline.metrics.evaluate import EvaluateRequest, Evaluation, evaluate
-from saltern.pipeline.metrics.faithfulness.composite import adcc, complexity
+from saltern.pipeline.metrics.faithfulness.composite import adcc, coherency, complexity
 from saltern.pipeline.metrics.faithfulness.confidence import average_drop, densities
 from saltern.pipeline.metrics.faithfulness.curves import deletion, insertion
 from saltern.pipeline.metrics.faithfulness.road import road
@@ -100,11 +101,22 @@ def test_the_values_are_those_of_the_functions(run: Path) -> None:
             np.testing.assert_allclose(stored(run, family, subject, column), values_B, rtol=1e-4, atol=2e-6)
             mean = float(values_B.double().nanmean())
             assert estimates[column].value == pytest.approx(mean, rel=1e-4, abs=2e-6, nan_ok=True)
-        coherency = stored(run, "composite", subject, "coherency")
+        coherent = stored(run, "composite", subject, "coherency")
         if subject == FOUND:
-            both = adcc(torch.from_numpy(coherency).float(), complexity(map_BHW), drop.drop_B)
+            both = adcc(torch.from_numpy(coherent).float(), complexity(map_BHW), drop.drop_B)
             np.testing.assert_allclose(stored(run, "composite", subject, "adcc"), both, rtol=1e-3, atol=1e-5)
-        assert np.isnan(coherency).all() == (subject != FOUND)
+        assert np.isnan(coherent).all() == (subject != FOUND)
+
+
+def test_the_noise_of_a_method_is_that_of_each_sample(run: Path, tmp_path: Path) -> None:
+    wishes = {"method": "smoothgrad", "layer": None, "options": {"samples": 2}, "map_dtype": "float32"}
+    assert extract(run.parent / "shards", tmp_path / "run", target="top1", **wishes) == 0
+    judge(tmp_path / "run", "coherency")
+    model, _, x_BCHW, map_BHW, target_B, seed_B = inputs(tmp_path / "run")
+    with build("smoothgrad", model, samples=2) as method:
+        explain = lambda x_BCHW, target_B: method(x_BCHW, target_B, seed_B)  # noqa: E731
+        expected_B = coherency(explain, x_BCHW, map_BHW, target_B, torch.zeros(3, 1, 1))
+    np.testing.assert_allclose(stored(tmp_path / "run", "composite", FOUND, "coherency"), expected_B, rtol=1e-3)
 
 
 def test_a_sample_that_failed_in_the_run_keeps_a_row_without_values(run: Path) -> None:
