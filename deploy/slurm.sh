@@ -22,6 +22,7 @@ trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
 (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' > "$RAY_AUTH_TOKEN_PATH")
 
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+export RAY_prestart_worker_first_driver=0 # a process for each core, which no worker of the run would use
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000))
 address="$head:$port"
@@ -31,11 +32,11 @@ ray_start=(ray start --block --num-cpus="$SLURM_CPUS_PER_TASK" --disable-usage-s
 srun --nodes=1 --ntasks=1 --nodelist="$head" --overlap \
     "${ray_start[@]}" --head --port=$port --include-dashboard=false --temp-dir="/tmp/saltern-$SLURM_JOB_ID" &
 
-for ((tries = 0; tries < 60; tries++)); do
+for ((tries = 0; tries < 240; tries++)); do
     (exec 3<> "/dev/tcp/$head/$port") 2> /dev/null && break
-    sleep 2
+    sleep 0.5
 done
-((tries < 60)) || { echo "the Ray head on $head did not start" >&2; exit 1; }
+((tries < 240)) || { echo "the Ray head on $head did not start" >&2; exit 1; }
 
 workers=$((SLURM_JOB_NUM_NODES - 1))
 if ((workers > 0)); then

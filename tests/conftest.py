@@ -34,6 +34,13 @@ for _name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
 SLOW = {"ray_address", "in_ranks", "network", "shared_data", "fuzz"}
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out files whose tests are all slow if slow tests are: importing other libraries takes seconds."""
+    if config.option.markexpr != "not slow" or collection_path.suffix != ".py":
+        return None
+    return "\npytestmark = pytest.mark.slow\n" in collection_path.read_text() or None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that use these fixtures as slow. Files with slow tests come first, so that none ends a run."""

@@ -1,4 +1,4 @@
-"""Torchvision's convolutional networks with a share of their channels: the same code and depth, in little time."""
+"""Torchvision's networks with few channels: the same code, and the same depth if convolutional, in little time."""
 
 import importlib
 
@@ -6,10 +6,32 @@ import torch
 import torchvision
 from networks import randomise
 from torch import nn
+from torchvision.models import MaxVit, SwinTransformer, VisionTransformer
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 from saltern.pipeline.models.pools import use_even_pools
 
 _NO_HEADS = {"aux_logits": False, "init_weights": False}  # those that serve training
+
+# Networks of torchvision's classes, with few and narrow layers.
+_SMALL = {
+    "small_vit": lambda: VisionTransformer(64, 16, num_layers=2, num_heads=4, hidden_dim=64, mlp_dim=128),
+    "tiny_vit": lambda: VisionTransformer(64, 16, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32),
+    "small_swin": lambda: SwinTransformer([4, 4], 24, [2, 2], [2, 4], [7, 7]),
+    "small_convnext": lambda: ConvNeXt([CNBlockConfig(16, 32, 1), CNBlockConfig(32, None, 1)]),
+    "small_maxvit": lambda: MaxVit((224, 224), 8, 7, [8, 16], [1, 1], 4, 0.0),
+    "regnet_x_400mf": torchvision.models.regnet_x_400mf,
+}
+_SIDES = {"small_vit": 64, "tiny_vit": 64, "small_maxvit": 224}  # of the images that a method is built with, pixels
+
+
+def few_channels(name: str) -> nn.Module:
+    """Return a small network, or torchvision's of the name made thin, with random weights that depend on the name."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = randomise(_SMALL[name]()) if name in _SMALL else thin(name, 8 if name == "vgg16_bn" else 4)
+    model.image_size = _SIDES.get(name, 96)
+    return model
 
 
 def thin(name: str, share: int = 4, **options: int) -> nn.Module:

@@ -1,6 +1,7 @@
 """The commands as a user calls them: messages, exit codes, config files."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def test_a_whole_way(tmp_path: Path) -> None:
     assert planned["hours"] > 0
     assert planned["output_bytes"] > 0
     line = ["extract", shards, "--out", run, *TINY, "--method", "grad-cam", "--engine", "local"]
-    ended = start(*line)
+    ended = call(*line)
     assert ended.returncode == 0, ended.stderr
     assert "6 images" in ended.stdout
     assert "compute" in ended.stdout
@@ -87,7 +88,7 @@ def test_a_config_file_has_the_same_keys(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (("--model", "resnet51"), "did you mean 'resnet50'"),
+        pytest.param(("--model", "resnet51"), "did you mean 'resnet50'", marks=pytest.mark.slow),  # imports torchvision
         (("--method", "grad-cm"), "grad-cam"),
         (("--layer", "nowhere"), "nowhere"),
         (("-O", "steps=3"), "steps"),
@@ -185,12 +186,12 @@ def test_models_are_listed_one_on_a_line() -> None:
     assert "efficientnet_lite0" in models
 
 
-@pytest.mark.slow
-def test_an_error_in_the_code_keeps_its_traceback(tmp_path: Path) -> None:
+def test_an_error_in_the_code_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the folder of the model is added
     (tmp_path / "slip.py").write_text("def model():\n    raise ZeroDivisionError('a slip')\n")
     write_shards(tmp_path / "in", 1, 1)
-    line = ("extract", "in", "--out", "run", "--model", "slip:model", "--method", "gradient")
-    ended = start(*line, cwd=tmp_path)
+    ended = call("extract", "in", "--out", "run", "--model", "slip:model", "--method", "gradient")
     assert ended.returncode == 3
     assert "Traceback" in ended.stderr
     assert "ZeroDivisionError: a slip" in ended.stderr

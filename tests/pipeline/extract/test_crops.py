@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torchvision.transforms.functional as T
 from commands import call
 from extracting import REQUEST, extract
 from making import Tiny, picture, write_tar
 from naive_metrics import inclusive
 from PIL import Image
-from torchvision.transforms import InterpolationMode
 
 from saltern.pipeline.engine.conduct import RunOptions
 from saltern.pipeline.leaderboard.board import make_leaderboard
@@ -46,11 +44,15 @@ def covering(width: int, height: int, preprocess: Preprocess) -> tuple[int, int]
     return tuple(scale_by_height if scale_by_height[1] >= frame[1] else scale_by_width)
 
 
+@pytest.mark.slow  # imports torchvision
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("crop", [(32, 64), (64, 32), (50, 51)])
 def test_pixels_are_those_of_torchvision_on_the_image_that_covers_the_crop(
     crop: tuple[int, int], interpolation: str
 ) -> None:
+    import torchvision.transforms.functional as T
+    from torchvision.transforms import InterpolationMode
+
     for width, height in ((120, 90), (90, 120), (200, 100), (333, 77), (77, 333)):
         image_HWC = np.array(Image.open(io.BytesIO(picture(width, height, width, "PNG"))))
         preprocess = Preprocess(resize=min(crop) + 8, crop=crop, interpolation=interpolation)

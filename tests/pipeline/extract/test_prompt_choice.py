@@ -17,6 +17,7 @@ from saltern.pipeline.shards.expand import expand
 from saltern.schemas.errors import UserError
 from saltern.schemas.prompts import number_of
 
+pytestmark = pytest.mark.slow
 HOW: dict[str, Any] = {"layer": None, "method": "grad-cam", "resize": 32, "crop": 32}
 
 

@@ -25,6 +25,7 @@ from saltern.pipeline.shards.decode import decode
 from saltern.schemas.errors import UserError
 from saltern.schemas.saliency import read_metadata
 
+pytestmark = pytest.mark.slow
 NAMES = {"0": "tabby_cat", "3": "dog", "7": "red fox"}
 HOW: dict[str, Any] = {"layer": None, "method": "grad-cam", "resize": 32, "crop": 32}
 

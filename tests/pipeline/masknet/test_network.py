@@ -14,6 +14,7 @@ from saltern.pipeline.masknet.stages import find_stages
 from saltern.pipeline.models.classifiers import load
 from saltern.schemas.errors import UserError
 
+pytestmark = pytest.mark.slow
 STAGES = {
     "resnet18": (("maxpool", "layer1", "layer2", "layer3", "layer4"), (64, 64, 128, 256, 512)),
     "regnet_x_400mf": (

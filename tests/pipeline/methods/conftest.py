@@ -7,10 +7,7 @@ from functools import cache
 import pytest
 import torch
 from networks import randomise
-from thin import thin
 from torch import Tensor, nn
-from torchvision.models import MaxVit, SwinTransformer, VisionTransformer, regnet_x_400mf
-from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 torch.set_num_threads(1)
 
@@ -42,33 +39,17 @@ def tiny() -> nn.Module:
         return randomise(net)
 
 
-# Networks of torchvision's classes, with few and narrow layers.
-SMALL = {
-    "small_vit": lambda: VisionTransformer(64, 16, num_layers=2, num_heads=4, hidden_dim=64, mlp_dim=128),
-    "tiny_vit": lambda: VisionTransformer(64, 16, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32),
-    "small_swin": lambda: SwinTransformer([4, 4], 24, [2, 2], [2, 4], [7, 7]),
-    "small_convnext": lambda: ConvNeXt([CNBlockConfig(16, 32, 1), CNBlockConfig(32, None, 1)]),
-    "small_maxvit": lambda: MaxVit((224, 224), 8, 7, [8, 16], [1, 1], 4, 0.0),
-    "regnet_x_400mf": regnet_x_400mf,
-}
-
-
-SIDES = {"small_vit": 64, "tiny_vit": 64, "small_maxvit": 224}  # of the images that a method is built with, pixels
-
-
 @cache
-def _randomised(name: str) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = randomise(SMALL[name]()) if name in SMALL else thin(name, 8 if name == "vgg16_bn" else 4)
-    model.image_size = SIDES.get(name, 96)
-    return model
+def _made(name: str) -> nn.Module:
+    from thin import few_channels  # imports torchvision, which takes seconds
+
+    return few_channels(name)
 
 
 @pytest.fixture(scope="session")
 def network() -> Callable[[str], nn.Module]:
-    """A network of torchvision by name with a quarter of its channels, or one of SMALL, randomised; made once."""
-    return _randomised
+    """A network of torchvision by name with a quarter of its channels, or a small one, randomised; made once."""
+    return _made
 
 
 @pytest.fixture(scope="session")

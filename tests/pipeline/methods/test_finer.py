@@ -3,7 +3,6 @@
 import copy
 
 import pytest
-import pytorch_grad_cam as theirs
 import torch
 from references import agree
 from test_contract import NAMES, TARGETED, build
@@ -146,6 +145,8 @@ def test_relevance_starts_from_the_classes_that_are_compared(tiny, images):
 
 
 def test_one_class_to_compare_with_equals_the_published_library(network, images):
+    import pytorch_grad_cam as theirs  # takes seconds
+
     # With more classes pytorch-grad-cam weights them by their probabilities; the paper takes the mean.
     model, x = copy.deepcopy(network("resnet18")), images(2, 64)
     with torch.no_grad():

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from references import agree
-from thin import thin
 from torch import nn
 
 from saltern.pipeline.methods import build
@@ -128,6 +127,8 @@ def test_a_model_that_gives_no_logits(tiny, images):
 @pytest.mark.parametrize("name", ["cam", "grad-cam", "guided-backprop", "relevance-cam", "ablation-cam"])
 def test_heads_that_serve_training_alone_do_not_matter(name, network, images):
     plain, x = network("googlenet"), images(1, 96)
+    from thin import thin  # imports torchvision, which takes seconds
+
     with_heads = thin("googlenet", aux_logits=True).train()
     with_heads.load_state_dict(plain.state_dict(), strict=False)
     target = plain(x).argmax(1)

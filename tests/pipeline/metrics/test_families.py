@@ -76,6 +76,7 @@ def stored(run: Path, family: str, subject: str, column: str) -> np.ndarray:
     return np.array([row[column] for row in rows if row["subject"] == subject and row["status"] == "ok"], float)
 
 
+@pytest.mark.slow
 def test_the_values_are_those_of_the_functions(run: Path) -> None:
     evaluation = judge(run, *NETWORK, "statistics")
     model, pixels, x_BCHW, found_BHW, target_B, seed_B = inputs(run)

@@ -13,6 +13,8 @@ from saltern.pipeline.models.attention import Heads, Weights, interception, visi
 from saltern.pipeline.models.multi_head import multi_head
 from saltern.schemas.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 class Calls(TorchDispatchMode):
     """Counts the operations that fuse attention."""

@@ -12,13 +12,14 @@ from saltern.pipeline.models.classifiers import load
 from saltern.pipeline.models.grids import check_layers
 from saltern.schemas.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_backbone_without_head_is_refused():
     with pytest.raises(UserError, match="no classifier head"):
         load("timm:eva02_tiny_patch14_224.mim_in22k", "none")
 
 
-@pytest.mark.slow
 def test_weights_that_squash_have_a_preset_that_squashes():
     preprocess = load("timm:convnextv2_nano.fcmae_ft_in22k_in1k_384", "none").preprocess
     assert (preprocess.squash, preprocess.crop, preprocess.interpolation) == (True, 384, "bicubic")

@@ -21,6 +21,7 @@ from saltern.pipeline.models.weights import digest
 from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
 
+pytestmark = pytest.mark.slow
 SMALL = "shufflenet_v2_x0_5"
 
 

@@ -17,6 +17,7 @@ from saltern.pipeline.runs.manifest import load_run_folder
 from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
 
+pytestmark = pytest.mark.slow
 NAMES = {0: "cat", 1: "dog", 2: "fox"}
 COLOURS = {"image_mean": (0.5, 0.4, 0.3), "image_std": (0.2, 0.3, 0.4)}
 X_BCHW = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))

@@ -11,6 +11,7 @@ from saltern.pipeline.methods import build
 from saltern.pipeline.models.grids import check_layers
 from saltern.pipeline.models.layers import default_layer
 
+pytestmark = pytest.mark.slow
 _VIT = {"embed_dim": 64, "depth": 2, "num_heads": 2}  # few and narrow layers; the structure is the family's
 _STAGES = {"depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2), "embed_dim": 24}
 

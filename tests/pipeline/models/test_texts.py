@@ -14,6 +14,7 @@ from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
 from saltern.schemas.prompts import Prompts
 
+pytestmark = pytest.mark.slow
 PROMPTS = Prompts(("dog", "cat", "red fox"), (("dog",), ("cat", "kitten"), ("fox",)), ("a photo of a {}.", "my {}"))
 TEXTS = [
     ["a photo of a dog.", "my dog"],

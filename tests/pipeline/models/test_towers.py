@@ -12,6 +12,8 @@ from saltern.pipeline.methods import build
 from saltern.pipeline.models.towers import find_tower
 from saltern.schemas.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("family", vits.FAMILIES)
 def test_calls_tokens_and_what_reaches_the_logits(family):

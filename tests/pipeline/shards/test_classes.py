@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from making import picture, write_tar
-from torchvision.models import EfficientNet_B0_Weights
 
 from saltern.pipeline.shards.classes import Match, imagenet_names, match, names_of, parse_names
 from saltern.pipeline.shards.expand import expand
@@ -44,7 +43,10 @@ def test_a_name_of_two_classes_is_unknown_unless_its_number_is_one_of_them() -> 
     assert match({3: "crane", 0: "crane"}, MODEL) == Match(same=[3], unknown=[0])
 
 
+@pytest.mark.slow  # imports torchvision
 def test_imagenet_is_known_by_wordnet_id_and_by_every_library_s_name() -> None:
+    from torchvision.models import EfficientNet_B0_Weights
+
     names = imagenet_names()
     wnids = {0: "n01440764", 1: "n15075141_toilet_tissue", 2: "toilet tissue"}
     assert match(wnids, names) == Match(same=[0], moved={1: 999, 2: 999})

@@ -9,11 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import skimage.data
-import torchvision.transforms as T
 from images import NOISE_HWC, SMOOTH_HW, deep, encoded, square, with_exif
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
-from torchvision.transforms import InterpolationMode
 
 from saltern.pipeline.shards.decode import decode, decode_image
 from saltern.pipeline.shards.samples import read_samples
@@ -37,6 +35,9 @@ def photographs() -> list[NDArray[np.uint8]]:
 
 
 def preset(image: Image.Image, resize: int, crop: int, interpolation: str) -> NDArray[np.int64]:
+    import torchvision.transforms as T
+    from torchvision.transforms import InterpolationMode
+
     resized = T.Resize(resize, InterpolationMode(interpolation), antialias=True)(image.convert("RGB"))
     return np.asarray(T.CenterCrop(crop)(resized)).astype(np.int64)
 
@@ -44,6 +45,7 @@ def preset(image: Image.Image, resize: int, crop: int, interpolation: str) -> ND
 # Against torchvision
 
 
+@pytest.mark.slow  # imports torchvision
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("resize", "crop"), [(256, 224), (232, 224), (280, 280), (64, 57)])
 def test_pixels_are_those_of_torchvision(interpolation: str, resize: int, crop: int) -> None:

@@ -13,7 +13,6 @@ import torch
 from casm_toys import SIDE
 from making import picture, write_tar
 from PIL import Image
-from torchvision.transforms import v2
 
 from saltern.pipeline.shards.decode import from_pixels
 from saltern.pipeline.shards.decoder import CpuDecoder, decode_jpeg, make_decoder
@@ -88,8 +87,11 @@ def test_a_batch_follows_from_its_number_in_any_order_and_over_any_ranks(shards)
     assert not torch.equal(batches.read(0).pixels_BHWC, replace(batches, seed=3).read(0).pixels_BHWC)
 
 
+@pytest.mark.slow  # imports torchvision
 def test_a_crop_is_torchvisions():
     """The pixels of one box are equal; areas, ratios and places of many boxes have the same distribution."""
+    from torchvision.transforms import v2
+
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 110, 3), dtype=np.uint8))
     flips = 0
     for seed in range(20):

@@ -15,6 +15,7 @@ from torch import nn
 from saltern.pipeline.methods import build, find
 from saltern.schemas.errors import UserError
 
+pytestmark = pytest.mark.slow
 FAMILIES = ["timm", "timm-wide", "torchvision", "siglip", "dinov3", "hf-vit"]
 TARGETED = [name for name in ATTENTION if find(name).needs_target]
 

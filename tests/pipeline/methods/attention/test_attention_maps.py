@@ -10,6 +10,7 @@ from saltern.pipeline.methods import build
 from saltern.schemas.errors import UserError
 from saltern.schemas.rules import Finer
 
+pytestmark = pytest.mark.slow
 METHODS = list(naive_attention.REFERENCES)
 ONE_HOT = torch.eye(vits.CLASSES, dtype=torch.float64)
 

@@ -16,6 +16,7 @@ from saltern.pipeline.models.layers import _last_grid, default_layer
 from saltern.pipeline.models.taps import Taps, token_grid
 from saltern.schemas.errors import UserError
 
+pytestmark = pytest.mark.slow
 # Model, side of the input, layer (None = default), grid of the map.
 CONVOLUTIONAL = [
     ("resnet18", 96, None, 3),

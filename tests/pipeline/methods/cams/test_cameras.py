@@ -100,6 +100,7 @@ def test_swin_reads_channels_last(network, images):
     agree(found, (up[0] * up[1]).sum(1).clamp(min=0), "CAMERAS one image in float64", "small_swin norm")
 
 
+@pytest.mark.slow
 def test_without_a_class_only_sizes_that_agree_with_the_first_count(tiny, images):
     # Enough images that some sizes are rejected in some of them.
     x, sizes = images(60, 24), (24, 40, 56)
@@ -128,6 +129,7 @@ def test_bilinear_differs_and_is_right(tiny, images):
     assert (maps["bilinear"] - maps["bicubic"]).abs().max() > 1e-3 * maps["bicubic"].max()
 
 
+@pytest.mark.slow
 def test_sizes_go_from_the_inputs_in_hundreds_to_below_1000(images):
     net = nn.Sequential(nn.Conv2d(3, 2, 16, 16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 5))
     seen = []
@@ -226,6 +228,7 @@ def test_a_network_for_one_size_only_is_refused_before_any_work(network):
         assert method(torch.randn(1, 3, 224, 224)).shape == (1, 224, 224)
 
 
+@pytest.mark.slow
 def test_peak_memory_at_2048_channels(images):
     net = nn.Sequential(nn.Conv2d(3, 2048, 4, 32), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 5))
     x = torch.cat(2 * [images(1, 224)])

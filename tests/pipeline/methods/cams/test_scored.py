@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from saltern.pipeline.methods import build
 from saltern.schemas.errors import UserError
 
+pytestmark = pytest.mark.slow
 TARGET = torch.tensor([3, 1, 3])
 
 

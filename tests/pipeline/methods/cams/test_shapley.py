@@ -13,6 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from saltern.pipeline.methods import build
 from saltern.schemas.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def naive(model, layer, image_CHW, c, utility, grid):
     """One image in float64: the Hessian of the utility in the layer's output, entry by entry."""

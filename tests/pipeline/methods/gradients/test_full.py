@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from saltern.pipeline.methods import build
 from saltern.schemas.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 class Biased(nn.Module):
     """Biases of every kind: of convolutions, BatchNorm, a functional call, ReLU6 and linear layers."""

@@ -10,6 +10,7 @@ from torch import nn
 from saltern.pipeline.methods import build
 from saltern.schemas.errors import UserError
 
+pytestmark = pytest.mark.slow
 VALUES = {"square": torch.square, "abs": torch.abs, "signed": lambda g: g}
 REDUCES = {
     "max": lambda v: v.max(0).values,

@@ -12,6 +12,7 @@ from saltern.pipeline.bench.figures import peak_bytes
 from saltern.pipeline.methods import build
 from saltern.schemas.errors import UserError
 
+pytestmark = pytest.mark.slow
 DRAWN = torch.tensor([7, 500])
 
 

@@ -15,6 +15,7 @@ from saltern.pipeline.methods import build
 from saltern.pipeline.methods.gradients.noise import gaussian, uniform
 from saltern.schemas.errors import UserError
 
+pytestmark = pytest.mark.slow
 DRAWN = torch.tensor([7, 500])
 SIGNED = {"value": "signed", "reduce": "sum"}
 NAMES = ["resnet18", "densenet121", "googlenet", "mobilenet_v2", "efficientnet_lite0"]

@@ -20,6 +20,7 @@ from saltern.pipeline.methods import build
 from saltern.pipeline.models.layers import resolve
 from saltern.schemas.errors import UserError
 
+pytestmark = pytest.mark.slow
 RULES = ["deconvnet", "guided-backprop"]
 CAPTUM = {"deconvnet": "Deconvolution", "guided-backprop": "GuidedBackprop"}
 SIGNED = {"value": "signed", "reduce": "sum"}

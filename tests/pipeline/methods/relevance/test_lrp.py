@@ -25,6 +25,7 @@ from zennit.types import Convolution
 
 from saltern.pipeline.methods import build
 
+pytestmark = pytest.mark.slow
 TARGET = torch.tensor([7, 500])
 COMPOSITES = ["alpha1beta0", "epsilon", "gamma", "epsilon-plus", "epsilon-gamma-box"]
 

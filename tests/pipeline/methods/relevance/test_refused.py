@@ -12,6 +12,7 @@ from saltern.pipeline.methods import build
 from saltern.pipeline.models.passes import frozen
 from saltern.schemas.errors import UserError
 
+pytestmark = pytest.mark.slow
 TARGET = torch.tensor([7, 500])
 
 

@@ -17,6 +17,7 @@ from saltern.pipeline.methods import build
 from saltern.pipeline.models.passes import frozen
 from saltern.schemas.errors import UserError
 
+pytestmark = pytest.mark.slow
 TARGET = torch.tensor([7, 500])
 PUBLISHED = {"convolution": "published", "linear": "published"}
 # Model, side of the input, layers, initial relevances.

@@ -19,6 +19,7 @@ from saltern.pipeline.methods import build
 from saltern.pipeline.methods.relevance import rules
 from saltern.pipeline.models.passes import frozen
 
+pytestmark = pytest.mark.slow
 TARGET = torch.tensor([1, 5])
 RULES = {
     "alpha1beta0": {"convolution": "alpha1beta0", "linear": "alpha1beta0", "first": "box"},

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from saltern.pipeline.metrics.faithfulness.imputation import _doubled, _halved, impute
 
+pytestmark = pytest.mark.slow
+
 
 def gaps(height: int, width: int) -> Tensor:
     """Return removed_BHW: scattered, a hole, all but one corner, nothing, half of the image, a frame."""

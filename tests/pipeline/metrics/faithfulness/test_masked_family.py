@@ -80,6 +80,7 @@ def judged(opened: SaliencyRun) -> dict[str, tuple[Row, torch.Tensor]]:
     }
 
 
+@pytest.mark.slow
 def test_the_values_are_those_of_loops(run: Path) -> None:
     evaluation = judge(run, "judges:other")
     opened = open_run(str(run))
@@ -119,6 +120,7 @@ def test_the_values_are_those_of_loops(run: Path) -> None:
     assert width > height > 300
 
 
+@pytest.mark.slow
 def test_the_config_names_the_classifiers_and_others_are_judged_again(run: Path) -> None:
     judge(run, "judges:other")
     stored = load_run(Store(str(run / "metrics/masked")))
@@ -145,6 +147,7 @@ def test_wrong_classifiers_are_refused_in_one_line(run: Path) -> None:
         judge(run, "judges:other", metrics=["pixels"])
 
 
+@pytest.mark.slow
 def test_the_command(run: Path) -> None:
     words = ["evaluate", str(run), "--metric", "masked-in", "--classifiers", "judges:other", "--format", "csv"]
     ended = CliRunner().invoke(app, [*words, "--engine", "local", "--device", "cpu"])

@@ -10,6 +10,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
 from saltern.pipeline.metrics.faithfulness.passes import target_probability
 from saltern.pipeline.metrics.faithfulness.road import PERCENTILES, road
 
+pytestmark = pytest.mark.slow
 SEEDS = torch.tensor([5, 6, 7])
 
 

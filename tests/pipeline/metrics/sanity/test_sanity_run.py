@@ -45,6 +45,7 @@ def results(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in kept}
 
 
+@pytest.mark.slow
 def test_the_first_images_are_judged_and_the_results_kept(run: Path) -> None:
     words = ("sanity", run, "--images", "6", "--stages", "2", "--batch-size", "4", "--device", "cpu")
     ended = call(*words)
