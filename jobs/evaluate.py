@@ -25,6 +25,10 @@ def evaluate(
             metavar="MODEL,MODEL=WEIGHTS,...",
         ),
     ] = None,
+    multiply: Annotated[
+        choices.Multiply,
+        opt.model("Of average drop, increase, the densities and coherency: multiply the normalised image or pixels."),
+    ] = choices.Multiply.normalised,
     format: Annotated[choices.TableFormat, opt.output("Form of the table.")] = choices.TableFormat.text,
     precision: opt.Precision = choices.Precision.fp32,
     deterministic: opt.Deterministic = None,

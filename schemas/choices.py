@@ -28,6 +28,7 @@ ExportFormat = StrEnum("ExportFormat", "wds npy png coco labelstudio")
 
 # evaluate
 TableFormat = StrEnum("TableFormat", "text markdown csv json")
+Multiply = StrEnum("Multiply", "normalised pixels")  # what a map multiplies: the normalised image, or pixels in [0, 1]
 
 # attack and visualize-class
 StepRule = StrEnum("StepRule", "normalised sign")

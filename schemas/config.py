@@ -258,6 +258,7 @@ class EvaluateConfig(RunConfig):
     controls: bool  # judge the controls instead of the run's maps
     columns: tuple[str, ...]  # of the data files: a version with other columns measures again
     classifiers: tuple[ClassifierConfig, ...] = ()  # besides the run's own, in the order of the columns' values
+    pixels: bool = False  # maps multiply pixels in [0, 1], so 0 is black; else the normalised image: the mean colour
     stages: int = 0  # of the family `sanity`: steps in which the layers become random; 0 = one for each layer
 
     def _to_stored(self) -> dict[str, Any]:
@@ -266,6 +267,7 @@ class EvaluateConfig(RunConfig):
         further = [{**asdict(one), "mean": list(one.mean), "std": list(one.std)} for one in self.classifiers]
         added = {
             "classifiers": further,
+            "pixels": self.pixels,
             "stages": self.stages,
         }  # only where they are used: others keep their fingerprint
         return {"job_options": options | {name: value for name, value in added.items() if value}}

@@ -17,6 +17,7 @@ from saltern.pipeline.runs.agreement import measure_agreement
 from saltern.pipeline.runs.reader import SaliencyRun, open_run
 from saltern.pipeline.shards.expand import ENDINGS
 from saltern.pipeline.storage.store import Store
+from saltern.schemas.choices import Multiply, check_choice
 from saltern.schemas.errors import UserError
 from saltern.schemas.evaluation import FOUND, evaluation_schema
 from saltern.schemas.run import Shard
@@ -30,6 +31,7 @@ class EvaluateRequest:
     shards: Sequence[str] = ()  # where tars of the runs are now; none = all, where the runs read them
     metrics: Sequence[str] = ()  # names of metrics or families; none = families.DEFAULT
     classifiers: Sequence[str] = ()  # MODEL or MODEL=WEIGHTS, besides each run's own; of families that take them
+    multiply: str = "normalised"  # normalised | pixels: what maps multiply, in families that do
     precision: str = "fp32"  # fp32 | tf32 | bf16 | fp16
     batch_size: int | None = None
     torch_threads: int | None = None
@@ -54,6 +56,7 @@ class Evaluation:
     chosen: dict[str, list[str]]  # metrics by family
     runs: list[Judged]
     controls: dict[str, dict[str, Estimate]] = field(default_factory=dict)  # by subject and metric
+    multiply: str | None = None  # what maps multiply; None if no family does
 
     @property
     def unread(self) -> dict[str, str]:
@@ -79,8 +82,10 @@ def evaluate(request: EvaluateRequest, options: RunOptions) -> Evaluation:
         StoppedError: interrupted, or the device is lost; finished shards are kept.
     """
     chosen = choose_metrics(request.metrics)
+    check_choice("--multiply", request.multiply, Multiply)
+    multiply = request.multiply if any(FAMILIES[name].multiplies for name in chosen) else None
     runs = [_opened(path, request.shards) for path in request.runs]
-    evaluation = Evaluation(chosen, [Judged(run, notes) for run, _, notes in runs])
+    evaluation = Evaluation(chosen, [Judged(run, notes) for run, _, notes in runs], multiply=multiply)
     if request.classifiers and not any(FAMILIES[name].takes_classifiers for name in chosen):
         raise UserError("--classifiers are for --metric masked, which is not among the chosen metrics")
     for name in chosen:
@@ -145,7 +150,8 @@ def _measured(
     """Measure a run, or the controls over its shards, by one family. Returns as `measure`."""
     family = FAMILIES[name]
     further = further_classifiers(request.classifiers, run.config) if family.takes_classifiers else ()
-    return measure(run, family, shards, request, options, controls=controls, classifiers=further)
+    pixels = family.multiplies and request.multiply == Multiply.pixels
+    return measure(run, family, shards, request, options, controls=controls, classifiers=further, pixels=pixels)
 
 
 def describe(run: SaliencyRun) -> dict[str, Any]:

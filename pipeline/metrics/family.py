@@ -48,6 +48,7 @@ class Family:
     needs_pixels: ClassVar[bool] = False
     runs_network: ClassVar[bool] = False
     takes_classifiers: ClassVar[bool] = False
+    multiplies: ClassVar[bool] = False  # images by maps
     members: ClassVar[frozenset[str]] = frozenset()  # extensions that it reads of the samples, besides the run's
 
     def __init__(self, config: ExtractConfig, how: EvaluateConfig, device: torch.device):

@@ -13,6 +13,7 @@ from saltern.pipeline.metrics.evaluate import Evaluation, Judged, describe, to_j
 from saltern.pipeline.metrics.families import FAMILIES, option_name
 from saltern.pipeline.metrics.judge import AS_IS, NO_MAPS, SCALED, maps_of
 from saltern.pipeline.tables import markdown_table
+from saltern.schemas.choices import Multiply
 from saltern.schemas.evaluation import BAD_MASK, CENTRE, NO_MASK, WHOLE
 from saltern.schemas.metrics import Better, Metric
 from saltern.schemas.text import counted
@@ -28,6 +29,10 @@ _CONTROLS = {
     "edges": "edge filter",
     CENTRE: "centre box of half the area",
     WHOLE: "whole image",
+}
+_MULTIPLY = {
+    Multiply.normalised: "maps multiply the normalised image, so 0 is the mean colour",
+    Multiply.pixels: "maps multiply the pixels, so 0 is black",
 }
 _SHOWN = 5  # number of failed samples that are printed
 _NUMBERS = ("value", "low", "high", "count", "std")  # of an estimate, in a CSV file
@@ -105,7 +110,8 @@ def as_json(evaluation: Evaluation) -> str:
         for subject, found in evaluation.controls.items()
     }
     better: dict[str, Any] = {key: metric.better.name.lower() for key, metric in columns.items()}
-    return json.dumps({"better": better, "runs": runs, "controls": controls}, indent=1)
+    said = list(remarks(evaluation))
+    return json.dumps({"better": better, "runs": runs, "controls": controls, "remarks": said}, indent=1)
 
 
 def head_of(metric: Metric) -> str:
@@ -127,6 +133,8 @@ def remarks(evaluation: Evaluation) -> Iterator[str]:
     marks = {metric.better for metric in columns_of(evaluation).values()}
     meaning = {Better.LESS: "↓ less is better", Better.MORE: "↑ more is better"}
     yield "; ".join([*(text for mark, text in meaning.items() if mark in marks), "± half the 95 % bootstrap interval"])
+    if evaluation.multiply is not None:
+        yield _MULTIPLY[Multiply(evaluation.multiply)]
     if "max-box" in evaluation.chosen:
         yield "MaxBoxAcc: at the best thresholds of these samples, which is an oracle's choice"
     yield from _merged(evaluation, [list(_of_run(judged, evaluation)) for judged in evaluation.runs])

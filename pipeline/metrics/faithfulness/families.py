@@ -20,7 +20,7 @@ from saltern.pipeline.metrics.faithfulness.composite import adcc, arcc, coherenc
 from saltern.pipeline.metrics.faithfulness.confidence import average_drop, densities, marked_probability
 from saltern.pipeline.metrics.faithfulness.curves import deletion, insertion
 from saltern.pipeline.metrics.faithfulness.maps import MapFamily
-from saltern.pipeline.metrics.faithfulness.passes import NORMALISED, black_level, target_probability
+from saltern.pipeline.metrics.faithfulness.passes import NORMALISED, PIXELS, black_level, target_probability
 from saltern.pipeline.metrics.faithfulness.road import road
 from saltern.pipeline.models.passes import frozen, logits_of
 from saltern.pipeline.runs.reader import Row
@@ -52,7 +52,7 @@ class NetworkFamily(MapFamily):
         self._model.eval()
         mean, std = config.preprocess.mean, config.preprocess.std
         self._mean, self._std = (torch.tensor(value, device=device).view(3, 1, 1) for value in (mean, std))
-        self.black_C11 = black_level(mean, std, NORMALISED, device)
+        self.black_C11 = black_level(mean, std, PIXELS if how.pixels else NORMALISED, device)
 
     def measure_maps(
         self, subject: str, rows: list[Row], map_MHW: Tensor, pixels_MHWC: Tensor | None
@@ -102,6 +102,7 @@ class ConfidenceFamily(NetworkFamily):
 
     name = "confidence"
     metrics = METRICS["confidence"]
+    multiplies = True
 
     def measure_images(self, images: Images) -> dict[str, Tensor]:
         inputs = self.logits, images.x_BCHW, images.map_BHW, images.target_B, self.black_C11
@@ -132,6 +133,7 @@ class CompositeFamily(NetworkFamily):
 
     name = "composite"
     metrics = METRICS["composite"]
+    multiplies = True
 
     def measure_images(self, images: Images) -> dict[str, Tensor]:
         x_BCHW, map_BHW, target_B = images.x_BCHW, images.map_BHW, images.target_B

@@ -20,11 +20,14 @@ from saltern.pipeline.metrics.evaluate import EvaluateRequest, Evaluation, evalu
 from saltern.pipeline.metrics.faithfulness.composite import adcc, coherency, complexity
 from saltern.pipeline.metrics.faithfulness.confidence import average_drop, densities
 from saltern.pipeline.metrics.faithfulness.curves import deletion, insertion
+from saltern.pipeline.metrics.faithfulness.passes import black_level
 from saltern.pipeline.metrics.faithfulness.road import road
 from saltern.pipeline.metrics.faithfulness.statistics import map_statistics
+from saltern.pipeline.metrics.table import remarks
 from saltern.pipeline.models import classifiers
 from saltern.pipeline.runs.reader import open_run
 from saltern.pipeline.shards.decode import decode
+from saltern.schemas.errors import UserError
 from saltern.schemas.evaluation import CONTROLS, FOUND
 from saltern.schemas.saliency import DECODE_FAILED
 
@@ -107,6 +110,25 @@ def test_the_values_are_those_of_the_functions(run: Path) -> None:
             both = adcc(torch.from_numpy(coherent).float(), complexity(map_BHW), drop.drop_B)
             np.testing.assert_allclose(stored(run, "composite", subject, "adcc"), both, rtol=1e-3, atol=1e-5)
         assert np.isnan(coherent).all() == (subject != FOUND)
+
+
+def test_maps_multiply_the_pixels_if_the_user_says_so(run: Path) -> None:
+    request = EvaluateRequest([str(run)], metrics=["average-drop,rho-minus"], multiply="pixels", torch_threads=1)
+    evaluation = evaluate(request, RunOptions(str(run), engine="local", device="cpu"))
+    model, _, x_BCHW, map_BHW, target_B, _ = inputs(run)
+    how = open_run(str(run)).config.preprocess
+    given = model, x_BCHW, map_BHW, target_B, black_level(how.mean, how.std, "pixels", torch.device("cpu"))
+    for column, values_B in (
+        ("average_drop", average_drop(*given).drop_B),
+        ("rho_minus", densities(*given).negative_B),
+    ):
+        np.testing.assert_allclose(stored(run, "confidence", FOUND, column), values_B, rtol=1e-4, atol=2e-6)
+    assert "maps multiply the pixels, so 0 is black" in list(remarks(evaluation))
+    other = judge(run, "average-drop")  # measured again
+    assert other.runs[0].estimates["average_drop"] != evaluation.runs[0].estimates["average_drop"]
+    assert "maps multiply the normalised image, so 0 is the mean colour" in list(remarks(other))
+    with pytest.raises(UserError, match="--multiply 'bytes' is none of normalised, pixels"):
+        evaluate(replace(request, multiply="bytes"), RunOptions(str(run), engine="local", device="cpu"))
 
 
 def test_the_noise_of_a_method_is_that_of_each_sample(run: Path, tmp_path: Path) -> None:
