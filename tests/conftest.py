@@ -59,7 +59,7 @@ def pytest_collection_finish() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-seconds", type=float, default=3.0, help="seconds of mutated inputs in each fuzz test")
-    parser.addoption("--kills", type=int, default=40, help="runs that the kill campaign kills")
+    parser.addoption("--kills", type=int, default=20, help="runs that the kill campaign kills")
 
 
 @pytest.fixture

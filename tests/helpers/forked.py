@@ -4,6 +4,7 @@ As a program: reads one request, a JSON object, from each line of its input, and
 """
 
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -186,13 +187,18 @@ def main() -> None:
     import extracting  # noqa: F401
     import odd_methods  # noqa: F401
     import pandas  # noqa: F401  (pyarrow imports it for the first column, which takes longer than a run)
-    import pyarrow.compute  # noqa: F401
+    import pyarrow.compute
+    import pyarrow.pandas_compat  # noqa: F401
+    import pydantic.type_adapter  # noqa: F401
     import ray  # noqa: F401
     import torch
 
     import saltern.jobs.main  # noqa: F401
+    from saltern.pipeline.shards.decoder import decode_jpeg
 
+    decode_jpeg()
     torch.set_num_threads(1)
+    gc.freeze()  # a collection in a fork would write to, and so copy, the memory of all objects
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:

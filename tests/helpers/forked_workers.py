@@ -86,12 +86,15 @@ def _import() -> None:
     import jsonschema  # noqa: F401
     import pandas  # noqa: F401
     import psutil  # noqa: F401
-    import pyarrow.compute  # noqa: F401
+    import pyarrow.compute
+    import pyarrow.pandas_compat  # noqa: F401
     import requests  # noqa: F401
     import torch
 
     import saltern.pipeline.extract.extraction  # noqa: F401
+    from saltern.pipeline.shards.decoder import decode_jpeg
 
+    decode_jpeg()
     torch.set_num_threads(1)
     assert "ray" not in sys.modules
 

@@ -17,6 +17,7 @@ from forked_workers import few_processes
 from making import files, picture, write_shards, write_tar
 from PIL import Image
 
+from saltern.pipeline.engine import driver
 from saltern.pipeline.runs.manifest import load_run_folder, read_failures, read_receipts
 from saltern.schemas.errors import UserError
 
@@ -158,7 +159,10 @@ def test_a_poison_shard(spoiled: Path, tmp_path: Path, ray_address: str) -> None
 
 
 @pytest.mark.parametrize("engine", ["local", "ray"])
-def test_a_shard_past_its_time(forks: Forks, spoiled: Path, tmp_path: Path, ray_address: str, engine: str) -> None:
+def test_a_shard_past_its_time(
+    forks: Forks, spoiled: Path, tmp_path: Path, ray_address: str, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    monkeypatch.setattr(driver, "BACKOFF_S", (0.1, 0.2))
     out = tmp_path / "run"
     stuck = ("--method", "odd_methods:Stuck", "--target", "top1")
     where = ("--engine", "local") if engine == "local" else ("--engine", "ray", "--address", ray_address)
@@ -174,13 +178,15 @@ def test_a_shard_past_its_time(forks: Forks, spoiled: Path, tmp_path: Path, ray_
 def test_two_drivers_on_one_folder(forks: Forks, shards: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
     """The second is refused in one line that names the first, also if it would overwrite."""
     out = tmp_path / "run"
-    first = start(forks, command(shards, out, "--engine", "local"), slow=0.3)
+    first = start(forks, command(shards, out, "--engine", "local"))
     until(lambda: done(out) >= 1, first)
+    first.send_signal(signal.SIGSTOP)  # so that it does not end meanwhile
     for more in ({}, {"overwrite": True}):
         with pytest.raises(
             UserError, match=rf"another command is writing this run \(host .*, process {first.pid}, since"
         ):
             resume(shards, out, **more)
+    first.send_signal(signal.SIGCONT)
     code, said = finish(forks, first)
     assert code == 0, said
     equals(out, undisturbed)

@@ -30,6 +30,9 @@ KINDS: dict[str, dict[str, Any]] = {  # the command that is killed, and repeated
     "retry": {"settings": {"retry_failed": True}},
     "overwrite": {"settings": {"overwrite": True}},
 }
+CHANGE, MOMENT, REQUEST = "before a change", "at a moment", "at a request"
+# Each command is killed in each way; changes of a folder are the most numerous.
+POINTS = [(kind, how) for how in (CHANGE, REQUEST, CHANGE, MOMENT, CHANGE) for kind in KINDS]
 
 
 class Disk:
@@ -101,13 +104,13 @@ class Campaign:
 
     def kill(self, number: int, rng: random.Random) -> None:
         """Kill a run once or twice, repeat its command, and compare."""
-        kind = rng.choice(list(KINDS))
+        kind, how = POINTS[number % len(POINTS)]
         place: Disk | Bucket = Disk(self.folder / f"run-{number}")
-        if number % 4 == 3:
+        if how == REQUEST:
             place = Bucket(self.server, f"run-{number}")
         place.load(self.begins[kind])
         for _ in range(rng.choice((1, 1, 2))):
-            self._kill(place, kind, rng)
+            self._kill(place, kind, how, rng)
             assert kind == "first" or "run.json" in place.state()  # no moment without
         code = self.run(place, KINDS[kind])
         assert code == 0, (number, kind, code, self.forks.said())
@@ -119,13 +122,12 @@ class Campaign:
                 wanted[name] = shard
         assert found == wanted, (number, kind)
 
-    def _kill(self, place: Disk | Bucket, kind: str, rng: random.Random) -> None:
-        at, begun = 0, self._at_a_moment(rng.uniform(0, 1.2 * self.seconds))
-        how = "at a moment"
-        if isinstance(place, Bucket):
-            how, begun = "at a request", self._at_a_request(rng.randint(1, 60))
-        elif rng.random() < 0.8:
-            how, at, begun = "before a change", rng.randint(1, self.changes), lambda pid: None
+    def _kill(self, place: Disk | Bucket, kind: str, how: str, rng: random.Random) -> None:
+        at, begun = 0, self._at_a_moment(rng.uniform(0, 0.9 * self.seconds))
+        if how == REQUEST:
+            begun = self._at_a_request(rng.randint(1, 60))
+        elif how == CHANGE:
+            at, begun = rng.randint(1, self.changes), lambda pid: None
         code = self.run(place, KINDS[kind], at=at, begun=begun)
         self.server.before = lambda request: None
         assert code in (0, -signal.SIGKILL), (kind, how, at, code, self.forks.said())
