@@ -28,7 +28,7 @@ from typing import Any
 
 import gpu_paths  # first: it makes the others visible
 import torch
-from gpu_maps import Place, Skip, maps_exact, maps_repeat, precisions
+from gpu_maps import Place, Skip, compiled, maps_exact, maps_repeat, precisions
 
 from saltern.pipeline.bench.commands import measure_run
 from saltern.pipeline.bench.extract import decode_alone, method_alone
@@ -277,7 +277,8 @@ def casm_waits(place: Place) -> dict[str, Any]:
 
 
 CHECKS = [
-    maps_exact, maps_repeat, precisions, decoding, local_engine, ray_engine, killed_run, rates, casm_resumes, casm_waits
+    decoding, local_engine, ray_engine, killed_run, rates, casm_waits, casm_resumes, compiled, precisions, maps_repeat,
+    maps_exact,
 ]  # fmt: skip
 
 if __name__ == "__main__":

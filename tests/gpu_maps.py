@@ -1,5 +1,6 @@
 """The checks of tests/gpu_check.py on maps: against float64, repeated, in every precision; and where checks run."""
 
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from saltern.pipeline.device import arithmetic
-from saltern.pipeline.extract.explain import Explainer
+from saltern.pipeline.bench.figures import compare
+from saltern.pipeline.device import arithmetic, memory_format
+from saltern.pipeline.extract.explain import AUTOCAST, Explainer
 from saltern.pipeline.methods import available, build
 from saltern.pipeline.models import classifiers
+from saltern.pipeline.models.compiling import compile_parts
 from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
 from saltern.schemas.rules import Rule, Target
@@ -19,6 +22,12 @@ from saltern.schemas.rules import Rule, Target
 TOLERANCE = 2e-4  # of a map on the GPU, as a share of its maximum, to the same in float64 on the CPU
 MAP_SIDE = 64  # pixels, of the images of float64 maps, which the CPU makes
 APART = {"casm", "localizer"}  # methods that need more than a model
+FEW: dict[str, dict[str, Any]] = {  # options with which the CPU makes float64 maps in seconds
+    "rise": {"masks": 64}, "smoothgrad": {"samples": 4}, "integrated-gradients": {"steps": 4},
+    "cameras": {"sizes": [64, 96]},
+}  # fmt: skip
+COSTLY_S = 2.0  # of a call; methods above it are tried on the first model only
+BATCH = {"cpu": 4, "cuda": 256}  # of rates
 
 
 class Skip(Exception):  # noqa: N818
@@ -59,7 +68,7 @@ def maps_exact(place: Place) -> dict[str, Any]:
                 found = explain(model, name, x_BCHW, place.device, torch.float32)
                 since = time.perf_counter()
                 exact = explain(model, name, x_BCHW, "cpu", torch.float64)
-                costly |= {name} if time.perf_counter() - since > 2 else set()
+                costly |= {name} if time.perf_counter() - since > COSTLY_S else set()
             if found is not None and exact is not None:
                 scale = exact.abs().amax().clamp(min=1e-30)
                 worst[f"{name} {model}"] = float((found.double().cpu() - exact).abs().amax() / scale)
@@ -78,7 +87,7 @@ def explain(model: str, name: str, x_BCHW: torch.Tensor, device: str, dtype: tor
     """Return map_Bhw; None if the method does not apply to the model."""
     network = classifiers.load(model, "none", side=x_BCHW.shape[-1]).model.to(device, dtype)
     try:
-        with build(name, network, input_side=x_BCHW.shape[-1]) as method:
+        with build(name, network, input_side=x_BCHW.shape[-1], **FEW.get(name, {})) as method:
             found = method(x_BCHW.to(device, dtype))
     except UserError:
         return None
@@ -88,13 +97,18 @@ def explain(model: str, name: str, x_BCHW: torch.Tensor, device: str, dtype: tor
 def maps_repeat(place: Place) -> dict[str, Any]:
     """Two runs of each method give equal bytes."""
     compared, refused = 0, []
+    costly: set[str] = set()
     for model in place.models:
         for name in methods():
+            if name in costly:
+                continue
+            since = time.perf_counter()
             try:
                 first, second = (columns(place, model, name, "fp32") for _ in range(2))
             except UserError as error:
                 refused.append(f"{name} {model}: {error}"[:90])
                 continue
+            costly |= {name} if time.perf_counter() - since > 2 * COSTLY_S else set()
             for key, value in first.items():
                 assert value.tobytes() == second[key].tobytes(), (name, model, key)
             compared += 1
@@ -128,4 +142,31 @@ def precisions(place: Place) -> dict[str, Any]:
         maps = [columns(place, place.models[0], "grad-cam", each)["map"].ravel() for each in ("fp32", precision)]
         found[precision] = float(np.corrcoef(*maps)[0, 1])
         assert found[precision] > 0.98, found
+    return found
+
+
+def compiled(place: Place) -> dict[str, Any]:
+    """Compiled Grad-CAM gives nearly the maps of the eager one; images/s of both, and of the eager forward pass."""
+    if shutil.which("gcc") is None and shutil.which("cc") is None:
+        raise Skip("there is no C compiler, which torch.compile needs")
+    device, found = torch.device(place.device), {}
+    for precision, bound in (("fp32", 1e-3), ("bf16", 0.05)):
+        dtype = AUTOCAST.get(precision)
+        network = classifiers.load(place.models[0], "none", side=place.side).model.to(device)
+        network = network.to(memory_format=memory_format(precision, device))
+        method = build("grad-cam", network, input_side=place.side)
+        x_BCHW = torch.randn(BATCH[place.device], 3, place.side, place.side, device=device)
+        x_BCHW = x_BCHW.contiguous(memory_format=memory_format(precision, device))
+        with arithmetic(precision), torch.autocast(place.device, dtype, dtype is not None), torch.no_grad():
+            if dtype is not None:
+                method.halve(x_BCHW[:1], dtype)
+            calls = {"forward": lambda: network(x_BCHW), "eager": lambda: method(x_BCHW)}  # noqa: B023
+            times = compare(calls, len(x_BCHW), place.device, 3)
+            eager = method(x_BCHW)
+            compile_parts(method.trunk(), deterministic=True)
+            off = float((method(x_BCHW) - eager).abs().amax() / eager.abs().amax())
+            times |= compare({"compiled": calls["eager"]}, len(x_BCHW), place.device, 3)
+        assert off <= bound, (precision, off)
+        found |= {f"{precision} off": off, **{f"{precision} {name}": 1000 / each.ms for name, each in times.items()}}
+    found["compiled / forward"] = found["bf16 compiled"] / found["bf16 forward"]
     return found

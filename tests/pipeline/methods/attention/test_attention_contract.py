@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 import vits
-from operations import RAISING, operations
+from operations import RAISING, WAITING, operations
 from references import agree
 from test_contract import ATTENTION, state_of
 from test_halves import casts_of, explain
@@ -208,11 +208,13 @@ def test_parts_to_compile_run_outside_of_what_is_seen_and_without_gradients(name
 
 @pytest.mark.parametrize("family", ["timm", "siglip"])
 @pytest.mark.parametrize("name", ATTENTION)
-def test_no_operation_is_used_that_does_not_repeat(name, family):
+def test_no_operation_is_used_that_does_not_repeat_or_waits_for_a_gpu(name, family):
     with of(name, family) as method:
         seen = operations(lambda: method.explain(vits.images(2), number=2 if name in TARGETED else 1))
     assert "convolution" in seen
     assert not seen & RAISING
+    # legrad compares the logits of two passes, once a batch.
+    assert seen & WAITING == ({"_local_scalar_dense"} if name == "legrad" else set())
 
 
 @pytest.mark.parametrize("name", ATTENTION)
