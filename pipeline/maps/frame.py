@@ -123,8 +123,7 @@ class _Axis:
     cells: int
     cell: NDArray[np.intp]
     weight: NDArray[np.float64]
-    after: NDArray[np.intp] | None  # the next cell, of a map that is interpolated
-    part: NDArray[np.float64] | None  # its weight
+    after: tuple[NDArray[np.intp], NDArray[np.float64]] | None  # the next cells and theirs; of interpolated maps
 
     @classmethod
     def of(cls, share: Numbers, cells: int, smooth: bool) -> "_Axis":
@@ -133,13 +132,12 @@ class _Axis:
         at = (share * cells - 0.5 * smooth).clip(0, cells - 1)
         cell = at.astype(np.intp)
         if not smooth:
-            return cls(cells, cell, inside, None, None)
+            return cls(cells, cell, inside, None)
         part = (at - cell) * inside
-        return cls(cells, cell, inside - part, np.minimum(cell + 1, cells - 1), part)
+        return cls(cells, cell, inside - part, (np.minimum(cell + 1, cells - 1), part))
 
     def weights(self, start: int, stop: int) -> NDArray[np.float64]:
         """Return the weight of each of the map's cells in the sum of the pixels start..stop."""
-        weights: NDArray[np.float64] = np.bincount(self.cell[start:stop], self.weight[start:stop], self.cells)
-        if self.after is not None:
-            weights += np.bincount(self.after[start:stop], self.part[start:stop], self.cells)
-        return weights.astype(np.float64, copy=False)  # counts of no pixels are whole numbers
+        every = [(self.cell, self.weight)] if self.after is None else [(self.cell, self.weight), self.after]
+        counted = [np.bincount(cell[start:stop], weight[start:stop], self.cells) for cell, weight in every]
+        return sum(counted[1:], counted[0]).astype(np.float64, copy=False)  # counts of no pixels are whole numbers

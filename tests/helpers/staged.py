@@ -54,14 +54,14 @@ def staged() -> Callable[..., Staged]:
 
 @pytest.fixture
 def batches() -> Callable[..., list[tuple[Tensor, Tensor]]]:
-    """Return a function batches(count, size) that makes tinted images of 64 pixels and their classes."""
+    """Return a function batches(count, size, side) that makes tinted images and their classes."""
 
-    def make(count: int, size: int = 4) -> list[tuple[Tensor, Tensor]]:
+    def make(count: int, size: int = 4, side: int = 64) -> list[tuple[Tensor, Tensor]]:
         draw = torch.Generator().manual_seed(count)
         net = randomised()
         made = []
         for _ in range(count):
-            x_BCHW = torch.randn(size, 3, 64, 64, generator=draw) + torch.randn(size, 3, 1, 1, generator=draw)
+            x_BCHW = torch.randn(size, 3, side, side, generator=draw) + torch.randn(size, 3, 1, 1, generator=draw)
             with torch.no_grad():
                 label_B = net.train()(x_BCHW).argmax(1)
                 # Of a fixed classifier's some are right too; the last is no one's.

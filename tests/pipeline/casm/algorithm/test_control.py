@@ -93,17 +93,18 @@ def test_comes_back_from_a_collapse():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("extreme", "area"), [(0.01, 0.5), (0.99, 0.5), (0.99, 0.3)])
+@pytest.mark.parametrize(("extreme", "area"), [(0.01, 0.5), (0.99, 0.3)])
 def test_masks_come_back_from_an_extreme(staged, batches, extreme, area):
     """A toy network whose first masks are nearly all 0 or 1: in band within 60 steps, and no swings afterwards."""
     thinning = replace(THINNINGS["L100"], save_every=10)
-    training = Training(staged(), Hyperparameters(thinning, **PRESETS["steady"], mask_area=area, pool_size=5))
+    how = Hyperparameters(thinning, **PRESETS["steady"], mask_area=area, pool_size=5)
+    training = Training(staged(), how, side=32)
     with torch.no_grad():
         training.decoder.last.bias.fill_(math.log(extreme / (1 - extreme)))
-    data = batches(40, 8)
-    areas = [training.step(*data[step % 40]).floats()["mask_mean"] for step in range(360)]
+    data = batches(40, 8, 32)
+    areas = [training.step(*data[step % 40]).floats()["mask_mean"] for step in range(220)]
     assert areas[0] == pytest.approx(extreme, abs=0.02)
-    means = [sum(areas[step : step + 20]) / 20 for step in range(60, 360, 20)]  # single batches of 8 differ by 0.2
+    means = [sum(areas[step : step + 20]) / 20 for step in range(60, 220, 20)]  # single batches of 8 differ by 0.2
     assert max(abs(mean - area) for mean in means) < 0.15
 
 

@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from saltern.pipeline.casm.watch import curves
@@ -48,12 +47,14 @@ def test_a_log_whose_last_line_is_cut_off_is_drawn_without_it(tmp_path):
     assert drawn(tmp_path) != whole
 
 
-@pytest.mark.parametrize("steps", [0, 1, 90])
-def test_little_is_drawn_too(steps, tmp_path):
+def test_little_is_drawn_too(tmp_path):
     drawn(tmp_path)
-    log(tmp_path, steps)
-    drawn(tmp_path)
-    validations(tmp_path, 1)
+    for steps, validated in ((0, False), (1, False), (90, True)):
+        log(tmp_path, steps)
+        if validated:
+            validations(tmp_path, 1)
+        drawn(tmp_path)
+    log(tmp_path, 0)
     drawn(tmp_path)
 
 
