@@ -1,8 +1,7 @@
-"""A small training: shards whose labels the classifier mostly knows, and a request. As a script, it trains."""
+"""A small training: shards whose labels the classifier mostly knows, and a request."""
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -142,10 +141,3 @@ def interrupt(monkeypatch: "pytest.MonkeyPatch", step: int, error: Callable[[], 
         return real(self, x_BCHW, label_B)
 
     monkeypatch.setattr(Training, "step", cut)
-
-
-if __name__ == "__main__":
-    from saltern.pipeline.casm.training.train import train
-
-    torch.set_num_threads(1)
-    train(request(Path(sys.argv[1]), Path(sys.argv[2]), epochs=int(sys.argv[3])))

@@ -26,6 +26,19 @@ from saltern.pipeline.machine import cores
 START_S = 90
 CLI = [sys.executable, "-m", "saltern", "submit"]
 
+# Ray's command, without a server of Ray Client, and with a dashboard that has only the Jobs API. Each other part is one
+# more process.
+RAY = """
+from ray._private import node, services
+from ray.scripts.scripts import main
+start = services.start_ray_process
+def start_less(command, kind, *given, **more):
+    return start([*command, *(["--modules-to-load=JobHead"] * (kind == "dashboard"))], kind, *given, **more)
+services.start_ray_process = start_less
+node.Node.start_ray_client_server = lambda self: None
+main()
+"""
+
 
 @dataclass
 class Head:
@@ -103,11 +116,11 @@ def started_head() -> Iterator[Head]:
 
 
 def _start(folder: Path, dashboard_port: str) -> list[str]:
-    ray = str(Path(sys.executable).with_name("ray"))
     return [
-        *(ray, "start", "--head", "--block", "--port", "0", "--node-ip-address", "127.0.0.1"),
+        *(sys.executable, "-c", RAY, "start", "--head", "--block", "--port", "0", "--node-ip-address", "127.0.0.1"),
         *("--include-dashboard", "true", "--dashboard-host", "127.0.0.1", "--dashboard-port", dashboard_port),
         *("--dashboard-agent-listen-port", "0", "--ray-client-server-port", str(_free_port())),
+        *("--no-monitor", "--include-log-monitor", "false"),
         # An actor requests as many CPUs as its torch has threads, which is the number of cores here.
         *("--num-cpus", str(cores()), "--num-gpus", "0", "--object-store-memory", "80000000"),
         *("--temp-dir", str(folder / "r"), "--disable-usage-stats"),

@@ -2,7 +2,9 @@
 
 import json
 import math
+import resource
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +13,8 @@ import pytest
 from commands import call
 from making import write_shard, write_shards
 
-from saltern.pipeline.bench import commands, extract
-from saltern.pipeline.bench.commands import RunRate, Used, measure_run
+from saltern.pipeline.bench import commands, extract, footprint
+from saltern.pipeline.bench.commands import RunRate, Used, measure_run, run_command
 from saltern.pipeline.bench.extract import engines, measure
 from saltern.pipeline.bench.figures import Figure, by_turns, figures_table
 from saltern.pipeline.bench.report import Report
@@ -92,16 +94,26 @@ def test_the_rate_of_a_run_leaves_out_starts_and_ends(tmp_path: Path) -> None:
 
 
 def run_here(words: Sequence[str], on_cores: int = 0, torch_threads: int | None = None) -> Used:
-    """Replace the process of a run whose images/s are measured, which would start in seconds."""
+    """Replace the process of a measured command, which would start in seconds."""
+    since = time.perf_counter()
     ended = call(*words[3:])  # after `python -m saltern`
     assert ended.returncode == 0, ended.stderr
-    return Used(0.0, 0.0)
+    return Used(time.perf_counter() - since, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
+
+
+def test_a_command_is_measured_and_its_failure_told() -> None:
+    used = run_command([sys.executable, "-c", "import time; time.sleep(0.01)"])
+    assert used.seconds >= 0.01
+    assert 1 < used.peak_mb < 1000
+    with pytest.raises(UserError, match=r"cannot measure: `.*` failed: gone"):
+        run_command([sys.executable, "-c", "import sys; sys.exit('gone')"])
 
 
 @pytest.mark.slow
 def test_every_figure_is_measured(tmp_path: Path, ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", ray_address)
-    monkeypatch.setattr(commands, "run_command", run_here)
+    for room in (commands, footprint):
+        monkeypatch.setattr(room, "run_command", run_here)
     bench = ExtractBench(
         command=[sys.executable, "-m", "saltern"],
         shards=[str(write_shard(tmp_path / "in" / "a-0.tar", 8))],

@@ -6,6 +6,7 @@ from pathlib import Path
 import casm_toys
 import pytest
 import torch
+from ranked import forking, in_ranks  # noqa: F401  (fixtures)
 from staged import batches, staged  # noqa: F401  (fixtures)
 
 from saltern.pipeline.casm.training.train import train

@@ -7,6 +7,7 @@ import localizer_toys
 import pytest
 import torch
 from casm_toys import quiet
+from ranked import forking, in_ranks  # noqa: F401  (fixtures)
 
 from saltern.pipeline.localizer.train import train
 

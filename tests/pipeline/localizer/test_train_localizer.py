@@ -1,23 +1,18 @@
 """A whole training of a localizer: resumed to the bit, loaded by hand, used as a method, refused in one line."""
 
 import json
-import multiprocessing
-import os
 import re
 import shutil
-import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from casm_toys import SIDE, calm, files, log_lines, quiet, small
 from commands import call, refused
 from judging import judge
 from localizer_toys import CutError, extract, interrupt, request, write_shards
-from making import PYTHONPATH
 from naive_metrics import naive_iou
 from safetensors.torch import load_file
 
@@ -138,26 +133,14 @@ def true_boxes(tar: str) -> list[list[int]]:
     return [[*content["boxes"][0], content["width"], content["height"]] for content in found]
 
 
-def as_rank(rank: int, meeting: str, plan) -> None:
-    sys.path[:0] = PYTHONPATH.split(os.pathsep)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    ranks = Ranks(torch.device("cpu"), rank, 2, 2)
+def as_rank(ranks: Ranks, plan) -> None:
     run_loop(plan, ranks, print)
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_worlds_of_1_and_2_have_the_same_losses(run, val, undisturbed, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
+def test_worlds_of_1_and_2_have_the_same_losses(run, val, undisturbed, tmp_path, in_ranks):
     plan = make_plan(request(run, tmp_path / "two", val=str(val), workers=2), "cpu", None, quiet)
-    context = multiprocessing.get_context("spawn")
-    started = [context.Process(target=as_rank, args=(rank, f"{tmp_path}/meeting", plan)) for rank in range(2)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(300)
-    assert [process.exitcode for process in started] == [0, 0]
+    assert in_ranks(as_rank, plan) == [None, None]
     for one, two in zip(log_lines(undisturbed), log_lines(tmp_path / "two"), strict=True):
         assert two == pytest.approx(one, rel=1e-5, abs=1e-6)
     figures = [

@@ -2,12 +2,9 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,15 +14,16 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-import torch.distributed as dist
 from casm_toys import OFTEN, files, request, small
 from faults import actors, run_here, until
-from making import HELPERS, PYTHONPATH, picture, write_tar
+from making import picture, write_tar
+from ranked import start
 
 from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.algorithm.step import Training
 from saltern.pipeline.casm.algorithm.thinning import THINNINGS
 from saltern.pipeline.casm.training.plan import make_plan
+from saltern.pipeline.casm.watch import curves
 from saltern.pipeline.masknet.checkpoint import open_checkpoint
 from saltern.pipeline.training.loop import run
 from saltern.pipeline.training.ranks import Ranks
@@ -38,44 +36,15 @@ CPU = torch.device("cpu")
 SAME = 2e-6  # of losses of worlds 1 and 2, in float32, after 18 steps; measured: 2e-7
 
 
-def guarded(job, rank: int, meeting: Path, words: tuple[object, ...]) -> object:
-    """Return the result of a job in one of two ranks; for a UserError, its text."""
-    sys.path[:0] = PYTHONPATH.split(os.pathsep)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    try:
-        return job(Ranks(CPU, rank, 2, 2), *words)
-    except UserError as error:
-        return f"UserError: {error}"
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def in_ranks(tmp_path_factory):
-    """Return a function in_ranks(job, *words) that gives the results of `job(ranks, *words)` in two processes."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["casm_toys"])  # imports torch once, and not in each process
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", PYTHONPATH)
-        pool = context.Pool(2)
-    with pool:
-
-        def each(job, *words: object) -> list[object]:
-            meeting = tmp_path_factory.mktemp("meeting") / "file"
-            return pool.starmap(guarded, [(job, rank, meeting, words) for rank in range(2)], chunksize=1)
-
-        yield each
-        pool.close()
-        pool.join()
-
-
 def lines(root: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (root / "log.jsonl").read_text().splitlines()]
 
 
-def train_as(ranks: Ranks, asked) -> str:
-    return str(run(make_plan(asked, "cpu", None, print), ranks, print))
+def train_as(ranks: Ranks, asked, drawn: bool = False) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        if not drawn:
+            patch.setattr(curves, "draw", lambda root: None)
+        return str(run(make_plan(asked, "cpu", None, print), ranks, print))
 
 
 # --- ranks
@@ -222,26 +191,6 @@ def command(shards: Path, out: Path, address: str, *more: str) -> list[str]:
     ]
 
 
-def start(*given: object) -> subprocess.Popen[str]:
-    """Start the `command` of these arguments."""
-    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "saltern", *command(*given)],
-        env=environment,
-        cwd=HELPERS,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(running: subprocess.Popen[str], code: int = 0) -> str:
-    said, _ = running.communicate(timeout=400)
-    assert running.returncode == code, said
-    assert "Traceback" not in said
-    return said
-
-
 @pytest.fixture
 def train_here(monkeypatch):
     """Return a function that runs the `command` of its arguments in this process, and gives what it said."""
@@ -265,19 +214,21 @@ def on_two(shards, tmp_path_factory, in_ranks) -> dict[str, str]:
     """Return the files of an undisturbed training by two ranks, without Ray, whose workers start slowly."""
     out = tmp_path_factory.mktemp("two") / "run"
     chosen = Hyperparameters(thinning=THINNINGS["L100"], lam="auto", pool_size=3, lr_classifier=0.01, seed=5)
-    in_ranks(train_as, request(shards, out, model="casm_toys:slow", hyperparameters=chosen, workers=2, epochs=4))
+    asked = request(shards, out, model="casm_toys:slow", hyperparameters=chosen, workers=2, epochs=4)
+    in_ranks(train_as, asked, True)
     assert [line["step"] for line in lines(out)] == list(range(24))
     return {**files(out), "lock-driver": hashlib.sha256(b"").hexdigest()}
 
 
 @pytest.mark.slow
-def test_a_killed_driver_and_a_killed_rank_change_no_bit(shards, on_two, tmp_path, ray_address, train_here):
+def test_a_killed_driver_and_a_killed_rank_change_no_bit(shards, on_two, tmp_path, ray_address, train_here, forking):
     out = tmp_path / "run"
-    running = start(shards, out, ray_address)
-    until(lambda: checkpoints(out), running, timeout_s=300)
+    running = start(forking, tmp_path / "log", *command(shards, out, ray_address))
+    until(lambda: checkpoints(out) or not running.is_alive(), timeout_s=300)
     time.sleep(random.uniform(0, 0.5))
     running.kill()
-    running.communicate()
+    running.join()
+    assert running.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
     until(lambda: not actors(RANK))
     before, over = checkpoints(out)[-1], threading.Event()
 
@@ -303,12 +254,15 @@ def test_a_killed_driver_and_a_killed_rank_change_no_bit(shards, on_two, tmp_pat
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_workers_and_names_the_checkpoint(shards, tmp_path, ray_address, train_here):
+def test_ctrl_c_ends_the_workers_and_names_the_checkpoint(shards, tmp_path, ray_address, train_here, forking):
     out = tmp_path / "run"
-    running = start(shards, out, ray_address)
-    until(lambda: checkpoints(out), running, timeout_s=300)
-    running.send_signal(signal.SIGINT)
-    said = finish(running, 130)
+    running = start(forking, tmp_path / "log", *command(shards, out, ray_address))
+    until(lambda: checkpoints(out) or not running.is_alive(), timeout_s=300)
+    os.kill(running.pid, signal.SIGINT)
+    running.join(400)
+    said = (tmp_path / "log").read_text()
+    assert running.exitcode == 130, said
+    assert "Traceback" not in said
     assert "the same command with --resume continues from it" in said
     until(lambda: not actors(RANK), timeout_s=30)
     pool = sorted((out / "pool").iterdir())

@@ -3,14 +3,11 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import casm_toys
 import pytest
 from casm_toys import CutError, files, interrupt, quiet, request
-from making import HELPERS
 
 from saltern.pipeline.casm.algorithm.hyperparameters import Hyperparameters
 from saltern.pipeline.casm.training.train import train
@@ -33,16 +30,18 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(steps, shards, undis
     assert files(tmp_path / "run") == files(undisturbed)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_encoder_of_its_own_and_a_pool_in_16_bits_are_gone_on_with_too(shards, tmp_path):
     how = Hyperparameters(
         thinning=casm_toys.OFTEN, lam=2.0, pool_size=3, share_encoder=False, pool_half=True, precision="bf16"
     )
-    train(request(shards, tmp_path / "whole", hyperparameters=how, classes=[5, 1, 0]), quiet)
+    few = {"classes": [5, 1, 0], "epochs": 2}
+    train(request(shards, tmp_path / "whole", hyperparameters=how, **few), quiet)
     with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, 11)
+        interrupt(patch, 7)
         with pytest.raises(CutError):
-            train(request(shards, tmp_path / "cut", hyperparameters=how, classes=[5, 1, 0]), quiet)
-    train(request(shards, tmp_path / "cut", hyperparameters=how, classes=[5, 1, 0], resume=True), quiet)
+            train(request(shards, tmp_path / "cut", hyperparameters=how, **few), quiet)
+    train(request(shards, tmp_path / "cut", hyperparameters=how, **few, resume=True), quiet)
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
@@ -69,18 +68,19 @@ def test_a_checkpoint_that_was_being_written_or_was_damaged_does_not_count(shard
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_gone_on_from(shards, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, HELPERS / "casm_toys.py", shards, tmp_path / "killed", "8"]
-    process = subprocess.Popen([*map(str, line)], env=environment, stderr=subprocess.DEVNULL)
+@pytest.mark.usefixtures("undrawn")
+def test_a_killed_process_is_gone_on_from(shards, tmp_path, forking):
+    process = forking.Process(target=train, args=(request(shards, tmp_path / "killed", epochs=5), quiet))
+    process.start()
     deadline = time.monotonic() + 60
-    while not (tmp_path / "killed/checkpoints/12").is_dir() and process.poll() is None and time.monotonic() < deadline:
+    while not (tmp_path / "killed/checkpoints/12").is_dir() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.002)
     time.sleep(random.Random(time.time()).uniform(0, 0.15))
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    train(request(shards, tmp_path / "killed", epochs=8, resume=True), quiet)
-    train(request(shards, tmp_path / "whole", epochs=8), quiet)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    train(request(shards, tmp_path / "killed", epochs=5, resume=True), quiet)
+    train(request(shards, tmp_path / "whole", epochs=5), quiet)
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
