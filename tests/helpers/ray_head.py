@@ -26,14 +26,13 @@ from saltern.pipeline.machine import cores
 START_S = 90
 CLI = [sys.executable, "-m", "saltern", "submit"]
 
-# Ray's command, without a server of Ray Client, and with a dashboard that has only the Jobs API. Each other part is one
-# more process.
+# Ray's command, without a server of Ray Client, and with a dashboard of only jobs and nodes. Each part is a process.
 RAY = """
 from ray._private import node, services
 from ray.scripts.scripts import main
 start = services.start_ray_process
 def start_less(command, kind, *given, **more):
-    return start([*command, *(["--modules-to-load=JobHead"] * (kind == "dashboard"))], kind, *given, **more)
+    return start([*command, *(["--modules-to-load=JobHead,NodeHead"] * (kind == "dashboard"))], kind, *given, **more)
 services.start_ray_process = start_less
 node.Node.start_ray_client_server = lambda self: None
 main()
