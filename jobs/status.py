@@ -15,13 +15,16 @@ def status(run: RunFolder, as_json: AsJson = False) -> None:
 
     from saltern.pipeline.runs.manifest import load_run_folder
     from saltern.pipeline.runs.status import run_status
-    from saltern.pipeline.synthesis.attack_report import in_words, means
     from saltern.schemas.config import ATTACK, EXTRACT
     from saltern.schemas.text import counted
 
     store, manifest = load_run_folder(run)
     progress = run_status(store, manifest)
-    attacked = means(store, manifest) if progress.job == ATTACK else {}
+    attacked = {}
+    if progress.job == ATTACK:
+        from saltern.pipeline.synthesis.attack_report import in_words, means  # imports torch
+
+        attacked = means(store, manifest)
     if as_json:
         summary = {"run": run, **asdict(progress)} | ({"means": attacked} if attacked else {})
         typer.echo(json.dumps(summary, indent=1))

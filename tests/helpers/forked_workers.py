@@ -8,6 +8,7 @@ instead of Ray's setup_worker.py, which has the worker forked and lives until it
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -57,8 +58,15 @@ def few_processes() -> Iterator[None]:
         yield
 
 
+def preload(*modules: str) -> None:
+    """Let the process that forks workers import these too."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(os.environ[SOCKET])
+        connection.sendall(json.dumps({"modules": modules}).encode())
+
+
 def _serve(path: str) -> None:
-    """Fork a worker for each connection, until the input ends."""
+    """Fork a worker for each connection that asks for one, until the input ends."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()  # a connection waits for the imports
@@ -72,9 +80,12 @@ def _serve(path: str) -> None:
             raw, files, _, _ = socket.recv_fds(connection, 2**20, 2)
             while part := connection.recv(2**20):
                 raw += part
-            if os.fork() == 0:  # the connection is closed by the worker's end
+            ask = json.loads(raw)
+            for module in ask.get("modules", ()):
+                importlib.import_module(module)
+            if "words" in ask and os.fork() == 0:  # the connection is closed by the worker's end
                 listener.close()
-                _become(json.loads(raw), files, usual)
+                _become(ask, files, usual)
             connection.close()
             for file in files:
                 os.close(file)

@@ -101,7 +101,11 @@ def started_head() -> Iterator[Head]:
     python.chmod(0o755)
     env = user_env(folder / "home", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(folder / "token"))
     # Jobs must import the code that travels with them, not this checkout.
-    own = {"PATH": f"{folder / 'bin'}{os.pathsep}{env['PATH']}", "PYTHONPATH": ""}
+    own = {
+        "PATH": f"{folder / 'bin'}{os.pathsep}{env['PATH']}",
+        "PYTHONPATH": "",
+        "RAY_prestart_worker_first_driver": "0",
+    }
     address = f"http://127.0.0.1:{_free_port()}"
     command = _start(folder, address.rpartition(":")[2])
     with (folder / "head.log").open("wb") as log:

@@ -60,14 +60,14 @@ def test_a_failing_job_reads_its_config_and_passes_its_exit_code_on(head: Head, 
 
 def test_the_same_job_again(head: Head, tmp_path: Path) -> None:
     """A running job is named and followed, not started again. A stopped one is started under a new id."""
-    words = ("plan", "/no-such-twice/*.tar")
+    words = ("status", "/no-such/*")
     head.hold.touch()
     try:
         first = head.submit("--", *words, cwd=tmp_path, RAY_ADDRESS="http://127.0.0.1:9")  # --address wins
         name = first.stdout.strip()
         assert first.returncode == 0
-        assert name.startswith("saltern-plan-")
-        follow = f"saltern submit --address {head.address} --follow -- plan '/no-such-twice/*.tar'"
+        assert name.startswith("saltern-status-")
+        follow = f"saltern submit --address {head.address} --follow -- status '/no-such/*'"
         assert first.stderr == f"follow it with: {follow}\n"
         again = head.submit("--", *words, cwd=tmp_path)
         assert (again.returncode, again.stdout.strip()) == (0, name)

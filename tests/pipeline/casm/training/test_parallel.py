@@ -16,6 +16,7 @@ import ray
 import torch
 from casm_toys import OFTEN, files, request, small
 from faults import actors, run_here, until
+from forked_workers import preload
 from making import picture, write_tar
 from ranked import start
 
@@ -192,9 +193,10 @@ def command(shards: Path, out: Path, address: str, *more: str) -> list[str]:
 
 
 @pytest.fixture
-def train_here(monkeypatch):
+def train_here(monkeypatch, ray_address):
     """Return a function that runs the `command` of its arguments in this process, and gives what it said."""
     monkeypatch.setattr(ray, "shutdown", lambda: None)  # it would end the cluster of the tests
+    preload("torch._dynamo", "saltern.pipeline.casm.training.train")  # of the ranks' first steps
 
     def trained(*given: object, code: int = 0) -> str:
         ended, said = run_here(command(*given))
