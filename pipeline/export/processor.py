@@ -11,7 +11,7 @@ from saltern.pipeline.export.labelstudio import write_tasks
 from saltern.pipeline.export.pictures import write_pictures
 from saltern.pipeline.export.sidecars import write_sidecar
 from saltern.pipeline.runs.columns import Record, from_records
-from saltern.pipeline.runs.datafile import data_schema
+from saltern.pipeline.runs.datafile import data_schema, reading_data
 from saltern.pipeline.runs.measured import is_of
 from saltern.pipeline.runs.outlet import Made, Outlet, Spec, Tally
 from saltern.pipeline.runs.reader import SaliencyRun
@@ -46,7 +46,7 @@ class ExportProcessor:
         self._run = source.open()
         self._folder = Folder.at(out, spec.scratch)
         self._folder.mark(self._run, self._form)
-        self._outlet, self._schema = Outlet(spec), data_schema(spec.run, {})
+        self._spec, self._outlet, self._schema = spec, Outlet(spec), data_schema(spec.run, {})
         self.images: dict[str, int] = {}
 
     def process(self, shard: Shard, earlier: Receipt | None = None) -> Made:
@@ -86,5 +86,16 @@ class ExportProcessor:
                 self.images[shard.name] += 1
             return
         folder = replace(self._folder, files={})
+        before = self._recorded(shard)
         rows = WRITERS[self._form](folder, self._run, shard)
+        folder.store.remove(before - folder.files.keys())
         yield rows, [{"file": name, "bytes": size} for name, size in folder.files.items()]
+
+    def _recorded(self, shard: Shard) -> set[str]:
+        """Return the names of the files of an earlier export of the shard, as pictures of keys that may be gone."""
+        try:
+            with reading_data(self._outlet.store, self._spec.run, shard) as file:
+                names = file.read(["file"], use_threads=False)["file"].to_pylist()
+        except ShardError:
+            return set()
+        return {name for name in names if name.startswith((f"{shard.name}/", f"{shard.name}.")) and ".." not in name}

@@ -5,12 +5,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from commands import call, refused
 from judging import alter
-from made_run import make_run
+from made_run import make_run, write_shard
 from s3server import BUCKET, S3, used_server
 
+from saltern.pipeline.engine.conduct import RunOptions
 from saltern.pipeline.engine.derived import StoppedError
 from saltern.pipeline.export import sidecars
 from saltern.pipeline.export.export import export
@@ -97,6 +99,19 @@ def test_only_what_is_missing_or_replaced_is_written_again(tmp_path: Path, capsy
     assert inodes[0] != (out / "part0/train.tar").stat().st_ino
 
 
+def test_pictures_of_samples_that_are_gone_are_removed(tmp_path: Path) -> None:
+    made = make_run(tmp_path, shards=2)
+    export(str(made.path), "png", str(tmp_path / "out"))
+    mine = tmp_path / "out/part0/train/mine.png"
+    mine.write_bytes(b"mine")
+    rows = pq.read_table(made.data(0)).to_pylist()[:3]
+    write_shard(made, 0, 3, rows, (4, 4))  # the shard was made again, with fewer samples
+    assert export(str(made.path), "png", str(tmp_path / "out")).rows == 8
+    kept = {path.name for path in (tmp_path / "out/part0/train").iterdir()}
+    assert kept == {f"s0k{n}.{kind}.png" for n in range(3) for kind in ("map", "mask")} | {"mine.png"}
+    assert len(list((tmp_path / "out/part1/train").iterdir())) == 10
+
+
 def test_a_disk_that_is_full_stops_it_and_keeps_what_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +148,18 @@ def test_an_export_of_an_older_version_is_written_again(tmp_path: Path) -> None:
     (out / "export.json").write_text("{")
     with pytest.raises(UserError, match=r"export.json is damaged .*; give another --out"):
         export(str(made.path), "npy", str(out))
+
+
+@pytest.mark.slow
+def test_workers_of_a_cluster_write_the_same_files(tmp_path: Path, ray_address: str) -> None:
+    made = make_run(tmp_path)
+    made.data(1).write_bytes(b"cut")
+    for form in (ExportFormat.coco, ExportFormat.npy):
+        here, there = (tmp_path / f"{form}-{name}" for name in ("here", "there"))
+        assert list(export(str(made.path), form, str(here)).failures) == ["part1/train"]
+        options = RunOptions(str(there), engine="ray", address=ray_address, workers=2)
+        assert list(export(str(made.path), form, str(there), options=options).failures) == ["part1/train"]
+        assert content(there) == content(here)
 
 
 def test_a_run_without_shards_can_be_exported_again(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The cascade tells maps that depend on the weights from those that do not."""
 
+import pickle
 from itertools import pairwise
 from typing import Any
 
@@ -144,6 +145,16 @@ def test_sums_over_parts_are_those_over_all_images() -> None:
             assert figure.plus_minus == pytest.approx(1.96 * values.std(ddof=1) / np.sqrt(50))
     assert parted.figure("rise").value == pytest.approx(np.mean(every["entropy"][-1] / every["before"] - 1))
     assert parted.constant_S.tolist() == every["constant"].sum(1).tolist()
+
+
+def test_sums_do_not_grow_with_the_images() -> None:
+    part = {name: np.ones((3, 100)) for name in (*COLUMNS, "constant")} | {"before": np.ones(100)}
+    made, sizes = Curves(), []
+    for _ in range(50):
+        made.add(["a", "b", "c"], part)
+        sizes.append(len(pickle.dumps(made)))
+    assert made.images == 5000
+    assert sizes[-1] < sizes[0] + 50
 
 
 def test_one_stage_gives_the_entropies_and_no_verdict() -> None:
