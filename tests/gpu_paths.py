@@ -15,3 +15,4 @@ _folders = [_TESTS.parent / "src", _TESTS, _TESTS / "helpers", *([_TESTS / "help
 _paths = [str(folder) for folder in _folders]
 sys.path[:0] = _paths
 os.environ["PYTHONPATH"] = os.pathsep.join([*_paths, *filter(None, [os.environ.get("PYTHONPATH")])])
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts: matrix products repeat to the bit
