@@ -19,6 +19,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # Test processes run side by side, and torch's threads would compete for the cores. Read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The compiler would start processes that import torch, for a few small functions.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # Ray reads these when it is imported, by whichever test is the first.
 os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_USAGE_STATS_ENABLED="0")
 # Niced workers would get no core while other tests run. Ray Train sees the end of a worker at its next health check.

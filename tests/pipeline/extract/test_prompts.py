@@ -16,7 +16,7 @@ from making import picture, write_tar
 from saltern.pipeline.engine.conduct import RunOptions
 from saltern.pipeline.extract.prompts import given_prompts
 from saltern.pipeline.metrics.evaluate import EvaluateRequest, evaluate
-from saltern.pipeline.metrics.sanity.run import sanity
+from saltern.pipeline.metrics.sanity.run import SanityRequest, sanity
 from saltern.pipeline.models import texts
 from saltern.pipeline.runs.manifest import load_run_folder
 from saltern.pipeline.runs.reader import open_run
@@ -118,7 +118,8 @@ def test_several_methods_are_judged_in_half_precision_too(model: str, shards: Pa
     judged = evaluate(EvaluateRequest([run], [], ["confidence"], torch_threads=1), RunOptions(run, engine="local"))
     (found,) = judged.runs
     assert found.estimates["average_drop"].count == 4
-    assert sanity(run, 2, stages=2, device="cpu").summary["model"] == model
+    randomised = sanity(SanityRequest(run, 2, stages=2), RunOptions(run, engine="local", device="cpu"))
+    assert randomised.summary["model"] == model
 
 
 def test_prompts_on_the_command_line_and_in_a_config(model: str, shards: Path, tmp_path: Path) -> None:
