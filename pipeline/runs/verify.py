@@ -16,7 +16,7 @@ from saltern.pipeline.runs.manifest import data_name, failure_name, judge_receip
 from saltern.pipeline.runs.reasons import reasons_of
 from saltern.pipeline.shards.samples import content_of, list_keys
 from saltern.pipeline.storage.store import SCRATCH, Store
-from saltern.schemas.config import VISUALIZE
+from saltern.schemas.config import EVALUATE, EXPORT, VISUALIZE
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.receipt import Failure, Receipt
 from saltern.schemas.run import CLASSES, Run, Shard, same_time
@@ -58,8 +58,13 @@ def verify(store: Store, run: Run) -> Verdict:
     """Check every shard, and that the folder holds only files of the run.
 
     Raises:
-        UserError: a receipt or a folder of the run cannot be read at all.
+        UserError: a receipt or a folder of the run cannot be read at all, or it holds results that derive from a run.
     """
+    if run.config.job in (EVALUATE, EXPORT):
+        raise UserError(
+            f"{store.path} holds results that derive from a run; the command that made them checks them when it is "
+            "repeated, and the run itself can be verified"
+        )
     receipts, invalid = judge_receipts(store, run)
     verdict = Verdict(len(run.shards), len(receipts))
     failures, damaged = _failures(store, run)

@@ -178,6 +178,13 @@ def test_damaged_records_are_answered_with_the_fix(tmp_path: Path) -> None:
         export(str(made.path), "coco", str(tmp_path / "out"))
 
 
+def test_records_are_counted_and_are_no_run_to_verify(tmp_path: Path) -> None:
+    made = make_run(tmp_path, shards=1)
+    export(str(made.path), "npy", str(tmp_path / "out"))
+    assert "1 of 1 shards done, 5 samples" in call("status", tmp_path / "out/.export").stdout
+    assert "results that derive from a run" in refused(call("verify", tmp_path / "out/.export"))
+
+
 def test_two_exports_into_one_folder_do_not_mix(tmp_path: Path) -> None:
     made = make_run(tmp_path, shards=1)
     store = records(str(tmp_path / "out"))
