@@ -178,6 +178,20 @@ def test_damaged_records_are_answered_with_the_fix(tmp_path: Path) -> None:
         export(str(made.path), "coco", str(tmp_path / "out"))
 
 
+def test_an_export_goes_on_with_tars_that_were_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = make_run(tmp_path)
+    out = tmp_path / "out"
+    export(str(made.path), "coco", str(out))
+    before = content(out)
+    (tmp_path / "shards").rename(tmp_path / "elsewhere")
+    (out / ".export/receipts/part1/train.json").unlink()
+    assert list(export(str(made.path), "coco", str(out)).failures) == ["part1/train"]
+    capsys.readouterr()
+    assert export(str(made.path), "coco", str(out), [str(tmp_path / "elsewhere")]).failures == {}
+    assert "2 of 3 shards done, 1 to do" in lines(capsys)
+    assert content(out) == before
+
+
 def test_records_are_counted_and_are_no_run_to_verify(tmp_path: Path) -> None:
     made = make_run(tmp_path, shards=1)
     export(str(made.path), "npy", str(tmp_path / "out"))

@@ -134,6 +134,15 @@ def test_a_bad_shard_is_named_and_costs_no_other(run: Path, tmp_path: Path) -> N
     assert judge(run).summary["images"] == 12
 
 
+def test_moved_tars_are_named(run: Path, tmp_path: Path) -> None:
+    expected = judge(run).summary
+    (tmp_path / "in").rename(tmp_path / "moved")
+    for path in (run / "metrics/sanity/receipts").iterdir():
+        path.unlink()
+    request = SanityRequest(str(run), 12, stages=2, shards=[str(tmp_path / "moved")], batch_size=4, torch_threads=1)
+    assert sanity(request, RunOptions(str(run), engine="local", device="cpu")).summary == expected
+
+
 def test_errors_name_the_fix(run: Path, tmp_path: Path) -> None:
     for tar in (tmp_path / "in").iterdir():
         tar.unlink()
