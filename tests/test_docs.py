@@ -130,6 +130,8 @@ def test_each_published_figure_has_its_commands_and_what_differs() -> None:
     assert len(figures) == 4
     for figure in figures:
         assert re.search(r"^saltern extract .*--method .*\nsaltern evaluate .*--metric ", figure, re.M), figure[:40]
+        assert "--squash" in figure
+        assert "--resize" not in figure  # extract refuses both
         assert re.search(r"^```\n.*\bhere\b", figure, re.M | re.S | re.I), figure[:40]
 
 
