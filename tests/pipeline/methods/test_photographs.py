@@ -1,6 +1,7 @@
 """All methods on real photographs with a pretrained network: what the literature says of their maps."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,9 @@ def photographs(shared_data: Path, classifier: Classifier) -> Tensor:
 
 @pytest.fixture(scope="module")
 def maps(classifier: Classifier, photographs: Tensor) -> Callable[..., Tensor]:
-    def make(name: str, **options: object) -> Tensor:
-        with build(name, classifier.model, **(SMALL.get(name, {}) | options)) as method:
+    @cache
+    def make(name: str) -> Tensor:
+        with build(name, classifier.model, **SMALL.get(name, {})) as method:
             found = method(photographs)
             assert found.isfinite().all()
             assert not method.last.zero_B.any()

@@ -201,6 +201,7 @@ def box_hits_of(row: Row) -> NDArray[np.bool_]:
     return np.unpackbits(hits, axis=1, count=LEVELS).astype(bool)
 
 
+@pytest.mark.slow
 def test_several_runs_share_a_table_and_the_controls(tmp_path: Path) -> None:
     box = inclusive((10, 10, 40, 40))
     one, other = (make_run(tmp_path / name, json=box, method=name) for name in ("grad-cam", "cam"))
@@ -284,6 +285,7 @@ def test_a_shard_that_cannot_be_read_is_listed_and_counts_for_nothing(tmp_path: 
     assert "part1/train: " in ended.stderr
 
 
+@pytest.mark.slow
 def test_om_of_labels_that_are_not_the_model_s_is_said_to_tell_nothing(tmp_path: Path) -> None:
     made = make_run(tmp_path, shards=12, samples=5, target="top1", json=members())
     notes = judge(made.path).runs[0].notes  # the helper's top-1 is never the label

@@ -80,6 +80,7 @@ def test_a_read_only_folder_is_answered_with_a_copy_of_links(
     assert not (made.path / "metrics").exists()
 
 
+@pytest.mark.slow
 def test_a_run_and_shards_in_a_bucket_give_the_numbers_of_a_disk(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = found_of(made.path)
     with used_server(monkeypatch) as s3:

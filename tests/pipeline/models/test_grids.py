@@ -32,6 +32,7 @@ def test_four_dimensions_of_attention_are_no_grid():
         check_layers(model, ["split"], 64)
 
 
+@pytest.mark.slow
 def test_one_cell_has_no_mask_and_the_layers_that_have_more_are_named():
     model = load("resnet18", "none").model
     with pytest.raises(

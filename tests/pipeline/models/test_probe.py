@@ -67,6 +67,7 @@ def test_a_layer_that_returns_a_container_is_a_layer():
     assert all(torch.equal(map_Bhw, maps["plain"]) for map_Bhw in maps.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["compiled", "compiled_inside"])
 def test_compiled_models_are_taken_without_their_graphs(name):
     loaded = load(f"odd_models:{name}", side=32)

@@ -51,6 +51,7 @@ def hits(map_BHW: Maps, true: list[list[Box]]) -> NDArray[np.bool_]:
     return np.unpackbits(packed, axis=2, count=255).view(np.bool_)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [noise, ties, masks, smooth, clipped])
 def test_hits_are_those_of_clovaais_loop(kind: object) -> None:
     assert callable(kind)

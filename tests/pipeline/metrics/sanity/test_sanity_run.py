@@ -61,6 +61,7 @@ def test_the_first_images_are_judged_and_the_results_kept(run: Path) -> None:
     assert "2 of 2 shards done, 0 to do" in again.stderr
 
 
+@pytest.mark.slow
 def test_the_rows_are_the_cascades_of_the_runs_maps(run: Path) -> None:
     judge(run)
     opened = open_run(str(run))
@@ -85,6 +86,7 @@ def test_the_rows_are_the_cascades_of_the_runs_maps(run: Path) -> None:
                 assert found[name] == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_stopped_cascade_goes_on_to_equal_files(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = judge(run).summary
     expected = results(run)
@@ -109,6 +111,7 @@ def test_a_stopped_cascade_goes_on_to_equal_files(run: Path, monkeypatch: pytest
     assert results(run) == expected
 
 
+@pytest.mark.slow
 def test_more_images_keep_the_shards_that_are_done(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     monkeypatch.setattr(family, "cascade", lambda *words: (sizes.append(len(words[2])), cascade(*words))[1])
@@ -122,6 +125,7 @@ def test_more_images_keep_the_shards_that_are_done(run: Path, monkeypatch: pytes
     assert sizes == [2]
 
 
+@pytest.mark.slow
 def test_a_bad_shard_is_named_and_costs_no_other(run: Path, tmp_path: Path) -> None:
     tar = tmp_path / "in/part-000001.tar"
     tar.rename(tmp_path / "elsewhere.tar")
