@@ -58,6 +58,7 @@ def test_addresses_without_a_dashboard(monkeypatch: pytest.MonkeyPatch, address:
     assert words in refused(call("submit", "--", "methods"))
 
 
+@pytest.mark.slow
 def test_another_server_is_not_a_dashboard(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(tmp_path)],
@@ -73,6 +74,7 @@ def test_another_server_is_not_a_dashboard(tmp_path: Path) -> None:
     assert "is not a Ray dashboard" in refused(ended)
 
 
+@pytest.mark.slow
 def test_a_missing_job_client_is_named(tmp_path: Path) -> None:
     """Without its extra `default`, Ray can be imported but refuses to make a client."""
     script = (

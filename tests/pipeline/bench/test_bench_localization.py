@@ -1,6 +1,7 @@
 """`bench localization` reports every figure, and its peer counts the same hits."""
 
 import numpy as np
+import pytest
 import torch
 
 from saltern.pipeline.bench import localization
@@ -19,6 +20,7 @@ def test_every_figure_is_measured() -> None:
     assert "6 samples" in figures_table(figures)
 
 
+@pytest.mark.slow
 def test_the_peer_finds_the_same_boxes() -> None:
     portion = localization._portion(2, 3)
     hits = np.unpackbits(localization._hits(portion), axis=2)[:, :, levels_of(THRESHOLDS)].astype(bool)

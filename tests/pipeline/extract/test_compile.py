@@ -103,6 +103,7 @@ def test_auto_compiles_long_runs_on_a_gpu() -> None:
         choose_compile(replace(REQUEST, compile="on"), None, gradient, long, "cpu")
 
 
+@pytest.mark.slow
 def test_the_parts_of_each_method() -> None:
     resnet = load("resnet18", "none").model
     names = {module: name for name, module in resnet.named_modules()}
@@ -120,6 +121,7 @@ def test_the_parts_of_each_method() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_networks_of_casm_are_compiled_once(shapes: list[int], tmp_path: Path) -> None:
     request = casm_toys.request(casm_toys.write_shards(tmp_path / "in", 1), tmp_path / "out", epochs=1)
     train(request, casm_toys.quiet)

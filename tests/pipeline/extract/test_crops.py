@@ -146,6 +146,7 @@ def test_square_runs_keep_their_fingerprint(shards: Path, tmp_path: Path) -> Non
     assert len(prints) == 1
 
 
+@pytest.mark.slow
 def test_a_leaderboard_judges_and_shows_it(shards: Path, tmp_path: Path) -> None:
     request = replace(REQUEST, shards=[str(shards)], method="cam,gradient", target="top1", torch_threads=1, crop=CROP)
     judging = EvaluateRequest([], metrics=list(FAMILIES), torch_threads=1)
@@ -158,6 +159,7 @@ def test_a_leaderboard_judges_and_shows_it(shards: Path, tmp_path: Path) -> None
     assert (tmp_path / "board" / "leaderboard.html").read_text().count("<image ") > 6
 
 
+@pytest.mark.slow
 def test_the_command_takes_height_and_width(shards: Path, tmp_path: Path) -> None:
     common = ["extract", str(shards), "--model", "making:tiny", "--method", "cam", "--resize", "40", "--device", "cpu"]
     ended = call(*common, "--target", "top1", "--out", str(tmp_path / "run"), "--crop", "32x48")

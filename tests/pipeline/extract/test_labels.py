@@ -171,6 +171,7 @@ def test_names_of_some_classes_are_compared_and_not_mapped(tmp_path: Path) -> No
         chosen("auto", tmp_path / "shards")
 
 
+@pytest.mark.slow
 def test_unrelated_numbers_are_warned_of_at_the_end_and_in_status_verify_and_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

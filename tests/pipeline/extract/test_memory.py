@@ -29,6 +29,7 @@ def write_large(path: Path, *, label: bool) -> None:
         file.truncate(file.tell() + 1024)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", [False, True], ids=["no label", "no image"])
 def test_large_samples_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: bool) -> None:
     monkeypatch.chdir(HELPERS)

@@ -36,6 +36,7 @@ def odd_shard(path: Path, count: int) -> Path:
     return write_tar(path, samples)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wishes",
     [

@@ -55,6 +55,7 @@ def check_equal(shards: Path, several: Path, methods: str, **wishes: Any) -> Non
         assert (several / method / "run.json").read_bytes() == (one / "run.json").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "methods"),
     [
@@ -94,6 +95,7 @@ def test_cams_of_a_layer_share_one_forward_and_one_backward_pass(
     assert passes.count("backward") == 3
 
 
+@pytest.mark.slow
 def test_only_the_runs_that_lack_a_shard_make_it(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,6 +146,7 @@ def test_a_run_that_published_a_shard_does_not_make_it_again_when_another_failed
     check_equal(shards, tmp_path / "runs", "grad-cam,layer-cam")
 
 
+@pytest.mark.slow
 def test_each_run_keeps_its_own_rows_with_retry_failed(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +189,7 @@ def test_a_shard_that_fails_is_recorded_in_each_run_that_lacks_it(shards: Path, 
         assert not (tmp_path / "runs" / method / "failures/part-0.json").exists()
 
 
+@pytest.mark.slow
 def test_either_form_replaces_and_resumes_the_runs_of_the_other(shards: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     assert extract(shards, runs, method="grad-cam,gradient", target="top1", batch_size=3) == 0

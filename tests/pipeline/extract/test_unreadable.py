@@ -24,6 +24,7 @@ def unreadable(path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saltern.pipeline.shards.samples._tape", denied)  # root may read any file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["", "making:tiny"])
 @pytest.mark.parametrize("how", ["cut", "denied"])
 def test_plan_and_limit_on_an_unreadable_shard(

@@ -48,6 +48,7 @@ def compared(shards: Path) -> tuple[Path, str]:
     return out, ended.stdout
 
 
+@pytest.mark.slow
 def test_the_runs_are_those_of_extract(shards: Path, compared: tuple[Path, str], tmp_path: Path) -> None:
     out, _ = compared
     assert extract(shards, tmp_path / "alone", method="layer-cam", layer="body.2", torch_threads=None) == 0
@@ -80,6 +81,7 @@ def test_the_numbers_are_those_of_evaluate(compared: tuple[Path, str]) -> None:
     assert width > height
 
 
+@pytest.mark.slow
 def test_a_repeated_command_computes_only_what_is_missing(shards: Path, compared: tuple[Path, str]) -> None:
     out, printed = compared
     inodes = {path: path.stat().st_ino for path in out.rglob("data/*.parquet")}

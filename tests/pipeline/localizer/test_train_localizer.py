@@ -29,6 +29,7 @@ from saltern.schemas.errors import UserError
 TUNED = Hyperparameters(seed=3, trunk="tuned", labels="maps")
 
 
+@pytest.mark.slow
 def test_the_training_trains_and_writes_no_pickle(undisturbed):
     log = log_lines(undisturbed)
     assert [line["step"] for line in log] == list(range(9))
@@ -52,6 +53,7 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(step, run, val, undi
     assert files(tmp_path / "run") == files(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_tuned_trunk_is_resumed_too_and_moves(run, tmp_path):
     for name, cut in (("whole", None), ("cut", 6)):
         with pytest.MonkeyPatch.context() as patch:
@@ -97,6 +99,7 @@ def naive_le(run_folder: str) -> float:
     return 100 * sum(missed) / len(missed)
 
 
+@pytest.mark.slow
 def test_extract_finds_what_the_validation_measured(undisturbed, val, tmp_path):
     (tar,) = (shard["url"] for shard in json.loads((val / "run.json").read_text())["shards"])
     out = extract(tar, tmp_path / "found", method="localizer", layer=None, options={"checkpoint": str(undisturbed)})
@@ -203,6 +206,7 @@ def test_wrong_localizers_are_refused(undisturbed, tmp_path):
         methods.build("localizer", calm(), checkpoint=str(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_command_trains(run, tmp_path):
     words = ["train-localizer", run, "--out", tmp_path / "out", "--epochs", "1", "--batch-size", "4", "--device", "cpu"]
     ended = call(*words, "--labels", "boxes")

@@ -48,6 +48,7 @@ def state_of(model):
     ]
 
 
+@pytest.mark.slow
 def test_registry_describes_itself():
     assert len(NAMES) >= 21
     for name, kind in available().items():

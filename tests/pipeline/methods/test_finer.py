@@ -111,6 +111,7 @@ def test_several_targets_each_have_their_own_similar_classes(name, tiny, images)
             assert torch.equal(last.others_BN, method.last.others_BN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPARABLE)
 def test_finer_under_autocast(name, tiny, images):
     x, target = images(2, 24), torch.tensor([1, 2])

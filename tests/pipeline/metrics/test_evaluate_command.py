@@ -30,6 +30,7 @@ from saltern.schemas.errors import UserError
 COLUMNS = ("le", "om", "f1", "f1_mask", "pointing", "pointing_difficult", "energy", "box_iou")
 
 
+@pytest.mark.slow
 def test_shards_that_were_moved_or_are_some_of_the_runs(tmp_path: Path) -> None:
     made = make_run(tmp_path, json=inclusive((10, 10, 40, 40)))
     everything = found_of(made.path)
@@ -125,6 +126,7 @@ def call(*words: str | Path) -> Any:
     return CliRunner().invoke(app, ["evaluate", *map(str, words)])
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     made = make_run(tmp_path, json=inclusive((10, 10, 40, 40)))
     tars = [shard.url for shard in made.run.shards]
@@ -147,6 +149,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert isinstance(call(made.path, "--metric", "f2").exception, UserError)
 
 
+@pytest.mark.slow
 def test_all_forms_of_a_table_say_the_same(tmp_path: Path) -> None:
     made = make_run(tmp_path, shards=1, json=inclusive((10, 10, 40, 40)))
     words = ("le", "pointing-difficult", "total-variation")  # the second has no values here
@@ -218,6 +221,7 @@ def test_several_runs_share_a_table_and_the_controls(tmp_path: Path) -> None:
     assert f"grad-cam of resnet18 ({one.path})" in text
 
 
+@pytest.mark.slow
 def test_a_repeated_command_judges_only_what_is_new(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = make_run(tmp_path, json=inclusive((10, 10, 40, 40)))
     before = found_of(made.path)
@@ -262,6 +266,7 @@ def test_an_evaluation_with_other_columns_is_replaced(tmp_path: Path, monkeypatc
     assert found["mask_area"].count == 5
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_another_run_in_the_folder_is_replaced(tmp_path: Path) -> None:
     made = make_run(tmp_path, json=inclusive((10, 10, 40, 40)))
     judge(made.path)

@@ -39,6 +39,7 @@ def results(made: Made) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
 
 
+@pytest.mark.slow
 def test_of_two_evaluations_at_once_the_second_is_told_of_the_first_and_changes_nothing(made: Made) -> None:
     judge(made.path)
     before = results(made)
@@ -107,6 +108,7 @@ def test_a_tar_that_is_gone_is_named_with_the_fix_and_costs_no_other(made: Made)
     assert len(rows_of(made)) == 15
 
 
+@pytest.mark.slow
 def test_an_interruption_keeps_what_is_done_and_the_same_command_goes_on(
     made: Made, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -164,6 +164,7 @@ def test_workers_of_a_cluster_give_the_same_files(run: Path, ray_address: str, m
     assert {name: (run / name).read_bytes() for name in names} == before
 
 
+@pytest.mark.slow
 def test_the_size_of_batches_is_kept_by_an_evaluation_that_goes_on(run: Path) -> None:
     judge(run, "road", batch_size=2)
     (run / "metrics/road/receipts/1.json").unlink()

@@ -137,6 +137,7 @@ def test_runs_without_maps_have_the_iou_of_their_masks(tmp_path: Path) -> None:
     assert "pxap" not in estimates
 
 
+@pytest.mark.slow
 def test_a_tar_that_was_touched_is_judged_again_only_if_a_mask_changed(tmp_path: Path) -> None:
     made = masked_run(tmp_path)
     data = made.path / "metrics/pixels/data/part0/train.parquet"

@@ -22,12 +22,14 @@ def alarms(accuracy: float, classes: int, samples: int = SAMPLES) -> float:
     return float(stats.binom.pmf(counts, samples, accuracy)[doubtful].sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [10, 20, 200, 1000])
 def test_labels_of_another_dataset_raise_an_alarm(classes: int) -> None:
     assert alarms(1 / classes, classes) > 0.97
     assert alarms(0, classes) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, 5, 10, 200, 1000])
 @pytest.mark.parametrize("accuracy", [0.15, 0.3, 0.9])
 def test_a_weak_model_raises_none(classes: int, accuracy: float) -> None:

@@ -200,6 +200,7 @@ def test_the_first_frame_of_several(format: str) -> None:
     assert np.abs(found_HWC - (255, 0, 0)).max() < 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_turned_upright(orientation: int, format: str) -> None:

@@ -80,6 +80,7 @@ def test_transparency_and_deep_greys_stay() -> None:
         np.testing.assert_array_equal(square(broken).pixels_HWC, square(image).pixels_HWC)
 
 
+@pytest.mark.slow
 def test_much_sound_text_is_no_damage() -> None:
     info = PngInfo()
     for number in range(300):

@@ -70,6 +70,7 @@ def test_the_reader_sorts_by_each_metric_worst_first(measured: Made) -> None:
         assert "difficult" not in card.text  # no sample has a value
 
 
+@pytest.mark.slow
 def test_the_header_has_the_means_with_their_intervals(tmp_path: Path) -> None:
     made = measured_run(tmp_path)
     own = json.loads((made.path / "metrics/localization.json").read_text())["metrics"]["le"]
@@ -81,6 +82,7 @@ def test_the_header_has_the_means_with_their_intervals(tmp_path: Path) -> None:
     assert "LE %" in page.head  # the buttons stay
 
 
+@pytest.mark.slow
 def test_only_the_first_target_of_a_sample_has_metrics(tmp_path: Path) -> None:
     made = measured_run(tmp_path, targets=2)
     page = page_of(made, "f1")
@@ -89,6 +91,7 @@ def test_only_the_first_target_of_a_sample_has_metrics(tmp_path: Path) -> None:
     assert places == list(range(15))
 
 
+@pytest.mark.slow
 def test_metrics_of_maps_that_were_made_again_are_not_shown(tmp_path: Path) -> None:
     made = measured_run(tmp_path)
     assert "LE %" in page_of(made).head
@@ -114,6 +117,7 @@ def test_a_metric_that_older_files_lack_has_no_values(tmp_path: Path) -> None:
     assert "LE %" in page.cards[0].text
 
 
+@pytest.mark.slow
 def test_several_runs_have_the_means_of_the_metrics_that_all_have(tmp_path: Path) -> None:
     one, other = (
         measured_run(tmp_path / "a", method="cam"),

@@ -161,6 +161,7 @@ def test_maps_are_brought_to_one() -> None:
     assert torch.equal(unit(map_BHW), torch.tensor([[[0.0, 1.0]], [[0.0, 0.0]]]))
 
 
+@pytest.mark.slow
 def test_rows_say_what_their_images_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each number of a row equals that from its stored images, by numpy and the model only."""
     from saltern.pipeline.models.classifiers import load
@@ -211,6 +212,7 @@ def test_rows_say_what_their_images_show(tmp_path: Path, capsys: pytest.CaptureF
         assert strips.width > 1000
 
 
+@pytest.mark.slow
 def test_a_resume_does_the_rest_alone_and_writes_the_same(tmp_path: Path) -> None:
     write_shards(tmp_path / "in", 3, 4)
     assert attack(tmp_path / "in", tmp_path / "whole") == 0

@@ -60,6 +60,7 @@ def resnet() -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["zero", "noise"])
 @pytest.mark.parametrize(("name", "side", "step_size"), [("tiny", 32, 300.0), ("resnet18", 64, 1.0)])
 def test_the_objective_rises(name: str, side: int, step_size: float, init: str, resnet: nn.Module) -> None:

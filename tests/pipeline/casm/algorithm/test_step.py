@@ -121,6 +121,7 @@ def test_fixed_classifier_is_left_alone(staged, batches):
     assert not len(training.pool)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [True, False])
 def test_resume_is_exact(staged, batches, share, tmp_path):
     # With dropout and replaced members. The global generator has another state after the resume.
@@ -188,6 +189,7 @@ def two_ranks(staged, chosen, data):
     return logs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["sequential", "sum"])
 def test_two_ranks_are_one(staged, batches, mode):
     chosen = hyperparameters(batch_norm="eval", classifier_loss=mode, lam="auto", pull=1.0)

@@ -62,6 +62,7 @@ def test_only_dead_steps_in_a_row_are_a_collapse():
     assert (raised.value.step, raised.value.what) == (100, "everything")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bias", "what"), [(-12.0, "nothing"), (12.0, "everything")])
 @pytest.mark.usefixtures("soon")
 def test_one_collapse_is_repeated_with_a_smaller_step(shards, tmp_path, monkeypatch, bias, what):
@@ -77,6 +78,7 @@ def test_one_collapse_is_repeated_with_a_smaller_step(shards, tmp_path, monkeypa
     assert rates == pytest.approx(0.001 * 0.5 * 0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("cut", [8, 13])
 def test_a_stop_after_a_collapse_changes_nothing(shards, tmp_path, monkeypatch, cut):
@@ -92,6 +94,7 @@ def test_a_stop_after_a_collapse_changes_nothing(shards, tmp_path, monkeypatch, 
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("soon")
 def test_the_third_collapse_ends_the_training(shards, tmp_path, monkeypatch):
     said: list[str] = []

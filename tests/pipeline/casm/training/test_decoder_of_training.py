@@ -37,6 +37,7 @@ def test_a_checkpoint_names_the_decoder(undisturbed):
     assert open_checkpoint(undisturbed).config["decoder"] == choose_decoder("auto", "cpu")
 
 
+@pytest.mark.slow
 def test_a_training_without_a_decoder_s_name_goes_on_with_pillow(shards, undisturbed, tmp_path, monkeypatch):
     cut_short(shards, tmp_path)
     made = []
@@ -56,6 +57,7 @@ def test_a_resume_without_the_decoder_is_refused(shards, tmp_path):
     assert {**files(tmp_path), "lock-writer": ""} == {**before, "lock-writer": ""}
 
 
+@pytest.mark.slow
 def test_a_training_fed_by_a_gpu_decoder_is_resumed_to_the_same_end(shards, tmp_path, monkeypatch):
     name, nvjpeg = "nvjpeg (test)", partial(decode_jpeg(), mode="RGB")
     monkeypatch.setattr(plan, "choose_decoder", lambda *given: name)

@@ -85,6 +85,7 @@ def test_a_pool_file_that_is_gone_or_altered_is_named(what, shards, tmp_path, mo
     refused(request(shards, tmp_path, resume=True), rf"the pool file .*{file.name} is ")
 
 
+@pytest.mark.slow
 def test_the_pools_memory_is_stated_and_refused_where_it_does_not_fit(shards, tmp_path, monkeypatch):
     said: list[str] = []
     train(request(shards, tmp_path / "fits", epochs=1), said.append)

@@ -14,6 +14,7 @@ from saltern.pipeline.casm.training.train import train
 from saltern.pipeline.masknet import checkpoint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [(2,), (4, 17), (random.Random(time.time()).randrange(1, 18),)])
 def test_an_interrupted_training_ends_as_an_undisturbed_one(steps, shards, undisturbed, tmp_path):
     for number, step in enumerate(steps):
@@ -30,6 +31,7 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(steps, shards, undis
     assert files(tmp_path / "run") == files(undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_an_encoder_of_its_own_and_a_pool_in_16_bits_are_gone_on_with_too(shards, tmp_path):
     how = Hyperparameters(
@@ -45,6 +47,7 @@ def test_an_encoder_of_its_own_and_a_pool_in_16_bits_are_gone_on_with_too(shards
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_being_written_or_was_damaged_does_not_count(shards, undisturbed, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.Checkpoints, "_clear", lambda self: (_ for _ in ()).throw(CutError))

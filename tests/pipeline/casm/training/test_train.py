@@ -14,6 +14,7 @@ from saltern.pipeline.masknet import checkpoint
 from saltern.schemas.errors import UserError
 
 
+@pytest.mark.slow
 def test_the_training_trains(undisturbed):
     log = log_lines(undisturbed)
     assert [line["step"] for line in log] == list(range(18))
@@ -49,6 +50,7 @@ def tensors_in(value):
             yield from tensors_in(item)
 
 
+@pytest.mark.slow
 def test_the_command_trains_and_extract_takes_its_folder(shards, tmp_path):
     (tmp_path / "classes.txt").write_text("4\n1, 0\n")
     line = f"train-casm {shards} --out {tmp_path}/casm --model casm_toys:small --side 64 --epochs 1 --batch-size 4"
@@ -79,6 +81,7 @@ def test_without_tensorboard_the_option_names_its_extra(shards, tmp_path, monkey
         train(request(shards, tmp_path / "run", tensorboard=True), quiet)
 
 
+@pytest.mark.slow
 def test_a_config_file_says_the_same(shards, tmp_path):
     (tmp_path / "c.toml").write_text(
         'model = "casm_toys:small"\nside = 64\nepochs = 1\nsteps-per-epoch = 2\nbatch-size = 4\ntv = 0.5\n'

@@ -26,6 +26,7 @@ from saltern.pipeline.runs.manifest import load_run_folder
 from saltern.schemas.errors import UserError
 
 
+@pytest.mark.slow
 def test_masks_are_the_trained_networks(undisturbed, shards):
     found = checkpoint.open_checkpoint(undisturbed)
     trained = Training(small(), request(shards, undisturbed).hyperparameters)
@@ -60,6 +61,7 @@ def test_wrong_checkpoints_are_refused(undisturbed, tmp_path):
         methods.build("casm", small(), checkpoint=str(undisturbed), digest="0" * 64)
 
 
+@pytest.mark.slow
 def test_a_subset_of_the_classes_and_an_encoder_of_its_own(shards, tmp_path):
     how = Hyperparameters(thinning=THINNINGS["L"], share_encoder=False)
     train(request(shards, tmp_path, classes=[4, 1], epochs=1, hyperparameters=how), quiet)
@@ -92,6 +94,7 @@ def test_extract_gives_rows_without_target(undisturbed, shards, tmp_path):
     assert config["options"]["digest"] == checkpoint.open_checkpoint(undisturbed).digest
 
 
+@pytest.mark.slow
 def test_a_moved_or_continued_training_leaves_its_runs_resumable(shards, tmp_path):
     casm, out = tmp_path / "casm", tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:

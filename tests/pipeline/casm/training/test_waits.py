@@ -71,6 +71,7 @@ def hyperparameters(**changes: object) -> Hyperparameters:
     return Hyperparameters(**{"thinning": OFTEN, "pool_size": 2, "seed": 1, "steps": 9, **changes})  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [

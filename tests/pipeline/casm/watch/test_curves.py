@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from saltern.pipeline.casm.watch import curves
@@ -34,6 +35,7 @@ def drawn(root: Path) -> bytes:
     return (root / "curves.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_log_whose_last_line_is_cut_off_is_drawn_without_it(tmp_path):
     log(tmp_path, 100)
     validations(tmp_path, 50, 100)
@@ -47,6 +49,7 @@ def test_a_log_whose_last_line_is_cut_off_is_drawn_without_it(tmp_path):
     assert drawn(tmp_path) != whole
 
 
+@pytest.mark.slow
 def test_little_is_drawn_too(tmp_path):
     drawn(tmp_path)
     for steps, validated in ((0, False), (1, False), (90, True)):

@@ -34,6 +34,7 @@ from saltern.pipeline.shards.expand import expand
 from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
 
+pytestmark = pytest.mark.slow
 SIDE = casm_toys.SIDE
 HOW = {"class_numbers": range(6), "batch_size": 4, "threads": 2}
 SIZES = ((72, 100), (90, 64), (64, 64))
