@@ -61,8 +61,10 @@ def resnet() -> nn.Module:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("init", ["zero", "noise"])
-@pytest.mark.parametrize(("name", "side", "step_size"), [("tiny", 32, 300.0), ("resnet18", 64, 1.0)])
+@pytest.mark.parametrize(
+    ("name", "side", "step_size", "init"),
+    [("tiny", 32, 300.0, "zero"), ("tiny", 32, 300.0, "noise"), ("resnet18", 64, 1.0, "zero")],
+)
 def test_the_objective_rises(name: str, side: int, step_size: float, init: str, resnet: nn.Module) -> None:
     torch.manual_seed(0)
     model = tiny() if name == "tiny" else resnet

@@ -58,6 +58,7 @@ def test_a_resume_without_the_decoder_is_refused(shards, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_a_training_fed_by_a_gpu_decoder_is_resumed_to_the_same_end(shards, tmp_path, monkeypatch):
     name, nvjpeg = "nvjpeg (test)", partial(decode_jpeg(), mode="RGB")
     monkeypatch.setattr(plan, "choose_decoder", lambda *given: name)

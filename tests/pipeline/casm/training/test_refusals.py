@@ -14,6 +14,8 @@ from saltern.pipeline.casm.training.train import train
 from saltern.pipeline.training.batches import Batches
 from saltern.schemas.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def refused(wanted, match: str) -> None:
     with pytest.MonkeyPatch.context() as patch:

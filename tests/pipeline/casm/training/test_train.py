@@ -51,6 +51,7 @@ def tensors_in(value):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_the_command_trains_and_extract_takes_its_folder(shards, tmp_path):
     (tmp_path / "classes.txt").write_text("4\n1, 0\n")
     line = f"train-casm {shards} --out {tmp_path}/casm --model casm_toys:small --side 64 --epochs 1 --batch-size 4"
@@ -82,6 +83,7 @@ def test_without_tensorboard_the_option_names_its_extra(shards, tmp_path, monkey
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_a_config_file_says_the_same(shards, tmp_path):
     (tmp_path / "c.toml").write_text(
         'model = "casm_toys:small"\nside = 64\nepochs = 1\nsteps-per-epoch = 2\nbatch-size = 4\ntv = 0.5\n'

@@ -25,6 +25,8 @@ from saltern.pipeline.masknet import checkpoint
 from saltern.pipeline.runs.manifest import load_run_folder
 from saltern.schemas.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.mark.slow
 def test_masks_are_the_trained_networks(undisturbed, shards):
@@ -74,8 +76,9 @@ def test_a_subset_of_the_classes_and_an_encoder_of_its_own(shards, tmp_path):
 
 
 def test_extract_gives_rows_without_target(undisturbed, shards, tmp_path):
+    trained = shutil.copytree(undisturbed, tmp_path / "casm")  # a run marks the checkpoint that it uses
     wanted = ExtractRequest(
-        [str(shards)], "casm_toys:small", "casm", options={"checkpoint": str(undisturbed)}, resize=SIDE, crop=SIDE
+        [str(shards)], "casm_toys:small", "casm", options={"checkpoint": str(trained)}, resize=SIDE, crop=SIDE
     )
 
     def plan(standing, device, workers):
