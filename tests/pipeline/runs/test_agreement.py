@@ -1,5 +1,6 @@
 """Labels that are not the model's class numbers are noticed, and those that a weak model misses are not blamed."""
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,15 @@ def agreement(agreeing: int, classes: int, samples: int = SAMPLES) -> Agreement:
     return Agreement(samples, agreeing, classes, True)
 
 
-def alarms(accuracy: float, classes: int, samples: int = SAMPLES) -> float:
+@cache
+def doubtful(classes: int) -> list[bool]:
+    """Return whether each count of agreeing samples raises an alarm."""
+    return [agreement(count, classes).doubtful for count in range(SAMPLES + 1)]
+
+
+def alarms(accuracy: float, classes: int) -> float:
     """Return the probability that labels which the model gets right this often raise an alarm."""
-    counts = np.arange(samples + 1)
-    doubtful = [agreement(int(count), classes, samples).doubtful for count in counts]
-    return float(stats.binom.pmf(counts, samples, accuracy)[doubtful].sum())
+    return float(stats.binom.pmf(np.arange(SAMPLES + 1), SAMPLES, accuracy)[doubtful(classes)].sum())
 
 
 @pytest.mark.slow
