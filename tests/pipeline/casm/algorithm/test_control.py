@@ -72,7 +72,10 @@ def run(respond, start, target, steps=1500):
 def test_settles_and_stays(name, start):
     areas, trail = run(RESPONSES[name](), start, 0.5)
     blocks = [sum(areas[i : i + 10]) / 10 for i in range(0, 1500, 10)]
-    assert all(abs(block - 0.5) < 0.1 for block in blocks[75:])  # settled after 750 steps, mostly far sooner
+    # These masks move by 0.02 a step at most: from lambda 30 they need 150 steps for the way back to the area.
+    within = 400 if name == "adam-slow" else 300
+    assert all(abs(block - 0.5) < 0.15 for block in blocks[within // 10 :])
+    assert all(abs(block - 0.5) < 0.1 for block in blocks[50:])
     assert abs(sum(areas[1000:]) / 500 - 0.5) < 0.02
     assert max(trail[1000:]) / min(trail[1000:]) < 2
 
