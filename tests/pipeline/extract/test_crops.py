@@ -205,6 +205,7 @@ def test_layers_are_checked_at_the_shape() -> None:
             check_layers(model, [layer], CROP)
 
 
+@pytest.mark.slow
 def test_transformers_of_timm_take_another_size() -> None:
     made = load("timm:vit_tiny_patch16_224", "none", side=(32, 64))
     with build("grad-cam", made.model, input_side=(32, 64)) as method:

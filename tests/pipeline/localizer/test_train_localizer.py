@@ -43,6 +43,7 @@ def test_the_config_has_the_preprocessing_of_the_run(run, tmp_path):
     assert preprocess_of(plan.config) == open_run(str(run)).config.preprocess
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 7])
 def test_an_interrupted_training_ends_as_an_undisturbed_one(step, run, val, undisturbed, tmp_path):
     with pytest.MonkeyPatch.context() as patch:

@@ -151,6 +151,7 @@ def test_a_model_in_train_mode_is_explained_in_eval_mode(name, tiny, images):
     assert tiny.training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*NAMES, "captum:Saliency"])
 def test_nothing_leaks_over_25_calls(name, tiny, images):
     x = images(2, 16)

@@ -42,6 +42,7 @@ def test_a_weak_model_raises_none(classes: int, accuracy: float) -> None:
     assert alarms(chance + (1 - chance) * accuracy, classes) < 1e-3
 
 
+@pytest.mark.slow
 def test_three_per_cent_of_a_thousand_classes_are_better_than_chance() -> None:
     assert alarms(0.03, 1000) < 1e-3
 
@@ -67,6 +68,7 @@ def test_the_rows_of_a_run_are_counted_once_a_sample(tmp_path: Path) -> None:
     assert measure_agreement(store, run, {shard.name for shard in run.shards}) == Agreement(5, 0, 10, True)
 
 
+@pytest.mark.slow
 def test_doubt_is_only_about_labels_that_are_explained(tmp_path: Path) -> None:
     for target in ("label", "top1"):
         (tmp_path / target).mkdir()

@@ -87,6 +87,7 @@ def test_without_maps_the_items_have_none(tmp_path: Path) -> None:
     assert item["mask"].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize(("world", "workers"), [(1, 2), (3, 0), (2, 2), (4, 3)])
 def test_each_row_once_over_ranks_and_workers(tmp_path: Path, world: int, workers: int, shuffle: bool) -> None:
@@ -111,6 +112,7 @@ def test_the_order_is_a_function_of_seed_and_epoch(tmp_path: Path) -> None:
     assert first != names(SaliencyDataset(path, shuffle=True, seed=2))
 
 
+@pytest.mark.slow
 def test_persistent_workers_see_the_next_epoch(tmp_path: Path) -> None:
     path = str(make_run(tmp_path, shards=6, samples=1).path)
     dataset = SaliencyDataset(path, shuffle=True)

@@ -132,6 +132,7 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield library
 
 
+@pytest.mark.slow
 def test_datasets(made: Made, expected: list[Record], datasets: Any, tmp_path: Path) -> None:
     loaded = datasets.load_dataset("parquet", data_files=pattern(made), split="train", cache_dir=str(tmp_path))
     check(list(loaded), expected)

@@ -67,6 +67,7 @@ def run(respond, start, target, steps=1500):
     return areas, trail
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [1.2, 30.0])
 @pytest.mark.parametrize("name", RESPONSES)
 def test_settles_and_stays(name, start):

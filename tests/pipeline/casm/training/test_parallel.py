@@ -117,6 +117,7 @@ def test_ranks_hold_the_same_pool_where_batches_move_their_statistics(draw, shar
     assert open_checkpoint(tmp_path / "run").step == 18
 
 
+@pytest.mark.slow
 def test_plans_of_ranks_differ_in_the_member_alone():
     hyperparameters = Hyperparameters(thinning=OFTEN, lam="auto", pool_size=3, pool_draw="per-rank")
     first, second = (Training(small(), hyperparameters, rank=rank) for rank in range(2))
