@@ -152,7 +152,7 @@ def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     path = [str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
     job = {"SLURM_JOB_ID": number, "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1"}
-    kept["RAY_worker_niceness"] = "0"
+    kept |= {"RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "120"}  # the cores may be busy
     cpus = str(len(os.sched_getaffinity(0)))
     yield {**kept, **job, "SLURM_CPUS_PER_TASK": cpus, "HOME": str(tmp_path), "PATH": os.pathsep.join(path)}
     shutil.rmtree(f"/tmp/saltern-{number}", ignore_errors=True)
