@@ -78,6 +78,7 @@ def rows(items: Any) -> list[str]:
     return [f"{item['shard']} {item['key']} {item['target']}" for item in items]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 3)])
 def test_each_epoch_has_every_row_once_in_another_order(tmp_path: Path, world: int, workers: int) -> None:
     path = str(make_run(tmp_path, shards=7, samples=3, targets=2, broken=((1, 1),)).path)
@@ -106,6 +107,7 @@ def batches(dataset: SaliencyDataset, workers: int, drop_last: bool) -> list[lis
     return [list(zip(batch["shard"], batch["key"], batch["target"].tolist(), strict=True)) for batch in loader]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("workers", [0, 3])
 def test_an_epoch_resumes_at_any_batch(

@@ -90,6 +90,7 @@ def mutations(data: bytes, draw: random.Random, count: int) -> list[bytes]:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "MPO"])
 def test_hostile_bytes_give_decoded_or_decode_error(format: str) -> None:
     draw = random.Random(format)

@@ -154,6 +154,7 @@ def test_members_of_other_types_are_refused(tmp_path: Path, kind: bytes) -> None
     fails(shard_at(tmp_path / "x.tar", info.tobuf(tarfile.USTAR_FORMAT) + bytes(2 * BLOCK)), "'a.jpg' of a type")
 
 
+@pytest.mark.slow
 def test_many_members_of_one_key(tmp_path: Path) -> None:
     start = time.process_time()
     members = [(f"a.m{number}", b"x") for number in range(20_000)]

@@ -59,6 +59,7 @@ def both(staged, batches, name, score, fault=""):
     return training, slow, lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["entropy", "classification"])
 @pytest.mark.parametrize("name", ["F", "L", "FL", "L100"])
 def test_agrees_with_the_naive_one(staged, batches, name, score):
