@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from pyarrow import fs
 from webdataset.tariterators import base_plus_ext
 
-from saltern.pipeline.shards.tape import BLOCK, IMAGES, Source, Tape
+from saltern.pipeline.shards.tape import BLOCK, IMAGES, LocalFile, Source, Tape
 from saltern.pipeline.storage.filesystem import filesystem
 from saltern.schemas.config import Members
 from saltern.schemas.errors import ShardError, printable
@@ -230,16 +230,16 @@ def _check_unchanged(shard: Shard, info: fs.FileInfo) -> None:
 @contextmanager
 def _tape(shard: Shard, store: fs.FileSystem, path: str, seekable: bool) -> Iterator[Tape]:
     local, gzipped = isinstance(store, fs.LocalFileSystem), path.endswith((".gz", ".tgz"))
-    if seekable and local and not gzipped:
-        with store.open_input_file(path) as raw:
-            source = io.BufferedReader(Source(raw, shard.url, shard.size), BLOCK)
-            yield Tape(shard.url, source, shard.size, seekable=True)
+    if local and not gzipped:
+        with open(path, "rb", buffering=0) as file:
+            source = LocalFile(file.fileno(), shard.url, shard.size, BLOCK if seekable else 2**16)
+            yield Tape(shard.url, source, shard.size, seekable=seekable)
         return
     # Each refill is one request to an object store. Python reads what is larger than its buffer without a copy.
     with store.open_input_stream(path, compression=None, buffer_size=None if local else 2**23) as raw:
-        source = io.BufferedReader(Source(raw, shard.url, shard.size), 2**16)
+        buffered = io.BufferedReader(Source(raw, shard.url, shard.size), 2**16)
         # Arrow's own decompressor raises the same errors for damaged data as for a broken network.
-        stream: Any = gzip.GzipFile(fileobj=source) if gzipped else source
+        stream: Any = gzip.GzipFile(fileobj=buffered) if gzipped else buffered
         yield Tape(shard.url, stream, None if gzipped else shard.size)
 
 

@@ -6,6 +6,7 @@ second archive in the same file. Samples would be lost without a message.
 
 import gzip
 import io
+import os
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ BLOCK = 512  # bytes of a header; each member's data is padded to a multiple of 
 IMAGES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm", "pnm")
 REPAIR = "copy the shard again, or repack its images with `saltern pack`"
 _CHUNK = 2**20  # bytes read at once if they are not kept
+_DIRECT, _PAGE = 2**14, 2**12  # bytes: pieces of a local file that are read at once; what is read after one
 _MAX_EXTENSION = 2**18  # bytes of a long name or a PAX header, which are held in memory
 # Bytes of a record, to a multiple of which a tar is padded: 20 blocks by default, a power of two of them for tapes.
 _RECORDS = (10_240, *(BLOCK << exponent for exponent in range(12)))
@@ -267,15 +269,59 @@ class Source(io.RawIOBase):
         count: int = self._stream.readinto(buffer)
         self._at += count
         if not count and len(buffer) and self._at < self._size:
-            raise ConnectionError(f"{self._url}: the stream ended at byte {self._at} of {self._size}")
+            raise ended_early(self._url, self._at, self._size)
         return count
 
-    def seekable(self) -> bool:
-        return bool(self._stream.seekable())
 
-    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
-        self._at = self._stream.seek(position, whence)
-        return self._at
+class LocalFile:
+    """A local file of known length. Large pieces are read without a copy by Python, which would hold the GIL.
 
-    def tell(self) -> int:
-        return self._at
+    Args:
+        descriptor: of the open file.
+        url: for messages.
+        size: bytes of the file.
+        ahead: bytes that are read at once for the small pieces; the first ones after a large piece are read in a page.
+    """
+
+    def __init__(self, descriptor: int, url: str, size: int, ahead: int) -> None:
+        self._descriptor, self._url, self._size, self._ahead = descriptor, url, size, ahead
+        self._at = self._start = 0  # of the next byte, and of those that are held
+        self._held, self._next = b"", ahead
+
+    def read(self, size: int) -> bytes:
+        """Return the next `size` bytes, fewer only at the end of the file.
+
+        Raises:
+            ConnectionError: the file ends early. It can be tried again, as it may be on a share.
+        """
+        at, self._at = self._at, self._at + size
+        begin = at - self._start
+        if begin < 0 or begin + size > len(self._held):
+            if size >= _DIRECT:
+                self._next = min(_PAGE, self._ahead)
+                data = self._pread(size, at)
+                self._at = at + len(data)
+                return data
+            self._held, self._start, begin = self._pread(max(self._next, size), at), at, 0
+            self._next = self._ahead
+        data = self._held[begin : begin + size]
+        self._at = at + len(data)
+        return data
+
+    def seek(self, position: int) -> None:
+        """Continue at a position."""
+        self._at = position
+
+    def _pread(self, size: int, at: int) -> bytes:
+        data = os.pread(self._descriptor, size, at)
+        while len(data) < size and at + len(data) < self._size:
+            more = os.pread(self._descriptor, size - len(data), at + len(data))
+            if not more:
+                raise ended_early(self._url, at + len(data), self._size)
+            data += more
+        return data
+
+
+def ended_early(url: str, at: int, size: int) -> ConnectionError:
+    """Return the error of a stream that ends before its known length."""
+    return ConnectionError(f"{url}: the stream ended at byte {at} of {size}")
