@@ -213,16 +213,16 @@ class Processor:
 
     def _add(self, piece: Piece, sample: Sample, outputs: Mapping[str, _Output]) -> None:
         """Add a sample to a piece. Of one that no run decodes, the piece holds no bytes."""
-        position, wanted = len(piece), False
+        position, wanted, label = len(piece), False, sample.label
         for output, view in zip(outputs.values(), piece.views, strict=True):
             own = output.kept.get(sample.index)
             if own is not None and set(own["key"].to_pylist()) == {sample.key}:
                 view.kept[position] = own
-            elif problem := sample.problem or output.task.problem(sample, sample.label):
+            elif problem := sample.problem or output.task.problem(sample, label):
                 view.problems[position] = problem
             else:
                 wanted = True
-        piece.add(sample.key, sample.index, sample.label, sample.image if wanted else None)
+        piece.add(sample.key, sample.index, label, sample.image if wanted else None)
 
     def _submit(self, lot: Lot) -> Running | None:
         """Start the tasks on the decoded samples, in the device's thread."""

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from pyarrow import fs
 from webdataset.tariterators import base_plus_ext
 
-from saltern.pipeline.shards.tape import BLOCK, IMAGES, LocalFile, Source, Tape
+from saltern.pipeline.shards.sources import LocalFile, Source
+from saltern.pipeline.shards.tape import BLOCK, IMAGES, Tape
 from saltern.pipeline.storage.filesystem import filesystem
 from saltern.schemas.config import Members
 from saltern.schemas.errors import ShardError, printable
@@ -62,9 +63,11 @@ class Sample:
     @property
     def given(self) -> int | None:
         """The class in `cls` or the named member; None if it is missing, no whole number or not of 32 bits."""
-        match = _NUMBER.fullmatch(self.class_text)
-        label = int(match[1]) if match else 2**31
-        return label if abs(label) < 2**31 else None
+        text = self.class_text
+        if len(text) < 10 and text.isdigit():  # twice as fast
+            return int(text)
+        match = _NUMBER.fullmatch(text)
+        return int(match[1]) if match and abs(int(match[1])) < 2**31 else None
 
     @property
     def class_text(self) -> bytes:
@@ -200,9 +203,8 @@ def _opened(shard: Shard, *, seekable: bool, as_listed: bool = False) -> Iterato
     """Open a shard, and check at the end that it did not change while it was read.
 
     Args:
-        shard: the shard to open.
+        shard, as_listed: as in `read_samples`.
         seekable: let the reader seek if the shard is a local tar without compression.
-        as_listed: as in `read_samples`.
     """
     store, path = filesystem(shard.url)
     info = store.get_file_info(path)
@@ -237,10 +239,9 @@ def _tape(shard: Shard, store: fs.FileSystem, path: str, seekable: bool) -> Iter
         return
     # Each refill is one request to an object store. Python reads what is larger than its buffer without a copy.
     with store.open_input_stream(path, compression=None, buffer_size=None if local else 2**23) as raw:
-        buffered = io.BufferedReader(Source(raw, shard.url, shard.size), 2**16)
+        stream: Any = io.BufferedReader(Source(raw, shard.url, shard.size), 2**16)
         # Arrow's own decompressor raises the same errors for damaged data as for a broken network.
-        stream: Any = gzip.GzipFile(fileobj=buffered) if gzipped else buffered
-        yield Tape(shard.url, stream, None if gzipped else shard.size)
+        yield Tape(shard.url, gzip.GzipFile(fileobj=stream) if gzipped else stream, None if gzipped else shard.size)
 
 
 class _Member(NamedTuple):

@@ -5,12 +5,10 @@ second archive in the same file. Samples would be lost without a message.
 """
 
 import gzip
-import io
-import os
 import tarfile
 import zlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from saltern.schemas.errors import ShardError
 
@@ -18,7 +16,6 @@ BLOCK = 512  # bytes of a header; each member's data is padded to a multiple of 
 IMAGES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm", "pnm")
 REPAIR = "copy the shard again, or repack its images with `saltern pack`"
 _CHUNK = 2**20  # bytes read at once if they are not kept
-_DIRECT, _PAGE = 2**14, 2**12  # bytes: pieces of a local file that are read at once; what is read after one
 _MAX_EXTENSION = 2**18  # bytes of a long name or a PAX header, which are held in memory
 # Bytes of a record, to a multiple of which a tar is padded: 20 blocks by default, a power of two of them for tapes.
 _RECORDS = (10_240, *(BLOCK << exponent for exponent in range(12)))
@@ -37,12 +34,9 @@ _DATALESS = {*_LINKS, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfil
 _KNOWN = {*tarfile.REGULAR_TYPES, *_EXTENSIONS, *_DATALESS, b"D", b"V"}  # folders and labels of volumes by GNU tar
 
 
-class Entry(NamedTuple):
-    """A regular file in a tar, or a link."""
-
-    name: str  # bytes that are not UTF-8 are lone surrogates
-    size: int  # bytes of data
-    is_link: bool  # symbolic or hard; it has no data
+# A regular file in a tar, or a link, which has no data: its name, in which bytes that are not UTF-8 are lone
+# surrogates; the number of bytes of its data; whether it is a symbolic or hard link.
+Entry = tuple[str, int, bool]
 
 
 class Tape:
@@ -86,7 +80,7 @@ class Tape:
             else:
                 self._member, extended = name, {}
                 if kind in _FILES:
-                    yield Entry(name, size, kind in _LINKS)
+                    yield name, size, kind in _LINKS
         if extended:
             raise self.error("the tar ends before the member of a long name")
 
@@ -252,76 +246,3 @@ def _parse(block: bytes) -> tuple[str, bytes, int]:
         return block[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape"), kind, size
     info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     return info.name, info.type, info.size
-
-
-class Source(io.RawIOBase):
-    """A stream of known length. An early end is a broken connection, which can be tried again."""
-
-    def __init__(self, stream: Any, url: str, size: int) -> None:
-        super().__init__()
-        self._stream, self._url, self._size = stream, url, size
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        count: int = self._stream.readinto(buffer)
-        self._at += count
-        if not count and len(buffer) and self._at < self._size:
-            raise ended_early(self._url, self._at, self._size)
-        return count
-
-
-class LocalFile:
-    """A local file of known length. Large pieces are read without a copy by Python, which would hold the GIL.
-
-    Args:
-        descriptor: of the open file.
-        url: for messages.
-        size: bytes of the file.
-        ahead: bytes that are read at once for the small pieces; the first ones after a large piece are read in a page.
-    """
-
-    def __init__(self, descriptor: int, url: str, size: int, ahead: int) -> None:
-        self._descriptor, self._url, self._size, self._ahead = descriptor, url, size, ahead
-        self._at = self._start = 0  # of the next byte, and of those that are held
-        self._held, self._next = b"", ahead
-
-    def read(self, size: int) -> bytes:
-        """Return the next `size` bytes, fewer only at the end of the file.
-
-        Raises:
-            ConnectionError: the file ends early. It can be tried again, as it may be on a share.
-        """
-        at, self._at = self._at, self._at + size
-        begin = at - self._start
-        if begin < 0 or begin + size > len(self._held):
-            if size >= _DIRECT:
-                self._next = min(_PAGE, self._ahead)
-                data = self._pread(size, at)
-                self._at = at + len(data)
-                return data
-            self._held, self._start, begin = self._pread(max(self._next, size), at), at, 0
-            self._next = self._ahead
-        data = self._held[begin : begin + size]
-        self._at = at + len(data)
-        return data
-
-    def seek(self, position: int) -> None:
-        """Continue at a position."""
-        self._at = position
-
-    def _pread(self, size: int, at: int) -> bytes:
-        data = os.pread(self._descriptor, size, at)
-        while len(data) < size and at + len(data) < self._size:
-            more = os.pread(self._descriptor, size - len(data), at + len(data))
-            if not more:
-                raise ended_early(self._url, at + len(data), self._size)
-            data += more
-        return data
-
-
-def ended_early(url: str, at: int, size: int) -> ConnectionError:
-    """Return the error of a stream that ends before its known length."""
-    return ConnectionError(f"{url}: the stream ended at byte {at} of {size}")

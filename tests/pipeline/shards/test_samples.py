@@ -255,7 +255,7 @@ def test_a_deleted_shard(tmp_path: Path) -> None:
 
 
 def test_a_stream_that_simply_ends_is_a_broken_connection(tmp_path: Path) -> None:
-    from saltern.pipeline.shards.tape import Source
+    from saltern.pipeline.shards.sources import Source
 
     source = Source(io.BytesIO(b"x" * 700), "s3://b/x.tar", 1000)
     assert source.read(700)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from saltern.pipeline.shards.tape import LocalFile
+from saltern.pipeline.shards.sources import LocalFile
 
 DATA = os.urandom(200_001)
 
@@ -64,5 +64,5 @@ def test_reads_that_come_short_are_continued(tmp_path: Path, monkeypatch: pytest
 def test_a_file_that_ends_early_is_an_error_that_can_be_tried_again(tmp_path: Path) -> None:
     with opened(tmp_path / "a.tar", size=300_000) as file:
         assert file.read(200_000) == DATA[:200_000]
-        with pytest.raises(ConnectionError, match="a.tar: the stream ended at byte 200001 of 300000"):
+        with pytest.raises(ConnectionError, match=r"a.tar: the stream ended at byte 200001 of 300000"):
             file.read(512)
