@@ -58,7 +58,7 @@ def test_the_versions_of_the_packages_that_made_the_run_stay(original: Path, run
     """They are in the metadata of every data file, with which run.json must agree."""
     (run / "run.json").unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("saltern.pipeline.extract.request.version", lambda name: "9.9")
+        patch.setattr("saltern.pipeline.runs.begin.version", lambda name: "9.9")
         assert extract(original / "in", run) == 0
     assert load_run_folder(str(run))[1] == load_run_folder(str(original / "run"))[1]
     assert verify(*load_run_folder(str(run))).findings == []
