@@ -43,7 +43,8 @@ own = [process.pid for process in psutil.Process().children(recursive=True)] + [
 ports = [port for port in psutil.net_connections("tcp") if port.status == "LISTEN" and port.pid in own]
 folder = ray._private.worker._global_node.get_session_dir_path()
 above = [os.path.dirname(os.path.dirname(folder))]
-idle = sum("default_worker.py" in " ".join(psutil.Process(pid).cmdline()) for pid in own)
+words = [word for pid in own for word in psutil.Process(pid).cmdline()]
+idle = sum(word.endswith("/default_worker.py") or word.startswith("ray::IDLE") for word in words)
 print(json.dumps([sorted({port.laddr.ip for port in ports}), above[0], oct(os.stat(above[0]).st_mode)[-3:], idle]))
 """
 
