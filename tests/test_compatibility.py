@@ -102,6 +102,7 @@ def test_a_run_is_resumed(old: Path, job: str, line: str) -> None:
             assert np.abs(np.subtract(one["boxes"], other["boxes"])).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_training_is_resumed(old: Path) -> None:
     """Two steps after the checkpoint give the weights of a training of all six steps."""
     call(TRAIN + " --resume", old=old, out=old / "casm")
@@ -122,6 +123,7 @@ def test_an_old_checkpoint_makes_masks(old: Path) -> None:
     assert {row["status"] for row in rows(old / "masks")} == {"ok"}
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_and_exported(old: Path) -> None:
     call("evaluate {old}/extract --metric statistics --engine local", old=old)
     found = json.loads((old / "extract/metrics/statistics.json").read_text())

@@ -135,6 +135,7 @@ def test_each_published_figure_has_its_commands_and_what_differs() -> None:
         assert re.search(r"^```\n.*\bhere\b", figure, re.M | re.S | re.I), figure[:40]
 
 
+@pytest.mark.slow
 def test_the_query_gives_the_mean_of_the_classes_rates(tmp_path: Path) -> None:
     made = make_run(tmp_path / "voc", method="cameras", json=BLANK)
     made.path = made.path.rename(tmp_path / "voc" / "cameras")

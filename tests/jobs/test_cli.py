@@ -15,6 +15,7 @@ COMMANDS = (
 )
 
 
+@pytest.mark.slow
 def test_help_names_commands_and_exit_codes() -> None:
     ended = start("--help")
     assert ended.returncode == 0
@@ -117,6 +118,7 @@ def test_a_wrong_call_is_one_line_and_starts_nothing(tmp_path: Path, words: tupl
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_wrong_shards_configs_and_runs_are_one_line(tmp_path: Path) -> None:
     write_shards(tmp_path / "in", 3, 2)
     rest = ("--out", tmp_path / "run", *TINY, "--method", "grad-cam")

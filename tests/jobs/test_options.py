@@ -61,6 +61,7 @@ def enums(command: Any) -> Iterator[type[Enum]]:
                 yield candidate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_shows_every_option_and_its_choices(name: str) -> None:
     shown = CliRunner().invoke(app, [*name.split(), "--help"], env={"COLUMNS": "240"}).stdout

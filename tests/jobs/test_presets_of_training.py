@@ -34,6 +34,7 @@ def train(*words: str) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("thinning", LAMBDAS)
 def test_published_has_the_settings_of_the_paper(thinning: str, requested: list[TrainRequest]) -> None:
     train("--preset", "published", "--thinning", thinning)

@@ -30,6 +30,7 @@ def test_options(tmp_path: Path) -> None:
     assert not (made.path / "show.html").exists()
 
 
+@pytest.mark.slow
 def test_errors_name_the_fix(tmp_path: Path) -> None:
     made = make_run(tmp_path, shards=1)
     for words, fix in [

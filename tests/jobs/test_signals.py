@@ -20,6 +20,7 @@ main.main()
 KILL = "os.kill(os.getpid(), signal.{})"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize(
     ("body", "ended"),

@@ -90,6 +90,7 @@ def test_extract_computes_as_its_precision_says(precision: str, notes: list[watc
     assert {tf32 for tf32, _, on_device, _ in notes if on_device} == {precision == "tf32"}
 
 
+@pytest.mark.slow
 def test_extract_repeats_to_the_bit_unless_told_otherwise(notes: list[watching.Note], tmp_path: Path) -> None:
     write_shards(tmp_path / "in", 2, 2)
     for given, kept in ((None, True), (False, False)):
@@ -119,6 +120,7 @@ def test_jobs_without_the_option_compute_in_float32(kind: str, notes: list[watch
     assert {(tf32, repeats) for tf32, repeats, on_device, _ in notes if on_device} == {(False, True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
 def test_a_training_computes_as_its_precision_says(precision: str, notes: list[watching.Note], tmp_path: Path) -> None:
     shards = casm_toys.write_shards(tmp_path / "in", 1, 6)

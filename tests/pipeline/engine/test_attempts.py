@@ -92,6 +92,7 @@ class Partitioned(LocalPool):
         return super().wait(timeout_s)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("engine", ["time limit", "lost machine"])
 def test_a_receipt_is_of_the_data_of_its_own_attempt(

@@ -19,6 +19,8 @@ from saltern.pipeline.runs.outlet import Made
 from saltern.schemas.errors import OutputError
 from saltern.schemas.receipt import Failure, Receipt
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ from saltern.pipeline.methods import Method
 from saltern.pipeline.synthesis.visualize import VisualizeRequest, visualizing
 from saltern.schemas.run import Run, Shard
 
+pytestmark = pytest.mark.slow
+
 
 class Stopped(Exception):  # noqa: N818
     """Ends a run before its pool is made."""

@@ -77,6 +77,7 @@ def test_a_shard_that_cannot_be_read_leaves_no_entry(tmp_path: Path) -> None:
     assert sorted(coco.anns) == list(range(1, 11))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_shards(tmp_path: Path) -> None:
     peaks = []
     for shards in (3, 15):

@@ -31,6 +31,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {name: raw for name, raw in found.items() if not name.startswith(".export/")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", list(ExportFormat))
 def test_a_repeated_export_writes_the_same_files_again(tmp_path: Path, form: str) -> None:
     made = make_run(tmp_path, broken=((0, 1),))
@@ -51,6 +52,7 @@ def lines(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", list(ExportFormat))
 def test_a_stopped_export_goes_on_to_equal_files(
     tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -256,6 +258,7 @@ def test_an_incomplete_run_is_refused_unless_its_done_shards_are_named(tmp_path:
     assert export(str(made.path), "wds", str(tmp_path / "out"), done).shards == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [ExportFormat.wds, ExportFormat.coco])
 def test_a_bucket_gets_the_files_of_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     made = make_run(tmp_path, shards=2)
@@ -273,6 +276,7 @@ def test_a_bucket_gets_the_files_of_a_disk(tmp_path: Path, monkeypatch: pytest.M
     assert found == content(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_command_counts_and_names_what_failed(tmp_path: Path) -> None:
     made = make_run(tmp_path)
     ended = call("export", made.path, "--format", "coco", "--out", tmp_path / "out")

@@ -67,6 +67,7 @@ def test_messages_with_other_causes_are_no_full_memory_for_a_single_image() -> N
         assert not device_lost(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["accelerator", "cudnn", "nccl"])
 def test_a_lost_device_ends_a_local_run_that_the_same_command_continues(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

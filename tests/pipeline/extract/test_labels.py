@@ -97,6 +97,7 @@ def test_names_that_the_model_lacks_are_refused_before_anything_is_written(tmp_p
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_packed_folder_of_ones_own_classes_is_refused_and_shown_with_both_tables_of_names(tmp_path: Path) -> None:
     for name in ("my bed", "my desk"):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -113,6 +114,7 @@ def test_a_packed_folder_of_ones_own_classes_is_refused_and_shown_with_both_tabl
         assert f"predicted {row.predicted} {MODEL[row.predicted]}" in said
 
 
+@pytest.mark.slow
 def test_other_targets_and_methods_without_one_need_no_names(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

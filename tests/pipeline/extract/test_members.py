@@ -100,6 +100,7 @@ def test_the_options_work_in_the_run_and_its_reader(tmp_path: Path, shard: Path,
         extract(shard, out, image_member="image.jpg")
 
 
+@pytest.mark.slow
 def test_attack_and_plan_take_them(tmp_path: Path, shard: Path) -> None:
     common = ["--model", "making:tiny", "--layer", "body", "--batch-size", "4", "--image-member", "image.jpg"]
     planned = CliRunner().invoke(app, ["plan", str(shard), *common])

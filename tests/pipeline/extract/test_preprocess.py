@@ -80,6 +80,7 @@ def test_a_localizer_sees_images_as_the_run_that_it_learns_from(preset):
     assert localizer_plan._preprocess(SimpleNamespace(side=None, model=None), run, None) == preset
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS, ids=["base", *OTHER])
 def test_each_field_of_a_preset_decides_the_rows_of_a_run_and_the_images_of_its_dataset(
     preset, shards, tmp_path, monkeypatch

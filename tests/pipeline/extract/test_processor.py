@@ -192,6 +192,7 @@ def test_a_class_agnostic_method_has_no_target_and_needs_no_label(
     assert "--target class:3 has no effect on odd_methods:Agnostic" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["uint8", "float16", "float32"])
 @pytest.mark.parametrize("size", ["native", "input"])
 def test_maps_are_stored_as_asked(tmp_path: Path, dtype: str, size: str) -> None:
@@ -209,6 +210,7 @@ def test_maps_are_stored_as_asked(tmp_path: Path, dtype: str, size: str) -> None
         assert row["mask"] == exact["mask"]  # made before the map was rounded
 
 
+@pytest.mark.slow
 def test_noise_follows_the_seed_and_the_key_not_the_batch(tmp_path: Path) -> None:
     write_shards(tmp_path / "in", 2, 5)
     weights = str(tmp_path / "tiny.pth")
@@ -255,6 +257,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(tmp_path: Path) -> None:
     assert all((a["key"], a["mask"], a["status"]) == (b["key"], b["mask"], b["status"]) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_retry_failed_redoes_those_rows_and_keeps_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_shards(tmp_path / "in", 2, 6)
     wishes = {"method": "odd_methods:Fickle", "layer": None}

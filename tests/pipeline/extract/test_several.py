@@ -71,6 +71,7 @@ def test_runs_have_the_bytes_of_single_commands(shards: Path, tmp_path: Path, ta
         assert verify(*load_run_folder(str(tmp_path / "runs" / method))).findings == []
 
 
+@pytest.mark.slow
 def test_cams_of_a_layer_share_one_forward_and_one_backward_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +123,7 @@ def test_only_the_runs_that_lack_a_shard_make_it(
     assert "nothing to do" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_published_a_shard_does_not_make_it_again_when_another_failed_to(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +166,7 @@ def test_each_run_keeps_its_own_rows_with_retry_failed(
     ] * 3
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_halves_the_batches_of_one_method(shards: Path, tmp_path: Path) -> None:
     methods = "odd_methods:Hungry,grad-cam"
     assert extract(shards, tmp_path / "runs", method=methods, target="top1") == 0
@@ -246,6 +249,7 @@ def test_what_is_refused_is_one_line_and_writes_nothing(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_folders_that_cannot_be_shared_are_refused_before_anything_is_written(shards: Path, tmp_path: Path) -> None:
     from saltern.pipeline.storage.session import session
     from saltern.pipeline.storage.store import Store

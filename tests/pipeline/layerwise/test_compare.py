@@ -17,6 +17,8 @@ from saltern.pipeline.engine.conduct import RunOptions
 from saltern.pipeline.metrics.evaluate import EvaluateRequest, evaluate
 from saltern.schemas.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 METRICS = ("average-drop", "increase", "box-iou")
 LAYERS = ("body.2", "body.4")
 

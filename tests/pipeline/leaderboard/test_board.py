@@ -17,6 +17,8 @@ from saltern.pipeline.metrics.evaluate import EvaluateRequest
 from saltern.schemas.errors import UserError
 from saltern.schemas.evaluation import CONTROLS
 
+pytestmark = pytest.mark.slow
+
 METRICS = ["le,f1,average-drop"]
 
 

@@ -71,6 +71,7 @@ def test_registry_describes_itself():
     assert find("grad-cam").default_map_dtype == "float32"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_call_gives_maps_and_what_the_pass_found(name, tiny, images):
     x = images(3, 16)

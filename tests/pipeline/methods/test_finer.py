@@ -49,6 +49,7 @@ def test_the_most_similar_classes_are_those_of_the_largest_cosine(tiny, monkeypa
     assert most_similar(tiny.fc.weight.detach(), 3).tolist() == expected
 
 
+@pytest.mark.slow
 def test_without_one_linear_layer_the_nearest_logits_are_compared(tiny, images):
     x, target = images(4, 16), torch.tensor([0, 1, 2, 4])
     with build("grad-cam", NoHead(tiny), layer="net.stage2", finer=FINER) as method:
@@ -59,6 +60,7 @@ def test_without_one_linear_layer_the_nearest_logits_are_compared(tiny, images):
             assert others == order[:2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPARABLE)
 def test_the_map_explains_the_combination_of_logits(name, tiny, images):
     """A network whose logit c is that combination has the same map for the plain target c."""
@@ -169,6 +171,7 @@ def test_one_class_to_compare_with_equals_the_published_library(network, images)
     agree(found, torch.einsum("bk,bkhw->bhw", G.mean((2, 3)), A).relu(), "pytorch-grad-cam FinerCAM", "resnet18")
 
 
+@pytest.mark.slow
 def test_methods_that_explain_one_class_are_refused_in_one_line(tiny):
     refused = [name for name in TARGETED if name not in COMPARABLE]
     assert "sglrp" in refused

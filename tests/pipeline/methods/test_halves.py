@@ -35,6 +35,7 @@ def test_no_weight_is_cast_at_a_call(name, model_name, before, network, images):
         assert casts_of(method, x, target) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_maps_are_those_of_autocast(name, dtype, tiny, images):

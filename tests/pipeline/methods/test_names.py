@@ -10,6 +10,7 @@ from saltern.pipeline.methods import build, find
 from saltern.schemas.errors import UserError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [

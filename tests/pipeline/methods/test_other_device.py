@@ -57,6 +57,7 @@ def columns(explain: Explainer) -> dict[str, torch.Tensor]:
         return explain(torch.zeros(2, 24, 24, 3, dtype=torch.uint8), torch.tensor([0, 1]), seed_B)._columns
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in READS | {"cam"}])
 def test_every_method_stays_on_the_device(name: str, pooled: nn.Module) -> None:
     explain = explainer(name, pooled)
@@ -65,6 +66,7 @@ def test_every_method_stays_on_the_device(name: str, pooled: nn.Module) -> None:
     assert len(found["map"]) == 2 * explain.rows_each
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["otsu", "quantile:0.9", "fraction", "mean-std:1", "fixed:0.5", "max:0.5"])
 @pytest.mark.parametrize(("map_size", "map_dtype"), [("input", "uint8"), ("native", "float16")])
 def test_masks_and_maps_are_encoded_on_the_device(rule: str, map_size: str, map_dtype: str, pooled: nn.Module) -> None:

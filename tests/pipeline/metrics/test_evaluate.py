@@ -23,6 +23,7 @@ BOTH = {FOUND: None, CENTRE: centre_box(*SIZE), WHOLE: (0, 0, WIDTH, HEIGHT)}
 COLUMNS = ("le", "om", "f1", "f1_mask")
 
 
+@pytest.mark.slow
 def test_every_number_is_that_of_the_naive_loops(tmp_path: Path) -> None:
     made = make_run(tmp_path, shards=2, json=BLANK)
     # Half of the predictions are right, so that LE and OM differ.
@@ -142,6 +143,7 @@ def test_an_empty_mask_is_no_hit_and_no_failure(tmp_path: Path) -> None:
     assert not judged.census.failed
 
 
+@pytest.mark.slow
 def test_class_agnostic_runs_and_several_targets(tmp_path: Path) -> None:
     box = inclusive((10, 10, 40, 40))
     agnostic = make_run(tmp_path / "a", shards=1, json=box)

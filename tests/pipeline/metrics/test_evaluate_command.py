@@ -27,6 +27,8 @@ from saltern.pipeline.runs.reader import Row, open_run
 from saltern.schemas import evaluation
 from saltern.schemas.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 COLUMNS = ("le", "om", "f1", "f1_mask", "pointing", "pointing_difficult", "energy", "box_iou")
 
 

@@ -96,6 +96,7 @@ def test_a_run_and_shards_in_a_bucket_give_the_numbers_of_a_disk(made: Made, mon
         assert not [name for name in s3.objects if "_tmp-" in name or "_claim-" in name]
 
 
+@pytest.mark.slow
 def test_a_tar_that_is_gone_is_named_with_the_fix_and_costs_no_other(made: Made) -> None:
     tar = Path(made.run.shards[1].url)
     tar.rename(tar.with_suffix(".away"))
@@ -134,6 +135,7 @@ def test_an_interruption_keeps_what_is_done_and_the_same_command_goes_on(
     assert results(made) == whole
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_evaluation_and_leaves_no_half_file(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*words: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -152,6 +154,7 @@ def test_a_full_disk_stops_the_evaluation_and_leaves_no_half_file(made: Made, mo
     assert judge(made.path).runs[0].census.judged == 15
 
 
+@pytest.mark.slow
 def test_damaged_results_are_answered_with_the_fix(made: Made) -> None:
     judge(made.path)
     file = made.path / "metrics/localization/data/part1/train.parquet"

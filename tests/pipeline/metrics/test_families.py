@@ -112,6 +112,7 @@ def test_the_values_are_those_of_the_functions(run: Path) -> None:
         assert np.isnan(coherent).all() == (subject != FOUND)
 
 
+@pytest.mark.slow
 def test_maps_multiply_the_pixels_if_the_user_says_so(run: Path) -> None:
     request = EvaluateRequest([str(run)], metrics=["average-drop,rho-minus"], multiply="pixels", torch_threads=1)
     evaluation = evaluate(request, RunOptions(str(run), engine="local", device="cpu"))
@@ -131,6 +132,7 @@ def test_maps_multiply_the_pixels_if_the_user_says_so(run: Path) -> None:
         evaluate(replace(request, multiply="bytes"), RunOptions(str(run), engine="local", device="cpu"))
 
 
+@pytest.mark.slow
 def test_the_noise_of_a_method_is_that_of_each_sample(run: Path, tmp_path: Path) -> None:
     wishes = {"method": "smoothgrad", "layer": None, "options": {"samples": 2}, "map_dtype": "float32"}
     assert extract(run.parent / "shards", tmp_path / "run", target="top1", **wishes) == 0

@@ -69,6 +69,7 @@ def masked_run(folder: Path, **changes: object) -> Made:
     return made
 
 
+@pytest.mark.slow
 def test_every_number_is_that_of_the_naive_loops(tmp_path: Path) -> None:
     assert BINS == PIXEL_BINS
     made = masked_run(tmp_path)

@@ -106,6 +106,7 @@ def test_duckdb(made: Made, expected: list[Record]) -> None:
         assert widest.fetchall() == [(max(x1 - x0 for row in expected for x0, _, x1, _ in row["boxes"] or ()),)]
 
 
+@pytest.mark.slow
 def test_polars(made: Made, expected: list[Record]) -> None:
     polars = pytest.importorskip("polars")
     check(polars.read_parquet(pattern(made)).to_dicts(), expected)

@@ -19,6 +19,8 @@ from saltern.pipeline.storage.session import session
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> object:

@@ -95,6 +95,7 @@ def test_each_epoch_has_every_row_once_in_another_order(tmp_path: Path, world: i
     assert len(shares) == (3 if world > 1 else 1)
 
 
+@pytest.mark.slow
 def test_neighbours_come_from_many_shards(tmp_path: Path) -> None:
     order = list(SaliencyDataset(str(make_run(tmp_path, shards=12, samples=6).path), shuffle=True))
     counts = [len({item["shard"] for item in order[start : start + 12]}) for start in range(0, 72, 12)]

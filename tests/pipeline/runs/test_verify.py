@@ -57,6 +57,7 @@ def findings(run: Path) -> list[Finding]:
     return verify(*load_run_folder(str(run))).findings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DAMAGES)
 def test_the_fix_of_a_problem_ends_it(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The words of the fix are followed, so each test leaves the run whole for the next one."""

@@ -75,6 +75,7 @@ def test_pixels_are_those_of_torchvision_on_imagenet(shared_data: Path) -> None:
     assert np.median(differ) < 0.001
 
 
+@pytest.mark.slow
 def test_squash_is_a_plain_resize() -> None:
     for photo_HWC in photographs():
         image = Image.fromarray(photo_HWC)

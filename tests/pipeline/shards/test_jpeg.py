@@ -173,6 +173,7 @@ def mutated(sources: list[bytes], decoder: CpuDecoder, fuzz: Iterator[random.Ran
     return Counter(compare(mutate_bytes(rng.choice(sources), rng), decoder) for rng in fuzz)
 
 
+@pytest.mark.slow
 def test_damaged_files_have_the_pixels_and_statuses_of_pillow() -> None:
     plain, rng = Plain(), random.Random(0)
     sources = [data for _, data, _ in plain_files()]

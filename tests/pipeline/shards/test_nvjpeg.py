@@ -200,6 +200,7 @@ def test_no_images_and_no_simple_images() -> None:
     assert compare([b""], decoder) == {DECODE_FAILED: 1}
 
 
+@pytest.mark.slow
 def test_damaged_files_have_the_statuses_of_the_cpu() -> None:
     rng, jpegs, found = random.Random(0), Jpegs(), Counter[str]()
     decoder, sources = gpu_decoder(jpegs), [data for _, data, _ in plain_files()]
@@ -224,6 +225,7 @@ def test_grey_files_have_three_equal_channels() -> None:
     assert (pixels_HWC == pixels_HWC[..., :1]).all()
 
 
+@pytest.mark.slow
 def test_the_script_for_a_machine_with_a_gpu_passes_its_checks() -> None:
     for name, passed, figures in gpu_decode.checks([*GOOD, jpeg(CAT, progressive=True)], 0.2):
         assert passed, (name, figures)

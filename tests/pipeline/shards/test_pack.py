@@ -134,6 +134,7 @@ def test_a_seed_gives_the_order_of_the_samples(tmp_path: Path, touch: Touch) -> 
             assert len({label for _, label in orders[seed][start : start + 20]}) > 2
 
 
+@pytest.mark.slow
 def test_folders_get_the_numbers_of_imagenet(tmp_path: Path, touch: Touch) -> None:
     folder, out = touch("n15075141/a.jpg", "Tiger_Cat/b.jpg", "n01440764-tench/c.jpg"), tmp_path / "out"
     pack(folder, out, classes="imagenet")

@@ -73,6 +73,7 @@ def test_a_sample_that_a_run_lacks_leaves_a_gap(tmp_path: Path) -> None:
     assert "not in this run" in page.cards[5].text
 
 
+@pytest.mark.slow
 def test_runs_that_share_no_sample(tmp_path: Path) -> None:
     one, other = run_of(tmp_path, "cam"), run_of(tmp_path, "grad-cam", shards=0)
     with pytest.raises(UserError, match=r"cam/run shares no sample with .*grad-cam/run"):

@@ -38,6 +38,7 @@ def naive_order(made: Made, name: str, sign: int) -> list[str]:
     return sorted(value, key=lambda key: value[key])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sort", "name", "sign"), [("le", "le", -1), ("f1", "f1", 1), ("box-iou", "box_iou", 1)])
 def test_sorted_by_a_metric_the_worst_of_the_whole_run_come_first(
     measured: Made, sort: str, name: str, sign: int

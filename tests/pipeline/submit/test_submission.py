@@ -50,6 +50,7 @@ class Flaky:
         return self.log
 
 
+@pytest.mark.slow
 def test_each_line_of_the_log_comes_once() -> None:
     written: list[str] = []
     assert submission.follow(Flaky(), "x", written.append) == (0, "")
@@ -87,6 +88,7 @@ def test_the_exit_code_of_a_failed_job(code: int | None, ours: int) -> None:
     assert said == ("" if code is not None else "failed before it ran: no python")
 
 
+@pytest.mark.slow
 def test_a_quiet_connection_is_opened_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that was lost without notice sends nothing and never ends."""
 

@@ -52,6 +52,7 @@ def test_a_lost_rank_is_worth_another_attempt(monkeypatch: pytest.MonkeyPatch) -
     assert notes(RuntimeError("Connection closed by peer [127.0.0.1]:4242"), monkeypatch) == []
 
 
+@pytest.mark.slow
 def test_the_loop_leaves_a_lost_device_to_its_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request = casm_toys.request(casm_toys.write_shards(tmp_path / "in"), tmp_path / "out")
     monkeypatch.chdir(HELPERS)

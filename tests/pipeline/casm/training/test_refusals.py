@@ -72,6 +72,7 @@ def test_another_training_in_the_folder_is_refused(shards, undisturbed):
     assert files(undisturbed) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["gone", "altered", "cut"])
 def test_a_pool_file_that_is_gone_or_altered_is_named(what, shards, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:

@@ -61,11 +61,13 @@ def test_little_is_drawn_too(tmp_path):
     drawn(tmp_path)
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_or_not_positive_leaves_a_gap(tmp_path):
     log(tmp_path, 200, **{"lambda": 0.0, "clean_loss": math.nan, "masked_loss": math.inf})
     drawn(tmp_path)
 
 
+@pytest.mark.slow
 def test_of_a_long_log_a_bounded_part_is_read(tmp_path, monkeypatch):
     log(tmp_path, 30_000)
     parsed = []

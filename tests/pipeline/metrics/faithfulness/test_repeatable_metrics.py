@@ -33,6 +33,7 @@ RUNS: dict[str, Callable[[], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_no_operation_waits_or_differs_between_runs(name: str) -> None:
     seen = operations(RUNS[name])

@@ -74,6 +74,7 @@ def test_levels_are_those_of_all_thresholds() -> None:
     assert set(levels_of(THRESHOLDS)) == set(range(255))
 
 
+@pytest.mark.slow
 def test_hits_do_not_depend_on_what_is_measured_together(monkeypatch: pytest.MonkeyPatch) -> None:
     map_BHW = np.random.default_rng(4).integers(0, 9, (4, 15, 12)).astype(np.float32) * 28
     true: list[list[Box]] = [[(x, y, x + 2, y + 2) for x in range(10) for y in range(0, 13, 3)]] * 4

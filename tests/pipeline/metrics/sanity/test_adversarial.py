@@ -34,6 +34,7 @@ def test_equal_values_at_the_border_count_in_part() -> None:
     assert float(same.spearman_B) == 0
 
 
+@pytest.mark.slow
 def test_an_attack_run_is_judged_by_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(HELPERS)
     write_shards(tmp_path / "in", 1, 4)

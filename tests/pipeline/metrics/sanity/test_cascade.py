@@ -81,6 +81,7 @@ def grad_cam(net: nn.Module) -> Method:
     return build("grad-cam", net, layer="body")
 
 
+@pytest.mark.slow
 def test_each_stage_is_that_of_a_loop_over_images() -> None:
     target_B = torch.tensor([0, 1, 2, 3, 4, 0])
     found = found_by(lambda net: build("gradient", net), images(), target_B, seed=5)

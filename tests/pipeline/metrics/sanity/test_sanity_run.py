@@ -138,6 +138,7 @@ def test_a_bad_shard_is_named_and_costs_no_other(run: Path, tmp_path: Path) -> N
     assert judge(run).summary["images"] == 12
 
 
+@pytest.mark.slow
 def test_moved_tars_are_named(run: Path, tmp_path: Path) -> None:
     expected = judge(run).summary
     (tmp_path / "in").rename(tmp_path / "moved")
@@ -160,6 +161,7 @@ def refused_last(ended: Any) -> str:
     return str(ended.stderr.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_rows_without_a_map_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(HELPERS)
     images = [b"no image", picture(1), picture(2), picture(3)]
@@ -183,6 +185,7 @@ def test_workers_of_a_cluster_give_the_same_rows(run: Path, ray_address: str, mo
     assert results(run) == expected
 
 
+@pytest.mark.slow
 def test_a_replaced_run_loses_its_results(run: Path, tmp_path: Path) -> None:
     judge(run, 2)
     assert extract(tmp_path / "in", run, {"overwrite": True}, method="grad-cam") == 0
