@@ -22,9 +22,9 @@ demo: $(VENV)/.ready-demo
 quick: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
-# Two processes more than cores, as many tests wait for processes that they have started. Slow files come first.
+# One process more than cores, as many tests wait for processes that they have started. Slow files come first.
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.ready-test
 	$(BIN)/ruff check .
