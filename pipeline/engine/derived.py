@@ -4,6 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from saltern.pipeline.engine.conduct import Job, RunOptions, RunResult, conduct
 from saltern.pipeline.runs.manifest import load_run, read_receipts, receipt_name
@@ -11,6 +12,7 @@ from saltern.pipeline.runs.measured import is_of
 from saltern.pipeline.runs.reader import SaliencyRun
 from saltern.pipeline.storage.session import session
 from saltern.pipeline.storage.store import Store
+from saltern.schemas.config import RunConfig
 from saltern.schemas.errors import OutputError, ShardError, UserError
 from saltern.schemas.receipt import Receipt
 from saltern.schemas.run import Run, Shard
@@ -149,3 +151,9 @@ def _outdated(shards: Sequence[Shard], receipts: Mapping[str, Receipt], made: Ma
         samples = own.samples if shard.take is None else min(own.samples, shard.take)
         if receipt is not None and not (is_of(receipt, own.digest) and receipt.samples == samples):
             yield receipt_name(shard.name)
+
+
+def fields_of_model(config: RunConfig) -> dict[str, Any]:
+    """Return the fields of the run's model, which a job on its results keeps."""
+    names = ("model", "weights", "weights_digest", "classes", "prompts", "preprocess", "seed")
+    return {name: getattr(config, name) for name in names}

@@ -9,7 +9,7 @@ from functools import partial
 import pyarrow as pa
 
 from saltern.pipeline.engine.conduct import Job, RunOptions
-from saltern.pipeline.engine.derived import Source, derive, load_results, reading_results, writing
+from saltern.pipeline.engine.derived import Source, derive, fields_of_model, load_results, reading_results, writing
 from saltern.pipeline.export.coco import join_parts
 from saltern.pipeline.export.folder import Folder, check, records
 from saltern.pipeline.export.labelstudio import write_labels
@@ -103,15 +103,8 @@ def _plan(
     run: SaliencyRun, form: str, shards: Sequence[Shard], existing: Run | None, device: str, workers: int
 ) -> tuple[Run, list[str]]:
     """Return the export as a run over the same shards. It computes nothing, so no setting is pinned."""
-    config = run.config
     made = ExportConfig(
-        model=config.model,
-        weights=config.weights,
-        weights_digest=config.weights_digest,
-        classes=config.classes,
-        prompts=config.prompts,
-        preprocess=config.preprocess,
-        seed=config.seed,
+        **fields_of_model(run.config),
         batch_size=1,
         torch_threads=1,
         form=form,

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from saltern.pipeline.engine.conduct import Job, RunOptions
-from saltern.pipeline.engine.derived import Source, derive, writing
+from saltern.pipeline.engine.derived import Source, derive, fields_of_model, writing
 from saltern.pipeline.extract.request import Pinned, pin
 from saltern.pipeline.metrics.family import Family
 from saltern.pipeline.metrics.processor import MetricProcessor
@@ -80,16 +80,9 @@ def _plan(
     workers: int,
 ) -> tuple[Run, list[str]]:
     """Return the evaluation as a run over the same shards, with the judged run's model."""
-    config = run.config
     made = EvaluateConfig(
-        model=config.model,
-        weights=config.weights,
-        weights_digest=config.weights_digest,
-        classes=config.classes,
-        prompts=config.prompts,
-        preprocess=config.preprocess,
+        **fields_of_model(run.config),
         precision=request.precision if family.runs_network else "fp32",
-        seed=config.seed,
         family=family.name,
         source=run.run.fingerprint,
         columns=tuple(evaluation_schema(family.name).names),
