@@ -1,7 +1,5 @@
 """saltern extract: make a saliency dataset from shards."""
 
-from typing import Annotated
-
 import typer
 
 from saltern.jobs import options as opt
@@ -20,9 +18,7 @@ def extract(
     templates: opt.Templates = None,
     layer: opt.Layer = None,
     options: opt.Options = None,
-    checkpoint: Annotated[
-        str | None, opt.model("Folder of `saltern train-casm` or `train-localizer`, for that method.", metavar="DIR")
-    ] = None,
+    checkpoint: opt.Checkpoint = None,
     target: opt.Target = "label",
     labels: opt.Labels = "auto",
     precision: opt.Precision = choices.Precision.fp32,
@@ -41,7 +37,7 @@ def extract(
     discretize: opt.Discretize = None,
     map_size: opt.MapSize = choices.MapSize.native,
     map_dtype: opt.MapDtype = None,
-    no_map: Annotated[bool, opt.output("Store masks and boxes only.", "--no-map")] = False,
+    no_map: opt.NoMap = False,
     overwrite: opt.Overwrite = False,
     engine: opt.Engine = choices.Engine.auto,
     address: opt.Address = None,
@@ -60,5 +56,5 @@ def extract(
     from saltern.pipeline.extract.extraction import extraction
     from saltern.pipeline.extract.request import ExtractRequest
 
-    given = ctx.params["options"] | ({} if checkpoint is None else {"checkpoint": checkpoint})
+    given = opt.with_checkpoint(ctx.params["options"], checkpoint)
     drive(ctx, extraction(collect(ExtractRequest, ctx, options=given, save_map=not no_map)))

@@ -19,6 +19,11 @@ def _option(panel: str, text: str, *names: str, **rules: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel, **rules)
 
 
+def with_checkpoint(options: dict[str, Any], checkpoint: str | None) -> dict[str, Any]:
+    """Return a method's options and, if it is given, the checkpoint, which is one of them."""
+    return options if checkpoint is None else {**options, "checkpoint": checkpoint}
+
+
 def say(line: object, err: bool = False) -> None:
     """Print a line, with control characters of names and errors escaped, on stdout or stderr."""
     typer.echo(printable(str(line)), err=err)
@@ -140,6 +145,9 @@ Labels = Annotated[
 Layer = Annotated[
     str | None, model("The method's target layer by dotted name; default: the last stage.", metavar="NAME")
 ]
+Checkpoint = Annotated[
+    str | None, model("Folder of `saltern train-casm` or `train-localizer`, for that method.", metavar="DIR")
+]
 Options = Annotated[
     list[str] | None,
     model(
@@ -186,6 +194,7 @@ Discretize = Annotated[
 ]
 MapSize = Annotated[choices.MapSize, output("Grid of stored maps: the method's own, or the network's input.")]
 MapDtype = Annotated[choices.MapDtype | None, output("Dtype of stored maps; default: the method's.")]
+NoMap = Annotated[bool, output("Store masks and boxes only.", "--no-map")]
 Overwrite = Annotated[bool, output("Remove the run in the folder first.", "--overwrite")]
 AsJson = Annotated[bool, output("Print JSON instead of text.", "--json")]
 

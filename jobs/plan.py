@@ -20,10 +20,16 @@ def plan(
     templates: opt.Templates = None,
     layer: opt.Layer = None,
     options: opt.Options = None,
+    checkpoint: opt.Checkpoint = None,
+    target: opt.Target = "label",
     precision: opt.Precision = choices.Precision.fp32,
+    image_member: opt.ImageMember = None,
+    resize: opt.Resize = None,
+    crop: opt.Crop = None,
+    squash: opt.Squash = None,
     map_size: opt.MapSize = choices.MapSize.native,
     map_dtype: opt.MapDtype = None,
-    image_member: opt.ImageMember = None,
+    no_map: opt.NoMap = False,
     as_json: opt.AsJson = False,
     device: opt.Device = choices.Device.auto,
     batch_size: opt.BatchSize = None,
@@ -39,7 +45,10 @@ def plan(
     from saltern.pipeline.extract.estimate import estimate
     from saltern.pipeline.extract.request import ExtractRequest
 
-    made, hints = estimate(collect(ExtractRequest, ctx, target="top1"), device.value, workers)
+    given = opt.with_checkpoint(ctx.params["options"], checkpoint)
+    target = "top1" if target == "label" else target  # costs the same, and needs no labels
+    request = collect(ExtractRequest, ctx, options=given, target=target, save_map=not no_map)
+    made, hints = estimate(request, device.value, workers)
     for line in hints:
         opt.say(line, err=True)
     typer.echo(json.dumps(asdict(made), indent=1) if as_json else made.table())

@@ -98,7 +98,7 @@ def requests() -> dict[str, tuple[tuple[type, ...], set[str]]]:
         "extract": ((ExtractRequest, RunOptions), {"config", "checkpoint", "no_map"}),
         "attack": ((ExtractRequest, PGD, RunOptions), {"config", "guide", "save_images"}),
         "visualize-class": ((VisualizeRequest, RunOptions), {"batch_size"}),
-        "plan": ((ExtractRequest,), {"as_json", "device", "workers"}),
+        "plan": ((ExtractRequest,), {"as_json", "checkpoint", "device", "no_map", "workers"}),
         "train-casm": ((TrainRequest, Hyperparameters), {"config", "preset", "lam"}),
         "unseen-classes": ((TrainRequest, Hyperparameters), {"as_json", "preset", "lam"}),
         "train-localizer": ((localizer.TrainRequest, OfLocalizer), {"config"}),
