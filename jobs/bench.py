@@ -54,7 +54,7 @@ def host(
     batch_size: Images = 128,
     rounds: Rounds = 5,
 ) -> None:
-    """Measure reading and writing without decoding and method, and the share of Python's lock. About two minutes."""
+    """Measure reading and writing without decoding and method, and the time under Python's lock. About a minute."""
     from saltern.pipeline.bench.figures import figures_table
     from saltern.pipeline.bench.host import HostBench, measure
 

@@ -3,14 +3,12 @@
 Shape suffixes: B batch, H W C an image's pixels and channels, h w the grid of a map, K classes.
 """
 
+import contextlib
 import os
-import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 
 from saltern.pipeline.bench.figures import Figure
+from saltern.pipeline.bench.gil import Unmeasurable, watched
 from saltern.pipeline.bench.workload import Noop, write_shards
 from saltern.pipeline.engine.driver import IN_FLIGHT
 from saltern.pipeline.extract.extraction import Extraction
@@ -36,7 +35,6 @@ from saltern.schemas.config import Preprocess
 from saltern.schemas.run import Run
 
 RATE_GOAL, GIL_GOAL = 12_000.0, 60.0  # images/s of a process; microseconds an image
-_SAMPLES_S = 500  # of py-spy
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,6 @@ class HostBench:
     image_bytes: Sequence[int] = (100_000, 4_000)
     shards: int = 4  # of a round
     each: int = 1_000  # samples of a shard
-    seconds: int = 5  # under py-spy
-    sampler: str | None = field(default_factory=lambda: _sampler())  # py-spy's path
 
 
 class Used(NamedTuple):
@@ -57,6 +53,7 @@ class Used(NamedTuple):
 
     seconds: float
     cpu_us: float  # of all threads
+    held_us: float  # of it, under the GIL
 
 
 class Blobs(Noop):
@@ -110,20 +107,34 @@ def _run(bench: HostBench, folder: Path, size: int) -> Run:
 
 
 def _figures(bench: HostBench, run: Run, folder: str, what: str) -> Iterator[Figure]:
-    processor = Processor(Spec(run, folder, ".", "cpu", cores()), Still, Blank(run.config.preprocess))
-    try:
-        _pass(processor, run, folder)  # warm up
-        rounds = [_pass(processor, run, folder) for _ in range(bench.rounds)]
-        rates = [1 / used.seconds for used in rounds]
-        cpu = median(used.cpu_us for used in rounds)
-        note = (
-            f"{cpu:.1f} us of CPU time an image on all {cores()} cores together; the load was {os.getloadavg()[0]:.1f}"
-        )
-        miss = f"all of this CPU time on one core would allow {1e6 / cpu:,.0f}"
-        yield Figure(f"host work, {what}", median(rates), RATE_GOAL, "images/s", True, note, miss, {"images/s": rates})
-        yield _gil(bench, processor, run, folder, f"CPU time under the GIL an image, {what}")
-    finally:
-        processor.close()
+    with contextlib.ExitStack() as stack:
+        try:
+            held, reason = stack.enter_context(watched()).seconds, ""
+        except Unmeasurable as error:
+            held, reason = float, str(error)
+        processor = Processor(Spec(run, folder, ".", "cpu", cores()), Still, Blank(run.config.preprocess))
+        stack.callback(processor.close)
+        _pass(processor, run, folder, held)  # warm up
+        rounds = [_pass(processor, run, folder, held) for _ in range(bench.rounds)]
+    yield _rate(f"host work, {what}", rounds)
+    yield _held(f"CPU time under the GIL an image, {what}", rounds, reason)
+
+
+def _rate(name: str, rounds: Sequence[Used]) -> Figure:
+    rates = [1 / used.seconds for used in rounds]
+    cpu = median(used.cpu_us for used in rounds)
+    note = f"{cpu:.1f} us of CPU time an image on all {cores()} cores together; the load was {os.getloadavg()[0]:.1f}"
+    miss = f"all of this CPU time on one core would allow {1e6 / cpu:,.0f}"
+    return Figure(name, median(rates), RATE_GOAL, "images/s", True, note, miss, {"images/s": rates})
+
+
+def _held(name: str, rounds: Sequence[Used], reason: str) -> Figure:
+    if reason:
+        return Figure(name, None, GIL_GOAL, "us", False, reason)
+    every = [used.held_us for used in rounds]
+    held, cpu = median(every), median(used.cpu_us for used in rounds)
+    note = f"{held / cpu:.0%} of {cpu:.1f} us of CPU time an image; {min(every):.1f} to {max(every):.1f}"
+    return Figure(name, held, GIL_GOAL, "us", False, note, f"the load was {os.getloadavg()[0]:.1f}", {"us": every})
 
 
 class Blank:
@@ -140,44 +151,18 @@ class Blank:
         return batch
 
 
-def _pass(processor: Processor, run: Run, folder: str) -> Used:
-    """Process all shards, as many at once as a worker does, and remove the output."""
-    cpu, since = time.process_time(), time.perf_counter()
+def _pass(processor: Processor, run: Run, folder: str, held: Callable[[], float]) -> Used:
+    """Process all shards, as many at once as a worker does, and remove the output.
+
+    Args:
+        held: returns the seconds of CPU time under the GIL up to now.
+    """
+    cpu, under, since = time.process_time(), held(), time.perf_counter()
     with ThreadPoolExecutor(IN_FLIGHT) as pool:
         made = list(pool.map(processor.process, run.shards))
-    seconds, cpu = time.perf_counter() - since, time.process_time() - cpu
+    seconds, cpu, under = time.perf_counter() - since, time.process_time() - cpu, held() - under
     for each in made:
         for name in each.files.values():
             Path(folder, name).unlink()
     images = sum(each.receipt.samples for each in made)
-    return Used(seconds / images, 1e6 * cpu / images)
-
-
-def _gil(bench: HostBench, processor: Processor, run: Run, folder: str, name: str) -> Figure:
-    """Sample the threads that run, and those of them that hold the GIL, while shards are processed.
-
-    Other processes that want the cores delay both alike, so their ratio is that of the CPU time.
-    """
-    if bench.sampler is None:
-        return Figure(name, None, GIL_GOAL, "us", False, "py-spy is not installed (pip install py-spy)")
-    counts, used = [], list[Used]()
-    for option in ("--gil", "--threads"):
-        path = Path(folder, "samples.txt")
-        how = ("--nonblocking", "--rate", _SAMPLES_S, "--duration", bench.seconds, "--format", "raw", "--output", path)
-        words = [bench.sampler, "record", *map(str, how), option, "--pid", str(os.getpid())]
-        with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as spy:
-            while spy.poll() is None:
-                used.append(_pass(processor, run, folder))
-            said = spy.stderr.read() if spy.stderr else ""
-        if not path.exists():
-            return Figure(name, None, GIL_GOAL, "us", False, f"py-spy failed: {' '.join(said.split())[-200:]}")
-        counts.append(sum(int(line.rpartition(" ")[2]) for line in path.read_text().splitlines()))
-        path.unlink()
-    share, cpu = counts[0] / max(counts[1], 1), median(one.cpu_us for one in used)
-    note = f"{share:.0%} of {cpu:.1f} us of CPU time an image, by py-spy's {counts[0]:,} of {counts[1]:,} samples"
-    return Figure(name, share * cpu, GIL_GOAL, "us", False, note, f"the load was {os.getloadavg()[0]:.1f}")
-
-
-def _sampler() -> str | None:
-    """Return py-spy's path: of this environment, or of the machine."""
-    return shutil.which("py-spy", path=str(Path(sys.executable).parent)) or shutil.which("py-spy")
+    return Used(seconds / images, 1e6 * cpu / images, 1e6 * under / images)

@@ -1,51 +1,34 @@
-"""`bench host` measures the real reader and writer, and the share of samples in which a thread held the GIL."""
-
-import sys
-from dataclasses import replace
-from pathlib import Path
+"""`bench host` measures the real reader and writer, and the CPU time under the GIL."""
 
 import pyarrow.parquet as pq
 import pytest
 
 from saltern.pipeline.bench import host
+from saltern.pipeline.bench.gil import Unmeasurable
 from saltern.pipeline.bench.host import HostBench, measure
 from saltern.pipeline.extract.processor import Processor
 
-BENCH = HostBench(batch_size=8, rounds=1, image_bytes=(5_000,), shards=2, each=20, seconds=1, sampler=None)
-# Replaces py-spy: of 500 samples of threads that ran, 100 are of one that held the GIL.
-SPY = """#!{python}
-import sys
-samples = "a (x.py:1);b (y.py:2) 70\\na (x.py:1) 30\\n" + "c (z.py:3) 400\\n" * ("--gil" not in sys.argv)
-open(sys.argv[sys.argv.index("--output") + 1], "w").write(samples)
-"""
+BENCH = HostBench(batch_size=8, rounds=3, image_bytes=(5_000,), shards=2, each=20)
 
 
-def test_without_py_spy_only_the_rate_is_measured() -> None:
+def test_the_rate_and_the_time_under_the_lock_are_measured() -> None:
     rate, gil = measure(BENCH)
     assert rate.value is not None
     assert rate.value > 0
     assert "5 kB" in rate.name
-    assert (gil.value, gil.note) == (None, "py-spy is not installed (pip install py-spy)")
-
-
-def test_the_time_under_the_gil_is_a_share_of_the_samples(tmp_path: Path) -> None:
-    spy = tmp_path / "py-spy"
-    spy.write_text(SPY.format(python=sys.executable))
-    spy.chmod(0o755)
-    _, gil = measure(replace(BENCH, sampler=str(spy)))
     assert gil.value is not None
-    assert "20% of" in gil.note
-    assert "100 of 500 samples" in gil.note
-    each = float(gil.note.split(" us of CPU")[0].rpartition(" ")[2])
-    assert gil.value == pytest.approx(0.2 * each, abs=0.1)
+    assert len(gil.rounds["us"]) == 3
+    assert 0 < gil.value < float(rate.note.partition(" us of CPU")[0])
 
 
-def test_a_sampler_that_fails_is_named(tmp_path: Path) -> None:
-    spy = tmp_path / "py-spy"
-    spy.write_text("#!/bin/sh\necho Permission denied >&2; exit 1\n")
-    spy.chmod(0o755)
-    _, gil = measure(replace(BENCH, sampler=str(spy)))
-    assert (gil.value, gil.note) == (None, "py-spy failed: Permission denied")
+def test_without_a_compiler_only_the_rate_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise Unmeasurable("no C compiler is installed")
+
+    monkeypatch.setattr(host, "watched", refuse)
+    rate, gil = measure(BENCH)
+    assert rate.value is not None
+    assert (gil.value, gil.note) == (None, "no C compiler is installed")
 
 
 def test_the_whole_pipeline_works_on_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
