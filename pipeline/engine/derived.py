@@ -93,8 +93,7 @@ def derive(
         result = conduct(job, replace(options, out=root, overwrite=overwrite))
     if result.code not in (0, 1) or result.done + len(result.failures) < result.shards:
         raise StoppedError(result)
-    receipts = read_receipts(store, job.plan(load_run(store), "cpu", 1)[0])
-    return [shard for shard in shards if shard.name in receipts], result.failures
+    return [shard for shard in shards if shard.name in result.finished], result.failures
 
 
 @contextlib.contextmanager

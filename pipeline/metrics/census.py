@@ -5,13 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from saltern.pipeline.metrics.estimate import read_subjects
-from saltern.pipeline.storage.store import Store
 from saltern.schemas.errors import UserError
 from saltern.schemas.evaluation import MISSING, UNREADABLE
-from saltern.schemas.run import Shard
 from saltern.schemas.saliency import OK, ZERO_MAP
 
 LISTED = 100  # samples that a summary names; the Parquet files hold all
@@ -21,10 +19,16 @@ LISTED = 100  # samples that a summary names; the Parquet files hold all
 class Census:
     """The samples of an evaluation of one run."""
 
+    sized: bool = False  # whether the rows have the column other_size
     statuses: Counter[str] = field(default_factory=Counter)
     other_size: int = 0  # samples annotated at another size than the image has
     failed: dict[str, str] = field(default_factory=dict)  # shard and key -> status and reason; at most LISTED
     bad: dict[str, str] = field(default_factory=dict)  # shard and key -> why its annotation is bad; at most LISTED
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that are counted."""
+        return ["key", "status", "error", *(["other_size"] * self.sized)]
 
     @property
     def judged(self) -> int:
@@ -45,6 +49,14 @@ class Census:
     def failures(self) -> int:
         """Samples whose row in the run failed."""
         return self.judged - self.statuses[OK] - self.statuses[ZERO_MAP]
+
+    def add(self, shard: str, rows: pa.RecordBatch) -> None:
+        """Count rows of a run's own maps, which have `columns`."""
+        self.statuses.update(rows["status"].to_pylist())
+        if self.sized:
+            self.other_size += pc.sum(rows["other_size"]).as_py() or 0
+        if len(self.failed) < LISTED or len(self.bad) < LISTED:
+            _name(self, shard, rows.select(["key", "status", "error"]).to_pylist())
 
     def require(self, path: str, what: str, fix: str, unread: Mapping[str, str]) -> None:
         """Raise UserError if all shards were read and no sample could be judged.
@@ -70,23 +82,6 @@ class Census:
             "first_failed": self.failed,
             "first_bad_annotations": self.bad,
         }
-
-
-def take_census(store: Store, shards: Sequence[Shard], other_size: bool) -> Census:
-    """Count the rows of a run's own maps.
-
-    Args:
-        other_size: whether the family's data files have this column.
-    """
-    census = Census()
-    columns = ["key", "status", "error", *(["other_size"] * other_size)]
-    for shard, _, rows in read_subjects(store, shards, columns):
-        census.statuses.update(rows["status"].to_pylist())
-        if other_size:
-            census.other_size += pc.sum(rows["other_size"]).as_py() or 0
-        if len(census.failed) < LISTED or len(census.bad) < LISTED:
-            _name(census, shard, rows.to_pylist())
-    return census
 
 
 def _name(census: Census, shard: str, rows: Sequence[dict[str, Any]]) -> None:

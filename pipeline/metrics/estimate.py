@@ -1,22 +1,17 @@
-"""Estimate means over samples with their 95 % bootstrap intervals, in one pass over the data files.
+"""Estimate means over samples with their 95 % bootstrap intervals, without keeping the samples.
 
 Shape suffixes: D draws of the bootstrap, N rows, C columns.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from saltern.pipeline.metrics.resampling import DrawnSums, interval
-from saltern.pipeline.runs.datafile import reading
-from saltern.pipeline.runs.manifest import data_name
-from saltern.pipeline.storage.store import Store
-from saltern.schemas.run import Shard
 
 
 @dataclass(frozen=True)
@@ -66,30 +61,21 @@ class Means:
         return [Estimate(float(mean), *own, int(count), float(std)) for mean, own, count, std in columns]
 
 
-def read_subjects(
-    store: Store, shards: Sequence[Shard], columns: Sequence[str]
-) -> Iterator[tuple[str, str, pa.RecordBatch]]:
-    """Yield the rows of each subject as (shard, subject, rows), in pieces.
+class ColumnMeans:
+    """The mean of each column by subject; nulls do not count."""
 
-    Raises:
-        ShardError: a data file is missing or damaged.
-    """
-    for shard in shards:
-        place = store.full(data_name(shard.name))
-        with reading(place), store.fs.open_input_file(place) as source:
-            for batch in pq.ParquetFile(source).iter_batches(512, columns=["subject", *columns], use_threads=False):
-                subject_N = np.asarray(batch["subject"].to_pylist())
-                for subject in dict.fromkeys(subject_N.tolist()):
-                    yield shard.name, subject, batch.take(pa.array(np.flatnonzero(subject_N == subject)))
+    def __init__(self, columns: Sequence[str]):
+        self.columns = columns
+        self._sums: dict[str, Means] = {}
 
+    def add(self, subject: str, rows: pa.RecordBatch) -> None:
+        """Add rows of a subject."""
+        values_NC = np.stack([_floats(rows[name]) for name in self.columns], 1)
+        self._sums.setdefault(subject, Means(len(self.columns))).add(values_NC)
 
-def estimate_means(store: Store, shards: Sequence[Shard], columns: Sequence[str]) -> dict[str, dict[str, Estimate]]:
-    """Return the mean of each column by subject, from the data files of the shards; nulls do not count."""
-    sums: dict[str, Means] = {}
-    for _, subject, rows in read_subjects(store, shards, columns):
-        values_NC = np.stack([_floats(rows[name]) for name in columns], 1)
-        sums.setdefault(subject, Means(len(columns))).add(values_NC)
-    return {subject: dict(zip(columns, own.estimates(), strict=True)) for subject, own in sums.items()}
+    def estimates(self) -> dict[str, dict[str, Estimate]]:
+        """Return the estimate of each column by subject."""
+        return {subject: dict(zip(self.columns, own.estimates(), strict=True)) for subject, own in self._sums.items()}
 
 
 def _floats(column: pa.Array) -> NDArray[np.float64]:

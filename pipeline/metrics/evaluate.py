@@ -7,11 +7,12 @@ from typing import Any
 
 from saltern.pipeline.engine.conduct import RunOptions
 from saltern.pipeline.engine.derived import reading_results
-from saltern.pipeline.metrics.census import Census, take_census
+from saltern.pipeline.metrics.census import Census
 from saltern.pipeline.metrics.estimate import Estimate
 from saltern.pipeline.metrics.faithfulness.further import further_classifiers
 from saltern.pipeline.metrics.families import FAMILIES, choose_metrics
 from saltern.pipeline.metrics.measure import measure, writing_to
+from saltern.pipeline.metrics.summarise import summarise
 from saltern.pipeline.metrics.wanted import same_samples, wanted_shards
 from saltern.pipeline.runs.agreement import measure_agreement
 from saltern.pipeline.runs.reader import SaliencyRun, open_run
@@ -96,7 +97,7 @@ def evaluate(request: EvaluateRequest, options: RunOptions) -> Evaluation:
         run, shards, _ = runs[0]
         store, done, _ = _measured(run, name, shards, request, options, controls=True)
         with reading_results(store.path):
-            found = FAMILIES[name].summarise(store, done)
+            found = summarise(FAMILIES[name], store, done)
         for subject, estimates in found.items():
             evaluation.controls.setdefault(subject, {}).update(estimates)
         for (run, _, _), estimates in zip(runs, own, strict=True):
@@ -131,8 +132,8 @@ def _judge_run(
     """Measure a run by one family, and write the summary. Returns all of its estimates."""
     store, done, unread = _measured(judged.run, name, shards, request, options, controls=False)
     with reading_results(store.path):
-        census = take_census(store, done, "other_size" in evaluation_schema(name).names)
-        estimates = next(iter(FAMILIES[name].summarise(store, done).values()), {})
+        census = Census(sized="other_size" in evaluation_schema(name).names)
+        estimates = next(iter(summarise(FAMILIES[name], store, done, census).values()), {})
     FAMILIES[name].check_census(judged.run.path, census, unread)
     # Those of one classifier are named METRIC@MODEL.
     judged.estimates |= {name: own for name, own in estimates.items() if name.partition("@")[0] in metrics}

@@ -7,20 +7,20 @@ Shape suffixes: N samples of a batch, M measured ones, H W the network's input, 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from saltern.pipeline.metrics.census import Census
-from saltern.pipeline.metrics.estimate import Estimate, estimate_means
+from saltern.pipeline.metrics.estimate import ColumnMeans, Estimate
 from saltern.pipeline.runs.columns import Record
 from saltern.pipeline.runs.reader import Row
 from saltern.pipeline.shards.samples import Sample
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import EvaluateConfig, ExtractConfig
 from saltern.schemas.metrics import Metric
-from saltern.schemas.run import Shard
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,20 @@ class Batch:
     rows: list[Row]  # the first row of each sample; of a control, with its map, mask and box
     pixels_MHWC: Tensor | None  # uint8, of the samples whose row has a geometry; None if the family needs none
     begun: Any = None  # what `Family.begin` returned
+
+
+class Summary(Protocol):
+    """The sums of a family's metrics over samples, by subject."""
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The columns of the data files that it needs."""
+
+    def add(self, subject: str, rows: pa.RecordBatch) -> None:
+        """Add rows of a subject, in the order of the shards."""
+
+    def estimates(self) -> dict[str, dict[str, Estimate]]:
+        """Return the estimate of each metric by subject."""
 
 
 class Family:
@@ -70,9 +84,9 @@ class Family:
         raise NotImplementedError
 
     @classmethod
-    def summarise(cls, store: Store, shards: Sequence[Shard]) -> dict[str, dict[str, Estimate]]:
-        """Return the estimate of each metric by subject, from the data files of the shards."""
-        return estimate_means(store, shards, list(cls.metrics))
+    def summary(cls, store: Store) -> Summary:
+        """Return an empty summary of the family's metrics, for the results in a store."""
+        return ColumnMeans(list(cls.metrics))
 
     @classmethod
     def draw(cls, found: Mapping[str, Mapping[str, Estimate]]) -> bytes | None:

@@ -6,10 +6,11 @@ Shape suffixes: M measured samples, h w the map's grid.
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pyarrow as pa
 
 from saltern.pipeline.metrics.census import Census
-from saltern.pipeline.metrics.estimate import Estimate, read_subjects
-from saltern.pipeline.metrics.family import Batch, Family
+from saltern.pipeline.metrics.estimate import Estimate
+from saltern.pipeline.metrics.family import Batch, Family, Summary
 from saltern.pipeline.metrics.judge import check_boxes, read_truth, size_of
 from saltern.pipeline.metrics.localization.accuracy import BoxAccuracies
 from saltern.pipeline.metrics.localization.maxbox import IOUS, box_hits
@@ -21,7 +22,28 @@ from saltern.schemas.config import ExtractConfig
 from saltern.schemas.errors import UserError
 from saltern.schemas.evaluation import HIT_BYTES
 from saltern.schemas.metrics import METRICS
-from saltern.schemas.run import Shard
+
+
+class _BestHits:
+    """The hits at each threshold, by subject."""
+
+    columns = ("box_hits",)
+
+    def __init__(self) -> None:
+        self._sums: dict[str, BoxAccuracies] = {}
+
+    def add(self, subject: str, rows: pa.RecordBatch) -> None:
+        hits = rows["box_hits"].drop_null()
+        if len(hits):
+            raw = np.frombuffer(b"".join(hits.to_pylist()), np.uint8)
+            self._sums.setdefault(subject, BoxAccuracies()).add(raw.reshape(len(hits), len(IOUS), -1))
+
+    def estimates(self) -> dict[str, dict[str, Estimate]]:
+        found = {}
+        for subject, own in self._sums.items():
+            best = {"max_box_acc": own.max_box_acc(), "max_box_acc_v2": own.max_box_acc_v2()}
+            found[subject] = {name: Estimate(it.value, it.low, it.high, own.samples) for name, it in best.items()}
+        return found
 
 
 class MaxBox(Family):
@@ -43,18 +65,8 @@ class MaxBox(Family):
         check_boxes(path, census, unread)
 
     @classmethod
-    def summarise(cls, store: Store, shards: Sequence[Shard]) -> dict[str, dict[str, Estimate]]:
-        sums: dict[str, BoxAccuracies] = {}
-        for _, subject, rows in read_subjects(store, shards, ["box_hits"]):
-            hits = rows["box_hits"].drop_null()
-            if len(hits):
-                raw = np.frombuffer(b"".join(hits.to_pylist()), np.uint8)
-                sums.setdefault(subject, BoxAccuracies()).add(raw.reshape(len(hits), len(IOUS), -1))
-        found = {}
-        for subject, own in sums.items():
-            best = {"max_box_acc": own.max_box_acc(), "max_box_acc_v2": own.max_box_acc_v2()}
-            found[subject] = {name: Estimate(it.value, it.low, it.high, own.samples) for name, it in best.items()}
-        return found
+    def summary(cls, store: Store) -> Summary:
+        return _BestHits()
 
     def measure(self, batch: Batch) -> list[Record]:
         records, true = read_truth(batch)

@@ -6,12 +6,13 @@ Shape suffixes: h w a map's grid, H W the network's input, Y X the upright origi
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from saltern.pipeline.metrics.census import Census
 from saltern.pipeline.metrics.control_rows import BOXES
-from saltern.pipeline.metrics.estimate import Estimate, estimate_means, read_subjects
-from saltern.pipeline.metrics.family import Batch, Family
+from saltern.pipeline.metrics.estimate import ColumnMeans, Estimate
+from saltern.pipeline.metrics.family import Batch, Family, Summary
 from saltern.pipeline.metrics.judge import laid_mask, size_of
 from saltern.pipeline.metrics.localization.pixels import BINS, PixelPrecision, mask_at_input, pixel_counts
 from saltern.pipeline.runs.columns import Record
@@ -21,7 +22,33 @@ from saltern.pipeline.shards.samples import Sample
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.evaluation import BAD_MASK, NO_MASK
 from saltern.schemas.metrics import METRICS
-from saltern.schemas.run import Shard
+
+
+class _PixelSums:
+    """The IoUs of the masks and the counts of the maps' pixels, by subject."""
+
+    def __init__(self) -> None:
+        self._ious = ColumnMeans(["segmentation_iou"])
+        self._counts: dict[str, PixelPrecision] = {}
+
+    @property
+    def columns(self) -> Sequence[str]:
+        return [*self._ious.columns, "pixel_counts"]
+
+    def add(self, subject: str, rows: pa.RecordBatch) -> None:
+        self._ious.add(subject, rows)
+        counts = rows["pixel_counts"].drop_null()
+        if len(counts):
+            raw = np.frombuffer(b"".join(counts.to_pylist()), "<u4")
+            self._counts.setdefault(subject, PixelPrecision()).add(raw.reshape(len(counts), 2, BINS))
+
+    def estimates(self) -> dict[str, dict[str, Estimate]]:
+        found = self._ious.estimates()
+        for subject, own in self._counts.items():
+            value, low, high = own.average_precision()
+            known = not np.isnan(value)  # it is not without any pixel of the foreground
+            found[subject]["pxap"] = Estimate(value, low, high, own.samples if known else 0)
+        return found
 
 
 class Pixels(Family):
@@ -41,19 +68,8 @@ class Pixels(Family):
         census.require(path, "a pixel mask to judge by", fix, unread)
 
     @classmethod
-    def summarise(cls, store: Store, shards: Sequence[Shard]) -> dict[str, dict[str, Estimate]]:
-        found = estimate_means(store, shards, ["segmentation_iou"])
-        sums: dict[str, PixelPrecision] = {}
-        for _, subject, rows in read_subjects(store, shards, ["pixel_counts"]):
-            counts = rows["pixel_counts"].drop_null()
-            if len(counts):
-                raw = np.frombuffer(b"".join(counts.to_pylist()), "<u4")
-                sums.setdefault(subject, PixelPrecision()).add(raw.reshape(len(counts), 2, BINS))
-        for subject, sum_ in sums.items():
-            value, low, high = sum_.average_precision()
-            known = not np.isnan(value)  # it is not without any pixel of the foreground
-            found[subject]["pxap"] = Estimate(value, low, high, sum_.samples if known else 0)
-        return found
+    def summary(cls, store: Store) -> Summary:
+        return _PixelSums()
 
     def measure(self, batch: Batch) -> list[Record]:
         return [self._one(batch.subject, *pair) for pair in zip(batch.samples, batch.rows, strict=True)]

@@ -20,9 +20,9 @@ from saltern.pipeline.engine.derived import StoppedError
 from saltern.pipeline.extract.extraction import extract
 from saltern.pipeline.machine import pick_device
 from saltern.pipeline.masknet.checkpoint import Checkpoints
-from saltern.pipeline.metrics.estimate import read_subjects
 from saltern.pipeline.metrics.evaluate import EvaluateRequest, evaluate
 from saltern.pipeline.metrics.mean import Mean
+from saltern.pipeline.metrics.subjects import read_subjects
 from saltern.pipeline.naming import brief
 from saltern.pipeline.storage.files import write
 from saltern.pipeline.storage.store import Store

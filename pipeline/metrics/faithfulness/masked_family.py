@@ -9,6 +9,7 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -16,12 +17,12 @@ from torch import Tensor, nn
 from saltern.pipeline.device import memory_format
 from saltern.pipeline.extract.explain import AUTOCAST
 from saltern.pipeline.extract.extraction import load_model
-from saltern.pipeline.metrics.estimate import Estimate, Means, read_subjects
+from saltern.pipeline.metrics.estimate import Estimate, Means
 from saltern.pipeline.metrics.faithfulness.further import load_further
 from saltern.pipeline.metrics.faithfulness.masked import Correct, masked_classification, start_inpainting
 from saltern.pipeline.metrics.faithfulness.masked_plot import draw_masked
 from saltern.pipeline.metrics.faithfulness.passes import PIXELS, black_level
-from saltern.pipeline.metrics.family import Batch, Family
+from saltern.pipeline.metrics.family import Batch, Family, Summary
 from saltern.pipeline.models.passes import frozen, logits_of
 from saltern.pipeline.runs.columns import Record
 from saltern.pipeline.runs.manifest import load_run
@@ -29,7 +30,6 @@ from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import EvaluateConfig, ExtractConfig
 from saltern.schemas.evaluation import FIELDS
 from saltern.schemas.metrics import METRICS
-from saltern.schemas.run import Shard
 
 COLUMNS = tuple(field.name for field in FIELDS["masked"])
 
@@ -55,6 +55,31 @@ class _Begun:
     pixels_MHWC: NDArray[np.uint8]
     mask_MHW: NDArray[np.bool_]
     inpainted_M: list[Future[NDArray[np.uint8]]]
+
+
+class _Shares:
+    """Top-1 of each kind of image by subject.
+
+    `masked_in` is the mean over the classifiers, `masked_in@MODEL` that of one; likewise the other COLUMNS.
+    """
+
+    columns = COLUMNS
+
+    def __init__(self, models: Sequence[str]):
+        self._models = len(models)
+        self._keys = [*COLUMNS, *(f"{column}@{model}" for column in COLUMNS for model in models)]
+        self._sums: dict[str, Means] = {}
+
+    def add(self, subject: str, rows: pa.RecordBatch) -> None:
+        lists = [rows[column].drop_null().flatten() for column in COLUMNS]
+        right_4NK = np.stack([one.to_numpy(zero_copy_only=False) for one in lists]).astype(float)
+        right_4NK = right_4NK.reshape(len(COLUMNS), -1, self._models)
+        each_N4K = right_4NK.swapaxes(0, 1).reshape(right_4NK.shape[1], -1)
+        means = self._sums.setdefault(subject, Means(len(self._keys)))
+        means.add(np.concatenate([right_4NK.mean(2).T, each_N4K], 1))
+
+    def estimates(self) -> dict[str, dict[str, Estimate]]:
+        return {subject: dict(zip(self._keys, own.estimates(), strict=True)) for subject, own in self._sums.items()}
 
 
 class MaskedFamily(Family):
@@ -126,23 +151,10 @@ class MaskedFamily(Family):
             return masked_classification(*inputs, batch=self.how.batch_size)
 
     @classmethod
-    def summarise(cls, store: Store, shards: Sequence[Shard]) -> dict[str, dict[str, Estimate]]:
-        """Return top-1 of each kind of image by subject.
-
-        `masked_in` is the mean over the classifiers, `masked_in@MODEL` that of one; likewise the other COLUMNS.
-        """
+    def summary(cls, store: Store) -> Summary:
         run = load_run(store)
         config = run.config_of(EvaluateConfig) if run is not None else None
-        names = [] if config is None else [config.model, *(one.model for one in config.classifiers)]
-        keys = [*COLUMNS, *(f"{column}@{name}" for column in COLUMNS for name in names)]
-        sums: dict[str, Means] = {}
-        for _, subject, rows in read_subjects(store, shards, COLUMNS):
-            lists = [rows[column].drop_null().flatten() for column in COLUMNS]
-            right_4NK = np.stack([one.to_numpy(zero_copy_only=False) for one in lists]).astype(float)
-            right_4NK = right_4NK.reshape(len(COLUMNS), -1, len(names))
-            each_N4K = right_4NK.swapaxes(0, 1).reshape(right_4NK.shape[1], -1)
-            sums.setdefault(subject, Means(len(keys))).add(np.concatenate([right_4NK.mean(2).T, each_N4K], 1))
-        return {subject: dict(zip(keys, own.estimates(), strict=True)) for subject, own in sums.items()}
+        return _Shares([] if config is None else [config.model, *(one.model for one in config.classifiers)])
 
     @classmethod
     def draw(cls, found: Mapping[str, Mapping[str, Estimate]]) -> bytes | None:

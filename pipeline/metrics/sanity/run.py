@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from saltern.pipeline.engine.conduct import RunOptions
 from saltern.pipeline.engine.derived import reading_results
-from saltern.pipeline.metrics.estimate import read_subjects
 from saltern.pipeline.metrics.measure import measure, writing_to
 from saltern.pipeline.metrics.sanity.adversarial import judge_attacks
 from saltern.pipeline.metrics.sanity.family import MAPPED, SanityFamily
 from saltern.pipeline.metrics.sanity.plot import plot
 from saltern.pipeline.metrics.sanity.verdict import COLUMNS, Curves, lines
+from saltern.pipeline.metrics.subjects import read_subjects
 from saltern.pipeline.runs.datafile import reading_data
 from saltern.pipeline.runs.manifest import load_run_folder
 from saltern.pipeline.runs.reader import SaliencyRun, open_run

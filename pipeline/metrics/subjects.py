@@ -1,0 +1,48 @@
+"""Read the data files of an evaluation, each once, many at a time."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from saltern.pipeline.runs.datafile import reading
+from saltern.pipeline.runs.manifest import data_name
+from saltern.pipeline.storage.ahead import read_ahead
+from saltern.pipeline.storage.store import Store
+from saltern.schemas.errors import ShardError, UserError
+from saltern.schemas.run import Shard
+
+
+def read_subjects(
+    store: Store, shards: Sequence[Shard], columns: Sequence[str]
+) -> Iterator[tuple[str, str, pa.RecordBatch]]:
+    """Yield the rows of each subject as (shard, subject, rows), in the order of the shards, in pieces.
+
+    A file is fetched whole, since it holds little besides these columns and a request costs more than its bytes.
+
+    Raises:
+        ShardError: a data file is missing or damaged.
+        UserError: the store fails.
+    """
+    with closing(read_ahead(partial(_fetch, store), shards)) as files:
+        for shard, raw in zip(shards, files, strict=True):
+            with reading(store.full(data_name(shard.name))):
+                file = pq.ParquetFile(pa.BufferReader(raw))
+                for batch in file.iter_batches(512, columns=["subject", *columns], use_threads=False):
+                    subject_N = np.asarray(batch["subject"].to_pylist())
+                    for subject in dict.fromkeys(subject_N.tolist()):
+                        yield shard.name, subject, batch.take(pa.array(np.flatnonzero(subject_N == subject)))
+
+
+def _fetch(store: Store, shard: Shard) -> bytes:
+    place = store.full(data_name(shard.name))
+    try:
+        raw = store.read(data_name(shard.name))
+    except OSError as error:  # the file may be whole
+        raise UserError(f"{place} cannot be read ({error}); repeat the command") from error
+    if raw is None:
+        raise ShardError(f"{place} cannot be read (it is missing)")
+    return raw
