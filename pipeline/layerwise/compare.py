@@ -52,7 +52,9 @@ def compare_layers(request: LayersRequest, options: RunOptions) -> Comparison:
     runs = {layer: extract_runs(replace(wanted, layer=layer), options, f"{root}/{layer}") for layer in layers}
     lines = [Line(method, layer, runs[layer][at]) for at, method in enumerate(methods) for layer in layers]
     how = {name: getattr(wanted, name) for name in ("precision", "batch_size", "torch_threads", "deterministic")}
-    found = evaluate(EvaluateRequest([line.run for line in lines], metrics=request.metrics, **how), options)
+    found = evaluate(
+        EvaluateRequest([line.run for line in lines], metrics=request.metrics, skip_failed=True, **how), options
+    )
     comparison = Comparison(wanted.model, layers, methods, lines, found)
     write_report(comparison, Store(root))
     return comparison

@@ -16,8 +16,10 @@ from saltern.pipeline.leaderboard.page import board_page
 from saltern.pipeline.metrics.evaluate import EvaluateRequest, Evaluation, evaluate
 from saltern.pipeline.metrics.table import as_json, as_markdown, remarks
 from saltern.pipeline.metrics.wanted import same_samples
-from saltern.pipeline.runs.reader import SaliencyRun, open_run
+from saltern.pipeline.runs.manifest import load_run_folder
+from saltern.pipeline.runs.reader import SaliencyRun
 from saltern.pipeline.storage.store import Store
+from saltern.schemas.config import EXTRACT
 from saltern.schemas.errors import UserError
 
 
@@ -47,7 +49,8 @@ def make_leaderboard(
 ) -> Leaderboard:
     """Make a leaderboard, or go on with one: finished shards of runs and metrics are kept.
 
-    Writes OUT/METHOD/ (the runs of the request), OUT/leaderboard.json, .md and .html.
+    Writes OUT/METHOD/ (the runs of the request), OUT/leaderboard.json, .md and .html. A shard that fails in one of the
+    runs, or cannot be judged, is left out of all rows, and is in `evaluation.unread`.
 
     Args:
         request: names the methods to extract, commas between them.
@@ -61,9 +64,9 @@ def make_leaderboard(
         StoppedError: interrupted, or the device is lost; finished shards are kept.
     """
     out = options.out.rstrip("/")
-    made = extract_runs(request, options, out)
-    _check_same([open_run(path) for path in (*made, *runs)])  # before hours of judging
-    evaluation = evaluate(replace(judging, runs=[*made, *runs]), options)
+    paths = [*extract_runs(request, options, out), *runs]
+    _check_same(paths)  # before hours of judging
+    evaluation = evaluate(replace(judging, runs=paths, skip_failed=True), options)
     board = Leaderboard(evaluation, [rate_of(judged.run) for judged in evaluation.runs])
     files = {
         "leaderboard.json": board.json(),
@@ -79,28 +82,30 @@ def make_leaderboard(
 
 
 def extract_runs(request: ExtractRequest, options: RunOptions, out: str) -> list[str]:
-    """Extract the methods' runs, and return their folders."""
+    """Extract the methods' runs, and return their folders. The runs lack shards that failed.
+
+    Raises:
+        StoppedError: the engine stopped before the end; finished shards are kept.
+    """
     names = list(each_method(request))
     alone = f"{out}/{names[0]}" if len(names) == 1 else out
     # Only the table goes to stdout.
     with contextlib.redirect_stdout(sys.stderr):
         result = conduct(extraction(request), replace(options, out=alone))
-    if result.code not in (0, 1):
+    if result.code not in (0, 1) or result.done + len(result.failures) < result.shards:
         raise StoppedError(result)
-    if result.failures:
-        name, why = next(iter(result.failures.items()))
-        raise UserError(f"{len(result.failures)} shards failed, as {name}: {why}; repair them, and repeat the command")
     return [f"{out}/{name}" for name in names]
 
 
-def _check_same(runs: Sequence[SaliencyRun]) -> None:
+def _check_same(paths: Sequence[str]) -> None:
     """Raise UserError if the runs are not of the same samples, so that numbers cannot be compared, or one is twice."""
-    paths = [run.path.rstrip("/") for run in runs]
-    if twice := [path for path in paths if paths.count(path) > 1]:
+    folders = [path.rstrip("/") for path in paths]
+    if twice := [folder for folder in folders if folders.count(folder) > 1]:
         raise UserError(f"{twice[0]} is given twice; leave out one --run")
-    for run in runs[1:]:
-        if not same_samples(run.run.shards, runs[0].run.shards):
-            raise UserError(f"{run.path} is not of the same shards as {runs[0].path}; a leaderboard compares equals")
+    first, *others = ((path, load_run_folder(path, EXTRACT)[1]) for path in paths)
+    for path, run in others:
+        if not same_samples(run.shards, first[1].shards):
+            raise UserError(f"{path} is not of the same shards as {first[0]}; a leaderboard compares equals")
 
 
 def rate_of(run: SaliencyRun) -> float | None:

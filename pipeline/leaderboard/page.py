@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from saltern.pipeline.metrics.estimate import Estimate
 from saltern.pipeline.metrics.evaluate import Evaluation
 from saltern.pipeline.metrics.table import columns_of, format_estimate, head_of, lines_of, remarks
+from saltern.pipeline.show.order import spread
 from saltern.pipeline.show.page import Cell, Table
 from saltern.pipeline.show.sheet import comparison
 from saltern.schemas.metrics import Better, Metric
 
 
 def board_page(evaluation: Evaluation, rates: Sequence[float | None], shown: int) -> str:
-    """Return the page.
+    """Return the page. Its images are drawn at random from all shards that were judged, by the seed of the first run.
 
     Args:
         evaluation: of the runs.
@@ -22,7 +23,7 @@ def board_page(evaluation: Evaluation, rates: Sequence[float | None], shown: int
     title = f"Leaderboard of {', '.join(dict.fromkeys(run.config.model for run in runs))}"
     return comparison(
         runs,
-        limit=shown,
+        chosen=spread(runs[0], shown, runs[0].config.seed, evaluation.runs[0].unread),
         title=title,
         table=board_table(evaluation, rates),
         notes=list(remarks(evaluation)),

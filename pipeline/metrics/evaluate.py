@@ -13,7 +13,7 @@ from saltern.pipeline.metrics.faithfulness.further import further_classifiers
 from saltern.pipeline.metrics.families import FAMILIES, choose_metrics
 from saltern.pipeline.metrics.measure import measure, writing_to
 from saltern.pipeline.metrics.summarise import summarise
-from saltern.pipeline.metrics.wanted import same_samples, wanted_shards
+from saltern.pipeline.metrics.wanted import left_out, same_samples, wanted_shards
 from saltern.pipeline.runs.agreement import measure_agreement
 from saltern.pipeline.runs.reader import SaliencyRun, open_run
 from saltern.pipeline.shards.expand import ENDINGS
@@ -37,6 +37,7 @@ class EvaluateRequest:
     batch_size: int | None = None
     torch_threads: int | None = None
     deterministic: bool | None = None
+    skip_failed: bool = False  # shards that failed in a run; they count for none of the runs
 
 
 @dataclass
@@ -44,10 +45,22 @@ class Judged:
     """The results of one run."""
 
     run: SaliencyRun
+    wanted: list[Shard]
+    unread: dict[str, str]  # shards that count in no row of some table's column, with the reason
     notes: list[str]  # for the user, about skipped shards
+    lost: frozenset[str] = frozenset()  # shards that no family measures, as a run lacks them
     estimates: dict[str, Estimate] = field(default_factory=dict)  # by metric
-    census: Census = field(default_factory=Census)  # of the first family
-    unread: dict[str, str] = field(default_factory=dict)  # shard -> reason
+    censuses: dict[str, Census] = field(default_factory=dict)  # by family
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The shards to measure."""
+        return [shard for shard in self.wanted if shard.name not in self.lost]
+
+    @property
+    def census(self) -> Census:
+        """The samples of the first family that counted some."""
+        return next((own for own in self.censuses.values() if own.statuses), Census())
 
 
 @dataclass
@@ -63,6 +76,16 @@ class Evaluation:
     def unread(self) -> dict[str, str]:
         """Shards that could not be judged, with the reason."""
         return {shard: why for judged in self.runs for shard, why in judged.unread.items()}
+
+    def for_all(self, lost: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+        """Return the shards that each run loses, with the reason, so that runs of the same samples stay comparable.
+
+        Args:
+            lost: by each run alone.
+        """
+        wanted = [judged.wanted for judged in self.runs]
+        alike = all(same_samples(wanted[0], shards) for shards in wanted[1:])
+        return left_out(wanted, lost) if alike else [dict(own) for own in lost]
 
 
 def evaluate(request: EvaluateRequest, options: RunOptions) -> Evaluation:
@@ -85,31 +108,18 @@ def evaluate(request: EvaluateRequest, options: RunOptions) -> Evaluation:
     chosen = choose_metrics(request.metrics)
     check_choice("--multiply", request.multiply, Multiply)
     multiply = request.multiply if any(FAMILIES[name].multiplies for name in chosen) else None
-    runs = [_opened(path, request.shards) for path in request.runs]
-    evaluation = Evaluation(chosen, [Judged(run, notes) for run, _, notes in runs], multiply=multiply)
+    evaluation = Evaluation(chosen, [_opened(path, request) for path in request.runs], multiply=multiply)
     if request.classifiers and not any(FAMILIES[name].takes_classifiers for name in chosen):
         raise UserError("--classifiers are for --metric masked, which is not among the chosen metrics")
+    _skip_failed(evaluation)
     for name in chosen:
-        own = []
-        for judged, (run, shards, _) in zip(evaluation.runs, runs, strict=True):
-            FAMILIES[name].check(run.path, run.config)
-            own.append(_judge_run(judged, name, shards, request, options, chosen[name]))
-        run, shards, _ = runs[0]
-        store, done, _ = _measured(run, name, shards, request, options, controls=True)
-        with reading_results(store.path):
-            found = summarise(FAMILIES[name], store, done)
-        for subject, estimates in found.items():
-            evaluation.controls.setdefault(subject, {}).update(estimates)
-        for (run, _, _), estimates in zip(runs, own, strict=True):
-            picture = FAMILIES[name].draw({FOUND: estimates, **found})
-            if picture is not None:
-                with writing_to(run):
-                    run.store.write(f"metrics/{name}.png", picture)
-    for judged, (_, shards, _) in zip(evaluation.runs, runs, strict=True):
+        _judge_family(evaluation, name, request, options)
+    first = evaluation.runs[0]
+    for judged in evaluation.runs:
         judged.notes += _notes(judged, evaluation)
-        if not same_samples(shards, runs[0][1]):
+        if not same_samples(judged.wanted, first.wanted):
             judged.notes.append(
-                f"{judged.run.path} was judged on other samples than {runs[0][0].path}: compare neither their numbers, "
+                f"{judged.run.path} was judged on other samples than {first.run.path}: compare neither their numbers, "
                 "nor its numbers with the controls, which are of the first run's samples"
             )
     return evaluation
@@ -121,38 +131,87 @@ def named(words: Sequence[str], shards: Sequence[str]) -> tuple[list[str], list[
     return [word for word in words if word not in tars], [*shards, *tars]
 
 
-def _opened(path: str, patterns: Sequence[str]) -> tuple[SaliencyRun, list[Shard], list[str]]:
-    run = open_run(path, patterns)
-    return run, *wanted_shards(run, patterns)
+def _opened(path: str, request: EvaluateRequest) -> Judged:
+    run = open_run(path, request.shards)
+    return Judged(run, *wanted_shards(run, request.shards, skip_failed=request.skip_failed))
 
 
-def _judge_run(
-    judged: Judged, name: str, shards: list[Shard], request: EvaluateRequest, options: RunOptions, metrics: list[str]
-) -> dict[str, Estimate]:
-    """Measure a run by one family, and write the summary. Returns all of its estimates."""
-    store, done, unread = _measured(judged.run, name, shards, request, options, controls=False)
+def _skip_failed(evaluation: Evaluation) -> None:
+    """Leave out the shards that a run lacks. Raise UserError if none is left."""
+    failed = evaluation.for_all([judged.unread for judged in evaluation.runs])
+    for judged, own in zip(evaluation.runs, failed, strict=True):
+        judged.unread, judged.lost = own, frozenset(own)
+        if judged.wanted and not judged.shards:
+            name, why = next(iter(own.items()))
+            raise UserError(
+                f"{judged.run.path}: all shards failed, as {name}: {why}; repair them, and repeat the command"
+            )
+
+
+def _judge_family(evaluation: Evaluation, name: str, request: EvaluateRequest, options: RunOptions) -> None:
+    """Measure the runs and the controls by one family, and write the summaries."""
+    runs, family = evaluation.runs, FAMILIES[name]
+    results, estimates = [], []
+    for judged in runs:
+        family.check(judged.run.path, judged.run.config)
+        results.append(_measured(judged, name, request, options, controls=False))
+        estimates.append(_sum_up(evaluation, judged, name, *results[-1]))
+    store, done, unread = _measured(runs[0], name, request, options, controls=True)
+    lost = [own for _, _, own in results]
+    lost = evaluation.for_all([{**unread, **lost[0]}, *lost[1:]])
+    for at, (judged, (own, whole, known)) in enumerate(zip(runs, results, strict=True)):
+        if lost[at].keys() > known.keys():  # shards that it has, and another run has not
+            estimates[at] = _sum_up(evaluation, judged, name, own, whole, lost[at])
     with reading_results(store.path):
-        census = Census(sized="other_size" in evaluation_schema(name).names)
-        estimates = next(iter(summarise(FAMILIES[name], store, done, census).values()), {})
-    FAMILIES[name].check_census(judged.run.path, census, unread)
+        found = summarise(family, store, [shard for shard in done if shard.name not in lost[0]])
+    for subject, values in found.items():
+        evaluation.controls.setdefault(subject, {}).update(values)
+    for judged, values in zip(runs, estimates, strict=True):
+        picture = family.draw({FOUND: values, **found})
+        if picture is not None:
+            with writing_to(judged.run):
+                judged.run.store.write(f"metrics/{name}.png", picture)
+
+
+def _sum_up(
+    evaluation: Evaluation, judged: Judged, name: str, store: Store, done: list[Shard], unread: dict[str, str]
+) -> dict[str, Estimate]:
+    """Write the summary of a run by one family. Returns all of its estimates.
+
+    Args:
+        evaluation: of all runs.
+        judged: the run.
+        name: of the family.
+        store: of the results.
+        done: shards with results.
+        unread: shards that do not count, with the reason.
+    """
+    census = Census(sized="other_size" in evaluation_schema(name).names)
+    with reading_results(store.path):
+        counted = [shard for shard in done if shard.name not in unread]
+        estimates = next(iter(summarise(FAMILIES[name], store, counted, census).values()), {})
+    judged.unread = {**judged.unread, **unread}
+    FAMILIES[name].check_census(judged.run.path, census, judged.unread)
     # Those of one classifier are named METRIC@MODEL.
+    metrics = evaluation.chosen[name]
     judged.estimates |= {name: own for name, own in estimates.items() if name.partition("@")[0] in metrics}
-    judged.unread |= unread
-    judged.census = judged.census if judged.census.statuses else census
-    summary = {**describe(judged.run), **census.summary(), "unread_shards": unread, "metrics": to_json(estimates)}
+    judged.censuses[name] = census
+    lost = {shard: why for shard, why in judged.unread.items() if shard in judged.lost or shard in unread}
+    summary = {**describe(judged.run), **census.summary(), "unread_shards": lost, "metrics": to_json(estimates)}
     with writing_to(judged.run):
         judged.run.store.write(f"metrics/{name}.json", json.dumps(summary, indent=1).encode())
     return estimates
 
 
 def _measured(
-    run: SaliencyRun, name: str, shards: list[Shard], request: EvaluateRequest, options: RunOptions, *, controls: bool
+    judged: Judged, name: str, request: EvaluateRequest, options: RunOptions, *, controls: bool
 ) -> tuple[Store, list[Shard], dict[str, str]]:
     """Measure a run, or the controls over its shards, by one family. Returns as `measure`."""
-    family = FAMILIES[name]
+    run, family = judged.run, FAMILIES[name]
     further = further_classifiers(request.classifiers, run.config) if family.takes_classifiers else ()
     pixels = family.multiplies and request.multiply == Multiply.pixels
-    return measure(run, family, shards, request, options, controls=controls, classifiers=further, pixels=pixels)
+    more = {"classifiers": further, "pixels": pixels}
+    return measure(run, family, judged.shards, request, options, controls=controls, **more)
 
 
 def describe(run: SaliencyRun) -> dict[str, Any]:

@@ -137,6 +137,9 @@ def remarks(evaluation: Evaluation) -> Iterator[str]:
         yield _MULTIPLY[Multiply(evaluation.multiply)]
     if "max-box" in evaluation.chosen:
         yield "MaxBoxAcc: at the best thresholds of these samples, which is an oracle's choice"
+    if evaluation.unread:
+        name = next(iter(evaluation.unread))
+        yield f"left out: {counted(len(evaluation.unread), 'shard')} that could not be read, the first {name}"
     yield from _merged(evaluation, [list(_of_run(judged, evaluation)) for judged in evaluation.runs])
 
 

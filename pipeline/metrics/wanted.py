@@ -1,8 +1,10 @@
 """Find the shards of a run that are to be judged, at their present paths."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from saltern.pipeline.runs.manifest import read_failures
 from saltern.pipeline.runs.places import find_shards
 from saltern.pipeline.runs.reader import SaliencyRun
 from saltern.pipeline.shards.samples import list_keys
@@ -10,33 +12,70 @@ from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.run import Shard
 
 
-def wanted_shards(run: SaliencyRun, patterns: Sequence[str]) -> tuple[list[Shard], list[str]]:
+def wanted_shards(
+    run: SaliencyRun, patterns: Sequence[str], *, skip_failed: bool = False
+) -> tuple[list[Shard], dict[str, str], list[str]]:
     """Return the run's shards that the patterns name, in the run's order, with their present URLs.
 
+    Args:
+        run: that is judged.
+        patterns: paths, URLs, globs or folders; none = all shards, where the run read them.
+        skip_failed: whether shards may lack that failed in the run.
+
     Returns:
-        The shards; hints for the user about skipped ones.
+        The shards; why those that failed did, by name; hints for the user about skipped ones.
 
     Raises:
         UserError: a shard is not one of this run, or the run has not completed it.
     """
     if not patterns:
-        return _done(run, run.run.shards), []
+        return run.run.shards, _failed(run, run.run.shards, skip_failed), []
     chosen, hints = find_shards(run.path, run.run, patterns)
     if len(chosen) < len(run.run.shards):
         hints.append(f"{len(chosen)} of the run's {len(run.run.shards)} shards are evaluated")
-    return _done(run, [chosen[shard.name] for shard in run.run.shards if shard.name in chosen]), hints
+    shards = [chosen[shard.name] for shard in run.run.shards if shard.name in chosen]
+    return shards, _failed(run, shards, skip_failed), hints
 
 
 def same_samples(shards: Sequence[Shard], others: Sequence[Shard]) -> bool:
     """Return whether the shards hold the same samples: tars of the same names and sizes, at any place, cut equally."""
-    one, other = (sorted((Path(it.url).name, it.size, it.take or 0) for it in some) for some in (shards, others))
+    one, other = (sorted(map(_tar, some)) for some in (shards, others))
     return one == other
 
 
-def _done(run: SaliencyRun, shards: list[Shard]) -> list[Shard]:
-    """Return the same shards. Raise UserError if the run lacks some, with the number of missing samples."""
+def left_out(runs: Sequence[Sequence[Shard]], lost: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Return which shards each run must leave out, so that all have the same samples, and why.
+
+    Args:
+        runs: the shards of each run, which hold the same samples.
+        lost: the shards that cannot be judged in each run, and why, by name.
+    """
+    names = [{shard.name for shard in shards} for shards in runs]
+    # Runs may name the same tars otherwise. Tars of one name and size are then all left out.
+    key: Callable[[Shard], Any] = _name if all(own == names[0] for own in names) else _tar
+    why: dict[Any, str] = {}
+    for shards, own in zip(runs, lost, strict=True):
+        why.update((key(shard), own[shard.name]) for shard in reversed(shards) if shard.name in own)
+    return [
+        {shard.name: own.get(shard.name, why[key(shard)]) for shard in shards if key(shard) in why}
+        for shards, own in zip(runs, lost, strict=True)
+    ]
+
+
+def _tar(shard: Shard) -> tuple[str, int, int]:
+    return Path(shard.url).name, shard.size, shard.take or 0
+
+
+def _name(shard: Shard) -> str:
+    return shard.name
+
+
+def _failed(run: SaliencyRun, shards: Sequence[Shard], skip_failed: bool) -> dict[str, str]:
+    """Return why shards failed in the run, by name. Raise UserError if others are missing, with their samples."""
     done = {shard.name for shard in run.shards}
     missing = [shard for shard in shards if shard.name not in done]
+    failures = read_failures(run.store, done) if missing and skip_failed else {}
+    missing = [shard for shard in missing if shard.name not in failures]
     if missing:
         samples, uncounted = _count(missing)
         others = f", without those of {uncounted} shards that cannot be counted here" if uncounted else ""
@@ -44,7 +83,8 @@ def _done(run: SaliencyRun, shards: list[Shard]) -> list[Shard]:
             f"{run.path} is not complete: {len(missing)} of {len(shards)} shards are missing, {samples:,} "
             f"samples{others}; continue with the same `saltern extract` command, or name only completed shards"
         )
-    return shards
+    wanted = {shard.name for shard in shards}
+    return {name: f"{it.kind}: {it.reason}" for name, it in failures.items() if name in wanted}
 
 
 def _count(shards: list[Shard]) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from saltern.pipeline.runs.datafile import reading
 from saltern.pipeline.runs.manifest import data_name, load_run, read_receipts
 from saltern.pipeline.runs.reader import SaliencyRun
+from saltern.pipeline.storage.ahead import read_ahead
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import EvaluateConfig
 from saltern.schemas.evaluation import evaluation_schema
@@ -88,12 +89,12 @@ def sample_values(found: Iterable[Measured], places: Iterable[Place]) -> dict[Pl
     for shard, index in places:
         wanted.setdefault(shard, set()).add(index)
     made: dict[Place, dict[str, float]] = {}
-    for one in found:
-        for shard in wanted.keys() & one.shards:
-            index_N, values = one.read(shard, *one.metrics)
-            for at in np.flatnonzero(np.isin(index_N, list(wanted[shard]))).tolist():
-                own = {name: float(value_N[at]) for name, value_N in values.items() if not np.isnan(value_N[at])}
-                made.setdefault((shard, int(index_N[at])), {}).update(own)
+    files = [(one, shard) for one in found for shard in sorted(wanted.keys() & one.shards)]
+    read = read_ahead(lambda file: file[0].read(file[1], *file[0].metrics), files)
+    for (_, shard), (index_N, values) in zip(files, read, strict=True):
+        for at in np.flatnonzero(np.isin(index_N, list(wanted[shard]))).tolist():
+            own = {name: float(value_N[at]) for name, value_N in values.items() if not np.isnan(value_N[at])}
+            made.setdefault((shard, int(index_N[at])), {}).update(own)
     return made
 
 

@@ -1,7 +1,11 @@
-"""Choose and order the rows of a page, by a column of the run or by a metric in RUN/metrics."""
+"""Choose and order the rows of a page: by a column of the run, by a metric in RUN/metrics, or at random.
 
-from collections.abc import Iterable, Sequence
+Shape suffixes: S shards, P drawn rows.
+"""
 
+from collections.abc import Collection, Iterable, Sequence
+
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -45,6 +49,30 @@ def choose(run: SaliencyRun, found: Sequence[Measured], sort: str | None, limit:
         f"--sort {sort!r} has no order here; choose one of {known}, or a metric that `saltern evaluate {run.path} "
         "--metric NAME` measures first"
     )
+
+
+def spread(run: SaliencyRun, limit: int, seed: int, without: Collection[str] = ()) -> tuple[str, list[int]]:
+    """Return how rows were drawn, and their numbers: a random one of each of `limit` equal parts of the run.
+
+    Args:
+        run: whose rows are counted in shard order.
+        limit: rows.
+        seed: of the draw, which depends on nothing else but the numbers of rows.
+        without: names of shards that have none of them.
+    """
+    rows_S = np.array([receipt.rows for receipt in run.receipts], np.int64)
+    usable_S = np.where([shard.name in without for shard in run.shards], 0, rows_S)
+    count = int(usable_S.sum())
+    if count <= limit:
+        words, drawn_P = "all that were judged", np.arange(count)
+    else:
+        words = f"a random one of each of {limit} equal parts of the shards (seed {seed})"
+        edges = [part * count // limit for part in range(limit + 1)]
+        drawn_P = np.random.default_rng(seed).integers(edges[:-1], edges[1:])
+    shard_P = np.searchsorted(usable_S.cumsum(), drawn_P, "right")
+    before_S, used_S = rows_S.cumsum() - rows_S, usable_S.cumsum() - usable_S
+    numbers: list[int] = (before_S[shard_P] + drawn_P - used_S[shard_P]).tolist()
+    return words, numbers
 
 
 def metrics_of(found: Iterable[Measured]) -> dict[str, Metric]:

@@ -17,6 +17,7 @@ from saltern.pipeline.show.figures import estimates, means, numbered, orders, ti
 from saltern.pipeline.show.order import choose
 from saltern.pipeline.show.page import Card, Picture, Table, View, render
 from saltern.pipeline.show.thumbnails import encode, given_boxes, overlay, photograph, pictures
+from saltern.pipeline.storage.ahead import read_ahead
 from saltern.schemas.config import ExtractConfig
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.run import Shard
@@ -61,6 +62,7 @@ def comparison(
     sort: str | None = None,
     limit: int = 48,
     *,
+    chosen: tuple[str, list[int]] | None = None,
     title: str | None = None,
     table: Table | None = None,
     notes: Sequence[str] = (),
@@ -74,6 +76,7 @@ def comparison(
     Args:
         runs: the first decides the rows.
         sort, limit: as in `contact_sheet`.
+        chosen: in their place, how rows of the first run were chosen, and their numbers.
         title: of the page; None = the names of the runs.
         table: above the images.
         notes: lines for the reader.
@@ -85,14 +88,16 @@ def comparison(
     first, others = runs[0], runs[1:]
     captions = _captions(runs)
     found = [read_measured(run) for run in runs]
-    order, numbers = choose(first, found[0], sort, limit)
+    order, numbers = chosen or choose(first, found[0], sort, limit)
     rows = {number: first.at(number) for number in sorted(numbers)}
     samples, names, problems = _samples(first, rows.values())
+    # Each run keeps its own neighbours in memory, so one thread reads it.
+    others_at = list(read_ahead(lambda run: {number: _same(row, run) for number, row in rows.items()}, others))
     cards, matches = [], 0
     measured = means(found, rows.values())
     signed: list[str] = []
-    for row in map(rows.__getitem__, numbers):
-        matching = [_same(row, run) for run in others]
+    for number in numbers:
+        row, matching = rows[number], [own[number] for own in others_at]
         matches += sum(other is not None for other in matching)
         sample = samples.get((row.shard, row.index))
         signed = signed or _signed([row, *filter(None, matching)])

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 from extracting import REQUEST, extract
-from making import picture, write_tar
+from making import HELPERS, TINY, picture, write_tar
 from naive_metrics import inclusive
+from typer.testing import CliRunner
 
+from saltern.jobs.main import app
 from saltern.pipeline.engine.conduct import RunOptions
 from saltern.pipeline.leaderboard.board import Leaderboard, make_leaderboard
-from saltern.pipeline.metrics.evaluate import EvaluateRequest
+from saltern.pipeline.metrics.evaluate import EvaluateRequest, to_json
+from saltern.pipeline.metrics.table import lines_of
 from saltern.schemas.errors import UserError
 from saltern.schemas.evaluation import CONTROLS
 
@@ -96,8 +99,45 @@ def test_runs_of_other_shards_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "board/cam/metrics").exists()  # refused before the runs are judged
 
 
-def test_failed_shards_stop_the_leaderboard(tmp_path: Path) -> None:
+def test_a_failed_shard_counts_for_no_method_and_the_same_command_adds_it_later(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path)
+    tar = shards / "1.tar"
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:700])
+    assert extract(shards, tmp_path / "own", target="top1", method="gradient", layer=None) == 1
+    wanted = shards, tmp_path / "board", "cam,grad-cam", tmp_path / "own"
+    made = board(*wanted)
+    assert list(made.evaluation.unread) == ["1"]
+    assert made.evaluation.unread["1"].startswith("data: ")
+    found = json.loads((tmp_path / "board/leaderboard.json").read_text())
+    assert [(run["samples"], list(run["unread_shards"])) for run in found["runs"]] == [(3, ["1"])] * 3
+    assert {own["le"]["count"] for own in found["controls"].values()} == {3}
+    for name in ("leaderboard.md", "leaderboard.html"):
+        assert "left out: 1 shard that could not be read, the first 1" in (tmp_path / "board" / name).read_text()
+    tar.write_bytes(whole)
+    assert extract(shards, tmp_path / "own", target="top1", method="gradient", layer=None) == 0
+    mended = board(*wanted)
+    assert not mended.evaluation.unread
+    fresh = board(shards, tmp_path / "fresh", "cam,grad-cam", tmp_path / "own")
+    tables = [[to_json(found) for _, found in lines_of(one.evaluation)] for one in (mended, fresh)]
+    assert tables[0] == tables[1]
+
+
+def test_a_leaderboard_without_any_good_shard_is_refused(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path)
+    for tar in shards.iterdir():
+        tar.write_bytes(tar.read_bytes()[:700])
+    with pytest.raises(UserError, match=r"all shards failed, as 0: data: .*repair"):
+        board(shards, tmp_path / "board", "cam")
+    assert not (tmp_path / "board/leaderboard.json").exists()
+
+
+def test_the_exit_code_tells_of_a_failed_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(HELPERS)
     shards = write_shards(tmp_path)
     (shards / "1.tar").write_bytes((shards / "1.tar").read_bytes()[:700])
-    with pytest.raises(UserError, match=r"1 shards failed, as 1: data: .*repair"):
-        board(shards, tmp_path / "board", "cam")
+    words = [*TINY, "--method", "cam", "--target", "top1", "--metric", "le", "--engine", "local"]
+    ended = CliRunner().invoke(app, ["leaderboard", str(shards), *words, "--out", str(tmp_path / "board")])
+    assert ended.exit_code == 1
+    assert ended.stdout.startswith("| ")
+    assert "\n1: data: " in ended.stderr

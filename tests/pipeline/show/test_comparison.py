@@ -8,6 +8,7 @@ from made_run import Made, make_run
 from pages import Page, members, page_of
 
 from saltern.pipeline.runs.reader import open_run
+from saltern.pipeline.show.order import spread
 from saltern.pipeline.show.sheet import comparison
 from saltern.schemas.errors import UserError
 
@@ -84,3 +85,28 @@ def test_rows_of_the_same_target_are_put_side_by_side(tmp_path: Path) -> None:
     page = wide(run_of(tmp_path, "cam", targets=2, shards=1), run_of(tmp_path, "grad-cam", targets=3, shards=1))
     assert [card.key for card in page.cards[:2]] == ["s0k0", "s0k0"]
     assert not np.array_equal(page.cards[0].pixels(2), page.cards[1].pixels(2))
+
+
+def test_rows_are_drawn_over_all_shards_by_a_seed(tmp_path: Path) -> None:
+    made = run_of(tmp_path, "cam", shards=4, broken=((0, 1),))
+    run = open_run(str(made.path))
+    words, numbers = spread(run, 4, seed=0)
+    assert [run.at(number).shard for number in numbers] == [shard.name for shard in run.shards]
+    assert words == "a random one of each of 4 equal parts of the shards (seed 0)"
+    assert spread(run, 4, seed=0) == (words, numbers)
+    drawn = {tuple(spread(run, 4, seed)[1]) for seed in range(40)}
+    assert len(drawn) > 30
+    assert {number for one in drawn for number in one} == set(range(20))  # each row has a chance
+    halves = [[number // 10 for number in spread(run, 2, seed)[1]] for seed in range(20)]
+    assert halves == [[0, 1]] * 20
+    without = {number for seed in range(60) for number in spread(run, 3, seed, {made.run.shards[1].name})[1]}
+    assert without == {*range(5), *range(10, 20)}
+    assert spread(run, 20, 0)[1] == list(range(20))
+    assert spread(run, 48, 0, {shard.name for shard in run.shards}) == ("all that were judged", [])
+
+
+def test_the_page_says_how_its_images_were_chosen(tmp_path: Path) -> None:
+    runs = [open_run(str(run_of(tmp_path, name, shards=2).path)) for name in ("cam", "grad-cam")]
+    page = Page(comparison(runs, chosen=("drawn by lot", [7, 2])))
+    assert [card.key for card in page.cards] == ["s1k2", "s0k2"]
+    assert "2 of 10 rows, drawn by lot" in page.head
