@@ -3,6 +3,7 @@
 Shape suffixes: D draws of the bootstrap, N rows, C columns.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,12 +67,12 @@ class ColumnMeans:
 
     def __init__(self, columns: Sequence[str]):
         self.columns = columns
-        self._sums: dict[str, Means] = {}
+        self._sums = defaultdict[str, Means](lambda: Means(len(columns)))
 
     def add(self, subject: str, rows: pa.RecordBatch) -> None:
         """Add rows of a subject."""
         values_NC = np.stack([_floats(rows[name]) for name in self.columns], 1)
-        self._sums.setdefault(subject, Means(len(self.columns))).add(values_NC)
+        self._sums[subject].add(values_NC)
 
     def estimates(self) -> dict[str, dict[str, Estimate]]:
         """Return the estimate of each column by subject."""

@@ -3,6 +3,7 @@
 Shape suffixes: M measured samples, h w the map's grid.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -30,13 +31,13 @@ class _BestHits:
     columns = ("box_hits",)
 
     def __init__(self) -> None:
-        self._sums: dict[str, BoxAccuracies] = {}
+        self._sums = defaultdict[str, BoxAccuracies](BoxAccuracies)
 
     def add(self, subject: str, rows: pa.RecordBatch) -> None:
         hits = rows["box_hits"].drop_null()
         if len(hits):
             raw = np.frombuffer(b"".join(hits.to_pylist()), np.uint8)
-            self._sums.setdefault(subject, BoxAccuracies()).add(raw.reshape(len(hits), len(IOUS), -1))
+            self._sums[subject].add(raw.reshape(len(hits), len(IOUS), -1))
 
     def estimates(self) -> dict[str, dict[str, Estimate]]:
         found = {}

@@ -3,6 +3,7 @@
 Shape suffixes: h w a map's grid, H W the network's input, Y X the upright original.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -29,7 +30,7 @@ class _PixelSums:
 
     def __init__(self) -> None:
         self._ious = ColumnMeans(["segmentation_iou"])
-        self._counts: dict[str, PixelPrecision] = {}
+        self._counts = defaultdict[str, PixelPrecision](PixelPrecision)
 
     @property
     def columns(self) -> Sequence[str]:
@@ -40,7 +41,7 @@ class _PixelSums:
         counts = rows["pixel_counts"].drop_null()
         if len(counts):
             raw = np.frombuffer(b"".join(counts.to_pylist()), "<u4")
-            self._counts.setdefault(subject, PixelPrecision()).add(raw.reshape(len(counts), 2, BINS))
+            self._counts[subject].add(raw.reshape(len(counts), 2, BINS))
 
     def estimates(self) -> dict[str, dict[str, Estimate]]:
         found = self._ious.estimates()

@@ -29,12 +29,22 @@ def read_subjects(
     """
     with closing(read_ahead(partial(_fetch, store), shards)) as files:
         for shard, raw in zip(shards, files, strict=True):
-            with reading(store.full(data_name(shard.name))):
-                file = pq.ParquetFile(pa.BufferReader(raw))
-                for batch in file.iter_batches(512, columns=["subject", *columns], use_threads=False):
-                    subject_N = np.asarray(batch["subject"].to_pylist())
-                    for subject in dict.fromkeys(subject_N.tolist()):
-                        yield shard.name, subject, batch.take(pa.array(np.flatnonzero(subject_N == subject)))
+            for subject, rows in _pieces(store, shard, raw, columns):
+                yield shard.name, subject, rows
+
+
+def read_shard(store: Store, shard: Shard, columns: Sequence[str]) -> Iterator[tuple[str, pa.RecordBatch]]:
+    """Yield the rows of each subject of one shard, in pieces. Raises as `read_subjects`."""
+    return _pieces(store, shard, _fetch(store, shard), columns)
+
+
+def _pieces(store: Store, shard: Shard, raw: bytes, columns: Sequence[str]) -> Iterator[tuple[str, pa.RecordBatch]]:
+    with reading(store.full(data_name(shard.name))):
+        file = pq.ParquetFile(pa.BufferReader(raw))
+        for batch in file.iter_batches(512, columns=["subject", *columns], use_threads=False):
+            subject_N = np.asarray(batch["subject"].to_pylist())
+            for subject in dict.fromkeys(subject_N.tolist()):
+                yield subject, batch.take(pa.array(np.flatnonzero(subject_N == subject)))
 
 
 def _fetch(store: Store, shard: Shard) -> bytes:

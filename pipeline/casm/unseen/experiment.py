@@ -8,7 +8,10 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +25,18 @@ from saltern.pipeline.machine import pick_device
 from saltern.pipeline.masknet.checkpoint import Checkpoints
 from saltern.pipeline.metrics.evaluate import EvaluateRequest, evaluate
 from saltern.pipeline.metrics.mean import Mean
-from saltern.pipeline.metrics.subjects import read_subjects
+from saltern.pipeline.metrics.subjects import read_shard
 from saltern.pipeline.naming import brief
+from saltern.pipeline.runs.datafile import reading_data
+from saltern.pipeline.runs.reader import SaliencyRun
+from saltern.pipeline.storage.ahead import read_ahead
 from saltern.pipeline.storage.files import write
 from saltern.pipeline.storage.store import Store
 from saltern.pipeline.tables import markdown_table
 from saltern.pipeline.training.request import differences
 from saltern.schemas.errors import UserError
 from saltern.schemas.evaluation import CENTRE, FOUND, RANDOM, WHOLE
+from saltern.schemas.run import Shard
 
 TRAININGS = {"F": "F", "EF": "E+F", "DEF": "D-F", "CDEF": "C-F", "BCDEF": "B-F"}  # subsets -> name in print
 SEEN, UNSEEN = "seen", "unseen"
@@ -198,19 +205,29 @@ def _judge(run: Path, val: Sequence[str], split: Split, subsets: str) -> dict[st
         raise UserError(f"{run}: the shard {name} cannot be judged: {reason}")
     judged = evaluation.runs[0].run
     subset_of = {label: name for name, classes in split.items() for label in classes}
-    rows = judged.columns("shard", "index", "label").to_pylist()
-    subset_at = {(row["shard"], row["index"]): subset_of.get(row["label"]) for row in rows}
     means = {subject: {name: Mean() for name in SUBSETS} for subject in (FOUND, *_BASELINES)}
     means[FOUND] |= {SEEN: Mean(), UNSEEN: Mean()}
-    for folder in ("localization", "localization-controls"):
-        for shard, subject, part in read_subjects(Store(f"{run}/metrics/{folder}"), judged.shards, ["index", "le"]):
-            for row in part.to_pylist() if subject in means else ():
-                subset = subset_at[shard, row["index"]]
-                if subset is not None:
-                    means[subject][subset].add(row["le"])
-                if subset is not None and subject == FOUND:
-                    means[FOUND][SEEN if subset in subsets else UNSEEN].add(row["le"])
+    with closing(read_ahead(partial(_misses, judged), judged.shards)) as shards:
+        for subject, label, miss in chain.from_iterable(shards):
+            subset = subset_of.get(label) if label is not None else None
+            if subset is not None:
+                means[subject][subset].add(miss)
+            if subset is not None and subject == FOUND:
+                means[FOUND][SEEN if subset in subsets else UNSEEN].add(miss)
     return means
+
+
+def _misses(run: SaliencyRun, shard: Shard) -> list[tuple[str, int | None, float | None]]:
+    """Return subject, label and LE of each row of a shard's results."""
+    with reading_data(run.store, run.run, shard) as file:
+        columns = file.read(["index", "label"], use_threads=False).to_pydict()
+    labels = dict(zip(columns["index"], columns["label"], strict=True))
+    found = []
+    for folder in ("localization", "localization-controls"):
+        for subject, rows in read_shard(Store(f"{run.path}/metrics/{folder}"), shard, ["index", "le"]):
+            if subject in (FOUND, *_BASELINES):
+                found += [(subject, labels[row["index"]], row["le"]) for row in rows.to_pylist()]
+    return found
 
 
 def _numbers(mean: Mean) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Shape suffixes: N samples of a batch, M judged ones, H W the network's input, C 
 """
 # ruff: noqa: N815  (fields carry a shape suffix)
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
@@ -68,15 +69,14 @@ class _Shares:
     def __init__(self, models: Sequence[str]):
         self._models = len(models)
         self._keys = [*COLUMNS, *(f"{column}@{model}" for column in COLUMNS for model in models)]
-        self._sums: dict[str, Means] = {}
+        self._sums = defaultdict[str, Means](lambda: Means(len(self._keys)))
 
     def add(self, subject: str, rows: pa.RecordBatch) -> None:
         lists = [rows[column].drop_null().flatten() for column in COLUMNS]
         right_4NK = np.stack([one.to_numpy(zero_copy_only=False) for one in lists]).astype(float)
         right_4NK = right_4NK.reshape(len(COLUMNS), -1, self._models)
         each_N4K = right_4NK.swapaxes(0, 1).reshape(right_4NK.shape[1], -1)
-        means = self._sums.setdefault(subject, Means(len(self._keys)))
-        means.add(np.concatenate([right_4NK.mean(2).T, each_N4K], 1))
+        self._sums[subject].add(np.concatenate([right_4NK.mean(2).T, each_N4K], 1))
 
     def estimates(self) -> dict[str, dict[str, Estimate]]:
         return {subject: dict(zip(self._keys, own.estimates(), strict=True)) for subject, own in self._sums.items()}

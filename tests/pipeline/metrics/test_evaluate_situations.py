@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,11 @@ def test_a_run_and_shards_in_a_bucket_give_the_numbers_of_a_disk(made: Made, mon
                 s3.objects[str(path.relative_to(made.path.parent))] = path.read_bytes()
         url = f"s3://{BUCKET}/run"
         for _ in range(2):
+            s3.requests.clear()
             found = found_of(url, [f"s3://{BUCKET}/shards"])  # type: ignore[arg-type]
             assert found == expected
+        read = Counter(line for line in s3.requests if line.startswith("GET run/metrics/") and "/data/" in line)
+        assert list(read.values()) == [1] * 6  # the second call computed nothing
         assert json.loads(s3.objects["run/metrics/localization.json"])["samples"] == 15
         assert not [name for name in s3.objects if "_tmp-" in name or "_claim-" in name]
 
