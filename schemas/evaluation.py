@@ -16,7 +16,7 @@ MISSING, UNREADABLE = (NO_BOXES, NO_MASK), (BAD_BOXES, BAD_MASK)  # such samples
 
 HIT_BYTES = 128  # of the column box_hits
 PIXEL_BINS = 1002  # of the column pixel_counts
-SANITY = "sanity"  # the family of `saltern sanity`
+SANITY, ADVERSARIAL = "sanity", "adversarial"  # the families of `saltern sanity`: of an extraction, of an attack
 
 _IDENTITY = [
     pa.field("key", pa.string(), nullable=False),
@@ -71,6 +71,9 @@ FIELDS: dict[str, list[pa.Field]] = {
         *[pa.field(name, pa.list_(pa.float32())) for name in ("spearman", "absolute", "ssim", "entropy")],
         pa.field("constant", pa.list_(pa.bool_())),
     ],
+    # Of `saltern sanity` for an attack (pipeline/metrics/sanity/adversarial.py): in [0, 1]; in [-1, 1]; null if the row
+    # is not ok
+    ADVERSARIAL: [pa.field(name, pa.float64()) for name in ("overlap", "spearman")],
 }
 
 

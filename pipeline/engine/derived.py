@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from saltern.pipeline.engine.conduct import Job, RunOptions, RunResult, conduct
 from saltern.pipeline.runs.manifest import load_run, read_receipts, receipt_name
@@ -26,6 +26,17 @@ class StoppedError(Exception):
         self.result = result
 
 
+class DoneRun(Protocol):
+    """A run with its shards that are done, as `runs.reader.SaliencyRun`."""
+
+    path: str
+    store: Store
+    run: Run
+    given: frozenset[str]
+    shards: list[Shard]
+    receipts: list[Receipt]
+
+
 @dataclass(frozen=True)
 class Source:
     """The run that a job reads. It travels to the workers."""
@@ -35,22 +46,21 @@ class Source:
     trusted: frozenset[str]  # shards whose tars the user named
 
     @classmethod
-    def of(cls, run: SaliencyRun) -> "Source":
+    def of(cls, run: DoneRun) -> "Source":
         """Return the source of an open run."""
         return cls(run.path, replace(run.run, shards=[]), run.given)
 
     def open(self) -> SaliencyRun:
-        """Open the run for reading single shards."""
+        """Open the run, which is an extraction, for reading single shards."""
         return SaliencyRun(self.path, Store(self.path), self.run, {}, self.trusted)
 
-
-def read_receipt(run: SaliencyRun, shard: Shard) -> Receipt:
-    """Return the run's receipt of a shard. Raises ShardError if it is gone or damaged."""
-    raw = run.store.read(receipt_name(shard.name))
-    try:
-        return Receipt.from_json(raw or b"", sealed=run.run.sealed)
-    except ValueError as error:
-        raise ShardError(f"{run.path}: the receipt of {shard.name} is gone or damaged ({error})") from error
+    def receipt(self, shard: Shard) -> Receipt:
+        """Return the run's receipt of a shard. Raises ShardError if it is gone or damaged."""
+        raw = Store(self.path).read(receipt_name(shard.name))
+        try:
+            return Receipt.from_json(raw or b"", sealed=self.run.sealed)
+        except ValueError as error:
+            raise ShardError(f"{self.path}: the receipt of {shard.name} is gone or damaged ({error})") from error
 
 
 @contextlib.contextmanager
@@ -65,7 +75,7 @@ def reading_tar(shard: Shard) -> Iterator[None]:
 
 
 def derive(
-    run: SaliencyRun, root: str, job: Job, shards: Sequence[Shard], options: RunOptions, fix: str
+    run: DoneRun, root: str, job: Job, shards: Sequence[Shard], options: RunOptions, fix: str
 ) -> tuple[list[Shard], dict[str, str]]:
     """Run a job over shards of a run, or resume it. Results of data files that the run has replaced are made again.
 
@@ -114,7 +124,7 @@ def reading_results(root: str) -> Iterator[None]:
         raise UserError(f"{error}; remove {root} and repeat the command: it is made again") from error
 
 
-def _prepare(store: Store, plan: Callable[[Run | None, str, int], tuple[Run, list[str]]], source: SaliencyRun) -> bool:
+def _prepare(store: Store, plan: Callable[[Run | None, str, int], tuple[Run, list[str]]], source: DoneRun) -> bool:
     """Forget results that do not hold any more.
 
     Returns:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from saltern.pipeline.engine.conduct import Job, RunOptions
-from saltern.pipeline.engine.derived import Source, derive, fields_of_model, writing
+from saltern.pipeline.engine.derived import DoneRun, Source, derive, fields_of_model, writing
 from saltern.pipeline.extract.request import Pinned, pin
 from saltern.pipeline.metrics.family import Family
 from saltern.pipeline.metrics.processor import MetricProcessor
@@ -56,15 +56,16 @@ def measure(
     root = f"{run.path.rstrip('/')}/metrics/{family.name}{'-controls' * controls}"
     plan = partial(_plan, run, family, shards, request, {"controls": controls, **more})
     job = Job(plan, partial(MetricProcessor, source=Source.of(run), family=family))
-    return Store(root), *derive(run, root, job, shards, options, _fix(run))
+    return Store(root), *derive(run, root, job, shards, options, fix_of(run))
 
 
-def writing_to(run: SaliencyRun) -> AbstractContextManager[None]:
+def writing_to(run: DoneRun) -> AbstractContextManager[None]:
     """Raise UserError, with the fix, for an error of the run's folder."""
-    return writing(run.path, _fix(run))
+    return writing(run.path, fix_of(run))
 
 
-def _fix(run: SaliencyRun) -> str:
+def fix_of(run: DoneRun) -> str:
+    """Return what to do if results cannot be written into a run's folder."""
     link = f"`cp -rs {os.path.abspath(run.path)} COPY` links its files in a folder of yours"
     return f"make room, or measure a copy: {link if run.store.local else 'of its folder, without the shards'}"
 

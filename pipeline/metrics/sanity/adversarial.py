@@ -4,28 +4,15 @@ Shape suffixes: B batch, H W the network's input, N pixels.
 """
 # ruff: noqa: N815  (fields carry a shape suffix)
 
-import io
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
 
 from saltern.pipeline.metrics.sanity.similarity import spearman
-from saltern.pipeline.metrics.sanity.verdict import Figure
-from saltern.pipeline.runs.reader import read_columns
-from saltern.pipeline.storage.store import Store
-from saltern.schemas.config import AttackConfig
-from saltern.schemas.errors import UserError
-from saltern.schemas.run import Run
-from saltern.schemas.saliency import OK
+from saltern.pipeline.metrics.sanity.verdict import Moments, Numbers
 
 SHARE = 0.1  # of the pixels, that count as changed most and as salient most
-_AT_ONCE = 64  # images
 
 
 class Overlap(NamedTuple):
@@ -57,66 +44,34 @@ def _top(values_BN: Tensor, share: float) -> Tensor:
     return above_BN + equal_BN * (number - above_BN.sum(1, keepdim=True)) / equal_BN.sum(1, keepdim=True)
 
 
-@dataclass(frozen=True)
 class Adversarial:
-    """The figures of an attack run."""
+    """The figures of an attack run. Memory does not grow with the images."""
 
-    images: int
-    overlap: Figure
-    spearman: Figure
+    def __init__(self) -> None:
+        self.images = 0
+        self._moments = Moments()
+
+    def add(self, overlap_N: Numbers, spearman_N: Numbers) -> None:
+        """Add the values of images."""
+        self.images += len(overlap_N)
+        self._moments.add(np.stack([overlap_N, spearman_N]))
 
     def summary(self) -> dict[str, Any]:
         """Return everything as JSON."""
+        overlap, spearman = self._moments.figures()
         return {
             "images": self.images,
             "share": SHARE,
-            "overlap": self.overlap.to_json(),
+            "overlap": overlap.to_json(),
             "overlap_by_chance": SHARE,
-            "spearman": self.spearman.to_json(),
+            "spearman": spearman.to_json(),
         }
 
     def lines(self) -> list[str]:
         """Return the figures as lines of text."""
+        overlap, spearman = self._moments.figures()
         return [
             f"{self.images} images: of the {100 * SHARE:.0f} % of the pixels that the plain attack changes most, a "
-            f"share of {self.overlap} is among the most salient {100 * SHARE:.0f} % (by chance {SHARE})",
-            f"rank correlation of the map and the change of a pixel: {self.spearman} (by chance 0)",
+            f"share of {overlap} is among the most salient {100 * SHARE:.0f} % (by chance {SHARE})",
+            f"rank correlation of the map and the change of a pixel: {spearman} (by chance 0)",
         ]
-
-
-def judge_attacks(store: Store, run: Run, images: int | None = None) -> Adversarial:
-    """Compare the maps of an attack run with its plain attack, which knows no map, from the pictures in its rows.
-
-    Args:
-        images: use the first so many rows that are ok; None: all.
-
-    Raises:
-        UserError: the run stores no images, or no row is ok.
-    """
-    if not run.config_of(AttackConfig).save_images:
-        raise UserError(f"{store.path} was made with --no-images, and holds no pictures to compare")
-    usable = islice(_rows(store, run), images)
-    parts = []
-    while rows := list(islice(usable, _AT_ONCE)):
-        parts.append(overlap(*_pixels(rows)))
-    if not parts:
-        raise UserError(f"{store.path} has no row that is ok; `saltern status {store.path}` says why")
-    shares, correlations = (
-        np.concatenate([getattr(part, name).numpy() for part in parts]) for name in ("overlap_B", "spearman_B")
-    )
-    return Adversarial(len(shares), Figure.of(shares), Figure.of(correlations))
-
-
-def _rows(store: Store, run: Run) -> Iterator[dict[str, Any]]:
-    rows = read_columns(store, run, ["status", "image", "map", "plain_image"])
-    return (row for row in rows if row["status"] == OK)
-
-
-def _pixels(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-    """Return maps and changes of rows, in levels of 8 bits."""
-
-    def stacked(name: str) -> Tensor:
-        return torch.from_numpy(np.stack([np.asarray(Image.open(io.BytesIO(row[name]))) for row in rows]))
-
-    change_BHW = (stacked("plain_image").int() - stacked("image").int()).abs().sum(-1)
-    return stacked("map"), change_BHW

@@ -1,7 +1,7 @@
 """Judge the sanity of a run's method by images of its shards, and keep the results in RUN/metrics."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,9 +10,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from saltern.pipeline.engine.conduct import RunOptions
-from saltern.pipeline.engine.derived import reading_results
+from saltern.pipeline.engine.derived import DoneRun, reading_results
 from saltern.pipeline.metrics.measure import measure, writing_to
-from saltern.pipeline.metrics.sanity.adversarial import judge_attacks
+from saltern.pipeline.metrics.sanity.adversarial import Adversarial
+from saltern.pipeline.metrics.sanity.attacked import AttackRun, judge_attacks
 from saltern.pipeline.metrics.sanity.family import MAPPED, SanityFamily
 from saltern.pipeline.metrics.sanity.plot import plot
 from saltern.pipeline.metrics.sanity.verdict import COLUMNS, Curves, lines
@@ -25,6 +26,7 @@ from saltern.schemas.config import ATTACK
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.evaluation import SANITY
 from saltern.schemas.run import Shard
+from saltern.schemas.saliency import OK
 
 SUMMARY, PICTURE = f"metrics/{SANITY}.json", f"metrics/{SANITY}.png"
 
@@ -55,9 +57,10 @@ class Sanity:
 def sanity(request: SanityRequest, options: RunOptions) -> Sanity:
     """Judge the method of an extraction by cascading randomisation, that of an attack by the pixels that it changes.
 
-    Writes RUN/metrics/sanity.json. For an extraction it is a resumable job of the engine, which writes a row for each
-    image in RUN/metrics/sanity/ (schemas.evaluation), and the plot RUN/metrics/sanity.png. A stage has one pass of the
-    method over each image; all are in float32. Shards that cannot be read are skipped and listed.
+    A resumable job of the engine. Writes RUN/metrics/sanity.json, and a row for each image (schemas.evaluation): for an
+    extraction in RUN/metrics/sanity/, with the plot RUN/metrics/sanity.png, for an attack in RUN/metrics/adversarial/.
+    A stage has one pass of the method over each image; all are in float32. Shards that cannot be read are skipped and
+    listed.
 
     Args:
         request: the run, the images and the stages.
@@ -73,8 +76,9 @@ def sanity(request: SanityRequest, options: RunOptions) -> Sanity:
     head = {name: config[name] for name in ("model", "method", "layer", "options")}
     head = {"run": path, "fingerprint": run.fingerprint, **head}
     if run.config.job == ATTACK:
-        attacked = judge_attacks(store, run, request.images)
-        found = Sanity({**head, "adversarial": attacked.summary()}, attacked.lines())
+        attacked, unread = _attacks(AttackRun(path, store, run), request, options)
+        summary = {**head, "unread_shards": unread, "adversarial": attacked.summary()}
+        found = Sanity(summary, attacked.lines(), unread)
     else:
         opened = open_run(path, request.shards)
         curves, unread = _cascades(opened, request, options)
@@ -86,10 +90,22 @@ def sanity(request: SanityRequest, options: RunOptions) -> Sanity:
     return found
 
 
+def _attacks(run: AttackRun, request: SanityRequest, options: RunOptions) -> tuple[Adversarial, dict[str, str]]:
+    """Measure the first images of an attack. Returns their figures, and the shards that could not be read."""
+    shards = _first(run, run.shards, request.images, (OK,))
+    if not shards:
+        raise UserError(f"{run.path} has no row that is ok; `saltern status {run.path}` says why")
+    found, unread = judge_attacks(run, shards, request, options)
+    if not found.images:
+        name, why = next(iter(unread.items()), (run.path, "its shards have no row that is ok"))
+        raise UserError(f"no image could be judged: {name}: {why}")
+    return found, unread
+
+
 def _cascades(run: SaliencyRun, request: SanityRequest, options: RunOptions) -> tuple[Curves, dict[str, str]]:
     """Measure the first images that have a map. Returns their sums, and the shards that could not be read."""
     there = [shard for shard in run.shards if not request.shards or shard.name in run.given]
-    shards = _first_mapped(run, there, request.images)
+    shards = _first(run, there, request.images, MAPPED)
     if not shards:
         raise UserError(f"{run.path} has no image with a map; `saltern status {run.path}` says why")
     store, done, unread = measure(run, SanityFamily, shards, request, options, stages=request.stages or 0)
@@ -101,30 +117,35 @@ def _cascades(run: SaliencyRun, request: SanityRequest, options: RunOptions) -> 
     return curves, unread
 
 
-def _first_mapped(run: SaliencyRun, shards: Sequence[Shard], images: int) -> list[Shard]:
-    """Return the shards that hold the first images with a map; of the last one, its first samples only."""
+def _first(run: DoneRun, shards: Sequence[Shard], images: int, statuses: Collection[str]) -> list[Shard]:
+    """Return the shards that hold the first images with these statuses; of the last one, its first samples only."""
+    receipts = {shard.name: receipt for shard, receipt in zip(run.shards, run.receipts, strict=True)}
     wanted: list[Shard] = []
     for shard in shards:
-        try:
-            mapped_N = _mapped(run, shard)
-        except ShardError:
-            wanted.append(shard)  # the engine names it
-            continue
-        if len(mapped_N) >= images:
-            return [*wanted, replace(shard, take=int(mapped_N[images - 1]) + 1)]
-        if len(mapped_N):
+        receipt = receipts[shard.name]
+        if receipt.statuses.keys() <= set(statuses):  # its receipt tells enough, so the data file is not read
+            index_N = np.arange(receipt.samples)
+        else:
+            try:
+                index_N = _indices(run, shard, statuses)
+            except ShardError:
+                wanted.append(shard)  # the engine names it
+                continue
+        if len(index_N) >= images:
+            return [*wanted, replace(shard, take=int(index_N[images - 1]) + 1)]
+        if len(index_N):
             wanted.append(shard)
-        images -= len(mapped_N)
+        images -= len(index_N)
     return wanted
 
 
-def _mapped(run: SaliencyRun, shard: Shard) -> NDArray[np.int64]:
-    """Return the indices of the samples whose first row has a map."""
+def _indices(run: DoneRun, shard: Shard, statuses: Collection[str]) -> NDArray[np.int64]:
+    """Return the indices of the samples whose first row has one of these statuses."""
     with reading_data(run.store, run.run, shard) as file:
         rows = file.read(["index", "status"], use_threads=False)
     index_N, first_N = np.unique(rows["index"].to_numpy(), return_index=True)
-    mapped_N: NDArray[np.int64] = index_N[np.isin(np.asarray(rows["status"].to_pylist())[first_N], MAPPED)]
-    return mapped_N
+    found_N: NDArray[np.int64] = index_N[np.isin(np.asarray(rows["status"].to_pylist())[first_N], list(statuses))]
+    return found_N
 
 
 def _read_curves(store: Store, shards: Sequence[Shard]) -> Curves:
