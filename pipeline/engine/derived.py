@@ -54,13 +54,14 @@ class Source:
         """Open the run, which is an extraction, for reading single shards."""
         return SaliencyRun(self.path, Store(self.path), self.run, {}, self.trusted)
 
-    def receipt(self, shard: Shard) -> Receipt:
-        """Return the run's receipt of a shard. Raises ShardError if it is gone or damaged."""
-        raw = Store(self.path).read(receipt_name(shard.name))
-        try:
-            return Receipt.from_json(raw or b"", sealed=self.run.sealed)
-        except ValueError as error:
-            raise ShardError(f"{self.path}: the receipt of {shard.name} is gone or damaged ({error})") from error
+
+def read_receipt(store: Store, run: Run, shard: Shard) -> Receipt:
+    """Return a run's receipt of a shard. Raises ShardError if it is gone or damaged."""
+    raw = store.read(receipt_name(shard.name))
+    try:
+        return Receipt.from_json(raw or b"", sealed=run.sealed)
+    except ValueError as error:
+        raise ShardError(f"{store.path}: the receipt of {shard.name} is gone or damaged ({error})") from error
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ def write_arrays(folder: Folder, run: SaliencyRun, shard: Shard) -> int:
     Returns:
         The number of rows.
     """
-    expected = read_receipt(run, shard).rows
+    expected = read_receipt(run.store, run.run, shard).rows
     rows = 0
     with ExitStack() as stack:
         map_ = _Array(folder, stack, f"{shard.name}.map.npy", expected, np.dtype(np.float32))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from saltern.pipeline.engine.derived import Source
+from saltern.pipeline.engine.derived import Source, read_receipt
 from saltern.pipeline.export.arrays import write_arrays
 from saltern.pipeline.export.coco import read_images
 from saltern.pipeline.export.folder import Folder
@@ -43,7 +43,7 @@ class ExportProcessor:
 
     def __init__(self, spec: Spec, source: Source, out: str):
         self._form = spec.run.config_of(ExportConfig).form
-        self._source, self._run = source, source.open()
+        self._run = source.open()
         self._folder = Folder.at(out, spec.scratch)
         self._folder.mark(self._run, self._form)
         self._spec, self._outlet, self._schema = spec, Outlet(spec), data_schema(spec.run, {})
@@ -57,7 +57,7 @@ class ExportProcessor:
             OSError: an error of the environment, worth a retry.
             OutputError: the folder accepts no more data.
         """
-        receipt = self._source.receipt(shard)
+        receipt = read_receipt(self._run.store, self._run.run, shard)
         if earlier is not None and is_of(earlier, receipt.digest) and self._form in _NO_TARS:
             return Made(replace(earlier, mtime_ns=shard.mtime_ns), {})
         tally = Tally()

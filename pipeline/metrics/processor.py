@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saltern.pipeline.device import arithmetic, faults
-from saltern.pipeline.engine.derived import Source, reading_tar
+from saltern.pipeline.engine.derived import Source, read_receipt, reading_tar
 from saltern.pipeline.metrics.control_rows import control_rows
 from saltern.pipeline.metrics.family import Batch, Family
 from saltern.pipeline.runs.columns import Record, from_records
@@ -46,7 +46,7 @@ class MetricProcessor:
         self, spec: Spec, source: Source, family: Callable[[ExtractConfig, EvaluateConfig, torch.device], Family]
     ):
         self._config = spec.run.config_of(EvaluateConfig)
-        self._source, self._run = source, source.open()
+        self._run = source.open()
         self._device = torch.device(spec.device)
         self._outlet, self.schema = Outlet(spec), data_schema(spec.run, {})
         self.images: dict[str, int] = {}
@@ -66,7 +66,7 @@ class MetricProcessor:
             OSError: an error of the environment, worth a retry.
             OutputError: the folder accepts no more data.
         """
-        digest = self._source.receipt(shard).digest
+        digest = read_receipt(self._run.store, self._run.run, shard).digest
         if earlier is not None and is_of(earlier, digest):
             with reading_tar(shard):
                 read = content_of(self._run.tar(shard), named=self._run.config.members, more=self._family.members)

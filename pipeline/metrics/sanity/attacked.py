@@ -18,7 +18,7 @@ from PIL import Image
 
 from saltern.pipeline.device import faults
 from saltern.pipeline.engine.conduct import Job, RunOptions
-from saltern.pipeline.engine.derived import Source, derive, fields_of_model, reading_results
+from saltern.pipeline.engine.derived import Source, derive, fields_of_model, read_receipt, reading_results
 from saltern.pipeline.extract.request import Pinned, pin
 from saltern.pipeline.metrics.measure import fix_of
 from saltern.pipeline.metrics.sanity.adversarial import Adversarial, overlap
@@ -109,7 +109,7 @@ class AttackedProcessor:
 
     def __init__(self, spec: Spec, source: Source):
         self._config = spec.run.config_of(EvaluateConfig)
-        self._source, self._store, self._device = source, Store(source.path), torch.device(spec.device)
+        self._run, self._store, self._device = source.run, Store(source.path), torch.device(spec.device)
         self._outlet, self._schema = Outlet(spec), data_schema(spec.run, {})
         self.images: dict[str, int] = {}
         self._threads = ThreadPoolExecutor(max(1, spec.decode_threads), "saltern-decode")
@@ -125,7 +125,7 @@ class AttackedProcessor:
             OSError: an error of the environment, worth a retry.
             OutputError: the folder accepts no more data.
         """
-        digest = self._source.receipt(shard).digest
+        digest = read_receipt(self._store, self._run, shard).digest
         if earlier is not None and is_of(earlier, digest):
             return Made(replace(earlier, mtime_ns=shard.mtime_ns), {})
         tally = Tally()
@@ -152,7 +152,7 @@ class AttackedProcessor:
 
     def _read(self, shard: Shard) -> Iterator[pa.RecordBatch]:
         columns = [*_COLUMNS, *_PICTURES]
-        with reading_data(self._store, self._source.run, shard) as file:
+        with reading_data(self._store, self._run, shard) as file:
             for batch in file.iter_batches(self._config.batch_size, columns=columns, use_threads=False):
                 rows = batch if shard.take is None else batch.filter(pc.less(batch["index"], shard.take))
                 if not rows.num_rows:
