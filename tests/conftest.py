@@ -2,12 +2,14 @@
 
 import gc
 import os
+import re
 import secrets
 import signal
 import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,16 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return "\npytestmark = pytest.mark.slow\n" in collection_path.read_text() or None
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[Any]:
+    """Collect no garbage meanwhile: nearly all of a million new objects stay, and each collection visits them."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that use these fixtures as slow. Files with slow tests come first, so that none ends a run."""
@@ -50,7 +62,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not SLOW.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker("slow")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (not shares(item.nodeid), item.path not in slow))
+
+
+def shares(nodeid: str) -> bool:
+    """Return whether the file of a test uses fixtures whose processes serve a session: a Ray cluster, or ranks."""
+    return _shares(nodeid.partition("::")[0])
+
+
+@cache
+def _shares(file: str) -> bool:
+    text = (Path(__file__).parents[1] / file).read_text()
+    return bool(re.search(r"\b(ray_address|forking|in_ranks)\b", text))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Send all files that share such processes to one test process, so that each is started once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "shared" if shares(nodeid) else super()._split_scope(nodeid)
+
+    return Files(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def pytest_collection_finish() -> None:
