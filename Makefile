@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 ENVIRONMENT := $(VENV)/pyvenv.cfg
 
+# Tests start many processes: without these files, each would compile Saltern again.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo quick test check bench
 
 $(ENVIRONMENT):

@@ -26,7 +26,8 @@ export RAY_prestart_worker_first_driver=0 # a process for each core, which no wo
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000))
 address="$head:$port"
-ray_start=(ray start --block --num-cpus="$SLURM_CPUS_PER_TASK" --disable-usage-stats)
+# Drivers get no lines of workers, so that nobody needs a process that reads their logs.
+ray_start=(ray start --block --num-cpus="$SLURM_CPUS_PER_TASK" --disable-usage-stats --include-log-monitor=false)
 
 # The steps end with this script. Never `ray stop`: it ends every Ray process of the user.
 srun --nodes=1 --ntasks=1 --nodelist="$head" --overlap \

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_fixed
+from tenacity import (
+    AsyncRetrying,
+    Retrying,
+    retry_if_exception_message,
+    retry_if_exception_type,
+    stop_after_delay,
+    wait_fixed,
+)
 
 from saltern import __version__
 from saltern.pipeline.naming import install_hint
@@ -20,7 +27,8 @@ from saltern.schemas.errors import UserError
 
 CONNECT_S = 10.0
 QUIET_S = 20.0  # a log without news is opened again, in case its connection was lost without notice
-PATIENCE_S = 60.0  # the cluster of a followed job may be unreachable for this long
+PATIENCE_S = 60.0  # a cluster may be unreachable, or its head start, for this long
+PAUSE_S = 1.0  # before the next try
 STOPPED = 130  # exit code of a job that somebody stopped
 _TOKEN = "the head's token in RAY_AUTH_TOKEN, in a file named by RAY_AUTH_TOKEN_PATH, or in ~/.ray/auth_token"  # noqa: S105
 
@@ -110,9 +118,16 @@ def _start(client: Any, name: str, submission: Submission, folder: Path) -> bool
         **({"saltern.out": submission.out} if submission.out else {}),
     }
     environment = {"working_dir": str(folder)}
+    # A head that has just started accepts connections before it accepts jobs.
+    starting = retry_if_exception_message(match=".*No available agent")
+    patience = Retrying(stop=stop_after_delay(PATIENCE_S), wait=wait_fixed(PAUSE_S), retry=starting, reraise=True)
     try:
-        client.submit_job(
-            entrypoint=submission.entrypoint, submission_id=name, runtime_env=environment, metadata=metadata
+        patience(
+            client.submit_job,
+            entrypoint=submission.entrypoint,
+            submission_id=name,
+            runtime_env=environment,
+            metadata=metadata,
         )
     except RuntimeError as error:
         if "already exists" in str(error):  # Ray answers with status 500 and a traceback
@@ -156,7 +171,7 @@ async def _follow(client: Any, name: str, write: Callable[[str], object]) -> Any
             log = await _ask(client.get_job_logs, name)
             write(log[written:])  # the tail may end before the log does
             return info
-        await asyncio.sleep(1)
+        await asyncio.sleep(PAUSE_S)
 
 
 async def _next_chunk(chunks: AsyncIterator[str]) -> str | None:
@@ -172,7 +187,7 @@ async def _next_chunk(chunks: AsyncIterator[str]) -> str | None:
 async def _ask(call: Callable[[str], Any], name: str) -> Any:
     """Ask the head about a job, repeatedly for PATIENCE_S. Raises UserError if it stays unreachable."""
     retry = retry_if_exception_type((OSError, RuntimeError))
-    patience = AsyncRetrying(stop=stop_after_delay(PATIENCE_S), wait=wait_fixed(2), retry=retry, reraise=True)
+    patience = AsyncRetrying(stop=stop_after_delay(PATIENCE_S), wait=wait_fixed(PAUSE_S), retry=retry, reraise=True)
     try:
         return await patience(asyncio.to_thread, call, name)
     except (OSError, RuntimeError) as error:

@@ -38,6 +38,65 @@ node.Node.start_ray_client_server = lambda self: None
 main()
 """
 
+# Reads one call in JSON from each line, runs it in a fork of this process, and prints the fork's number and exit code.
+FORKS = """
+import json, os, signal, sys
+import aiohttp, ray.dashboard.modules.job.sdk, ray.job_submission
+import saltern.jobs.main, saltern.pipeline.submit.staging, saltern.pipeline.submit.submission
+for line in sys.stdin:
+    call = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        for number, path in enumerate([os.devnull, *call["streams"]]):
+            os.dup2(os.open(path, os.O_RDWR), number)
+        signal.alarm(120)
+        os.chdir(call["cwd"])
+        os.environ.clear()
+        os.environ.update(call["env"])
+        sys.argv = call["words"]
+        exec(call["code"])
+        sys.exit()
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+COMMAND = "saltern.jobs.main.main()"
+
+
+class Forks:
+    """A process that has imported Ray's client, which takes seconds, and runs commands of users in its forks."""
+
+    def __init__(self, folder: Path, env: dict[str, str]):
+        self._streams = [folder / "out", folder / "err"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self._process = subprocess.Popen([sys.executable, "-c", FORKS], env=env, text=True, **pipes)
+
+    def start(self, *words: str, cwd: Path, env: dict[str, str], code: str = COMMAND) -> int:
+        """Run code with the words of a command line. Returns the number of the process."""
+        call = {"streams": list(map(str, self._streams)), "cwd": str(cwd), "env": env, "words": words, "code": code}
+        for path in self._streams:
+            path.write_bytes(b"")
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(call) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def said(self) -> str:
+        """Return the output so far of what was started last."""
+        return self._streams[0].read_text()
+
+    def end(self) -> subprocess.CompletedProcess[str]:
+        """Wait for the end of what was started last."""
+        code = self._answer()
+        return subprocess.CompletedProcess([], code, *(path.read_text() for path in self._streams))
+
+    def _answer(self) -> int:
+        assert self._process.stdout is not None
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
 
 @dataclass
 class Head:
@@ -47,6 +106,7 @@ class Head:
     token: str
     hold: Path
     env: dict[str, str]  # of a user who has the token
+    forks: Forks
 
     def ask(self, path: str, method: str = "GET") -> Any:
         """Return the answer of the dashboard's Jobs API."""
@@ -56,8 +116,13 @@ class Head:
             return json.load(answer)
 
     def submit(self, *words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-        """Run `saltern submit` as a user who has the token."""
-        return submit("--address", self.address, *words, cwd=cwd, env=self.env | env)
+        """Run `saltern submit` in a fork, as a user who has the token."""
+        self.start(*words, cwd=cwd, **env)
+        return self.forks.end()
+
+    def start(self, *words: str, cwd: Path, **env: str) -> int:
+        """Start what `submit` runs. Returns the number of the process."""
+        return self.forks.start("saltern", "submit", "--address", self.address, *words, cwd=cwd, env=self.env | env)
 
     def wait_for(self, name: str, *statuses: str) -> dict[str, Any]:
         """Return the job when it has one of the statuses."""
@@ -111,8 +176,12 @@ def started_head() -> Iterator[Head]:
     with (folder / "head.log").open("wb") as log:
         process = subprocess.Popen(command, env=env | own, stdout=log, stderr=log, start_new_session=True)
     try:
-        _await(process, address, folder / "head.log")
-        yield Head(address, token, hold, env)
+        forks = Forks(folder, env)
+        try:
+            _await(process, address, folder / "head.log")
+            yield Head(address, token, hold, env, forks)
+        finally:
+            forks.close()
     finally:
         _end(process)
         shutil.rmtree(folder, ignore_errors=True)

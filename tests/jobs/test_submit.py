@@ -1,15 +1,16 @@
 """saltern submit against a real Ray head on loopback, with a token."""
 
 import json
+import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from faults import until
 from making import OWN_NET, write_shard
-from ray_head import CLI, Head, started_head, submit, user_env
+from ray_head import Head, started_head, submit, user_env
 
 from saltern import __version__
 
@@ -42,8 +43,9 @@ def head() -> Iterator[Head]:
 def test_a_failing_job_reads_its_config_and_passes_its_exit_code_on(head: Head, tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text('model = "resnet18"\nmethod = "grad-cam"\n')
     words = ("extract", "no-such/*.tar", "--out", "run", "--config", "c.toml")
-    ended = head.submit("--follow", "--", *words, cwd=tmp_path)
+    ended = submit("--address", head.address, "--follow", "--", *words, cwd=tmp_path, env=head.env)
     assert ended.returncode == 2, ended.stdout + ended.stderr
+    assert ended.stdout, ended.stderr
     assert f"{tmp_path}/no-such/*.tar" in ended.stdout.splitlines()[-1]
     assert f"paths that the cluster must see: {tmp_path}/no-such/*.tar, {tmp_path}/run" in ended.stderr
     name = ended.stderr.split("started ")[1].split()[0]
@@ -81,7 +83,7 @@ def test_the_same_job_again(head: Head, tmp_path: Path) -> None:
         head.wait_for(name, "STOPPED")
     finally:
         head.hold.unlink()
-    assert _follow(head, name) == (130, "was stopped")
+    assert _follow(head, name, tmp_path) == (130, "was stopped")
     after = head.submit("--follow", "--", *words, cwd=tmp_path)
     assert after.returncode == 2
     assert f"started {name}-2" in after.stderr
@@ -91,32 +93,29 @@ def test_the_same_job_again(head: Head, tmp_path: Path) -> None:
 def _interrupted(head: Head, name: str, words: tuple[str, ...], cwd: Path) -> subprocess.CompletedProcess[str]:
     """Follow a held job, and press Ctrl-C after its first line."""
     head.wait_for(name, "RUNNING")
-    command = [*CLI, "--address", head.address, "--follow", "--", *words]
-    with subprocess.Popen(
-        command, cwd=cwd, env=head.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+    process = head.start("--follow", "--", *words, cwd=cwd)
+    until(lambda: "\n" in head.forks.said())
+    os.kill(process, signal.SIGINT)
+    return head.forks.end()
 
 
-def _follow(head: Head, name: str) -> tuple[int, str]:
+def _follow(head: Head, name: str, cwd: Path) -> tuple[int, str]:
     """Follow a job that has ended."""
     script = (
         "import sys; from saltern.pipeline.submit.submission import job_client, follow; "
         "code, end = follow(job_client(sys.argv[1]), sys.argv[2], lambda text: None); print(code, end)"
     )
-    command = [sys.executable, "-c", script, head.address, name]
-    out = subprocess.run(command, env=head.env, capture_output=True, text=True, timeout=60, check=True).stdout
-    code, _, end = out.strip().partition(" ")
+    head.forks.start("python", head.address, name, cwd=cwd, env=head.env, code=script)
+    ended = head.forks.end()
+    assert ended.returncode == 0, ended.stderr
+    code, _, end = ended.stdout.strip().partition(" ")
     return int(code), end
 
 
 def test_a_wrong_token_is_refused_in_one_line(head: Head, tmp_path: Path) -> None:
     env = user_env(tmp_path, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64)
-    ended = submit("--address", head.address, "--", "methods", cwd=tmp_path, env=env)
+    head.forks.start("saltern", "submit", "--address", head.address, "--", "methods", cwd=tmp_path, env=env)
+    ended = head.forks.end()
     assert (ended.returncode, ended.stdout) == (2, "")
     assert "refuses this token" in ended.stderr
     assert len(ended.stderr.splitlines()) == 1, ended.stderr
@@ -124,16 +123,14 @@ def test_a_wrong_token_is_refused_in_one_line(head: Head, tmp_path: Path) -> Non
 
 
 def test_missing_tokens(head: Head, tmp_path: Path) -> None:
-    """One process tries all, as it starts slowly."""
     expected = {
         "{}": "asks for a token; set RAY_AUTH_MODE=token",
         '{"RAY_AUTH_MODE": "token"}': "no token was found",
         '{"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/no/such/token"}': "no token was found",
     }
-    ended = subprocess.run(
-        [sys.executable, "-c", TOKENS, head.address, *expected],
-        env=user_env(tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+    head.forks.start("python", head.address, *expected, cwd=tmp_path, env=user_env(tmp_path), code=TOKENS)
+    ended = head.forks.end()
+    assert ended.returncode == 0, ended.stderr
     for line, words in zip(ended.stdout.splitlines(), expected.values(), strict=True):
         assert line.startswith("UserError ")
         assert words in line

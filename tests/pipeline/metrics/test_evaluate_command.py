@@ -18,6 +18,7 @@ from pages import members
 from typer.testing import CliRunner
 
 from saltern.jobs.main import app
+from saltern.pipeline.engine import driver
 from saltern.pipeline.metrics.faithfulness.maps import StatisticsFamily
 from saltern.pipeline.metrics.localization.levels import LEVELS
 from saltern.pipeline.metrics.localization.maxbox import box_hits
@@ -45,7 +46,8 @@ def test_shards_that_were_moved_or_are_some_of_the_runs(tmp_path: Path) -> None:
     assert found_of(made.path, [str(moved)]) == everything
 
 
-def test_a_tar_of_another_size_is_not_the_runs(tmp_path: Path) -> None:
+def test_a_tar_of_another_size_is_not_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "BACKOFF_S", (0.01, 0.02))
     made = make_run(tmp_path, json=inclusive((10, 10, 40, 40)))
     tar = Path(made.run.shards[1].url)
     elsewhere = tmp_path / "elsewhere/part1/train.tar"

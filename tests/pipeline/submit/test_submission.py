@@ -1,11 +1,13 @@
 """Follow jobs on a cluster with a fake dashboard."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from saltern.pipeline.submit import submission
+from saltern.pipeline.submit.staging import Submission
 from saltern.schemas.errors import UserError
 
 
@@ -50,7 +52,38 @@ class Flaky:
         return self.log
 
 
-@pytest.mark.slow
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submission, "PAUSE_S", 0.01)
+
+
+class Starting:
+    """A head whose agent for jobs starts late."""
+
+    def __init__(self, late: int, error: str = "No available agent to submit job, please try again later."):
+        self.late, self.error = late, error
+
+    def submit_job(self, **job: Any) -> str:
+        self.late -= 1
+        if self.late >= 0:
+            raise RuntimeError(f"Request failed with status code 500: {self.error}")
+        return str(job["submission_id"])
+
+
+JOB = Submission("status", [], None, "0123456789", [])
+
+
+def test_a_head_that_starts_gets_the_job_when_it_can(tmp_path: Path) -> None:
+    assert submission.submit(Starting(2), JOB, tmp_path) == ("saltern-status-01234567", True)
+
+
+def test_another_refusal_of_the_head_is_no_reason_to_wait(tmp_path: Path) -> None:
+    head = Starting(2, "disk full")
+    with pytest.raises(UserError, match=r"the cluster refuses the job: .*disk full"):
+        submission.submit(head, JOB, tmp_path)
+    assert head.late == 1
+
+
 def test_each_line_of_the_log_comes_once() -> None:
     written: list[str] = []
     assert submission.follow(Flaky(), "x", written.append) == (0, "")
@@ -88,7 +121,6 @@ def test_the_exit_code_of_a_failed_job(code: int | None, ours: int) -> None:
     assert said == ("" if code is not None else "failed before it ran: no python")
 
 
-@pytest.mark.slow
 def test_a_quiet_connection_is_opened_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that was lost without notice sends nothing and never ends."""
 
