@@ -55,15 +55,6 @@ class Source:
         return SaliencyRun(self.path, Store(self.path), self.run, {}, self.trusted)
 
 
-def read_receipt(store: Store, run: Run, shard: Shard) -> Receipt:
-    """Return a run's receipt of a shard. Raises ShardError if it is gone or damaged."""
-    raw = store.read(receipt_name(shard.name))
-    try:
-        return Receipt.from_json(raw or b"", sealed=run.sealed)
-    except ValueError as error:
-        raise ShardError(f"{store.path}: the receipt of {shard.name} is gone or damaged ({error})") from error
-
-
 @contextlib.contextmanager
 def reading_tar(shard: Shard) -> Iterator[None]:
     """Raise ShardError, with the fix, if the tar is gone or not for this user. Other errors are worth a retry."""

@@ -6,9 +6,9 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from saltern.pipeline.engine.derived import read_receipt
 from saltern.pipeline.export.facts import to_json, values
 from saltern.pipeline.export.folder import Folder
+from saltern.pipeline.runs.manifest import read_receipt
 from saltern.pipeline.runs.reader import SaliencyRun
 from saltern.schemas.errors import ShardError
 from saltern.schemas.run import Shard
@@ -23,7 +23,7 @@ def write_arrays(folder: Folder, run: SaliencyRun, shard: Shard) -> int:
     Returns:
         The number of rows.
     """
-    expected = read_receipt(run.store, run.run, shard).rows
+    expected = read_receipt(run.store, run.run, shard.name).rows
     rows = 0
     with ExitStack() as stack:
         map_ = _Array(folder, stack, f"{shard.name}.map.npy", expected, np.dtype(np.float32))

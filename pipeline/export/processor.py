@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from saltern.pipeline.engine.derived import Source, read_receipt
+from saltern.pipeline.engine.derived import Source
 from saltern.pipeline.export.arrays import write_arrays
 from saltern.pipeline.export.coco import read_images
 from saltern.pipeline.export.folder import Folder
@@ -12,6 +12,7 @@ from saltern.pipeline.export.pictures import write_pictures
 from saltern.pipeline.export.sidecars import write_sidecar
 from saltern.pipeline.runs.columns import Record, from_records
 from saltern.pipeline.runs.datafile import data_schema, reading_data
+from saltern.pipeline.runs.manifest import read_receipt
 from saltern.pipeline.runs.measured import is_of
 from saltern.pipeline.runs.outlet import Made, Outlet, Spec, Tally
 from saltern.pipeline.runs.reader import SaliencyRun
@@ -57,7 +58,7 @@ class ExportProcessor:
             OSError: an error of the environment, worth a retry.
             OutputError: the folder accepts no more data.
         """
-        receipt = read_receipt(self._run.store, self._run.run, shard)
+        receipt = read_receipt(self._run.store, self._run.run, shard.name)
         if earlier is not None and is_of(earlier, receipt.digest) and self._form in _NO_TARS:
             return Made(replace(earlier, mtime_ns=shard.mtime_ns), {})
         tally = Tally()

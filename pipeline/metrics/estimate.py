@@ -71,14 +71,9 @@ class ColumnMeans:
 
     def add(self, subject: str, rows: pa.RecordBatch) -> None:
         """Add rows of a subject."""
-        values_NC = np.stack([_floats(rows[name]) for name in self.columns], 1)
-        self._sums[subject].add(values_NC)
+        columns = [rows[name].to_numpy(zero_copy_only=False) for name in self.columns]  # a null becomes NaN
+        self._sums[subject].add(np.stack(columns, 1).astype(np.float64))
 
     def estimates(self) -> dict[str, dict[str, Estimate]]:
         """Return the estimate of each column by subject."""
         return {subject: dict(zip(self.columns, own.estimates(), strict=True)) for subject, own in self._sums.items()}
-
-
-def _floats(column: pa.Array) -> NDArray[np.float64]:
-    values_N: NDArray[np.float64] = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
-    return values_N

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from saltern.pipeline.device import arithmetic, faults
-from saltern.pipeline.engine.derived import Source, read_receipt, reading_tar
+from saltern.pipeline.engine.derived import Source, reading_tar
 from saltern.pipeline.metrics.control_rows import control_rows
 from saltern.pipeline.metrics.family import Batch, Family
 from saltern.pipeline.runs.columns import Record, from_records
 from saltern.pipeline.runs.datafile import data_schema
+from saltern.pipeline.runs.manifest import read_receipt
 from saltern.pipeline.runs.measured import is_of
 from saltern.pipeline.runs.outlet import Made, Outlet, Spec, Tally
 from saltern.pipeline.runs.reader import Row
@@ -66,7 +67,7 @@ class MetricProcessor:
             OSError: an error of the environment, worth a retry.
             OutputError: the folder accepts no more data.
         """
-        digest = read_receipt(self._run.store, self._run.run, shard).digest
+        digest = read_receipt(self._run.store, self._run.run, shard.name).digest
         if earlier is not None and is_of(earlier, digest):
             with reading_tar(shard):
                 read = content_of(self._run.tar(shard), named=self._run.config.members, more=self._family.members)

@@ -1,5 +1,6 @@
 """Read the data files of an evaluation, each once, many at a time."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
@@ -42,9 +43,20 @@ def _pieces(store: Store, shard: Shard, raw: bytes, columns: Sequence[str]) -> I
     with reading(store.full(data_name(shard.name))):
         file = pq.ParquetFile(pa.BufferReader(raw))
         for batch in file.iter_batches(512, columns=["subject", *columns], use_threads=False):
-            subject_N = np.asarray(batch["subject"].to_pylist())
-            for subject in dict.fromkeys(subject_N.tolist()):
-                yield subject, batch.take(pa.array(np.flatnonzero(subject_N == subject)))
+            yield from _by_subject(batch)
+
+
+def _by_subject(batch: pa.RecordBatch) -> Iterator[tuple[str, pa.RecordBatch]]:
+    """Yield each subject with its rows, in their order."""
+    subjects = batch["subject"].to_pylist()
+    numbers = {subject: number for number, subject in enumerate(dict.fromkeys(subjects))}
+    if len(numbers) > 1:
+        number_N = np.array([numbers[subject] for subject in subjects])
+        batch = batch.take(pa.array(number_N.argsort(kind="stable")))
+    start = 0
+    for subject, count in Counter(subjects).items():
+        yield subject, batch.slice(start, count)
+        start += count
 
 
 def _fetch(store: Store, shard: Shard) -> bytes:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from saltern.pipeline.storage.store import Store
-from saltern.schemas.errors import DamagedRunError, UserError
+from saltern.schemas.errors import DamagedRunError, ShardError, UserError
 from saltern.schemas.receipt import Failure, Receipt
 from saltern.schemas.run import Run, Shard
 
@@ -69,6 +69,18 @@ def load_run_folder(root: str, job: str | None = None) -> tuple[Store, Run]:
 def read_receipts(store: Store, run: Run) -> dict[str, Receipt]:
     """Return the receipts of the shards that are done, by shard name. One listing; 100,000 receipts take seconds."""
     return judge_receipts(store, run)[0]
+
+
+def read_receipt(store: Store, run: Run, shard: str) -> Receipt:
+    """Return a run's receipt of one shard. Raises ShardError if it is gone, damaged, or of another config."""
+    raw = store.read(receipt_name(shard))
+    try:
+        receipt = Receipt.from_json(raw or b"", sealed=run.sealed)
+    except ValueError as error:
+        raise ShardError(f"{store.path}: the receipt of {shard} is gone or damaged ({error})") from error
+    if receipt.fingerprint != run.fingerprint:
+        raise ShardError(f"{store.path}: the receipt of {shard} is of a run with another config")
+    return receipt
 
 
 def judge_receipts(store: Store, run: Run) -> tuple[dict[str, Receipt], dict[str, str]]:

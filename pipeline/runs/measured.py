@@ -3,6 +3,7 @@
 Shape suffixes: R rows of the run, N samples.
 """
 
+import contextlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,14 +15,16 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from saltern.pipeline.runs.datafile import reading
-from saltern.pipeline.runs.manifest import data_name, load_run, read_receipts
+from saltern.pipeline.runs.manifest import data_name, load_run, read_receipt
 from saltern.pipeline.runs.reader import SaliencyRun
 from saltern.pipeline.storage.ahead import read_ahead
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import EvaluateConfig
+from saltern.schemas.errors import ShardError
 from saltern.schemas.evaluation import evaluation_schema
 from saltern.schemas.metrics import METRICS, Metric
 from saltern.schemas.receipt import Receipt
+from saltern.schemas.run import Run
 
 Place = tuple[str, int]  # of a sample: its shard's name, and its index there
 
@@ -32,9 +35,20 @@ class Measured:
 
     family: str
     store: Store  # of its folder
-    shards: frozenset[str]  # that it has measured as they are now
+    run: Run  # in its folder
+    digests: dict[str, str]  # of the data files of the measured run, by shard
     metrics: dict[str, Metric]  # those with a value for each sample
     summary: dict[str, dict[str, float]]  # value, low, high and count by metric; empty if it is of another run
+
+    def current(self, shards: Iterable[str]) -> list[str]:
+        """Return those of the shards that it has measured as they are now. Reads only their receipts."""
+        names = list(shards)
+        return [name for name, held in zip(names, read_ahead(self._holds, names), strict=True) if held]
+
+    def _holds(self, shard: str) -> bool:
+        with contextlib.suppress(ShardError):
+            return shard in self.digests and is_of(read_receipt(self.store, self.run, shard), self.digests[shard])
+        return False
 
     def read(self, shard: str, *names: str) -> tuple[NDArray[np.int64], dict[str, NDArray[np.float64]]]:
         """Return the samples' indices in a shard, and the values of each metric; NaN = none.
@@ -57,7 +71,8 @@ def read_measured(run: SaliencyRun) -> list[Measured]:
     """Return what each family found. Measurements of data files that the run has replaced are left out."""
     digests = {shard.name: receipt.digest for shard, receipt in zip(run.shards, run.receipts, strict=True)}
     found = (_open(run, family, digests) for family in METRICS)
-    return [one for one in found if one is not None and one.shards]
+    first, others = list(digests)[:1], list(digests)[1:]  # mostly the first receipt tells
+    return [one for one in found if one is not None and (one.current(first) or one.current(others))]
 
 
 def is_of(receipt: Receipt, digest: str) -> bool:
@@ -71,15 +86,19 @@ def is_of(receipt: Receipt, digest: str) -> bool:
 def column(run: SaliencyRun, found: Measured, name: str) -> NDArray[np.float64]:
     """Return a metric for each row of the run; NaN = none. Only the first row of a sample was measured."""
     index_R = run.columns("index")["index"].to_numpy()
-    values_R, start = np.full(len(index_R), np.nan), 0
-    for shard, receipt in zip(run.shards, run.receipts, strict=True):
-        rows = slice(start, start + receipt.rows)
-        start = rows.stop
-        if shard.name in found.shards:
-            index_N, values = found.read(shard.name, name)
-            own, first = np.unique(index_R[rows], return_index=True)
-            there = np.isin(index_N, own)
-            values_R[rows][first[np.searchsorted(own, index_N[there])]] = values[name][there]
+    values_R = np.full(len(index_R), np.nan)
+    stops = np.cumsum([receipt.rows for receipt in run.receipts]).tolist()
+    rows_of = {
+        shard.name: slice(stop - receipt.rows, stop)
+        for shard, receipt, stop in zip(run.shards, run.receipts, stops, strict=True)
+    }
+    shards = found.current(rows_of)
+    read = read_ahead(lambda shard: found.read(shard, name), shards)
+    for shard, (index_N, values) in zip(shards, read, strict=True):
+        rows = rows_of[shard]
+        own, first = np.unique(index_R[rows], return_index=True)
+        there = np.isin(index_N, own)
+        values_R[rows][first[np.searchsorted(own, index_N[there])]] = values[name][there]
     return values_R
 
 
@@ -89,7 +108,7 @@ def sample_values(found: Iterable[Measured], places: Iterable[Place]) -> dict[Pl
     for shard, index in places:
         wanted.setdefault(shard, set()).add(index)
     made: dict[Place, dict[str, float]] = {}
-    files = [(one, shard) for one in found for shard in sorted(wanted.keys() & one.shards)]
+    files = [(one, shard) for one in found for shard in one.current(sorted(wanted))]
     read = read_ahead(lambda file: file[0].read(file[1], *file[0].metrics), files)
     for (_, shard), (index_N, values) in zip(files, read, strict=True):
         for at in np.flatnonzero(np.isin(index_N, list(wanted[shard]))).tolist():
@@ -103,11 +122,9 @@ def _open(run: SaliencyRun, family: str, digests: dict[str, str]) -> Measured | 
     own = load_run(store)
     if own is None or not isinstance(own.config, EvaluateConfig) or own.config.source != run.run.fingerprint:
         return None
-    receipts = read_receipts(store, own).items()
-    shards = frozenset(name for name, receipt in receipts if name in digests and is_of(receipt, digests[name]))
     there = evaluation_schema(family)
     metrics = {name: metric for name, metric in METRICS[family].items() if name in there.names}
-    return Measured(family, store, shards, metrics, _summary(run, family))
+    return Measured(family, store, own, digests, metrics, _summary(run, family))
 
 
 def _summary(run: SaliencyRun, family: str) -> dict[str, dict[str, float]]:

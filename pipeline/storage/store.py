@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pyarrow import fs
 
+from saltern.pipeline.storage.ahead import read_ahead
 from saltern.pipeline.storage.files import fsync
 from saltern.pipeline.storage.filesystem import filesystem
 from saltern.schemas.errors import UserError
@@ -53,8 +54,7 @@ class Store:
             contents = ((name, self.read(f"{folder}/{name}")) for name in names)
             yield from ((name, raw) for name, raw in contents if raw is not None)
             return
-        with ThreadPoolExecutor(32) as threads:
-            read = threads.map(self.read, [f"{folder}/{name}" for name in names])
+        with contextlib.closing(read_ahead(self.read, (f"{folder}/{name}" for name in names))) as read:
             yield from ((name, raw) for name, raw in zip(names, read, strict=True) if raw is not None)
 
     def listing(self, folder: str, suffix: str) -> list[str]:

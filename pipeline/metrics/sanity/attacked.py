@@ -18,14 +18,14 @@ from PIL import Image
 
 from saltern.pipeline.device import faults
 from saltern.pipeline.engine.conduct import Job, RunOptions
-from saltern.pipeline.engine.derived import Source, derive, fields_of_model, read_receipt, reading_results
+from saltern.pipeline.engine.derived import Source, derive, fields_of_model, reading_results
 from saltern.pipeline.extract.request import Pinned, pin
 from saltern.pipeline.metrics.measure import fix_of
 from saltern.pipeline.metrics.sanity.adversarial import Adversarial, overlap
 from saltern.pipeline.metrics.subjects import read_subjects
 from saltern.pipeline.runs.begin import new_run
 from saltern.pipeline.runs.datafile import data_schema, reading_data
-from saltern.pipeline.runs.manifest import read_receipts
+from saltern.pipeline.runs.manifest import read_receipt, read_receipts
 from saltern.pipeline.runs.measured import is_of
 from saltern.pipeline.runs.outlet import Made, Outlet, Spec, Tally
 from saltern.pipeline.storage.store import Store
@@ -125,7 +125,7 @@ class AttackedProcessor:
             OSError: an error of the environment, worth a retry.
             OutputError: the folder accepts no more data.
         """
-        digest = read_receipt(self._store, self._run, shard).digest
+        digest = read_receipt(self._store, self._run, shard.name).digest
         if earlier is not None and is_of(earlier, digest):
             return Made(replace(earlier, mtime_ns=shard.mtime_ns), {})
         tally = Tally()
