@@ -20,6 +20,7 @@ from saltern.pipeline.engine.pool import Factory, ShardProcessor
 from saltern.pipeline.engine.progress import Progress, clock, shares
 from saltern.pipeline.engine.selection import Engine, make_pool, select_engine
 from saltern.pipeline.machine import decode_threads, sigterm_as_interrupt
+from saltern.pipeline.runs.begin import no_objection
 from saltern.pipeline.runs.outlet import Spec
 from saltern.pipeline.runs.reasons import reasons_of, too_few_ok
 from saltern.pipeline.shards.samples import list_keys
@@ -65,11 +66,13 @@ class Job:
         processor: builds the processor of a worker.
         close: runs after the last shard, if the run was not stopped early. Writes the run's pictures and summary from
             its data files.
+        objection: returns why the shard of a valid receipt must be done again, or None.
     """
 
     plan: Callable[[Run | None, str, int], tuple[Run, list[str]]]
     processor: Callable[[Spec], ShardProcessor]
     close: Callable[[Store, Run], None] = lambda store, run: None
+    objection: Callable[[Receipt], str | None] = no_objection
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,8 @@ def conduct(job: Job | Jobs, options: RunOptions) -> RunResult:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_sigterm())
         with _explained(options.out):
-            start(stack, root, folders, options.overwrite)
+            objection = job.objection if isinstance(job, Job) else no_objection
+            start(stack, root, folders, options.overwrite, objection)
         specs = {it.name: _spec(it, options, engine) for it in folders}
         build = partial(_build, job.processor, specs[""] if isinstance(job, Job) else specs)
         try:

@@ -4,10 +4,11 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 from saltern.pipeline.engine.conduct import Job, RunOptions, RunResult, conduct
-from saltern.pipeline.runs.manifest import load_run, read_receipts, receipt_name
+from saltern.pipeline.runs.manifest import load_run
 from saltern.pipeline.runs.measured import is_of
 from saltern.pipeline.runs.reader import SaliencyRun
 from saltern.pipeline.storage.session import session
@@ -90,9 +91,11 @@ def derive(
     store.read("run.json")  # names a file that is in the way of the folder
     with writing(root, fix), session(store):  # nothing is changed while another command writes there
         overwrite = _prepare(store, job.plan, run)
+    made = {shard.name: receipt for shard, receipt in zip(run.shards, run.receipts, strict=True)}
+    own = replace(job, objection=partial(_objection, {shard.name: shard for shard in shards}, made))
     # Only results go to stdout.
     with contextlib.redirect_stdout(sys.stderr):
-        result = conduct(job, replace(options, out=root, overwrite=overwrite))
+        result = conduct(own, replace(options, out=root, overwrite=overwrite))
     if result.code not in (0, 1) or result.done + len(result.failures) < result.shards:
         raise StoppedError(result)
     return [shard for shard in shards if shard.name in result.finished], result.failures
@@ -117,15 +120,11 @@ def reading_results(root: str) -> Iterator[None]:
 
 
 def _prepare(store: Store, plan: Callable[[Run | None, str, int], tuple[Run, list[str]]], source: DoneRun) -> bool:
-    """Forget results that do not hold any more.
-
-    Returns:
-        Whether the results that are there are of another config, and are to be replaced.
-    """
+    """Return whether the results that are there are of another config, and are to be replaced."""
     existing = load_results(store)
-    made = {shard.name: receipt for shard, receipt in zip(source.shards, source.receipts, strict=True)}
     if existing is None:
         # Older versions wrote a file for each shard here.
+        made = {shard.name for shard in source.shards}
         store.remove(name for name in store.listing("", ".parquet") if name.removesuffix(".parquet") in made)
         return False
     run = plan(existing, "cpu", 1)[0]
@@ -133,7 +132,6 @@ def _prepare(store: Store, plan: Callable[[Run | None, str, int], tuple[Run, lis
         return True
     if existing.shards != run.shards:  # others of the run's, or at other places
         store.write("run.json", run.to_json())
-    store.remove(_outdated(run.shards, read_receipts(store, run), made))
     return False
 
 
@@ -145,13 +143,13 @@ def load_results(store: Store) -> Run | None:
         raise UserError(f"{error}; remove {store.full('')} and repeat the command: it is made again") from error
 
 
-def _outdated(shards: Sequence[Shard], receipts: Mapping[str, Receipt], made: Mapping[str, Receipt]) -> Iterator[str]:
-    """Yield the names of receipts of data files that the run has replaced, or of another number of samples."""
-    for shard in shards:
-        receipt, own = receipts.get(shard.name), made[shard.name]
-        samples = own.samples if shard.take is None else min(own.samples, shard.take)
-        if receipt is not None and not (is_of(receipt, own.digest) and receipt.samples == samples):
-            yield receipt_name(shard.name)
+def _objection(shards: Mapping[str, Shard], made: Mapping[str, Receipt], receipt: Receipt) -> str | None:
+    """Return why a result does not hold any more: of a data file that the run has replaced, or of other samples."""
+    shard, own = shards[receipt.shard], made[receipt.shard]
+    if not is_of(receipt, own.digest):
+        return "its data file was made again"
+    samples = own.samples if shard.take is None else min(own.samples, shard.take)
+    return None if receipt.samples == samples else f"it holds {receipt.samples:,} samples, and {samples:,} are wanted"
 
 
 def fields_of_model(config: RunConfig) -> dict[str, Any]:

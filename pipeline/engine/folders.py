@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from saltern.pipeline.runs.begin import Begun, begin, check_folder, check_same, read_begun
@@ -12,6 +12,7 @@ from saltern.pipeline.runs.recover import recover
 from saltern.pipeline.storage.session import Session, session
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.errors import DamagedRunError, UserError, printable
+from saltern.schemas.receipt import Receipt
 from saltern.schemas.run import Run
 
 
@@ -64,10 +65,16 @@ def _read_folder(name: str, root: str) -> Folder:
     return folder
 
 
-def start(stack: contextlib.ExitStack, root: str, folders: Sequence[Folder], overwrite: bool) -> None:
+def start(
+    stack: contextlib.ExitStack,
+    root: str,
+    folders: Sequence[Folder],
+    overwrite: bool,
+    objection: Callable[[Receipt], str | None],
+) -> None:
     """Own the runs' folders, and begin the runs in them. If a run.json is missing or damaged, write it again.
 
-    Nothing is written before all folders are checked and owned.
+    Nothing is written before all folders are checked and owned. `objection` is that of `read_begun`.
     """
     for it in folders:
         it.recovered, why = (None, "") if it.existing else recover(it.store, it.run, it.damage)
@@ -83,7 +90,7 @@ def start(stack: contextlib.ExitStack, root: str, folders: Sequence[Folder], ove
             it.store.write("run.json", it.recovered.to_json())
             it.say("run.json was missing or damaged, and is written again: all files are of this command")
         it.run = begin(it.store, it.run, overwrite=overwrite)
-        it.begun = read_begun(it.store, it.run)
+        it.begun = read_begun(it.store, it.run, objection)
 
 
 def _remove_empty(folder: str) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -163,8 +163,18 @@ class Begun:
         return lines
 
 
-def read_begun(store: Store, run: Run) -> Begun:
-    """Read which shards of a run are done: those with a valid receipt and its data file. Two listings."""
+def no_objection(receipt: Receipt) -> str | None:
+    """Return None: a valid receipt holds."""
+
+
+def read_begun(store: Store, run: Run, objection: Callable[[Receipt], str | None] = no_objection) -> Begun:
+    """Read which shards of a run are done: those with a valid receipt and its data file. Two listings.
+
+    Args:
+        store: of the run.
+        run: with the present sizes of its shards.
+        objection: returns why the shard of a valid receipt must be done again, or None.
+    """
     receipts, invalid = judge_receipts(store, run)
     sizes = store.sizes("data")
     for name, receipt in list(receipts.items()):
@@ -172,6 +182,10 @@ def read_begun(store: Store, run: Run) -> Begun:
         if size != receipt.data_bytes:
             found = "is missing" if size is None else f"has {size} bytes, its receipt says {receipt.data_bytes}"
             invalid[name] = f"its data file {found}"
+            del receipts[name]
+    for name, why in [(name, objection(receipt)) for name, receipt in receipts.items()]:
+        if why is not None:
+            invalid[name] = why
             del receipts[name]
     doubtful = {
         shard.name

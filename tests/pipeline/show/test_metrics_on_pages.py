@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from counted import use_counted
 from judging import alter, judge, rows_of
 from made_run import Made, make_run
 from naive_metrics import inclusive
@@ -136,3 +137,19 @@ def test_several_runs_have_the_means_of_the_metrics_that_all_have(tmp_path: Path
         assert f"F1 % {mean:.3g}" in " ".join(card.text.split())
     worst = comparison([open_run(str(one.path)), open_run(str(other.path))], "f1", 3)
     assert [card.key for card in Page(worst).cards] == naive_order(one, "f1", 1)[:3]
+
+
+def test_a_page_reads_the_results_of_the_shards_that_it_shows(measured: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = open_run(str(measured.path))
+    store = use_counted(monkeypatch)
+    page = Page(comparison([run], chosen=("the last", [14])))
+    assert [card.key for card in page.cards] == ["s2k4"]
+    assert "LE %" in page.cards[0].text
+    opened = {path.partition("/metrics/localization/")[2]: count for path, count in store.opened.items()}
+    del opened[""]  # other files
+    assert opened == {
+        "run.json": 1,
+        "receipts/part0/train.json": 1,  # tells that the run was measured
+        "receipts/part2/train.json": 1,
+        "data/part2/train.parquet": 1,
+    }
