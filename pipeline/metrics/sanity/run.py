@@ -123,14 +123,16 @@ def _first(run: DoneRun, shards: Sequence[Shard], images: int, statuses: Collect
     wanted: list[Shard] = []
     for shard in shards:
         receipt = receipts[shard.name]
-        if receipt.statuses.keys() <= set(statuses):  # its receipt tells enough, so the data file is not read
-            index_N = np.arange(receipt.samples)
-        else:
-            try:
-                index_N = _indices(run, shard, statuses)
-            except ShardError:
-                wanted.append(shard)  # the engine names it
-                continue
+        count = sum(receipt.statuses.get(status, 0) for status in statuses)  # rows
+        if receipt.rows == receipt.samples and count < images:  # no need to know which samples they are of
+            wanted += [shard] * (count > 0)
+            images -= count
+            continue
+        try:
+            index_N = np.arange(receipt.samples) if count == receipt.rows else _indices(run, shard, statuses)
+        except ShardError:
+            wanted.append(shard)  # the engine names it
+            continue
         if len(index_N) >= images:
             return [*wanted, replace(shard, take=int(index_N[images - 1]) + 1)]
         if len(index_N):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,18 @@ def test_one_method_has_its_folder_too(shards: Path, tmp_path: Path) -> None:
     ended = call(shards, tmp_path, "grad-cam", "body.4", "--metric", "box-iou")
     assert ended.exit_code == 0, ended.output
     assert (tmp_path / "body.4/grad-cam/run.json").exists()
+
+
+@pytest.mark.slow
+def test_a_failed_shard_is_named_and_counts_for_no_layer(shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "in")
+    tar = tmp_path / "in/1.tar"
+    tar.write_bytes(tar.read_bytes()[:700])
+    ended = call(tmp_path / "in", tmp_path / "out", "grad-cam", ",".join(LAYERS), "--metric", "box-iou")
+    assert ended.exit_code == 1
+    assert "\n1: data: " in ended.stderr
+    found = json.loads((tmp_path / "out/layers.json").read_text())
+    assert {run["metrics"]["box_iou"]["count"] for run in found["runs"]} == {3}
 
 
 def test_wrong_calls_start_nothing(shards: Path, tmp_path: Path) -> None:

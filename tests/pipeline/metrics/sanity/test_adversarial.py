@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from counted import use_counted
 from making import HELPERS, picture, write_shards, write_tar
 from PIL import Image
 from scipy.stats import spearmanr
@@ -123,6 +124,17 @@ def test_only_what_is_missing_is_judged_again(run: Path, capsys: pytest.CaptureF
     assert judge(run).summary == whole
     assert "2 of 3 shards done, 1 to do" in capsys.readouterr().err
     assert results(run) == expected
+
+
+@pytest.mark.slow
+def test_each_data_file_is_read_by_its_worker_alone(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = judge(run).summary
+    shutil.rmtree(run / "metrics")
+    store = use_counted(monkeypatch)
+    assert judge(run).summary == expected
+    opened = {path.removeprefix(f"{run}/"): count for path, count in store.opened.items() if "/data/" in path}
+    names = [f"{shard}.parquet" for shard in range(3)]
+    assert opened == {f"{folder}data/{name}": 1 for folder in ("", "metrics/adversarial/") for name in names}
 
 
 @pytest.mark.slow
