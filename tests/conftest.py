@@ -131,6 +131,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(f"{deviation:.1e}  {reference}  {model}")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def spared_disk() -> Iterator[None]:
+    """Let this process not wait for the disk, as no test cuts the power. Processes that tests start do wait."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Return the folder of real photographs next to the checkout, or skip the test."""

@@ -3,10 +3,13 @@
 import json
 import types
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from saltern.schemas.config import check_keys
 from saltern.schemas.errors import UserError
+
+_type_hints = cache(get_type_hints)  # evaluates each annotation again
 
 
 class OptionSpec(NamedTuple):
@@ -20,7 +23,7 @@ class OptionSpec(NamedTuple):
 
 def specs(kind: type, base: type) -> list[OptionSpec]:
     """Return the options that `kind` and its parents below `base` declare, in the order of declaration."""
-    described = get_type_hints(kind, include_extras=True)
+    described = _type_hints(kind, include_extras=True)
     return [
         OptionSpec(name, getattr(kind, name), _values(hint), getattr(described[name], "__metadata__", ("",))[0])
         for name, hint in declared(kind, base).items()
@@ -33,10 +36,10 @@ def declared(kind: type, base: type) -> dict[str, Any]:
     An option is a public class attribute with a type and a default: `steps: int = 32`. Annotated adds its help:
     `steps: Annotated[int, "Points on the path."] = 32`.
     """
-    inherited = get_type_hints(base)
+    inherited = _type_hints(base)
     return {
         name: hint
-        for name, hint in get_type_hints(kind).items()
+        for name, hint in _type_hints(kind).items()
         if name not in inherited
         and not name.startswith("_")
         and hint is not ClassVar

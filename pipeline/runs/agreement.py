@@ -80,7 +80,7 @@ def measure_agreement(store: Store, run: Run, done: Collection[str]) -> Agreemen
 def _rows(store: Store, run: Run, shard: Shard, count: int) -> Iterator[dict[str, Any]]:
     """Yield label, top-1 and target of some samples of a shard."""
     with contextlib.suppress(ShardError), reading_data(store, run, shard) as file:
-        table = file.read(["index", "label", "predicted", "target"]).to_pylist()
+        table = file.read(["index", "label", "predicted", "target"], use_threads=False).to_pylist()
         rows = {row["index"]: row for row in table if row["label"] is not None and row["predicted"] is not None}
         yield from list(rows.values())[:: max(1, -(-len(rows) // count))]
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.metadata import version
+from importlib import metadata
 
 from saltern import __version__
 from saltern.pipeline.runs.manifest import (
@@ -29,6 +29,7 @@ WRITTEN = ("data", "receipts", "failures", "metrics", "pictures")  # folders of 
 _FAMILY = "|".join(FIELDS)
 _METRIC = re.compile(rf"^metrics/({_FAMILY})(-controls)?/(?=(data|receipts|failures)/|run\.json$)")
 _SUMMARY = re.compile(rf"metrics/({_FAMILY})\.(json|png)")
+version = cache(metadata.version)  # each call parses the description of a package, which takes milliseconds
 _SHEETS = {ATTACK: {"attack.png"}, VISUALIZE: {"pictures.png"}}
 
 

@@ -10,8 +10,8 @@ import socket
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from importlib.metadata import version
+from functools import cache, partial
+from importlib import metadata
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,6 +27,7 @@ from saltern.schemas.config import PILLOW, Preprocess
 from saltern.schemas.errors import UserError
 from saltern.schemas.sizes import Side, shape_of
 
+version = cache(metadata.version)  # each call parses the description of a package
 _NVJPEG = "nvjpeg"  # begins the names of decoders on a GPU
 
 with warnings.catch_warnings():  # torch says once that bytes cannot be written to; nothing here does
