@@ -1,5 +1,7 @@
 """The methods on attention equal their definitions, on the transformers of four libraries."""
 
+from functools import cache
+
 import naive_attention
 import pytest
 import torch
@@ -23,6 +25,12 @@ def strongest(method, x):
     return ranked.gather(1, sums[:, None])[:, 0]
 
 
+@cache
+def seen_of(family):
+    """Return what two images show, one after the other; the references change nothing in it."""
+    return [naive_attention.run(family, image) for image in vits.images_of(family, 2)]
+
+
 @pytest.mark.parametrize("family", vits.FAMILIES)
 @pytest.mark.parametrize("name", METHODS)
 def test_maps_are_those_of_the_definition(name, family):
@@ -31,7 +39,7 @@ def test_maps_are_those_of_the_definition(name, family):
         targets = strongest(method, x)
         found, logits = method(x, targets), method.last.logits_BK
     assert found.shape == (2, x.shape[2] // 16, x.shape[3] // 16)
-    seen = [naive_attention.run(family, image) for image in x]
+    seen = seen_of(family)
     torch.testing.assert_close(logits.double(), torch.stack([one.logits_K for one in seen]), rtol=1e-5, atol=1e-5)
     reference = naive_attention.REFERENCES[name]
     expected = torch.stack([reference(family, *given) for given in zip(seen, ONE_HOT[targets], strict=True)])
