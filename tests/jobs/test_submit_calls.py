@@ -1,5 +1,6 @@
 """saltern submit without a head: wrong commands, wrong addresses, a missing job client."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 from commands import call, refused
-from ray_head import submit, user_env
+from ray_head import user_env
 
 from saltern.jobs.main import app
 from saltern.jobs.submit import parse
@@ -59,7 +60,9 @@ def test_addresses_without_a_dashboard(monkeypatch: pytest.MonkeyPatch, address:
 
 
 @pytest.mark.slow
-def test_another_server_is_not_a_dashboard(tmp_path: Path) -> None:
+def test_another_server_is_not_a_dashboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging, "disable", lambda level: None)  # it would stay
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # so that what the command sets goes
     with subprocess.Popen(
         [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(tmp_path)],
         stdout=subprocess.PIPE,
@@ -69,7 +72,7 @@ def test_another_server_is_not_a_dashboard(tmp_path: Path) -> None:
         assert server.stdout is not None
         port = server.stdout.readline().split("port ")[1].split()[0]
         address = f"http://127.0.0.1:{port}"
-        ended = submit("--address", address, "--", "methods", cwd=tmp_path, env=user_env(tmp_path))
+        ended = call("submit", "--address", address, "--", "methods")
         server.terminate()
     assert "is not a Ray dashboard" in refused(ended)
 
