@@ -31,7 +31,7 @@ STILLBORN = 5  # consecutive workers that may fail before they are ready
 BACKOFF_S = (1.0, 5.0)  # before the second and the third attempt
 TICK_S = 0.25
 DEVICE = "device"  # kind of the failure of a shard that was in flight when this process lost its device
-PUBLISHERS = 8  # threads: publishing takes an object store several requests
+PUBLISHERS = 32  # threads: publishing takes an object store seven requests, one after the other
 
 
 class Book(Protocol):

@@ -15,7 +15,7 @@ from saltern.pipeline.export.folder import Folder, check, records
 from saltern.pipeline.export.labelstudio import write_labels
 from saltern.pipeline.export.processor import ExportProcessor
 from saltern.pipeline.runs.begin import new_run
-from saltern.pipeline.runs.datafile import reading_data
+from saltern.pipeline.runs.datafile import batches, reading_data
 from saltern.pipeline.runs.manifest import load_run, read_receipts, receipt_name
 from saltern.pipeline.runs.places import find_shards
 from saltern.pipeline.runs.reader import SaliencyRun, open_run
@@ -144,7 +144,7 @@ def _forget_lost(store: Store, out: str) -> None:
 
 def _read_records(store: Store, made: Run, shard: Shard) -> Iterator[pa.RecordBatch]:
     with reading_data(store, made, shard) as file:
-        yield from file.iter_batches(512, use_threads=False)
+        yield from batches(file, 512)
 
 
 def _finish(folder: Folder, form: str, run: SaliencyRun, store: Store, shards: Sequence[Shard]) -> None:

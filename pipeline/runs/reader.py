@@ -22,7 +22,7 @@ from saltern.pipeline.maps.discretize import upsample
 from saltern.pipeline.maps.encode import dequantise, unpack_mask
 from saltern.pipeline.maps.frame import over_frame
 from saltern.pipeline.runs.columns import Record
-from saltern.pipeline.runs.datafile import reading, reading_data
+from saltern.pipeline.runs.datafile import batches, reading, reading_data
 from saltern.pipeline.runs.manifest import data_name, load_run_folder, read_receipts
 from saltern.pipeline.runs.places import move, readable
 from saltern.pipeline.shards.samples import Sample, read_samples
@@ -194,7 +194,7 @@ class SaliencyRun:
     def read(self, shard: Shard) -> Iterator[Row]:
         """Yield the rows of one shard."""
         with self._reading(shard) as (file, layout):
-            for batch in file.iter_batches(_AT_ONCE, use_threads=False):
+            for batch in batches(file, _AT_ONCE):
                 yield from _rows(batch, layout)
 
     def tar(self, shard: Shard) -> Shard:
@@ -320,7 +320,7 @@ def read_columns(store: Store, run: Run, columns: Sequence[str], limit: int | No
         if shard.name not in done or limit == 0:
             continue
         with reading_data(store, run, shard) as file:
-            for batch in file.iter_batches(min(512, limit or 512), columns=list(columns)):
+            for batch in batches(file, min(512, limit or 512), list(columns)):
                 rows = batch.to_pylist()[:limit]
                 yield from rows
                 if limit is not None:

@@ -55,7 +55,7 @@ def check_url(url: str) -> None:
 def _bucket(scheme: str, bucket: str) -> fs.FileSystem:
     try:
         made = fs.FileSystem.from_uri(f"{scheme}://{bucket}")[0]
-        return _bounded(made) if scheme == "s3" else made
+        return _configured(made) if scheme == "s3" else made
     except pa.ArrowInvalid as error:
         raise UserError(f"{scheme}://{bucket} is not a bucket: {error}") from error
     except OSError as error:
@@ -64,9 +64,12 @@ def _bucket(scheme: str, bucket: str) -> fs.FileSystem:
         raise
 
 
-def _bounded(made: fs.S3FileSystem) -> fs.S3FileSystem:
-    """Bound the attempts at a request. Without a bound, a body that stalls is requested again for minutes."""
+def _configured(made: fs.S3FileSystem) -> fs.S3FileSystem:
+    """Bound the attempts at a request, and write small files by one request.
+
+    Without a bound, a body that stalls is requested again for minutes. By default, each file takes three requests.
+    """
     _, (options,) = made.__reduce__()
-    bounds = {"connect_timeout": CONNECT_S, "request_timeout": STALLED_S}
+    own = {"connect_timeout": CONNECT_S, "request_timeout": STALLED_S, "allow_delayed_open": True}
     retries = fs.AwsStandardS3RetryStrategy(max_attempts=REQUESTS)
-    return fs.S3FileSystem(**{**options, **bounds, "retry_strategy": retries})
+    return fs.S3FileSystem(**{**options, **own, "retry_strategy": retries})

@@ -24,7 +24,7 @@ from saltern.pipeline.metrics.measure import fix_of
 from saltern.pipeline.metrics.sanity.adversarial import Adversarial, overlap
 from saltern.pipeline.metrics.subjects import read_subjects
 from saltern.pipeline.runs.begin import new_run
-from saltern.pipeline.runs.datafile import data_schema, reading_data
+from saltern.pipeline.runs.datafile import batches, data_schema, reading_data
 from saltern.pipeline.runs.manifest import read_receipt, read_receipts
 from saltern.pipeline.runs.measured import is_of
 from saltern.pipeline.runs.outlet import Made, Outlet, Spec, Tally
@@ -153,7 +153,7 @@ class AttackedProcessor:
     def _read(self, shard: Shard) -> Iterator[pa.RecordBatch]:
         columns = [*_COLUMNS, *_PICTURES]
         with reading_data(self._store, self._run, shard) as file:
-            for batch in file.iter_batches(self._config.batch_size, columns=columns, use_threads=False):
+            for batch in batches(file, self._config.batch_size, columns):
                 rows = batch if shard.take is None else batch.filter(pc.less(batch["index"], shard.take))
                 if not rows.num_rows:
                     return

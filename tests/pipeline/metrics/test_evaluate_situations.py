@@ -90,10 +90,14 @@ def test_a_run_and_shards_in_a_bucket_give_the_numbers_of_a_disk(made: Made, mon
             if path.is_file() and "metrics" not in path.parts:
                 s3.objects[str(path.relative_to(made.path.parent))] = path.read_bytes()
         url = f"s3://{BUCKET}/run"
-        for _ in range(2):
+        for calls in range(2):
             s3.requests.clear()
             found = found_of(url, [f"s3://{BUCKET}/shards"])  # type: ignore[arg-type]
             assert found == expected
+            # A reader fetches a file's footer and its rows. Readers are the jobs for the run and for the controls, of
+            # which the second call has none to do, and OM's look at the labels.
+            rows = Counter(line for line in s3.requests if line.startswith("GET run/data/"))
+            assert list(rows.values()) == [2 if calls else 6] * 3
         read = Counter(line for line in s3.requests if line.startswith("GET run/metrics/") and "/data/" in line)
         assert list(read.values()) == [1] * 6  # the second call computed nothing
         assert json.loads(s3.objects["run/metrics/localization.json"])["samples"] == 15

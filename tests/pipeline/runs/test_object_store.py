@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 from extracting import REQUEST, extract
+from made_run import make_run
 from making import HELPERS, files, write_shards
 from s3server import BUCKET, S3, used_server
 
 from saltern.pipeline.engine.conduct import RunOptions, conduct
 from saltern.pipeline.extract.extraction import extraction
 from saltern.pipeline.extract.request import ExtractRequest
+from saltern.pipeline.runs import writer
 from saltern.pipeline.runs.manifest import load_run_folder
+from saltern.pipeline.runs.reader import open_run
 from saltern.pipeline.runs.verify import verify
 from saltern.pipeline.storage import lock
 from saltern.pipeline.storage.session import session
@@ -84,3 +87,20 @@ def test_several_runs_in_a_bucket_equal_those_on_a_disk(
         }
         assert stored == files(tmp_path / "runs" / method)
     assert not [name for name in s3.objects if "_tmp-" in name]
+
+
+def test_rows_are_fetched_group_by_group_with_all_their_columns(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "ROW_GROUP", 2)
+    made = make_run(tmp_path, shards=1, samples=5)  # three row groups
+    for path in made.path.rglob("*.*"):
+        s3.objects[f"run/{path.relative_to(made.path)}"] = path.read_bytes()
+    expected = list(open_run(str(made.path)))
+    run = open_run(f"s3://{BUCKET}/run")
+    s3.requests.clear()
+    rows = run.read(run.shards[0])
+    first = next(rows)
+    assert sum(line.startswith("GET") for line in s3.requests) == 2  # the footer, and the first group
+    assert [first, *rows] == expected
+    assert sum(line.startswith("GET") for line in s3.requests) == 4
