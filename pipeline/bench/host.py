@@ -31,6 +31,7 @@ from saltern.pipeline.methods.base import Maps
 from saltern.pipeline.runs.outlet import Spec
 from saltern.pipeline.shards.decode import Cut
 from saltern.pipeline.shards.decoder import DecodedBatch, empty_batch
+from saltern.pipeline.shards.sources import Data
 from saltern.schemas.config import Preprocess
 from saltern.schemas.run import Run
 
@@ -145,7 +146,7 @@ class Blank:
     def __init__(self, preprocess: Preprocess):
         self._crop = preprocess.crop
 
-    def __call__(self, images: Sequence[bytes], cuts: Sequence[Cut] | None = None) -> DecodedBatch:
+    def __call__(self, images: Sequence[Data], cuts: Sequence[Cut] | None = None) -> DecodedBatch:
         batch = empty_batch(len(images), self._crop, self.device)
         batch.size_B2[:], batch.geometry_B4[:] = (375, 500), (1.5, 1.5, 80.0, 20.0)
         return batch

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saltern.pipeline.shards.decoder import DecodedBatch, Decoder
+from saltern.pipeline.shards.sources import Data
 
 Problem = tuple[str, str]  # status, reason
 
@@ -177,14 +178,14 @@ class Piece:
     indices: list[int] = field(default_factory=list)
     labels: list[int | None] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)  # positions of the samples with an image
-    images: list[bytes] = field(default_factory=list)  # emptied when they are decoded
+    images: list[Data] = field(default_factory=list)  # emptied when they are decoded
     size: int = 0  # bytes of the images, also when they are decoded
     _decoding: Future[tuple[DecodedBatch, float]] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def add(self, key: str, index: int, label: int | None, image: bytes | None = None) -> int:
+    def add(self, key: str, index: int, label: int | None, image: Data | None = None) -> int:
         """Add a sample, and return its position. `image` is None if no run takes it."""
         position = len(self.keys)
         self.keys.append(key)
@@ -211,7 +212,7 @@ class Piece:
         return [view.batch(self, made) for view in self.views], seconds
 
 
-def _decode(decoder: Decoder, images: list[bytes]) -> tuple[DecodedBatch, float]:
+def _decode(decoder: Decoder, images: list[Data]) -> tuple[DecodedBatch, float]:
     """Return the decoded images and the seconds. The files' bytes are not needed any more."""
     since = time.perf_counter()
     try:

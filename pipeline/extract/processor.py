@@ -197,7 +197,7 @@ class Processor:
 
     def _pieces(self, shard: Shard, outputs: Mapping[str, _Output], tally: Tally) -> Iterator[Piece]:
         """Yield samples as they are read, and start to decode them. Runs in the reader's thread."""
-        samples = read_samples(shard, self._labels, named=self._members, as_listed=True)
+        samples = read_samples(shard, self._labels, named=self._members, as_listed=True, shared=True)
         tally.content = 0
         while True:
             with tally.phase("read"):
@@ -222,7 +222,7 @@ class Processor:
                 view.problems[position] = problem
             else:
                 wanted = True
-        piece.add(sample.key, sample.index, label, sample.image if wanted else None)
+        piece.add(sample.key, sample.index, label, sample.shared_image if wanted else None)
 
     def _submit(self, lot: Lot) -> Running | None:
         """Start the tasks on the decoded samples, in the device's thread."""

@@ -39,7 +39,7 @@ def read_annotation(sample: Sample) -> Annotation | None:
             neither a list nor a number. One line, names it.
     """
     try:
-        content = json.loads(sample.members.get("json", b"{}"))
+        content = json.loads(bytes(sample.members.get("json", b"{}")))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its json member is not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -91,7 +91,7 @@ def read_mask(sample: Sample, height: int, width: int) -> NDArray[np.uint8] | No
     if data is None:
         return None
     try:
-        pixels_YXC = np.asarray(decode_image(data))
+        pixels_YXC = np.asarray(decode_image(bytes(data)))
     except DecodeError as error:
         raise ValueError(f"its {MASK} cannot be decoded: {error}") from error
     if pixels_YXC.shape[:2] != (height, width):
@@ -107,7 +107,7 @@ def read_mask(sample: Sample, height: int, width: int) -> NDArray[np.uint8] | No
 def extra(sample: Sample) -> dict[str, Any]:
     """Return the sample's json member; {} if it is missing or not a JSON object."""
     try:
-        content = json.loads(sample.members.get("json", b"{}"))
+        content = json.loads(bytes(sample.members.get("json", b"{}")))
     except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

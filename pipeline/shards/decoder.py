@@ -22,6 +22,7 @@ from torch import Tensor
 
 from saltern.pipeline.shards.decode import MAX_PIXELS, Cut, Decoded, DecodeError, decode, from_pixels
 from saltern.pipeline.shards.jpeg import plain_frame
+from saltern.pipeline.shards.sources import Data
 from saltern.schemas.choices import Decode, check_choice
 from saltern.schemas.config import PILLOW, Preprocess
 from saltern.schemas.errors import UserError
@@ -55,7 +56,7 @@ class Decoder(Protocol):
     name: str  # with the version, as the config has it
     device: torch.device  # of the pixels
 
-    def __call__(self, images: Sequence[bytes], cuts: Sequence[Cut] | None = None) -> DecodedBatch:
+    def __call__(self, images: Sequence[Data], cuts: Sequence[Cut] | None = None) -> DecodedBatch:
         """Decode image files. A bad image is a problem in the result, not an error.
 
         Args:
@@ -174,7 +175,7 @@ class CpuDecoder:
         self.name = f"{package} {version(package)}"
         self.preprocess, self._plain = preprocess, plain
 
-    def __call__(self, images: Sequence[bytes], cuts: Sequence[Cut] | None = None) -> DecodedBatch:
+    def __call__(self, images: Sequence[Data], cuts: Sequence[Cut] | None = None) -> DecodedBatch:
         batch = empty_batch(len(images), self.preprocess.crop)
         pixels_BHWC = batch.pixels_BHWC.numpy()
         for position, data in enumerate(images):
@@ -188,16 +189,16 @@ class CpuDecoder:
             batch.geometry_B4[position] = decoded.geometry
         return batch
 
-    def _decode(self, data: bytes, cut: Cut | None) -> Decoded:
+    def _decode(self, data: Data, cut: Cut | None) -> Decoded:
         frame = None if self._plain is None else plain_frame(data)
         if self._plain is not None and frame is not None and frame.height * frame.width <= MAX_PIXELS:
             with contextlib.suppress(RuntimeError, MemoryError):  # Pillow decodes it, or says what is wrong
                 pixels_CHW: Tensor = self._plain(as_tensor(data), mode="RGB")
                 return from_pixels(pixels_CHW.permute(1, 2, 0).contiguous().numpy(), self.preprocess, cut)
-        return decode(data, self.preprocess, cut)
+        return decode(bytes(data), self.preprocess, cut)  # Pillow would copy it too
 
 
-def as_tensor(data: bytes) -> Tensor:
+def as_tensor(data: Data) -> Tensor:
     """Return the bytes as a tensor, without a copy. It must not be written to."""
     return torch.frombuffer(data, dtype=torch.uint8)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from saltern.pipeline.shards.samples import split_name, storable
+from saltern.pipeline.shards.members import split_name, storable
 from saltern.pipeline.shards.tape import IMAGES
 from saltern.schemas.errors import UserError
 from saltern.schemas.text import counted

@@ -4,6 +4,8 @@ import re
 import struct
 from dataclasses import dataclass
 
+from saltern.pipeline.shards.sources import Data
+
 _BASELINE = 0xC0
 _FRAMES = frozenset((_BASELINE, 0xC1, 0xC2))  # with Huffman codes: baseline, extended, progressive
 _SOS, _APP1, _APP2, _APP14 = 0xDA, 0xE1, 0xE2, 0xEE
@@ -25,7 +27,7 @@ class Frame:
     scan: int  # where the first scan begins, bytes
 
 
-def plain_frame(data: bytes) -> Frame | None:
+def plain_frame(data: Data) -> Frame | None:
     """Return the frame of a plain JPEG file, else None.
 
     Plain: one frame of 8 bits, Huffman codes, grey or three components, upright by its metadata, and no more images in
@@ -40,9 +42,9 @@ def plain_frame(data: bytes) -> Frame | None:
         if after < start + 4 or after > len(data):
             return None
         if marker in _DECIDING:
-            segments.append((marker, data[start + 4 : after]))
+            segments.append((marker, bytes(data[start + 4 : after])))
         elif marker == _SOS:
-            return _frame(segments, after, simple=data.endswith(b"\xff\xd9"))
+            return _frame(segments, after, simple=data[-2:] == b"\xff\xd9")
         elif marker not in _SKIPPED:
             return None
         start = after

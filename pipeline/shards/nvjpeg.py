@@ -13,6 +13,7 @@ from saltern.pipeline.shards.decode import MAX_PIXELS, Cut, Region, region_of
 from saltern.pipeline.shards.decoder import CpuDecoder, DecodedBatch, as_tensor, empty_batch
 from saltern.pipeline.shards.jpeg import Frame, plain_frame
 from saltern.pipeline.shards.resample import resample_regions, send
+from saltern.pipeline.shards.sources import Data
 
 DecodeJpegs = Callable[[list[Tensor]], list[Tensor]]  # RGB, uint8, (C, H, W), on the device; raises RuntimeError
 
@@ -36,7 +37,7 @@ class GpuDecoder:
         self._streams = threading.local()
         self._threads = ThreadPoolExecutor(threads, "saltern-decode-rest")
 
-    def __call__(self, images: Sequence[bytes], cuts: Sequence[Cut] | None = None) -> DecodedBatch:
+    def __call__(self, images: Sequence[Data], cuts: Sequence[Cut] | None = None) -> DecodedBatch:
         frames = {position: frame for position, data in enumerate(images) if (frame := _simple_frame(data)) is not None}
         rest = [position for position in range(len(images)) if position not in frames]
 
@@ -67,7 +68,7 @@ class GpuDecoder:
     def _simple(
         self,
         batch: DecodedBatch,
-        images: Sequence[bytes],
+        images: Sequence[Data],
         positions: list[int],
         frames: dict[int, Frame],
         cuts: Sequence[Cut] | None,
@@ -141,7 +142,7 @@ def single_scans(files: Sequence[Tensor], scans: Sequence[int], device: torch.de
     return count_N[send(end_B - 2, device)] - count_N[send(start_B - 1, device)] == 1
 
 
-def _simple_frame(data: bytes) -> Frame | None:
+def _simple_frame(data: Data) -> Frame | None:
     """Return the frame of a file that nvJPEG decodes as libjpeg does."""
     frame = plain_frame(data)
     return frame if frame is not None and frame.height * frame.width <= MAX_PIXELS and frame.simple else None

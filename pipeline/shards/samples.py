@@ -8,14 +8,13 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pyarrow import fs
-from webdataset.tariterators import base_plus_ext
 
-from saltern.pipeline.shards.sources import LocalFile, Source
+from saltern.pipeline.shards.members import MAX_MEMBER, Exts, Group, groups, images, storable, wanted
+from saltern.pipeline.shards.sources import Data, LocalFile, Source, Window
 from saltern.pipeline.shards.tape import BLOCK, IMAGES, Tape
 from saltern.pipeline.storage.filesystem import filesystem
 from saltern.schemas.config import Members
@@ -23,12 +22,12 @@ from saltern.schemas.errors import ShardError, printable
 from saltern.schemas.run import Shard
 from saltern.schemas.saliency import DUPLICATE_KEY, MISSING_IMAGE, TOO_LARGE
 
-MAX_MEMBER = 2**28  # bytes of a sample's members; those beyond are not read
 Numbers = Mapping[int, int] | None  # the model's class for each number in `cls`; None: the same numbers
-Exts = frozenset[str]
 USUAL = Members()
 _NUMBER = re.compile(rb"(?:\xef\xbb\xbf)?\s*([+-]?0*[0-9]{1,10})\s*")
 _SHOWN = 8  # extensions in a message
+_AHEAD = 2**22  # bytes of a shard that are read at once
+_FEW = 2**11  # bytes whose CRC is computed together with what precedes them; for more, zlib releases the GIL
 
 
 @dataclass(slots=True)
@@ -37,7 +36,7 @@ class Sample:
 
     key: str
     index: int  # position in the shard, from 0
-    members: dict[str, bytes] = field(default_factory=dict)  # by extension, lower case: only images, class and json
+    members: dict[str, Data] = field(default_factory=dict)  # by extension, lower case: only images, class and json
     problem: tuple[str, str] | None = None  # a status of saltern.schemas.saliency, and the reason
     numbers: Mapping[int, int] | None = None  # the model's class for each number in `cls`; None: the same numbers
     named: Members = USUAL
@@ -45,7 +44,13 @@ class Sample:
     @property
     def image(self) -> bytes | None:
         """The image file; of several, the first in the order of IMAGES, if none is named."""
-        for ext in _images(self.named):
+        data = self.shared_image
+        return None if data is None else bytes(data)
+
+    @property
+    def shared_image(self) -> Data | None:
+        """The image file as it was read, without a copy."""
+        for ext in images(self.named):
             if ext in self.members:
                 return self.members[ext]
         return None
@@ -73,9 +78,9 @@ class Sample:
     def class_text(self) -> bytes:
         """The content of `cls` or the named member; empty if it is missing."""
         if self.named.label is None:
-            return self.members.get("cls", b"")
+            return bytes(self.members.get("cls", b""))
         ext, _, key = self.named.label.partition(":")
-        text = self.members.get(ext, b"")
+        text = bytes(self.members.get(ext, b""))
         if not key:
             return text
         try:
@@ -96,7 +101,13 @@ class Sample:
 
 
 def read_samples(
-    shard: Shard, numbers: Numbers = None, *, named: Members = USUAL, as_listed: bool = False, more: Exts = frozenset()
+    shard: Shard,
+    numbers: Numbers = None,
+    *,
+    named: Members = USUAL,
+    as_listed: bool = False,
+    more: Exts = frozenset(),
+    shared: bool = False,
 ) -> Iterator[Sample]:
     """Yield a shard's samples, only the first `shard.take` if that is set.
 
@@ -109,6 +120,7 @@ def read_samples(
         named: the members that hold image and class.
         as_listed: require the time of change that the listing gave, besides the size.
         more: extensions of further members to read. They count in `fold`.
+        shared: give large members as parts of the memory that they were read into, which each of them keeps.
 
     Raises:
         ShardError: the data is broken: cut, damaged, not a tar, or followed by other data.
@@ -116,15 +128,17 @@ def read_samples(
             it was listed, or changed while it was read.
     """
     with _opened(shard, seekable=False, as_listed=as_listed) as tape:
-        yield from islice(_samples(_members(tape, data_of=_wanted(named) | more), numbers, named), shard.take)
+        found = groups(tape, data_of=wanted(named) | more, shared=shared)
+        yield from islice(_samples(found, numbers, named), shard.take)
 
 
 def fold(crc: int, sample: Sample) -> int:
     """Return the CRC-32 of a shard's samples up to and including this one; `crc` is that of the samples before it."""
-    head = f"{sample.key}\0".encode(errors="surrogateescape")
+    head = f"{sample.key}\0"
     for ext, data in sample.members.items():
-        crc, head = zlib.crc32(data, zlib.crc32(head + f"{ext}\0{len(data)}\0".encode(), crc)), b""
-    return zlib.crc32(head, crc)
+        said, head = f"{head}{ext}\0{len(data)}\0".encode(errors="surrogateescape"), ""
+        crc = zlib.crc32(said + data, crc) if len(data) < _FEW else zlib.crc32(data, zlib.crc32(said, crc))
+    return zlib.crc32(head.encode(errors="surrogateescape"), crc) if head else crc
 
 
 def content_of(shard: Shard, *, named: Members = USUAL, as_listed: bool = False, more: Exts = frozenset()) -> str:
@@ -137,7 +151,7 @@ def content_of(shard: Shard, *, named: Members = USUAL, as_listed: bool = False,
         ShardError, OSError: as `read_samples`.
     """
     crc = 0
-    for sample in read_samples(shard, named=named, as_listed=as_listed, more=more):
+    for sample in read_samples(shard, named=named, as_listed=as_listed, more=more, shared=True):
         crc = fold(crc, sample)
     return f"{crc:08x}"
 
@@ -149,7 +163,7 @@ def list_keys(shard: Shard) -> list[str]:
         ShardError, OSError: as `read_samples`.
     """
     with _opened(shard, seekable=True) as tape:
-        return [storable(next(iter(group.values())).key) for group in islice(_groups(_members(tape)), shard.take)]
+        return [storable(key) for key, _ in islice(groups(tape), shard.take)]
 
 
 def list_images(shard: Shard, *, named: Members = USUAL) -> Iterator[tuple[str, str | None]]:
@@ -161,9 +175,9 @@ def list_images(shard: Shard, *, named: Members = USUAL) -> Iterator[tuple[str, 
         ShardError, OSError: as `read_samples`.
     """
     with _opened(shard, seekable=True) as tape:
-        for group in islice(_groups(_members(tape)), shard.take):
-            image = next((group[ext].name for ext in _images(named) if ext in group), None)
-            yield storable(next(iter(group.values())).key), None if image is None else storable(image)
+        for key, group in islice(groups(tape), shard.take):
+            image = next((group[ext].name for ext in images(named) if ext in group), None)
+            yield storable(key), None if image is None else storable(image)
 
 
 class Place(NamedTuple):
@@ -188,10 +202,10 @@ def locate_images(shard: Shard, numbers: Numbers = None, *, named: Members = USU
     """
     with _opened(shard, seekable=True) as tape:
         seen: set[str] = set()
-        members = _members(tape, data_of=frozenset({"cls"}), files=_wanted(named))
-        for index, group in enumerate(islice(_groups(members), shard.take)):
-            image = next((group[ext] for ext in _images(named) if ext in group), None)
-            key = storable(next(iter(group.values())).key)
+        found = groups(tape, data_of=frozenset({"cls"}), files=wanted(named))
+        for index, (name, group) in enumerate(islice(found, shard.take)):
+            image = next((group[ext] for ext in images(named) if ext in group), None)
+            key = storable(name)
             if image is not None and image.size <= MAX_MEMBER and key not in seen:
                 data = {ext: member.data for ext, member in group.items() if member.data is not None}
                 yield Place(key, image.offset, image.size, Sample(key, index, data, numbers=numbers).label)
@@ -234,100 +248,41 @@ def _tape(shard: Shard, store: fs.FileSystem, path: str, seekable: bool) -> Iter
     local, gzipped = isinstance(store, fs.LocalFileSystem), path.endswith((".gz", ".tgz"))
     if local and not gzipped:
         with open(path, "rb", buffering=0) as file:
-            source = LocalFile(file.fileno(), shard.url, shard.size, BLOCK if seekable else 2**16)
-            yield Tape(shard.url, source, shard.size, seekable=seekable)
+            source = LocalFile(file.fileno(), shard.url, shard.size)
+            window = Window(source.readinto, BLOCK, source.seek) if seekable else Window(source.readinto, _AHEAD)
+            yield Tape(shard.url, window, shard.size, together=not seekable)
         return
-    # Each refill is one request to an object store. Python reads what is larger than its buffer without a copy.
+    # Each refill is one request to an object store.
     with store.open_input_stream(path, compression=None, buffer_size=None if local else 2**23) as raw:
-        stream: Any = io.BufferedReader(Source(raw, shard.url, shard.size), 2**16)
+        stream = Source(raw, shard.url, shard.size)
+        if not gzipped:
+            yield Tape(shard.url, Window(stream.readinto, _AHEAD), shard.size)
+            return
         # Arrow's own decompressor raises the same errors for damaged data as for a broken network.
-        yield Tape(shard.url, gzip.GzipFile(fileobj=stream) if gzipped else stream, None if gzipped else shard.size)
+        with gzip.GzipFile(fileobj=io.BufferedReader(stream, 2**16)) as unpacked:
+            yield Tape(shard.url, Window(unpacked.readinto1, _AHEAD), None)
 
 
-class _Member(NamedTuple):
-    key: str
-    ext: str  # lower case
-    data: bytes | None  # None if it was not wanted, or is too large
-    size: int  # bytes
-    offset: int  # of the data in the tar
-    name: str  # in the tar
-
-
-def _members(tape: Tape, *, data_of: Exts = frozenset(), files: Exts = frozenset()) -> Iterator[_Member]:
-    """Yield the members of samples, with the data of those with these extensions.
-
-    Links are refused under the extensions `files`, by default those whose data is read, or could be.
-    """
-    key, held = "", 0  # the last sample's key, and the bytes of its data
-    aside, first = 0, ""  # files that belong to no sample, while no sample was found
-    files = files or data_of or _wanted(USUAL)
-    for name, size, is_link in tape:
-        named = split_name(name)
-        if named is None:
-            if not key:
-                aside, first = aside + 1, first or name
-            continue
-        if is_link and named[1] in files:
-            raise tape.error(f"{name!r} is a link without data (pack it with `tar -h --hard-dereference`)")
-        if named[0] != key:
-            key, held = named[0], 0
-        wanted, offset = named[1] in data_of and held + size <= MAX_MEMBER, tape.position
-        held += size if wanted else 0
-        yield _Member(*named, tape.read(size) if wanted else None, size, offset, name)
-    if aside and not key:
-        raise tape.error(f"{aside} files, the first {first!r}, and none with a name such as a.jpg")
-
-
-def split_name(name: str) -> tuple[str, str] | None:
-    """Return key and lower-case extension, as webdataset splits them; None if the file belongs to no sample.
-
-    Hidden files (`._a.jpg`) and files without an extension (`README`) do not. Files of folders such as `__meta__/`
-    do here, although webdataset drops them.
-    """
-    if "\n" in name:
-        key, ext = base_plus_ext(name)
-        return None if key is None or name.rpartition("/")[2].startswith(".") else (key, ext.lower())
-    folder, slash, last = name.rpartition("/")  # four times as fast
-    base, dot, ext = last.partition(".")
-    return (f"{folder}{slash}{base}", ext.lower()) if base and dot else None
-
-
-def storable(name: str) -> str:
-    """Return a name with `\\xNN` for each byte that is not UTF-8, a lone surrogate, which Parquet does not take."""
-    return name if name.isascii() else name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _samples(members: Iterable[_Member], numbers: Numbers, named: Members) -> Iterator[Sample]:
+def _samples(found: Iterable[tuple[str, Group]], numbers: Numbers, named: Members) -> Iterator[Sample]:
     seen: dict[str, int] = {}
-    for index, group in enumerate(_groups(members)):
-        key = storable(next(iter(group.values())).key)
+    for index, (name, group) in enumerate(found):
+        key = storable(name)
         data = {ext: member.data for ext, member in group.items() if member.data is not None}
-        sample = Sample(key, index, data, numbers=numbers, named=named)
-        sample.problem = _problem(sample, group, seen.setdefault(key, index))
+        sample = Sample(key, index, data, None, numbers, named)
+        first = seen.setdefault(key, index)
+        if first != index or len(data) < len(group) or sample.shared_image is None:
+            sample.problem = _problem(sample, group, first)
         yield sample
 
 
-def _groups(members: Iterable[_Member]) -> Iterator[dict[str, _Member]]:
-    """Yield the members of each sample, by extension."""
-    group: dict[str, _Member] = {}
-    key = ""
-    for member in members:
-        if group and (member.key != key or member.ext in group):
-            yield group
-            group = {}
-        group[member.ext], key = member, member.key
-    if group:
-        yield group
-
-
-def _problem(sample: Sample, group: dict[str, _Member], first: int) -> tuple[str, str] | None:
+def _problem(sample: Sample, group: Group, first: int) -> tuple[str, str] | None:
     if first != sample.index:
         fix = "give each sample its own key and keep its members together, as `saltern pack` does"
         return DUPLICATE_KEY, f"sample {first} of this shard already has the key; {fix}"
     for ext, member in group.items():
-        if member.data is None and ext in _wanted(sample.named):
+        if member.data is None and ext in wanted(sample.named):
             return TOO_LARGE, f"the member .{ext} has {member.size} bytes; at most {MAX_MEMBER} are read of a sample"
-    if sample.image is None:
+    if sample.shared_image is None:
         extensions = ", ".join(f".{printable(storable(ext))}" for ext in islice(group, _SHOWN))
         extensions += f" and {len(group) - _SHOWN} more" if len(group) > _SHOWN else ""
         other = next((ext for ext in group if ext.rpartition(".")[2] in IMAGES), "")
@@ -338,13 +293,3 @@ def _problem(sample: Sample, group: dict[str, _Member], first: int) -> tuple[str
             f"no {what} among its members ({extensions}); a key ends at the first dot of the name{fix}",
         )
     return None
-
-
-def _images(named: Members) -> tuple[str, ...]:
-    return (named.image,) if named.image else IMAGES
-
-
-@cache
-def _wanted(named: Members) -> frozenset[str]:
-    """Return the extensions of the members that are read."""
-    return frozenset((*_images(named), (named.label or "cls").partition(":")[0], "json"))

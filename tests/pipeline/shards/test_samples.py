@@ -11,8 +11,9 @@ from reading import BLOCK, fails, header_at, read
 from tars import Members, samples, shard_at, tar_bytes
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
-from saltern.pipeline.shards import samples as module
-from saltern.pipeline.shards.samples import list_keys, read_samples, split_name
+from saltern.pipeline.shards import members as module
+from saltern.pipeline.shards.members import split_name
+from saltern.pipeline.shards.samples import list_keys, read_samples
 from saltern.pipeline.storage.filesystem import filesystem
 from saltern.schemas.errors import UserError
 from saltern.schemas.saliency import DUPLICATE_KEY, MISSING_IMAGE, TOO_LARGE
