@@ -13,6 +13,7 @@ from images import NOISE_HWC, encoded, fails, with_exif
 from saltern.pipeline.shards import decoder as module
 from saltern.pipeline.shards.decode import decode
 from saltern.pipeline.shards.decoder import choose_decoder, describe_decoder, make_decoder
+from saltern.pipeline.shards.jpeg import plain_frame
 from saltern.schemas.config import Preprocess
 from saltern.schemas.errors import UserError
 from saltern.schemas.saliency import DECODE_FAILED
@@ -41,6 +42,21 @@ def test_a_bad_image_costs_only_its_slot() -> None:
     assert batch.problems == {number: (DECODE_FAILED, fails(data)) for number, data in ((1, b""), (3, b"no image"))}
     for position in (0, 2):
         assert (batch.pixels_BHWC[position].numpy() == decode(good, PREPROCESS).pixels_HWC).all()
+
+
+def test_parts_of_larger_memory_are_decoded_as_files_are() -> None:
+    jpeg = encoded(NOISE_HWC, "JPEG")
+    files = [jpeg, encoded(NOISE_HWC), TURNED, jpeg[:-900], jpeg[:40], b"no image", b""]
+    joined = memoryview(bytearray(b"".join(files)))
+    starts = [sum(map(len, files[:number])) for number in range(len(files))]
+    parts = [joined[start : start + len(data)] for start, data in zip(starts, files, strict=True)]
+    whole, shared = make_decoder(PREPROCESS)(files), make_decoder(PREPROCESS)(parts)
+    assert whole.problems == shared.problems
+    assert whole.problems.keys() >= {4, 5, 6}
+    for position in {*range(len(files))} - whole.problems.keys():
+        assert (whole.pixels_BHWC[position] == shared.pixels_BHWC[position]).all()
+        assert (whole.size_B2[position] == shared.size_B2[position]).all()
+    assert plain_frame(parts[0]) == plain_frame(jpeg) is not None
 
 
 def test_no_images_give_an_empty_batch() -> None:
