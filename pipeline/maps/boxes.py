@@ -61,8 +61,9 @@ def _runs(packed_BHS: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.
     bits = np.zeros(count + -count % 8, np.uint8)
     bits[:count].reshape(batch, height + 1, packed + 1)[:, :height, :packed] = packed_BHS
     words = bits.view(np.uint64)  # numpy shifts eight bytes as fast as one
-    edges: NDArray[np.uint8] = bits ^ (words >> 1 & _LOW).view(np.uint8)  # bits that differ from the one before them
-    edges[1:] ^= (words << 7 & _HIGH).view(np.uint8)[:-1]
+    before: NDArray[np.uint8] = (words >> 1 & _LOW).view(np.uint8)
+    before[1:] |= (words << 7 & _HIGH).view(np.uint8)[:-1]
+    edges = bits ^ before  # bits that differ from the one before them
     some = np.flatnonzero(edges != 0)  # numpy finds True four times as fast as other numbers
     found = np.flatnonzero(np.unpackbits(edges[some]).view(np.bool_))
     at = 8 * some[found >> 3] + (found & 7)
