@@ -57,20 +57,19 @@ def reading(place: str) -> Iterator[None]:
         raise ShardError(f"{place} cannot be read ({' '.join(str(error).split())})") from error
 
 
-def open_data(run: Run, place: str, source: Any, *, remote: bool = False) -> pq.ParquetFile:
+def open_data(run: Run, place: str, source: Any) -> pq.ParquetFile:
     """Open a data file of the run.
 
     Args:
         run: content of run.json.
         place: of the file, for messages.
         source: an open file or a buffer.
-        remote: whether to fetch all columns of a read together: each is a request to an object store otherwise.
 
     Raises:
         ShardError: it is damaged, of another run, or its columns or metadata are not those that the run writes.
     """
     with reading(place):
-        file = pq.ParquetFile(source, pre_buffer=remote)
+        file = pq.ParquetFile(source)
         schema = file.schema_arrow
     found = read_metadata(schema)
     if found.get("fingerprint") != run.fingerprint:
@@ -88,13 +87,13 @@ def reading_data(store: Store, run: Run, shard: Shard) -> Iterator[pq.ParquetFil
     """Open a shard's data file. Raises ShardError as `open_data`, and for errors while it is read."""
     place = store.full(data_name(shard.name))
     with reading(place), store.fs.open_input_file(place) as source:
-        yield open_data(run, place, source, remote=not store.local)
+        yield open_data(run, place, source)
 
 
 def batches(file: pq.ParquetFile, size: int, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
     """Yield the rows of a data file in batches of at most `size`, with one row group in memory.
 
-    A single read of all row groups would keep all that it has fetched.
+    A single read of all row groups would keep all the bytes that it has fetched.
     """
     for group in range(file.num_row_groups):
         yield from file.iter_batches(size, [group], columns, use_threads=False)

@@ -58,7 +58,7 @@ class Measured:
         """
         place = self.store.full(data_name(shard))
         with reading(place), self.store.fs.open_input_file(place) as source:
-            table = pq.ParquetFile(source, pre_buffer=not self.store.local).read(["index", *names], use_threads=False)
+            table = pq.ParquetFile(source).read(["index", *names], use_threads=False)
         index_N = table["index"].to_numpy().astype(np.int64)
         # Files of older versions lack the newer metrics.
         there = table.column_names
