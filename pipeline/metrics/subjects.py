@@ -28,7 +28,7 @@ def read_subjects(
         ShardError: a data file is missing or damaged.
         UserError: the store fails.
     """
-    with closing(read_ahead(partial(_fetch, store), shards)) as files:
+    with closing(read_ahead(partial(_fetch, store), shards, size=len)) as files:
         for shard, raw in zip(shards, files, strict=True):
             for subject, rows in _pieces(store, shard, raw, columns):
                 yield shard.name, subject, rows

@@ -1,7 +1,5 @@
 """Results in an object store are read once and many at a time, with the numbers of a loop over the files."""
 
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from saltern.pipeline.metrics.estimate import Means
 from saltern.pipeline.metrics.evaluate import Evaluation, to_json
 from saltern.pipeline.metrics.subjects import read_subjects
 from saltern.pipeline.metrics.table import lines_of
-from saltern.pipeline.storage.ahead import read_ahead
 from saltern.pipeline.storage.store import Store
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.evaluation import CONTROLS, FOUND
@@ -64,29 +61,6 @@ def test_means_and_intervals_are_those_of_a_loop_over_the_files(made: Made) -> N
             found = evaluation.runs[0].estimates if subject == FOUND else evaluation.controls[subject]
             assert found["le"].to_dict() == means.estimates()[0].to_dict()
             assert found["f1"].value == pytest.approx(means.estimates()[1].value)  # other columns share its product
-
-
-def test_files_are_read_at_once_in_order_and_few_wait() -> None:
-    started, most = [0, 0], threading.Lock()
-
-    def read(item: int) -> int:
-        with most:
-            started[0] += 1
-        time.sleep(0.001 * (item % 3))
-        return item
-
-    for done, item in enumerate(read_ahead(read, range(50), threads=4)):
-        assert item == done
-        assert started[0] <= done + 4
-    assert started[0] == 50
-
-
-def test_a_reader_that_stops_reads_no_further() -> None:
-    seen = []
-    ahead = read_ahead(lambda item: seen.append(item) or item, range(1000), threads=4)
-    assert next(ahead) == 0
-    ahead.close()
-    assert len(seen) <= 4
 
 
 def test_a_missing_file_and_a_store_that_fails_are_told_apart(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
