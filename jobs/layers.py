@@ -42,7 +42,8 @@ def layers(
 ) -> None:
     """Extract and judge a run DIR/LAYER/METHOD for each method and layer, with one table and a plot over the layers.
 
-    A repeated command computes only what is missing. Writes layers.json, layers.md and layers.png in DIR.
+    A repeated command computes only what is missing. Writes layers.json, layers.md and layers.png in DIR. The exit
+    code is 1 if shards could not be read; they count for no layer.
     """
     from saltern.pipeline.engine.conduct import RunOptions
     from saltern.pipeline.engine.derived import StoppedError

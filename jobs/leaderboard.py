@@ -56,7 +56,7 @@ def leaderboard(
     """Compare methods: extract the runs that are missing, judge all by the same metrics, and make one table and page.
 
     Writes DIR/METHOD/ for each method, and DIR/leaderboard.json, .md and .html. To go on, repeat the command. The exit
-    code is 1 if shards could not be read.
+    code is 1 if shards could not be read; they count for no method.
     """
     from saltern.pipeline.engine.conduct import RunOptions
     from saltern.pipeline.engine.derived import StoppedError
