@@ -116,7 +116,7 @@ def decoding(place: Place) -> dict[str, Any]:
     write_shards(place.folder / "jpeg", place.images, 1, len(place.images))
     script, found = Path(__file__).with_name("gpu_decode.py"), place.folder / "decode.json"
     words = [sys.executable, str(script), str(place.folder / "jpeg"), "--json", str(found)]
-    subprocess.run([*words, "--seconds", "2" if place.small else "20"], timeout=200)
+    subprocess.run([*words, "--seconds", "2" if place.small else "20"], timeout=place.patience_s)
     results = json.loads(found.read_text())["results"]
     assert all(result["passed"] for result in results), results
     return {result.pop("check"): result for result in results}
@@ -125,17 +125,18 @@ def decoding(place: Place) -> dict[str, Any]:
 # --- engines
 
 
-def call(words: list[str], **environment: str) -> None:
+def call(place: Place, words: list[str], **environment: str) -> None:
     """Run a command to its end, which must be exit code 0."""
-    ended = subprocess.run(words, capture_output=True, text=True, env=os.environ | environment, timeout=300)
+    limit = place.patience_s
+    ended = subprocess.run(words, capture_output=True, text=True, env=os.environ | environment, timeout=limit)
     assert ended.returncode == 0, f"{' '.join(words)}: exit code {ended.returncode}: {ended.stderr[-300:]}"
 
 
-def kill(words: list[str], when: Callable[[], bool]) -> None:
+def kill(place: Place, words: list[str], when: Callable[[], bool]) -> None:
     """Start a command, and kill it as soon as `when` says, before its end."""
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=said)
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + place.patience_s
         while not when() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
@@ -148,7 +149,7 @@ def run(place: Place, out: str, *more: str, **environment: str) -> dict[str, str
     """Extract the shards of the engines' checks; return the digests of the data files by name."""
     if not (place.folder / "engines").exists():
         write_shards(place.folder / "engines", place.images, SHARDS, 24 if place.small else 160)
-    call(command(place, out, *more), **environment)
+    call(place, command(place, out, *more), **environment)
     return digests(place.folder / out)
 
 
@@ -193,7 +194,7 @@ def killed_run(place: Place) -> dict[str, Any]:
     """A run that is killed after its first shard, and repeated, gives the files of an undisturbed run."""
     local = run(place, "local-1", "--engine", "local")
     out = place.folder / "killed"
-    kill(command(place, "killed", "--engine", "local"), lambda: bool(list((out / "receipts").glob("*.json"))))
+    kill(place, command(place, "killed", "--engine", "local"), lambda: bool(list((out / "receipts").glob("*.json"))))
     done = len(list((out / "receipts").glob("*.json")))
     assert 0 < done < SHARDS, done
     assert run(place, "killed", "--engine", "local") == local
@@ -231,10 +232,10 @@ def casm_resumes(place: Place) -> dict[str, Any]:
         name: [*SALTERN, "train-casm", str(shards), "--out", str(place.folder / name), *words.split()]
         for name in ("whole", "cut")
     }
-    call(calls["whole"])
-    kill(calls["cut"], (place.folder / "cut/checkpoints/8").exists)
+    call(place, calls["whole"])
+    kill(place, calls["cut"], (place.folder / "cut/checkpoints/8").exists)
     assert not (place.folder / f"cut/checkpoints/{TRAINED}").exists()
-    call([*calls["cut"], "--resume"])
+    call(place, [*calls["cut"], "--resume"])
     ends = [(place.folder / name / f"checkpoints/{TRAINED}/tensors.safetensors").read_bytes() for name in calls]
     assert ends[0] == ends[1]
     logs = [(place.folder / name / "log.jsonl").read_text() for name in calls]

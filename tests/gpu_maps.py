@@ -47,6 +47,11 @@ class Place:
         return self.device == "cpu"
 
     @property
+    def patience_s(self) -> float:
+        """Return the limit of a command, which may wait for cores that others use."""
+        return 3600 if self.small else 300
+
+    @property
     def side(self) -> int:
         return 64 if self.small else 224
 
