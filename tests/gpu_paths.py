@@ -16,3 +16,5 @@ _paths = [str(folder) for folder in _folders]
 sys.path[:0] = _paths
 os.environ["PYTHONPATH"] = os.pathsep.join([*_paths, *filter(None, [os.environ.get("PYTHONPATH")])])
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts: matrix products repeat to the bit
+for _name, _seconds in (("RAY_raylet_start_wait_time_s", "300"), ("RAY_worker_register_timeout_seconds", "300")):
+    os.environ.setdefault(_name, _seconds)  # the cores may be busy
