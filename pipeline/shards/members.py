@@ -38,10 +38,12 @@ def groups(
         tape: the tar.
         data_of: extensions.
         files: links are refused under these extensions, by default those whose data is read, or could be.
-        shared: give large data as parts of the memory that it was read into, without a copy.
+        shared: give large data as parts of the memory that it was read into, without a copy. If most of the tar is not
+            read, data is copied nevertheless, as it would keep that memory.
     """
     files = files or data_of or wanted(Members())
     key, held = "", 0  # the current key, and the bytes of the data of its members
+    balance = 0  # bytes of data that was read, less those of data that was not
     group: Group = {}
     for own, ext, size, name in _named(tape, files):
         if own != key or ext in group:
@@ -51,9 +53,11 @@ def groups(
             key, held = own, held if own == key else 0
         offset, data = tape.position, None
         if ext in data_of and held + size <= MAX_MEMBER:
-            held += size
+            held, balance = held + size, balance + size
             read = tape.read(size)
-            data = read if shared and size >= _SMALL else bytes(read)
+            data = read if shared and size >= _SMALL and balance >= 0 else bytes(read)
+        else:
+            balance -= size
         group[ext] = Member(data, size, offset, name)
     if group:
         yield key, group

@@ -7,7 +7,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from tars import shard_at
+from tars import shard_at, tar_bytes
 
 from saltern.pipeline.shards import samples as module
 from saltern.pipeline.shards.samples import content_of, read_samples
@@ -63,6 +63,16 @@ def test_only_large_members_are_parts_of_larger_memory(tmp_path: Path) -> None:
             assert isinstance(data, memoryview) == (len(data) >= 2**14)
         assert isinstance(sample.image, bytes)
         assert sample.image == sample.shared_image
+
+
+def test_members_do_not_keep_the_memory_of_those_that_are_not_read(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    members = [
+        (f"{n}.{ext}", draw.randbytes(size)) for n in range(8) for ext, size in (("npy", 70_000), ("jpg", 30_000))
+    ]
+    samples = list(read_samples(shard_at(tmp_path / "x.tar", tar_bytes(members)), shared=True))
+    assert [sample.members["jpg"] for sample in samples] == [data for name, data in members if name.endswith("jpg")]
+    assert all(isinstance(sample.members["jpg"], bytes) for sample in samples)
 
 
 def test_an_unusual_header_among_plain_ones_is_read(tmp_path: Path) -> None:
