@@ -29,12 +29,13 @@ def test_largest_box_on_small_cases() -> None:
     assert largest_box(two.T) == (4, 4, 5, 8)  # a view that is not contiguous
 
 
-@pytest.mark.parametrize("together", [1, 3, 32])
+@pytest.mark.parametrize(("together", "many"), [(1, 2**18), (3, 2**18), (32, 2**18), (32, 50), (5, 0)])
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.3, 0.5, 0.6, 0.8, 1.0])
 def test_boxes_of_a_batch_equal_those_of_each_mask(
-    density: float, together: int, monkeypatch: pytest.MonkeyPatch
+    density: float, together: int, many: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(boxes, "_TOGETHER", together)
+    monkeypatch.setattr(boxes, "_MANY", many)  # runs, above which the masks are halved
     generator = np.random.default_rng(int(density * 100) + together)
     for height, width in [(1, 1), (1, 9), (9, 1), (5, 8), (24, 31)]:
         mask_BHW = generator.random((7, height, width)) < density
