@@ -149,14 +149,17 @@ def notes(evaluation: Evaluation) -> Iterator[str]:
 
 
 def _merged(evaluation: Evaluation, said: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Yield the lines about each run: those about all runs once, the others with the run's path."""
-    for number, (judged, lines) in enumerate(zip(evaluation.runs, said, strict=True)):
-        for line in lines:
-            every = all(line in others for others in said)
-            if not every:
-                yield f"{judged.run.path}: {line}"
-            elif number == 0:
-                yield line
+    """Yield each line once: as it is if it is about all runs, else with the paths of its runs."""
+    paths = [judged.run.path for judged in evaluation.runs]
+    for line in dict.fromkeys(line for lines in said for line in lines):
+        own = [path for path, lines in zip(paths, said, strict=True) if line in lines]
+        others = [path for path in paths if path not in own]
+        if not others:
+            yield line
+        elif len(others) < len(own):
+            yield f"all but {', '.join(others)}: {line}"
+        else:
+            yield f"{', '.join(own)}: {line}"
 
 
 def _of_run(judged: Judged, evaluation: Evaluation) -> Iterator[str]:
