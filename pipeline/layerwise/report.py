@@ -8,7 +8,7 @@ from typing import Any
 
 from saltern.pipeline.metrics.estimate import Estimate
 from saltern.pipeline.metrics.evaluate import Evaluation, describe, to_json
-from saltern.pipeline.metrics.table import columns_of, format_estimate, head_of, remarks
+from saltern.pipeline.metrics.table import columns_of, format_estimate, head_of, remarks, shown_columns
 from saltern.pipeline.storage.store import Store
 from saltern.pipeline.tables import markdown_table
 from saltern.schemas.errors import UserError
@@ -41,7 +41,7 @@ class Comparison:
 
 def as_markdown(comparison: Comparison) -> str:
     """Return a Markdown table: a row for each method and layer, and for each control; a column for each metric."""
-    columns = columns_of(comparison.evaluation)
+    columns = shown_columns(comparison.evaluation)
     pairs = zip(comparison.lines, comparison.evaluation.runs, strict=True)
     rows = [[line.method, line.layer, *_cells(judged.estimates, columns)] for line, judged in pairs]
     rows += [[subject, "", *_cells(found, columns)] for subject, found in comparison.evaluation.controls.items()]
@@ -80,7 +80,7 @@ def draw(comparison: Comparison) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # the import takes a second
     from matplotlib.figure import Figure
 
-    columns = columns_of(comparison.evaluation)
+    columns = shown_columns(comparison.evaluation)
     wide, high = min(_WIDE, len(columns)), -(-len(columns) // _WIDE)
     figure = Figure(figsize=(4 * wide + 2, 3.5 * high), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from saltern.pipeline.metrics.estimate import Estimate
 from saltern.pipeline.metrics.evaluate import Evaluation
-from saltern.pipeline.metrics.table import columns_of, format_estimate, head_of, lines_of, remarks
+from saltern.pipeline.metrics.table import format_estimate, head_of, lines_of, remarks, shown_columns
 from saltern.pipeline.show.order import spread
 from saltern.pipeline.show.page import Cell, Table
 from saltern.pipeline.show.sheet import comparison
@@ -32,7 +32,7 @@ def board_page(evaluation: Evaluation, rates: Sequence[float | None], shown: int
 
 def board_table(evaluation: Evaluation, rates: Sequence[float | None]) -> Table:
     """Return the table; the best of the runs in each column is marked."""
-    columns, lines = columns_of(evaluation), lines_of(evaluation)
+    columns, lines = shown_columns(evaluation), lines_of(evaluation)
     best = {
         key: _best(key, metric, [found for _, found in lines[: len(evaluation.runs)]])
         for key, metric in columns.items()

@@ -43,6 +43,17 @@ def columns_of(evaluation: Evaluation) -> dict[str, Metric]:
     return {name: FAMILIES[family].metrics[name] for family, names in evaluation.chosen.items() for name in names}
 
 
+def shown_columns(evaluation: Evaluation) -> dict[str, Metric]:
+    """Return the metrics of the table that have a value in some line; all of them if none has."""
+    lines = [found for _, found in lines_of(evaluation)]
+    columns = columns_of(evaluation)
+    return {key: metric for key, metric in columns.items() if any(_has(found, key) for found in lines)} or columns
+
+
+def _has(found: Mapping[str, Estimate], key: str) -> bool:
+    return key in found and found[key].count > 0
+
+
 def lines_of(evaluation: Evaluation) -> list[tuple[str, dict[str, Estimate]]]:
     """Return the name and the estimates of each run and of each control."""
     names = [f"{judged.run.config.method} of {judged.run.config.model}" for judged in evaluation.runs]
@@ -61,7 +72,7 @@ def as_markdown(evaluation: Evaluation, more: Mapping[str, Sequence[str]] | None
         evaluation: of some runs.
         more: further columns by title, with a cell for each run.
     """
-    columns, more = columns_of(evaluation), more or {}
+    columns, more = shown_columns(evaluation), more or {}
     rows = []
     for number, (name, found) in enumerate(lines_of(evaluation)):
         cells = [format_estimate(found.get(key), metric) for key, metric in columns.items()]
@@ -133,6 +144,9 @@ def remarks(evaluation: Evaluation) -> Iterator[str]:
     marks = {metric.better for metric in columns_of(evaluation).values()}
     meaning = {Better.LESS: "↓ less is better", Better.MORE: "↑ more is better"}
     yield "; ".join([*(text for mark, text in meaning.items() if mark in marks), "± half the 95 % bootstrap interval"])
+    empty = [metric.title for key, metric in columns_of(evaluation).items() if key not in shown_columns(evaluation)]
+    if empty:
+        yield f"no sample has a value of {', '.join(empty)}"
     if evaluation.multiply is not None:
         yield _MULTIPLY[Multiply(evaluation.multiply)]
     if "max-box" in evaluation.chosen:

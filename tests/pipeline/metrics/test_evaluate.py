@@ -163,7 +163,12 @@ def test_samples_without_a_label_have_no_om(tmp_path: Path) -> None:
     alter(made, label=None)
     evaluation = judge(made.path)
     assert evaluation.runs[0].estimates["om"].count == 0
-    assert "| -" in as_markdown(evaluation)
+    assert "LE %" in as_markdown(evaluation)
+    assert "OM %" not in as_markdown(evaluation)
+    assert "no sample has a value of OM %, difficult %" in list(remarks(evaluation))
+    alone = as_markdown(judge(made.path, metrics=["om"]))
+    assert alone.splitlines()[0].split() == ["|", "|", "OM", "%", "↓", "|"]
+    assert all(line.split()[-2] == "-" for line in alone.splitlines()[2:])
 
 
 def test_runs_without_maps_have_the_f1_of_their_masks(tmp_path: Path) -> None:
