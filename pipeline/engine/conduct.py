@@ -102,7 +102,7 @@ class RunResult:
     done: int  # shards, including those of earlier calls; of several runs, those that all have
     rows: dict[str, int] = field(default_factory=dict)  # by status, of all shards that are done
     failures: dict[str, str] = field(default_factory=dict)  # kind and reason, by shard
-    finished: frozenset[str] = frozenset()  # names of the shards that have a receipt; of one run
+    finished: dict[str, str] = field(default_factory=dict)  # digests of data files by shard; of one run
     stuck: bool = False  # a thread may never end: leave the process with os._exit
     runs: dict[str, "RunResult"] = field(default_factory=dict)  # of each of several runs, by name
 
@@ -245,7 +245,7 @@ def _result(root: str, folders: Sequence[Folder], books: Books, outcome: Outcome
         lacking = {name: why for name, why in failures.items() if books.lacks(it.name, name)}
         code = stopped or judged or int(bool(lacking or outcome.stopped))
         own = sum(not books.lacks(it.name, shard.name) for shard in it.run.shards)
-        rows, finished = _rows(receipts.values()), frozenset(receipts)
+        rows, finished = _rows(receipts.values()), {name: receipt.digest for name, receipt in receipts.items()}
         runs[it.name] = RunResult(it.root, code, len(it.run.shards), own, rows, lacking, finished)
     if not folders[0].name:
         return runs[""]

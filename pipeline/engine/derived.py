@@ -27,6 +27,16 @@ class StoppedError(Exception):
         self.result = result
 
 
+@dataclass(frozen=True)
+class Derived:
+    """The results of a job over the shards of a run."""
+
+    store: Store
+    shards: list[Shard]  # that are done
+    digests: Mapping[str, str]  # of their data files, by the shard's name
+    unread: dict[str, str]  # shards that could not be read, with the reason
+
+
 class DoneRun(Protocol):
     """A run with its shards that are done, as `runs.reader.SaliencyRun`."""
 
@@ -67,9 +77,7 @@ def reading_tar(shard: Shard) -> Iterator[None]:
         raise ShardError(f"{shard.url} may not be read: {error.strerror}") from error
 
 
-def derive(
-    run: DoneRun, root: str, job: Job, shards: Sequence[Shard], options: RunOptions, fix: str
-) -> tuple[list[Shard], dict[str, str]]:
+def derive(run: DoneRun, root: str, job: Job, shards: Sequence[Shard], options: RunOptions, fix: str) -> Derived:
     """Run a job over shards of a run, or resume it. Results of data files that the run has replaced are made again.
 
     Args:
@@ -79,9 +87,6 @@ def derive(
         shards: of the run, as the job's plan has them.
         options: of the execution; `out` is not used.
         fix: for the user, if the results cannot be written.
-
-    Returns:
-        The shards that are done; those that could not be read, with the reason.
 
     Raises:
         UserError: the results cannot be written, are damaged, or another command writes them; or as the job.
@@ -98,7 +103,8 @@ def derive(
         result = conduct(own, replace(options, out=root, overwrite=overwrite))
     if result.code not in (0, 1) or result.done + len(result.failures) < result.shards:
         raise StoppedError(result)
-    return [shard for shard in shards if shard.name in result.finished], result.failures
+    done = [shard for shard in shards if shard.name in result.finished]
+    return Derived(store, done, result.finished, result.failures)
 
 
 @contextlib.contextmanager

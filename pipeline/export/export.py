@@ -74,7 +74,8 @@ def export(path: str, form: str, out: str, patterns: Sequence[str] = (), options
     chosen = replace(options or RunOptions(out), device="cpu")
     with writing(out, _FIX):
         _forget_lost(store, out)
-    done, exported.failures = derive(run, root, job, shards, chosen, _FIX)
+    results = derive(run, root, job, shards, chosen, _FIX)
+    done, exported.failures = results.shards, results.unread
     with writing(out, _FIX), session(store) as owned, reading_results(root):
         _finish(Folder.at(out, owned.scratch), form, run, store, done)
     rows = {shard.name: receipt.rows for shard, receipt in zip(run.shards, run.receipts, strict=True)}
@@ -93,7 +94,7 @@ def _wanted(run: SaliencyRun, patterns: Sequence[str], exported: Exported) -> li
         there = {shard.name for shard in done}
         missing = next(shard for shard in run.run.shards if shard.name in chosen - there)
         raise UserError(
-            f"{run.path} is not complete: {len(chosen) - len(done)} of {len(chosen)} shards are missing, the first is "
+            f"{run.path} is not complete: it lacks {len(chosen) - len(done)} of {len(chosen)} shards, the first is "
             f"{missing.name}; continue with the same `saltern extract` command, or name only completed shards"
         )
     return done

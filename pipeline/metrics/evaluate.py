@@ -1,19 +1,19 @@
 """Evaluate runs: each family of metrics is a job over a run's shards, in a folder of the run."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from saltern.pipeline.engine.conduct import RunOptions
-from saltern.pipeline.engine.derived import reading_results
+from saltern.pipeline.engine.derived import Derived, reading_results
 from saltern.pipeline.metrics.census import Census
 from saltern.pipeline.metrics.estimate import Estimate
 from saltern.pipeline.metrics.faithfulness.further import further_classifiers
 from saltern.pipeline.metrics.families import FAMILIES, choose_metrics
 from saltern.pipeline.metrics.measure import measure, writing_to
 from saltern.pipeline.metrics.summarise import summarise
-from saltern.pipeline.metrics.wanted import left_out, same_samples, wanted_shards
+from saltern.pipeline.metrics.wanted import damaged, left_out, same_samples, wanted_shards
 from saltern.pipeline.runs.agreement import measure_agreement
 from saltern.pipeline.runs.reader import SaliencyRun, open_run
 from saltern.pipeline.shards.expand import ENDINGS
@@ -46,16 +46,15 @@ class Judged:
 
     run: SaliencyRun
     wanted: list[Shard]
-    unread: dict[str, str]  # shards that count in no row of some table's column, with the reason
+    unread: dict[str, str]  # shards that count for nothing, with the reason
     notes: list[str]  # for the user, about skipped shards
-    lost: frozenset[str] = frozenset()  # shards that no family measures, as a run lacks them
     estimates: dict[str, Estimate] = field(default_factory=dict)  # by metric
     censuses: dict[str, Census] = field(default_factory=dict)  # by family
 
     @property
     def shards(self) -> list[Shard]:
-        """The shards to measure."""
-        return [shard for shard in self.wanted if shard.name not in self.lost]
+        """The shards that count."""
+        return [shard for shard in self.wanted if shard.name not in self.unread]
 
     @property
     def census(self) -> Census:
@@ -77,15 +76,16 @@ class Evaluation:
         """Shards that could not be judged, with the reason."""
         return {shard: why for judged in self.runs for shard, why in judged.unread.items()}
 
-    def for_all(self, lost: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-        """Return the shards that each run loses, with the reason, so that runs of the same samples stay comparable.
+    def leave_out(self, lost: Sequence[Mapping[str, str]]) -> None:
+        """Leave shards out of all runs, so that runs of the same samples stay comparable.
 
         Args:
-            lost: by each run alone.
+            lost: the shards that each run has lost, with the reason.
         """
         wanted = [judged.wanted for judged in self.runs]
         alike = all(same_samples(wanted[0], shards) for shards in wanted[1:])
-        return left_out(wanted, lost) if alike else [dict(own) for own in lost]
+        for judged, own in zip(self.runs, left_out(wanted, lost) if alike else lost, strict=True):
+            judged.unread = {**judged.unread, **own}
 
 
 def evaluate(request: EvaluateRequest, options: RunOptions) -> Evaluation:
@@ -111,9 +111,21 @@ def evaluate(request: EvaluateRequest, options: RunOptions) -> Evaluation:
     evaluation = Evaluation(chosen, [_opened(path, request) for path in request.runs], multiply=multiply)
     if request.classifiers and not any(FAMILIES[name].takes_classifiers for name in chosen):
         raise UserError("--classifiers are for --metric masked, which is not among the chosen metrics")
-    _skip_failed(evaluation)
-    for name in chosen:
-        _judge_family(evaluation, name, request, options)
+    _check(evaluation)
+    results = {name: _measure(evaluation, name, request, options) for name in chosen}
+    first, *others = map(_unread, zip(*(runs for runs, _ in results.values()), strict=True))
+    evaluation.leave_out([_unread(controls for _, controls in results.values()) | first, *others])
+    # No file is changed before all metrics are known.
+    written = [file for name in chosen for file in _sum_up(evaluation, name, *results[name])]
+    for run, name, content in written:
+        with writing_to(run):
+            run.store.write(name, content)
+    _compare(evaluation)
+    return evaluation
+
+
+def _compare(evaluation: Evaluation) -> None:
+    """Note what the reader of the table must know to compare its rows."""
     first = evaluation.runs[0]
     for judged in evaluation.runs:
         judged.notes += _notes(judged, evaluation)
@@ -122,7 +134,6 @@ def evaluate(request: EvaluateRequest, options: RunOptions) -> Evaluation:
                 f"{judged.run.path} was judged on other samples than {first.run.path}: compare neither their numbers, "
                 "nor its numbers with the controls, which are of the first run's samples"
             )
-    return evaluation
 
 
 def named(words: Sequence[str], shards: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -133,85 +144,71 @@ def named(words: Sequence[str], shards: Sequence[str]) -> tuple[list[str], list[
 
 def _opened(path: str, request: EvaluateRequest) -> Judged:
     run = open_run(path, request.shards)
-    return Judged(run, *wanted_shards(run, request.shards, skip_failed=request.skip_failed))
+    wanted, failed, notes = wanted_shards(run, request.shards, skip_failed=request.skip_failed)
+    return Judged(run, wanted, failed | damaged(run, wanted), notes)
 
 
-def _skip_failed(evaluation: Evaluation) -> None:
-    """Leave out the shards that a run lacks. Raise UserError if none is left."""
-    failed = evaluation.for_all([judged.unread for judged in evaluation.runs])
-    for judged, own in zip(evaluation.runs, failed, strict=True):
-        judged.unread, judged.lost = own, frozenset(own)
+def _check(evaluation: Evaluation) -> None:
+    """Leave out the shards that a run lacks. Raise UserError if none is left, or a family cannot judge a run."""
+    evaluation.leave_out([judged.unread for judged in evaluation.runs])
+    for judged in evaluation.runs:
+        for name in evaluation.chosen:
+            FAMILIES[name].check(judged.run.path, judged.run.config)
         if judged.wanted and not judged.shards:
-            name, why = next(iter(own.items()))
+            name, why = next(iter(judged.unread.items()))
             raise UserError(
                 f"{judged.run.path}: all shards failed, as {name}: {why}; repair them, and repeat the command"
             )
 
 
-def _judge_family(evaluation: Evaluation, name: str, request: EvaluateRequest, options: RunOptions) -> None:
-    """Measure the runs and the controls by one family, and write the summaries."""
-    runs, family = evaluation.runs, FAMILIES[name]
-    results, estimates = [], []
-    for judged in runs:
-        family.check(judged.run.path, judged.run.config)
-        results.append(_measured(judged, name, request, options, controls=False))
-        estimates.append(_sum_up(evaluation, judged, name, *results[-1]))
-    store, done, unread = _measured(runs[0], name, request, options, controls=True)
-    lost = [own for _, _, own in results]
-    lost = evaluation.for_all([{**unread, **lost[0]}, *lost[1:]])
-    for at, (judged, (own, whole, known)) in enumerate(zip(runs, results, strict=True)):
-        if lost[at].keys() > known.keys():  # shards that it has, and another run has not
-            estimates[at] = _sum_up(evaluation, judged, name, own, whole, lost[at])
-    with reading_results(store.path):
-        found = summarise(family, store, [shard for shard in done if shard.name not in lost[0]])
-    for subject, values in found.items():
-        evaluation.controls.setdefault(subject, {}).update(values)
-    for judged, values in zip(runs, estimates, strict=True):
-        picture = family.draw({FOUND: values, **found})
-        if picture is not None:
-            with writing_to(judged.run):
-                judged.run.store.write(f"metrics/{name}.png", picture)
+def _measure(
+    evaluation: Evaluation, name: str, request: EvaluateRequest, options: RunOptions
+) -> tuple[list[Derived], Derived]:
+    """Measure the runs, and the controls over the shards of the first, by one family."""
+    family = FAMILIES[name]
+    pixels = family.multiplies and request.multiply == Multiply.pixels
+
+    def one(judged: Judged, controls: bool) -> Derived:
+        further = further_classifiers(request.classifiers, judged.run.config) if family.takes_classifiers else ()
+        more: dict[str, Any] = {"classifiers": further, "pixels": pixels}
+        return measure(judged.run, family, judged.shards, request, options, controls=controls, **more)
+
+    return [one(judged, False) for judged in evaluation.runs], one(evaluation.runs[0], True)
+
+
+def _unread(results: Iterable[Derived]) -> dict[str, str]:
+    """Return the shards that could not be read, with the reason, of the results of all families."""
+    return {shard: why for own in results for shard, why in own.unread.items()}
 
 
 def _sum_up(
-    evaluation: Evaluation, judged: Judged, name: str, store: Store, done: list[Shard], unread: dict[str, str]
-) -> dict[str, Estimate]:
-    """Write the summary of a run by one family. Returns all of its estimates.
-
-    Args:
-        evaluation: of all runs.
-        judged: the run.
-        name: of the family.
-        store: of the results.
-        done: shards with results.
-        unread: shards that do not count, with the reason.
-    """
-    census = Census(sized="other_size" in evaluation_schema(name).names)
-    with reading_results(store.path):
-        counted = [shard for shard in done if shard.name not in unread]
-        estimates = next(iter(summarise(FAMILIES[name], store, counted, census).values()), {})
-    judged.unread = {**judged.unread, **unread}
-    FAMILIES[name].check_census(judged.run.path, census, judged.unread)
-    # Those of one classifier are named METRIC@MODEL.
-    metrics = evaluation.chosen[name]
-    judged.estimates |= {name: own for name, own in estimates.items() if name.partition("@")[0] in metrics}
-    judged.censuses[name] = census
-    lost = {shard: why for shard, why in judged.unread.items() if shard in judged.lost or shard in unread}
-    summary = {**describe(judged.run), **census.summary(), "unread_shards": lost, "metrics": to_json(estimates)}
-    with writing_to(judged.run):
-        judged.run.store.write(f"metrics/{name}.json", json.dumps(summary, indent=1).encode())
-    return estimates
+    evaluation: Evaluation, name: str, results: list[Derived], of_controls: Derived
+) -> Iterator[tuple[SaliencyRun, str, bytes]]:
+    """Add the estimates of one family. Yields the files of each run, by name."""
+    first, family = evaluation.runs[0], FAMILIES[name]
+    controls = _sums(first, name, of_controls)
+    for subject, values in controls.items():
+        evaluation.controls.setdefault(subject, {}).update(values)
+    for judged, own in zip(evaluation.runs, results, strict=True):
+        census = judged.censuses[name] = Census(sized="other_size" in evaluation_schema(name).names)
+        estimates = next(iter(_sums(judged, name, own, census).values()), {})
+        family.check_census(judged.run.path, census, judged.unread)
+        # Those of one classifier are named METRIC@MODEL.
+        chosen = evaluation.chosen[name]
+        judged.estimates |= {metric: value for metric, value in estimates.items() if metric.partition("@")[0] in chosen}
+        summary = {**describe(judged.run), **census.summary(), "unread_shards": judged.unread}
+        summary["metrics"] = to_json(estimates)
+        yield judged.run, f"metrics/{name}.json", json.dumps(summary, indent=1).encode()
+        picture = family.draw({FOUND: estimates, **controls})
+        if picture is not None:
+            yield judged.run, f"metrics/{name}.png", picture
 
 
-def _measured(
-    judged: Judged, name: str, request: EvaluateRequest, options: RunOptions, *, controls: bool
-) -> tuple[Store, list[Shard], dict[str, str]]:
-    """Measure a run, or the controls over its shards, by one family. Returns as `measure`."""
-    run, family = judged.run, FAMILIES[name]
-    further = further_classifiers(request.classifiers, run.config) if family.takes_classifiers else ()
-    pixels = family.multiplies and request.multiply == Multiply.pixels
-    more = {"classifiers": further, "pixels": pixels}
-    return measure(run, family, judged.shards, request, options, controls=controls, **more)
+def _sums(judged: Judged, name: str, results: Derived, census: Census | None = None) -> dict[str, dict[str, Estimate]]:
+    """Return the estimates by subject, over the shards of a run that count."""
+    counted = [shard for shard in results.shards if shard.name not in judged.unread]
+    with reading_results(results.store.path):
+        return summarise(FAMILIES[name], replace(results, shards=counted), census)
 
 
 def describe(run: SaliencyRun) -> dict[str, Any]:

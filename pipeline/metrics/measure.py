@@ -7,13 +7,12 @@ from functools import partial
 from typing import Any, Protocol
 
 from saltern.pipeline.engine.conduct import Job, RunOptions
-from saltern.pipeline.engine.derived import DoneRun, Source, derive, fields_of_model, writing
+from saltern.pipeline.engine.derived import Derived, DoneRun, Source, derive, fields_of_model, writing
 from saltern.pipeline.extract.request import Pinned, pin
 from saltern.pipeline.metrics.family import Family
 from saltern.pipeline.metrics.processor import MetricProcessor
 from saltern.pipeline.runs.begin import new_run
 from saltern.pipeline.runs.reader import SaliencyRun
-from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import EvaluateConfig
 from saltern.schemas.evaluation import evaluation_schema
 from saltern.schemas.run import Run, Shard
@@ -35,7 +34,7 @@ def measure(
     *,
     controls: bool = False,
     **more: Any,
-) -> tuple[Store, list[Shard], dict[str, str]]:
+) -> Derived:
     """Measure shards of a run by a family. Writes RUN/metrics/FAMILY/, or RUN/metrics/FAMILY-controls/.
 
     Args:
@@ -47,16 +46,13 @@ def measure(
         controls: judge the controls instead of the run's maps.
         more: further fields of the evaluation's config, as `classifiers`.
 
-    Returns:
-        The store of the results; the shards that are done; those that could not be read, with the reason.
-
     Raises:
         UserError, StoppedError: as `engine.derived.derive`.
     """
     root = f"{run.path.rstrip('/')}/metrics/{family.name}{'-controls' * controls}"
     plan = partial(_plan, run, family, shards, request, {"controls": controls, **more})
     job = Job(plan, partial(MetricProcessor, source=Source.of(run), family=family))
-    return Store(root), *derive(run, root, job, shards, options, fix_of(run))
+    return derive(run, root, job, shards, options, fix_of(run))
 
 
 def writing_to(run: DoneRun) -> AbstractContextManager[None]:

@@ -4,11 +4,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
+from hashlib import sha256
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from saltern.pipeline.engine.derived import Derived
 from saltern.pipeline.runs.datafile import reading
 from saltern.pipeline.runs.manifest import data_name
 from saltern.pipeline.storage.ahead import read_ahead
@@ -17,9 +19,7 @@ from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.run import Shard
 
 
-def read_subjects(
-    store: Store, shards: Sequence[Shard], columns: Sequence[str]
-) -> Iterator[tuple[str, str, pa.RecordBatch]]:
+def read_subjects(results: Derived, columns: Sequence[str]) -> Iterator[tuple[str, str, pa.RecordBatch]]:
     """Yield the rows of each subject as (shard, subject, rows), in the order of the shards, in pieces.
 
     A file is fetched whole, since it holds little besides these columns and a request costs more than its bytes.
@@ -28,8 +28,11 @@ def read_subjects(
         ShardError: a data file is missing or damaged.
         UserError: the store fails.
     """
+    store, shards = results.store, results.shards
     with closing(read_ahead(partial(_fetch, store), shards, size=len)) as files:
         for shard, raw in zip(shards, files, strict=True):
+            if sha256(raw).hexdigest() != results.digests[shard.name]:
+                raise ShardError(f"{store.full(data_name(shard.name))} is not what was written: its digest differs")
             for subject, rows in _pieces(store, shard, raw, columns):
                 yield shard.name, subject, rows
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saltern.pipeline.runs.manifest import read_failures
+from saltern.pipeline.runs.manifest import data_name, read_failures
 from saltern.pipeline.runs.places import find_shards
 from saltern.pipeline.runs.reader import SaliencyRun
 from saltern.pipeline.shards.samples import list_keys
@@ -35,6 +35,19 @@ def wanted_shards(
         hints.append(f"{len(chosen)} of the run's {len(run.run.shards)} shards are evaluated")
     shards = [chosen[shard.name] for shard in run.run.shards if shard.name in chosen]
     return shards, _failed(run, shards, skip_failed), hints
+
+
+def damaged(run: SaliencyRun, shards: Sequence[Shard]) -> dict[str, str]:
+    """Return why data files of the shards are not those that the run wrote, by name: from one listing of sizes."""
+    sizes = run.store.sizes("data")
+    written = {shard.name: receipt.data_bytes for shard, receipt in zip(run.shards, run.receipts, strict=True)}
+    found = {}
+    for shard in shards:
+        size, expected = sizes.get(data_name(shard.name).removeprefix("data/")), written.get(shard.name)
+        if expected is not None and size != expected:
+            state = "is missing" if size is None else f"has {size:,} bytes in place of {expected:,}"
+            found[shard.name] = f"{run.store.full(data_name(shard.name))} {state}; repeat the `saltern extract` command"
+    return found
 
 
 def same_samples(shards: Sequence[Shard], others: Sequence[Shard]) -> bool:
@@ -80,7 +93,7 @@ def _failed(run: SaliencyRun, shards: Sequence[Shard], skip_failed: bool) -> dic
         samples, uncounted = _count(missing)
         others = f", without those of {uncounted} shards that cannot be counted here" if uncounted else ""
         raise UserError(
-            f"{run.path} is not complete: {len(missing)} of {len(shards)} shards are missing, {samples:,} "
+            f"{run.path} is not complete: it lacks {len(missing)} of {len(shards)} shards, {samples:,} "
             f"samples{others}; continue with the same `saltern extract` command, or name only completed shards"
         )
     wanted = {shard.name for shard in shards}

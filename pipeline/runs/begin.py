@@ -137,7 +137,7 @@ def check_same(store: Store, existing: Run, run: Run) -> None:
     if differing:
         raise UserError(
             f"{store.path} holds a run with another config: {'; '.join(differing)}. "
-            "Use the old settings, choose another --out, or replace the run with --overwrite"
+            "Use the old settings, choose another --out, or replace the run: remove its folder, or give --overwrite"
         )
 
 

@@ -124,8 +124,8 @@ def _find(wanted: list[tuple[str, str]], hints: list[str]) -> Iterator[File]:
 def _missing(pattern: str, url: str, missing: list[str], wanted: list[str]) -> UserError:
     ends = f"file that ends in {', '.join(ENDINGS)}"
     if wanted.count(pattern) > 1:
-        count = f"{missing.count(pattern)} of its {wanted.count(pattern)} shards are missing"
-        return UserError(f"{pattern}: {count}, the first is {url}")
+        count = f"{missing.count(pattern)} of its {wanted.count(pattern)} shards"
+        return UserError(f"{pattern} lacks {count}, the first is {url}")
     if os.path.isdir(url):
         fix = next(iter(_left_out(_below(url, _above(url), []))), "`saltern pack` makes shards from an image folder")
         return UserError(f"{pattern}: contains no {ends}; {fix}")

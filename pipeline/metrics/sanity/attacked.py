@@ -75,13 +75,13 @@ def judge_attacks(
         raise UserError(f"{run.path} was made with --no-images, and holds no pictures to compare")
     root = f"{run.path.rstrip('/')}/metrics/{ADVERSARIAL}"
     job = Job(partial(_plan, run, shards, request), partial(AttackedProcessor, source=Source.of(run)))
-    done, unread = derive(run, root, job, shards, options, fix_of(run))
+    results = derive(run, root, job, shards, options, fix_of(run))
     found = Adversarial()
     with reading_results(root):
-        for _, _, rows in read_subjects(Store(root), done, _VALUES):
+        for _, _, rows in read_subjects(results, _VALUES):
             usable = rows.filter(pc.is_valid(rows["overlap"]))
             found.add(*(usable[name].to_numpy(zero_copy_only=False) for name in _VALUES))
-    return found, unread
+    return found, results.unread
 
 
 def _plan(

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from saltern.pipeline.engine.conduct import RunOptions
-from saltern.pipeline.engine.derived import DoneRun, reading_results
+from saltern.pipeline.engine.derived import Derived, DoneRun, reading_results
 from saltern.pipeline.metrics.measure import measure, writing_to
 from saltern.pipeline.metrics.sanity.adversarial import Adversarial
 from saltern.pipeline.metrics.sanity.attacked import AttackRun, judge_attacks
@@ -21,7 +21,6 @@ from saltern.pipeline.metrics.subjects import read_subjects
 from saltern.pipeline.runs.datafile import reading_data
 from saltern.pipeline.runs.manifest import load_run_folder
 from saltern.pipeline.runs.reader import SaliencyRun, open_run
-from saltern.pipeline.storage.store import Store
 from saltern.schemas.config import ATTACK
 from saltern.schemas.errors import ShardError, UserError
 from saltern.schemas.evaluation import SANITY
@@ -108,13 +107,13 @@ def _cascades(run: SaliencyRun, request: SanityRequest, options: RunOptions) -> 
     shards = _first(run, there, request.images, MAPPED)
     if not shards:
         raise UserError(f"{run.path} has no image with a map; `saltern status {run.path}` says why")
-    store, done, unread = measure(run, SanityFamily, shards, request, options, stages=request.stages or 0)
-    with reading_results(store.path):
-        curves = _read_curves(store, done)
+    results = measure(run, SanityFamily, shards, request, options, stages=request.stages or 0)
+    with reading_results(results.store.path):
+        curves = _read_curves(results)
     if not curves.images:
-        name, why = next(iter(unread.items()), (run.path, "its shards have no image with a map"))
+        name, why = next(iter(results.unread.items()), (run.path, "its shards have no image with a map"))
         raise UserError(f"no image could be judged: {name}: {why}")
-    return curves, unread
+    return curves, results.unread
 
 
 def _first(run: DoneRun, shards: Sequence[Shard], images: int, statuses: Collection[str]) -> list[Shard]:
@@ -150,11 +149,11 @@ def _indices(run: DoneRun, shard: Shard, statuses: Collection[str]) -> NDArray[n
     return found_N
 
 
-def _read_curves(store: Store, shards: Sequence[Shard]) -> Curves:
+def _read_curves(results: Derived) -> Curves:
     """Sum up the rows of the images with a map, in the order of the shards."""
     curves = Curves()
     names = ["layers", "entropy_before", "constant", *COLUMNS]
-    for _, _, every in read_subjects(store, shards, names):
+    for _, _, every in read_subjects(results, names):
         rows = every.filter(pc.is_valid(every["layers"]))
         if not rows.num_rows:
             continue

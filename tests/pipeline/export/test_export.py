@@ -252,7 +252,7 @@ def test_a_run_cannot_name_files_elsewhere(tmp_path: Path) -> None:
 def test_an_incomplete_run_is_refused_unless_its_done_shards_are_named(tmp_path: Path) -> None:
     made = make_run(tmp_path)
     (made.path / "receipts/part1/train.json").unlink()
-    with pytest.raises(UserError, match=r"1 of 3 shards .* part1/train; .*saltern extract"):
+    with pytest.raises(UserError, match=r"lacks 1 of 3 shards, .* part1/train; .*saltern extract"):
         export(str(made.path), "wds", str(tmp_path / "out"))
     done = [made.run.shards[number].url for number in (0, 2)]
     assert export(str(made.path), "wds", str(tmp_path / "out"), done).shards == 2

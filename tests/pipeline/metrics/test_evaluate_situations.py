@@ -167,7 +167,9 @@ def test_damaged_results_are_answered_with_the_fix(made: Made) -> None:
     judge(made.path)
     file = made.path / "metrics/localization/data/part1/train.parquet"
     file.write_bytes(bytes(file.stat().st_size))
-    with pytest.raises(UserError, match=rf"train.parquet cannot be read .*; remove {made.path}/metrics/localization "):
+    with pytest.raises(
+        UserError, match=rf"train.parquet is not what was written: .*; remove {made.path}/metrics/localization "
+    ):
         judge(made.path)
 
 

@@ -1,6 +1,8 @@
 """Runs of the same samples stay comparable when a shard fails in one of them: it counts for none."""
 
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -28,8 +30,8 @@ def runs(tmp_path: Path) -> list[Made]:
     return [make_run(tmp_path / name, json=BOX, method=name) for name in ("cam", "layer-cam")]
 
 
-def judge(runs: list[Made], *, skip_failed: bool = False) -> Evaluation:
-    request = EvaluateRequest([str(made.path) for made in runs], metrics=["le"], skip_failed=skip_failed)
+def judge(runs: list[Made], *, metrics: Sequence[str] = ("le",), skip_failed: bool = False) -> Evaluation:
+    request = EvaluateRequest([str(made.path) for made in runs], metrics=metrics, skip_failed=skip_failed)
     return evaluate(request, RunOptions("unused", engine="local"))
 
 
@@ -58,10 +60,58 @@ def test_a_data_file_that_is_damaged_in_one_run_counts_for_none(runs: list[Made]
     assert not mended.unread
 
 
+def test_a_data_file_that_is_gone_counts_for_none_also_if_it_was_measured(runs: list[Made]) -> None:
+    judge(runs)
+    path = runs[1].data(1)
+    whole = path.read_bytes()
+    for state, said in ((None, "is missing"), (whole[:-1], f"has {len(whole) - 1:,} bytes in place of {len(whole):,}")):
+        path.unlink() if state is None else path.write_bytes(state)
+        evaluation = judge(runs)
+        check_same_samples(evaluation, 10)
+        assert evaluation.unread == {PART: f"{path} {said}; repeat the `saltern extract` command"}
+    path.write_bytes(whole)
+    check_same_samples(judge(runs), 15)
+
+
+def test_a_shard_that_one_family_cannot_read_counts_for_none(runs: list[Made]) -> None:
+    judge(runs)
+    Path(runs[1].run.shards[1].url).unlink()
+    check_same_samples(judge(runs), 15)  # measured before
+    evaluation = judge(runs, metrics=["le", "max-box-acc"])
+    check_same_samples(evaluation, 10)
+    counts = [judged.estimates["max_box_acc"].count for judged in evaluation.runs]
+    assert [*counts, evaluation.controls[CENTRE]["max_box_acc"].count] == [10, 10, 10]
+
+
+def test_a_damaged_result_is_named_with_the_fix(runs: list[Made]) -> None:
+    expected = judge(runs).runs[1].estimates
+    folder = runs[1].path / "metrics/localization"
+    path = folder / f"data/{PART}.parquet"
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 3] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match=rf"{path} is not what was written: its digest differs; remove {folder} and"):
+        judge(runs)
+    shutil.rmtree(folder)
+    assert judge(runs).runs[1].estimates == expected
+
+
+def test_a_refused_evaluation_changes_no_summary(runs: list[Made]) -> None:
+    judge(runs)
+    path = runs[0].path / "metrics/localization.json"
+    before = path.read_bytes()
+    path.write_text("{}")
+    with pytest.raises(UserError, match="none of the 15 samples has a pixel mask"):
+        judge(runs, metrics=["le", "pxap"])
+    assert path.read_text() == "{}"
+    judge(runs)
+    assert path.read_bytes() == before
+
+
 def test_a_shard_that_failed_in_one_run_counts_for_none_if_the_caller_says_so(runs: list[Made]) -> None:
     store = Store(str(runs[1].path))
     store.remove([receipt_name(PART)])
-    with pytest.raises(UserError, match="not complete: 1 of 3 shards are missing, 5 samples"):
+    with pytest.raises(UserError, match="not complete: it lacks 1 of 3 shards, 5 samples"):
         judge(runs, skip_failed=True)  # nobody has tried it
     store.write(failure_name(PART), Failure(PART, "data", "its tar is cut", 1).to_json())
     with pytest.raises(UserError, match="not complete"):

@@ -11,6 +11,7 @@ from judging import forget, judge
 from made_run import Made, make_run
 from naive_metrics import inclusive
 
+from saltern.pipeline.engine.derived import Derived
 from saltern.pipeline.metrics.estimate import Means
 from saltern.pipeline.metrics.evaluate import Evaluation, to_json
 from saltern.pipeline.metrics.subjects import read_subjects
@@ -65,12 +66,13 @@ def test_means_and_intervals_are_those_of_a_loop_over_the_files(made: Made) -> N
 
 def test_a_missing_file_and_a_store_that_fails_are_told_apart(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(str(made.path / "metrics/localization"))
+    results = Derived(store, made.run.shards, {}, {})
     with pytest.raises(ShardError, match=r"data/part0/train.parquet cannot be read \(it is missing\)"):
-        list(read_subjects(store, made.run.shards, ["le"]))
+        list(read_subjects(results, ["le"]))
 
     def unplugged(name: str) -> bytes:
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(store, "read", unplugged)
     with pytest.raises(UserError, match=r"train.parquet cannot be read \(no route to host\); repeat the command"):
-        list(read_subjects(store, made.run.shards, ["le"]))
+        list(read_subjects(results, ["le"]))

@@ -124,7 +124,7 @@ def test_a_missing_file(tmp_path: Path, name: str) -> None:
 def test_missing_shards_of_braces_are_counted(tmp_path: Path, touch: Touch) -> None:
     touch("t-0.tar", "t-1.tar", "t-3.tar")
     reason = refused(f"{tmp_path}/t-{{0..4}}.tar")
-    assert "2 of its 5 shards are missing" in reason
+    assert "lacks 2 of its 5 shards" in reason
     assert f"the first is {tmp_path}/t-2.tar" in reason
 
 
@@ -309,7 +309,7 @@ def test_many_remote_shards_take_one_listing(store: S3) -> None:
 def test_missing_in_an_object_store(store: S3) -> None:
     store.objects |= {f"d/{i}.tar": b"x" for i in range(5)}
     assert "s3://bucket/d/9.tar: no such file" in refused("s3://bucket/d/9.tar")
-    assert "2 of its 7 shards are missing" in refused("s3://bucket/d/{0..6}.tar")
+    assert "lacks 2 of its 7 shards" in refused("s3://bucket/d/{0..6}.tar")
     assert "matches no file" in refused("s3://bucket/e*/*.tar")
     assert "s3://other/d/*.tar" in refused("s3://other/d/*.tar")
 

@@ -41,7 +41,7 @@ def test_braces_of_too_many_shards(tmp_path: Path, pattern: str, monkeypatch: py
 def test_braces_with_steps_and_choices_are_not_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_SHARDS", 20)
     for pattern in ("{0..1000..100}.tar", "{a{0..9},b{0..9}}.tar", "{09..00}.tar"):
-        assert "shards are missing" in refused(tmp_path / pattern)
+        assert " lacks " in refused(tmp_path / pattern)
 
 
 @pytest.mark.parametrize("pattern", ["", "x.tar", "*.tar", "**/*.tar"])
