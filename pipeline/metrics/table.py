@@ -144,7 +144,8 @@ def remarks(evaluation: Evaluation) -> Iterator[str]:
     marks = {metric.better for metric in columns_of(evaluation).values()}
     meaning = {Better.LESS: "↓ less is better", Better.MORE: "↑ more is better"}
     yield "; ".join([*(text for mark, text in meaning.items() if mark in marks), "± half the 95 % bootstrap interval"])
-    empty = [metric.title for key, metric in columns_of(evaluation).items() if key not in shown_columns(evaluation)]
+    shown = shown_columns(evaluation)
+    empty = [metric.title for key, metric in columns_of(evaluation).items() if key not in shown]
     if empty:
         yield f"no sample has a value of {', '.join(empty)}"
     if evaluation.multiply is not None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saltern.pipeline.runs.manifest import data_name, read_failures
+from saltern.pipeline.runs.manifest import data_name, other_sizes, read_failures
 from saltern.pipeline.runs.places import find_shards
 from saltern.pipeline.runs.reader import SaliencyRun
 from saltern.pipeline.shards.samples import list_keys
@@ -39,15 +39,12 @@ def wanted_shards(
 
 def damaged(run: SaliencyRun, shards: Sequence[Shard]) -> dict[str, str]:
     """Return why data files of the shards are not those that the run wrote, by name: from one listing of sizes."""
-    sizes = run.store.sizes("data")
-    written = {shard.name: receipt.data_bytes for shard, receipt in zip(run.shards, run.receipts, strict=True)}
-    found = {}
-    for shard in shards:
-        size, expected = sizes.get(data_name(shard.name).removeprefix("data/")), written.get(shard.name)
-        if expected is not None and size != expected:
-            state = "is missing" if size is None else f"has {size:,} bytes in place of {expected:,}"
-            found[shard.name] = f"{run.store.full(data_name(shard.name))} {state}; repeat the `saltern extract` command"
-    return found
+    wanted = {shard.name for shard in shards}
+    found = other_sizes(run.store, (receipt for receipt in run.receipts if receipt.shard in wanted))
+    return {
+        name: f"{run.store.full(data_name(name))} {what}; repeat the `saltern extract` command"
+        for name, what in found.items()
+    }
 
 
 def same_samples(shards: Sequence[Shard], others: Sequence[Shard]) -> bool:

@@ -13,6 +13,7 @@ from saltern.pipeline.runs.manifest import (
     failure_name,
     judge_receipts,
     load_run,
+    other_sizes,
     picture_name,
     read_failures,
     receipt_name,
@@ -177,13 +178,9 @@ def read_begun(store: Store, run: Run, objection: Callable[[Receipt], str | None
         objection: returns why the shard of a valid receipt must be done again, or None.
     """
     receipts, invalid = judge_receipts(store, run)
-    sizes = store.sizes("data")
-    for name, receipt in list(receipts.items()):
-        size = sizes.get(f"{name}.parquet")
-        if size != receipt.data_bytes:
-            found = "is missing" if size is None else f"has {size} bytes, its receipt says {receipt.data_bytes}"
-            invalid[name] = f"its data file {found}"
-            del receipts[name]
+    for name, found in other_sizes(store, receipts.values()).items():
+        invalid[name] = f"its data file {found}"
+        del receipts[name]
     for name, why in [(name, objection(receipt)) for name, receipt in receipts.items()]:
         if why is not None:
             invalid[name] = why

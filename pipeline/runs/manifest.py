@@ -83,6 +83,18 @@ def read_receipt(store: Store, run: Run, shard: str) -> Receipt:
     return receipt
 
 
+def other_sizes(store: Store, receipts: Iterable[Receipt]) -> dict[str, str]:
+    """Return what differs for data files that are missing or of another size, by shard name; from one listing."""
+    sizes = store.sizes("data")
+    found = {}
+    for receipt in receipts:
+        size = sizes.get(f"{receipt.shard}.parquet")
+        if size != receipt.data_bytes:
+            has = f"has {size} bytes, its receipt says {receipt.data_bytes}"
+            found[receipt.shard] = "is missing" if size is None else has
+    return found
+
+
 def judge_receipts(store: Store, run: Run) -> tuple[dict[str, Receipt], dict[str, str]]:
     """Return the receipts that hold for this run and its tars' sizes, and why the others do not, by shard name."""
     shards, sealed = {shard.name: shard for shard in run.shards}, run.sealed

@@ -64,7 +64,10 @@ def test_a_data_file_that_is_gone_counts_for_none_also_if_it_was_measured(runs: 
     judge(runs)
     path = runs[1].data(1)
     whole = path.read_bytes()
-    for state, said in ((None, "is missing"), (whole[:-1], f"has {len(whole) - 1:,} bytes in place of {len(whole):,}")):
+    for state, said in (
+        (None, "is missing"),
+        (whole[:-1], f"has {len(whole) - 1} bytes, its receipt says {len(whole)}"),
+    ):
         path.unlink() if state is None else path.write_bytes(state)
         evaluation = judge(runs)
         check_same_samples(evaluation, 10)
