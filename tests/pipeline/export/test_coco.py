@@ -3,18 +3,23 @@
 import io
 import json
 import tracemalloc
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from made_run import make_run, write_shard
 from naive_rows import over_original
 from pycocotools import mask as masks
 from pycocotools.coco import COCO
 
+from saltern.pipeline.export.coco import join_parts, read_images
 from saltern.pipeline.export.export import export
+from saltern.pipeline.export.folder import Folder
 from saltern.pipeline.runs.reader import mask_in_original, open_run
+from saltern.pipeline.storage.store import Store
 
 # pycocotools 2.0.11 with NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -77,16 +82,28 @@ def test_a_shard_that_cannot_be_read_leaves_no_entry(tmp_path: Path) -> None:
     assert sorted(coco.anns) == list(range(1, 11))
 
 
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_shards(tmp_path: Path) -> None:
-    peaks = []
-    for shards in (3, 15):
-        made = make_run(tmp_path / f"{shards}", shards=shards, samples=2)
+def test_memory_of_joining_does_not_grow_with_the_shards(tmp_path: Path) -> None:
+    """One thread joins. A peak of shards that are read side by side would differ from run to run."""
+    made = make_run(tmp_path / "in", shards=1, samples=2)
+    run = open_run(str(made.path))
+    records = [record for _, record in read_images(run, run.shards[0]) if record]
+    peaks: list[int] = []
+    arrow: list[int] = []
+
+    def parts(shards: int) -> Iterator[pa.RecordBatch]:
+        for _ in range(shards):
+            arrow.append(pa.total_allocated_bytes())
+            yield pa.RecordBatch.from_pylist(records)
+
+    for shards in (20, 1_000):
+        folder = Folder(Store(str(tmp_path)), "", tmp_path)
         tracemalloc.start()
-        export(str(made.path), "coco", str(tmp_path / f"{shards}" / "out"))
+        join_parts(folder, run, parts(shards))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < 1.5 * peaks[0], peaks
+        assert json.loads((tmp_path / "instances.json").read_text())["images"][-1]["id"] == 2 * shards
+    assert peaks[1] < 4 * peaks[0], peaks
+    assert max(arrow) < arrow[0] + 9 * pa.RecordBatch.from_pylist(records).nbytes
 
 
 def test_masks_of_the_original_are_those_of_the_definition(tmp_path: Path) -> None:
