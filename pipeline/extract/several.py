@@ -7,7 +7,8 @@ from typing import Any
 
 from saltern.pipeline.extract.request import ExtractRequest, find_inputs, resolve
 from saltern.pipeline.methods import Method, find
-from saltern.schemas.config import ExtractConfig, check_keys
+from saltern.pipeline.methods.options import check_names
+from saltern.schemas.config import ExtractConfig
 from saltern.schemas.errors import UserError
 from saltern.schemas.run import Run
 
@@ -53,7 +54,7 @@ def _options(given: Mapping[str, Any], kinds: Mapping[str, type[Method]]) -> dic
         elif len(kinds) == 1:
             found[next(iter(kinds))][key] = value  # the method checks it
         else:
-            check_keys([key], every, f"the options of {', '.join(kinds)}")
+            check_names([key], every, ", ".join(kinds))
             for name in kinds:
                 found[name] |= {key: value} if key in known[name] else {}
     return found

@@ -2,7 +2,7 @@
 
 import json
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -56,9 +56,17 @@ def complete(
     Raises:
         UserError: an unknown name, or a value that its type does not allow.
     """
-    check_keys(given, hints, f"the options of {method}")
+    check_names(given, hints, method)
     checked = {name: _checked(value, hints[name], f"option {name} of {method}") for name, value in given.items()}
     return {**defaults, **checked}
+
+
+def check_names(given: Iterable[str], known: Iterable[str], methods: str) -> None:
+    """Raise UserError on the first option that these methods do not have."""
+    known = list(known)
+    if "checkpoint" in given and "checkpoint" not in known:
+        raise UserError(f"{methods}: no checkpoint is taken; --checkpoint is of casm and localizer")
+    check_keys(given, known, f"the options of {methods}")
 
 
 def from_text(value: Any) -> Any:

@@ -32,7 +32,8 @@ def wanted_shards(
         return run.run.shards, _failed(run, run.run.shards, skip_failed), []
     chosen, hints = find_shards(run.path, run.run, patterns)
     if len(chosen) < len(run.run.shards):
-        hints.append(f"{len(chosen)} of the run's {len(run.run.shards)} shards are evaluated")
+        count = f"{len(chosen)} of the run's {len(run.run.shards)} shards"
+        hints.append(f"{count} are evaluated: RUN/metrics/*.json are of these alone until all are evaluated again")
     shards = [chosen[shard.name] for shard in run.run.shards if shard.name in chosen]
     return shards, _failed(run, shards, skip_failed), hints
 

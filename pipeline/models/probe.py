@@ -60,7 +60,7 @@ def failure(model: nn.Module, x_BCHW: Tensor, error: Exception) -> str:
     kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
     fix = "its forward must take the image alone" if isinstance(error, TypeError) else "give the size that it takes"
     place = f"{frame.filename}:{frame.lineno}"
-    return f"{type(model).__name__} fails on a {size} image ({kind}{brief(error)}; {place}); {fix}, or wrap it"
+    return f"{type(model).__name__} fails on images of {size} ({kind}{brief(error)}; {place}); {fix}, or wrap it"
 
 
 def count_classes(model: nn.Module, side: Side) -> int:

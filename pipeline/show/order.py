@@ -44,7 +44,8 @@ def choose(run: SaliencyRun, found: Sequence[Measured], sort: str | None, limit:
             values = column(run, one, name) * (-1 if order_of(metric).falling else 1)
             words = f"sorted by {metric.title}, {_first_words(metric)}, rows without a value last"
             return words, _first(pa.array(values, from_pandas=True), limit)  # NaN is no value
-    known = ", ".join(sorted({*COLUMNS, "status", *(name.replace("_", "-") for name in metrics_of(found))}))
+    valued = [name for one in found for name in one.metrics if name in one.summary or not one.summary]
+    known = ", ".join(sorted({*COLUMNS, "status", *(name.replace("_", "-") for name in valued)}))
     raise UserError(
         f"--sort {sort!r} has no order here; choose one of {known}, or a metric that `saltern evaluate {run.path} "
         "--metric NAME` measures first"

@@ -33,7 +33,7 @@ def content(folder: Path) -> dict[str, bytes]:
     ("wishes", "said"),
     [
         ({"model": "odd_models:NoGrad", "layer": "net.body"}, "do not depend on layer 'net.body'"),
-        ({"model": "odd_models:Grey", "layer": "net.body"}, "fails on a 32 x 32 image"),
+        ({"model": "odd_models:Grey", "layer": "net.body"}, "fails on images of 32 x 32"),
         ({"model": "odd_models:Nan", "layer": "net.body"}, "logits that are not finite"),
         ({"model": "odd_models:Nothing"}, "must return logits"),
         ({"layer": "nothing"}, "no layer 'nothing'"),
@@ -76,7 +76,7 @@ def test_attack_and_visualize_class_refuse_a_model_before_the_folder_is_touched(
         visualizing(VisualizeRequest("0", model, crop=32)),
     ]
     for job in jobs:
-        with pytest.raises(UserError, match=r"fails on a 32 x 32 image|have no gradient"):
+        with pytest.raises(UserError, match=r"fails on images of 32 x 32|have no gradient"):
             conduct(job, RunOptions(str(tmp_path / "new"), device="cpu", engine="local"))
     assert not content(tmp_path / "new")
 
@@ -114,6 +114,6 @@ def test_a_training_does_one_step_on_random_images_before_it_begins(tmp_path):
 
     casm_toys.cut = Cut
     request = casm_toys.request(casm_toys.write_shards(tmp_path / "in", 1), tmp_path / "out", model="casm_toys:cut")
-    with pytest.raises(UserError, match="Cut fails on a"):
+    with pytest.raises(UserError, match="Cut fails on images"):
         train(request, casm_toys.quiet)
     assert not content(tmp_path / "out")

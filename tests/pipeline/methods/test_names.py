@@ -25,6 +25,7 @@ from saltern.schemas.errors import UserError
         ("gradient", {"reduse": "max"}, "did you mean 'reduce'"),
         ("gradient", {"reduce": "mean"}, "one of max, sum, l2"),
         ("grad-cam", {"reduce": "max"}, "unknown key 'reduce'"),
+        ("cam", {"checkpoint": "x"}, "cam: no checkpoint is taken; --checkpoint is of casm and localizer"),
         ("cam", {"reduce": "max"}, "unknown key 'reduce' in the options of cam: it has none"),
         ("captum:Salience", {}, "did you mean 'Saliency'"),
         ("captum:Saliency", {"absolute": True}, "unknown key 'absolute'"),

@@ -42,7 +42,7 @@ def test_shards_that_were_moved_or_are_some_of_the_runs(tmp_path: Path) -> None:
     assert found_of(made.path, [str(moved)]) == everything
     judged = judge(made.path, [str(moved / "part1")]).runs[0]
     assert judged.census.judged == 5
-    assert judged.notes[-1] == "1 of the run's 3 shards are evaluated"
+    assert judged.notes[-1].startswith("1 of the run's 3 shards are evaluated: RUN/metrics")
     assert found_of(made.path, [str(moved)]) == everything
 
 

@@ -179,4 +179,4 @@ def test_a_remark_about_all_runs_is_printed_once(tmp_path: Path) -> None:
     moved = [tmp_path / "cam/shards/part0"]
     one = call(runs[0].path, runs[1].path, "--shards", *moved, "--metric", "le")
     assert one.exit_code == 0, one.output
-    assert one.stderr.count("1 of the run's 3 shards are evaluated") == 1
+    assert one.stderr.count("1 of the run's 3 shards are evaluated: ") == 1

@@ -47,7 +47,7 @@ def test_a_transformer_of_one_size_has_its_default_layer_at_the_runs_size():
     method = build("grad-cam", net, input_side=64)
     check_layers(net, method.layer, 64)
     assert method(torch.randn(2, 3, 64, 64)).shape == (2, 8, 8)
-    with pytest.raises(UserError, match="fails on a 224 x 224 image") as refused:
+    with pytest.raises(UserError, match="fails on images of 224 x 224") as refused:
         build("grad-cam", net)
     assert "\n" not in str(refused.value)
 
@@ -62,5 +62,5 @@ class Only64(making.Tiny):
 def test_cam_finds_head_and_layer_of_a_network_for_64_pixels_only():
     net = Only64().eval()
     assert build("cam", net, input_side=64)(torch.randn(2, 3, 64, 64)).shape == (2, 8, 8)
-    with pytest.raises(UserError, match=r"fails on a 224 x 224 image .*give the size that it takes"):
+    with pytest.raises(UserError, match=r"fails on images of 224 x 224 .*give the size that it takes"):
         build("cam", net)

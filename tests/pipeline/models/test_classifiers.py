@@ -284,7 +284,7 @@ def test_a_factory_of_ones_own(tmp_path, monkeypatch):
     torch.save(other.model.state_dict(), tmp_path / "w.pth")
     assert load("own_net:make", str(tmp_path / "w.pth")).digest == other.digest
     assert load("own_net:small_images_only", "none", side=8).classes == 6
-    with pytest.raises(UserError, match=r"fails on a 224 x 224 image.*give the size"):
+    with pytest.raises(UserError, match=r"fails on images of 224 x 224.*give the size"):
         load("own_net:small_images_only")
     with pytest.raises(UserError, match="must return logits"):
         load("own_net:no_logits")

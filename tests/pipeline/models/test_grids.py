@@ -55,7 +55,7 @@ def test_the_default_layer_is_found_at_the_runs_own_size():
 
     with build("grad-cam", Fixed(), input_side=48) as method:
         assert method.layer == ["body"]
-    with pytest.raises(UserError, match="fails on a 224 x 224 image"):
+    with pytest.raises(UserError, match="fails on images of 224 x 224"):
         build("grad-cam", Fixed())
 
 

@@ -17,8 +17,8 @@ REFUSED = {
     "Keyword": r"TypeError: .*forward must take the image alone",
     "TwoInputs": "TypeError: .*metadata.*forward must take the image alone",
     "Slip": r"AttributeError: .*missing.*module\.py:\d+",
-    "Grey": "fails on a 32 x 32 image .*channels",
-    "NonSquare": "fails on a 32 x 32 image .*give the size that it takes",
+    "Grey": "fails on images of 32 x 32 .*channels",
+    "NonSquare": "fails on images of 32 x 32 .*give the size that it takes",
     "Lazy": "lazy layers without weights; run an image through the model in the factory",
     "Segmenter": r"must return logits of shape .batch, classes., not \(2, 16, 4, 4\)",
     "no_module": "returns function, not a torch.nn.Module",
@@ -80,7 +80,7 @@ def test_compiled_models_are_taken_without_their_graphs(name):
 
 def test_classes_are_counted_at_the_runs_own_size_and_not_guessed_from_a_linear_module():
     assert load("odd_models:Small", side=64).classes == 10
-    with pytest.raises(UserError, match=r"fails on a 224 x 224 image .*give the size that it takes"):
+    with pytest.raises(UserError, match=r"fails on images of 224 x 224 .*give the size that it takes"):
         load("odd_models:Small")
 
 

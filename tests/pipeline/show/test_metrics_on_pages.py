@@ -105,8 +105,9 @@ def test_metrics_of_maps_that_were_made_again_are_not_shown(tmp_path: Path) -> N
 
 
 def test_a_metric_that_is_not_measured_names_the_command(measured: Made) -> None:
-    with pytest.raises(UserError, match=r"--sort 'road' .*box-iou.*saltern evaluate .*--metric NAME"):
+    with pytest.raises(UserError, match=r"--sort 'road' .*box-iou.*saltern evaluate .*--metric NAME") as refused:
         contact_sheet(open_run(str(measured.path)), "road")
+    assert "pointing-difficult" not in str(refused.value)  # no sample has a value
 
 
 def test_a_metric_that_older_files_lack_has_no_values(tmp_path: Path) -> None:
