@@ -231,7 +231,10 @@ def test_default_layer_is_the_last_stage(name, layer, seen, network):
 
 def test_models_that_no_table_knows_are_probed(tiny, images):
     assert default_layer(tiny) == "stage2"
-    for wrong, said in ((nn.Sequential(nn.Flatten(), nn.Linear(9, 2)), "fails on images of 224"), (nn.Flatten(), "no layer")):
+    for wrong, said in (
+        (nn.Sequential(nn.Flatten(), nn.Linear(9, 2)), "fails on images of 224"),
+        (nn.Flatten(), "no layer"),
+    ):
         with pytest.raises(UserError, match=said):
             default_layer(wrong)
 
