@@ -1,16 +1,20 @@
 """Train CASM under several seeds, and print the quality of its masks as mean and standard deviation.
 
     python benchmarks/casm_quality.py 'tiny-imagenet/train-*.tar' --choose tiny-imagenet/val-000009.tar \\
-        --report 'tiny-imagenet/val-00000[0-3].tar' --thinning L100,F --seeds 0,1,2 --out quality
+        --report 'tiny-imagenet/val-00000[0-3].tar' --thinning L100,F --seeds 0,1,2 \\
+        --out quality --figures quality/figures
 
 Trains by deploy/casm-tiny-imagenet.toml. The rule of the boxes is chosen on the images of --choose, by the mean LE of
-all seeds, and all figures are those of --report. A repeated command continues what it had begun.
+all seeds, and all figures are those of --report. A repeated command continues what it had begun. Trainings and methods
+that have a file in --figures are not repeated, so that several machines can share the work: benchmarks/casm-quality
+has the files of the table in docs/casm.md.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -20,7 +24,7 @@ from saltern.pipeline.tables import markdown_table
 RECIPE = Path(__file__).parent.parent / "deploy/casm-tiny-imagenet.toml"
 RULES = ("mean:1", "quantile:0.5", "quantile:0.6", "quantile:0.7")
 METRICS = ("le", "om", "f1")
-MODEL = ("--model", "efficientnet_lite0", "--resize", "160", "--crop", "160")
+MODEL = ("--model", "efficientnet_lite0", "--target", "top1", "--resize", "160", "--crop", "160")
 PEERS = ("cam", "grad-cam")
 Figures = dict[str, float]  # of each metric, in percent
 
@@ -35,19 +39,42 @@ def main() -> None:
     parser.add_argument("--score", default="classification", help="names, with commas")
     parser.add_argument("--seeds", default="0", help="numbers, with commas")
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the trainings")
+    parser.add_argument("--figures", type=Path, required=True, help="folder of the figures, a file for each training")
     given = parser.parse_args()
-    groups: dict[str, list[Path]] = {}
+    judged: dict[str, list[dict[str, Any]]] = {}
     for thinning in given.thinning.split(","):
         for score in given.score.split(","):
-            trained = [train(given, thinning, score, int(seed)) for seed in given.seeds.split(",")]
-            groups[f"casm, {thinning}, {score}"] = trained
-    judged = {name: [judge(given, folder, checkpoint=folder) for folder in group] for name, group in groups.items()}
-    judged |= {name: [judge(given, given.out / name, method=name)] for name in PEERS}
-    text = table(judged)
-    (given.out / "quality.json").write_text(json.dumps(judged, indent=1))
-    (given.out / "quality.md").write_text(text + "\n")
-    print(text)
+            own = [casm(given, thinning, score, int(seed)) for seed in given.seeds.split(",")]
+            judged[f"casm, {thinning}, {score}"] = own
+    judged |= {name: [peer(given, name)] for name in PEERS}
+    print(table(judged))
+
+
+def kept(given: argparse.Namespace, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures in a file, which is made if it is missing."""
+    file: Path = given.figures / f"{name}.json"
+    if not file.exists():
+        text = json.dumps(make(), indent=1) + "\n"
+        given.figures.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def casm(given: argparse.Namespace, thinning: str, score: str, seed: int) -> dict[str, Any]:
+    """Return the figures of a training."""
+
+    def make() -> dict[str, Any]:
+        folder = train(given, thinning, score, seed)
+        return judge(given, folder, checkpoint=folder)
+
+    return kept(given, f"{thinning}-{score}-s{seed}", make)
+
+
+def peer(given: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Return the figures of a method without a training."""
+    return kept(given, name, lambda: judge(given, given.out / name, method=name))
 
 
 def train(given: argparse.Namespace, thinning: str, score: str, seed: int) -> Path:
