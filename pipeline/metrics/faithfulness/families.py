@@ -5,6 +5,7 @@ Shape suffixes: B batch, H W the network's input, C channels.
 # ruff: noqa: N815  (fields carry a shape suffix)
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -61,12 +62,20 @@ class NetworkFamily(MapFamily):
         layout = memory_format(self._precision, self.device)
         x_BCHW = pixels_MHWC.to(self.device).permute(0, 3, 1, 2).to(torch.float32, memory_format=layout)
         x_BCHW = x_BCHW.div_(255).sub_(self._mean).div_(self._std)
-        target_B = torch.tensor([row.predicted if row.target is None else row.target for row in rows])
         seed_B = sample_seeds(self.config.seed, [row.key for row in rows])
-        images = Images(subject, x_BCHW, map_MHW, target_B.to(self.device), seed_B.to(self.device))
         cast = torch.autocast(self.device.type, AUTOCAST.get(self._precision), self._precision in AUTOCAST)
         with torch.no_grad(), frozen(self._model), cast:
-            return self.measure_images(images)
+            target_B = self._targets(rows, x_BCHW)
+            return self.measure_images(Images(subject, x_BCHW, map_MHW, target_B, seed_B.to(self.device)))
+
+    def _targets(self, rows: Sequence[Row], x_BCHW: Tensor) -> Tensor:
+        """Return the classes. Of a class-agnostic map, `predicted` may be of another network, as CASM's classifier."""
+        target_B = torch.tensor([-1 if row.target is None else row.target for row in rows], device=self.device)
+        if all(row.target is not None for row in rows):
+            return target_B
+        starts = range(0, len(x_BCHW), self.batch)
+        top1_B = torch.cat([self.logits(x_BCHW[at : at + self.batch]).argmax(1) for at in starts])
+        return torch.where(target_B < 0, top1_B, target_B)
 
     def logits(self, x_BCHW: Tensor) -> Tensor:
         return logits_of(self._model(x_BCHW))

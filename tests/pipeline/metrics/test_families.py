@@ -20,13 +20,17 @@ from saltern.pipeline.metrics.evaluate import EvaluateRequest, Evaluation, evalu
 from saltern.pipeline.metrics.faithfulness.composite import adcc, coherency, complexity
 from saltern.pipeline.metrics.faithfulness.confidence import average_drop, densities
 from saltern.pipeline.metrics.faithfulness.curves import deletion, insertion
+from saltern.pipeline.metrics.faithfulness.families import ConfidenceFamily
 from saltern.pipeline.metrics.faithfulness.passes import black_level
 from saltern.pipeline.metrics.faithfulness.road import road
 from saltern.pipeline.metrics.faithfulness.statistics import map_statistics
 from saltern.pipeline.metrics.table import remarks
 from saltern.pipeline.models import classifiers
+from saltern.pipeline.runs.manifest import load_run
 from saltern.pipeline.runs.reader import open_run
 from saltern.pipeline.shards.decode import decode
+from saltern.pipeline.storage.store import Store
+from saltern.schemas.config import EvaluateConfig
 from saltern.schemas.errors import UserError
 from saltern.schemas.evaluation import CONTROLS, FOUND
 from saltern.schemas.saliency import DECODE_FAILED
@@ -130,6 +134,23 @@ def test_maps_multiply_the_pixels_if_the_user_says_so(run: Path) -> None:
     assert "maps multiply the normalised image, so 0 is the mean colour" in list(remarks(other))
     with pytest.raises(UserError, match="--multiply 'bytes' is none of normalised, pixels"):
         evaluate(replace(request, multiply="bytes"), RunOptions(str(run), engine="local", device="cpu"))
+
+
+def test_class_agnostic_maps_are_judged_by_the_top1_of_the_network_that_judges(run: Path) -> None:
+    """`predicted` is another classifier's: CASM's, with a head of its own classes."""
+    judge(run, "confidence")
+    opened, how = open_run(str(run)), load_run(Store(str(run / "metrics/confidence")))
+    assert how is not None
+    family = ConfidenceFamily(opened.config, how.config_of(EvaluateConfig), torch.device("cpu"))
+    rows = [row for row in opened if row.status == "ok"]
+    _, pixels, _, map_BHW, target_B, _ = inputs(run)
+    expected = family.measure_maps(FOUND, rows, map_BHW, pixels)
+    others = [replace(row, target=(row.target + 1) % 10, predicted=(row.target + 1) % 10) for row in rows]  # type: ignore[operator]
+    agnostic = [replace(row, target=None, score=None) for row in others]
+    assert [row.target for row in rows] == target_B.tolist() != [row.predicted for row in agnostic]
+    found, wrong = (family.measure_maps(FOUND, given, map_BHW, pixels) for given in (agnostic, others))
+    assert all(torch.equal(found[name], values_B) for name, values_B in expected.items())
+    assert not torch.equal(wrong["average_drop"], expected["average_drop"])
 
 
 @pytest.mark.slow
