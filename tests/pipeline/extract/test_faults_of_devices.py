@@ -93,7 +93,9 @@ def test_a_shard_that_always_loses_the_device_comes_last_and_ends_with_another_c
     shards = write_shards(tmp_path / "in", 4, black=0)
     results = [run(shards, tmp_path / "run", "faulty:Lost") for _ in range(4)]
     assert [result.code for result in results] == [75, 75, 1, 1]
-    assert [result.done for result in results] == [0, 2, 3, 3]
+    first, second, *others = (result.done for result in results)
+    assert first < 2 <= second  # a shard beside the one that fails may be finished before the process ends
+    assert others == [3, 3]
     (tmp_path / "left").write_text("0")  # another card
     assert run(shards, tmp_path / "run", "faulty:Lost").rows == {"ok": 16}
 
