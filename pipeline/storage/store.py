@@ -46,6 +46,11 @@ class Store:
             return None
         except NotADirectoryError as error:
             raise _no_folder(path) from error
+        except OSError:
+            # An object that is removed after it was opened has another error.
+            if self.local or self.fs.get_file_info(path).type != fs.FileType.NotFound:
+                raise
+            return None
 
     def read_all(self, folder: str) -> Iterator[tuple[str, bytes]]:
         """Yield the name (relative to `folder`) and the bytes of each .json file below it, from one listing."""

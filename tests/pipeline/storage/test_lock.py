@@ -127,6 +127,28 @@ def test_of_owners_that_start_together_at_most_one_wins(store: Store) -> None:
     assert set(most) == {1}
 
 
+@pytest.mark.parametrize("store", ["bucket"], indirect=True)
+def test_an_object_that_is_removed_while_it_is_read_does_not_exist(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the mark of an owner that has just ended."""
+    real = store.fs
+
+    class Removing:
+        def open_input_stream(self, path: str) -> Any:
+            stream = real.open_input_stream(path)
+            real.delete_file(path)
+            return stream
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+    store.write("mark", b"x")
+    assert store.read("mark") == b"x"
+    monkeypatch.setattr(store, "fs", Removing())
+    assert store.read("mark") is None
+
+
 def killed(work: Callable[[], object]) -> None:
     """Kill a process that has done `work`."""
     reading, writing = os.pipe()
