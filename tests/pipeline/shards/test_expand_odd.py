@@ -28,14 +28,14 @@ def refused(*patterns: str | Path) -> str:
 )
 def test_braces_of_too_many_shards(tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_SHARDS", 10_000)
-    start = time.perf_counter()
+    start = time.process_time()
     tracemalloc.start()
     try:
         assert "more than 10,000 shards" in refused(tmp_path / pattern)
         assert tracemalloc.get_traced_memory()[1] < 2**24
     finally:
         tracemalloc.stop()
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_braces_with_steps_and_choices_are_not_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
