@@ -14,10 +14,10 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 from saltern.pipeline.tables import markdown_table
 
@@ -42,81 +42,57 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the trainings")
     parser.add_argument("--figures", type=Path, required=True, help="folder of the figures, a file for each training")
     given = parser.parse_args()
-    judged: dict[str, list[dict[str, Any]]] = {}
+    rows = []
     for thinning in given.thinning.split(","):
         for score in given.score.split(","):
-            own = [casm(given, thinning, score, int(seed)) for seed in given.seeds.split(",")]
-            judged[f"casm, {thinning}, {score}"] = own
-    judged |= {name: [peer(given, name)] for name in PEERS}
-    print(table(judged))
-
-
-def kept(given: argparse.Namespace, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return the figures in a file, which is made if it is missing."""
-    file: Path = given.figures / f"{name}.json"
-    if not file.exists():
-        text = json.dumps(make(), indent=1) + "\n"
-        given.figures.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    found: dict[str, Any] = json.loads(file.read_text())
-    return found
-
-
-def casm(given: argparse.Namespace, thinning: str, score: str, seed: int) -> dict[str, Any]:
-    """Return the figures of a training."""
-
-    def make() -> dict[str, Any]:
-        folder = train(given, thinning, score, seed)
-        return judge(given, folder, checkpoint=folder)
-
-    return kept(given, f"{thinning}-{score}-s{seed}", make)
-
-
-def peer(given: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Return the figures of a method without a training."""
-    return kept(given, name, lambda: judge(given, given.out / name, method=name))
-
-
-def train(given: argparse.Namespace, thinning: str, score: str, seed: int) -> Path:
-    """Return the folder of a finished training."""
-    folder: Path = given.out / f"{thinning}-{score}-s{seed}"
-    resume = ["--resume"] if any(folder.glob("checkpoints/*")) else []
-    options = ["--thinning", thinning, "--score", score, "--seed", str(seed), "--epochs", str(given.epochs)]
-    saltern("train-casm", *given.shards, "--config", RECIPE, "--out", folder, "--device", "cpu", *options, *resume)
-    return folder
-
-
-def judge(
-    given: argparse.Namespace, folder: Path, *, method: str = "casm", checkpoint: Path | None = None
-) -> dict[str, Any]:
-    """Return the figures of a method's masks under each rule: {rule: {"choose": figures, "report": figures}}."""
-    found: dict[str, Any] = {}
-    for rule in RULES:
-        run = folder / "val" / rule.replace(":", "-")
-        trained = ["--checkpoint", checkpoint] if checkpoint else []
-        shards = [*given.choose, *given.report]
-        saltern("extract", *shards, "--out", run, *MODEL, "--method", method, "--discretize", rule,
-                "--device", "cpu", *trained)  # fmt: skip
-        found[rule] = {part: figures(run, getattr(given, part)) for part in ("choose", "report")}
-    return found
-
-
-def figures(run: Path, shards: list[str]) -> dict[str, Figures]:
-    """Return the figures of the run and of the controls on these shards."""
-    said = json.loads(saltern("evaluate", run, "--shards", *shards, "--metric", ",".join(METRICS), "--format", "json"))
-    lines = {"run": said["runs"][0]["metrics"], **said["controls"]}
-    return {name: {key: 100 * line[key]["value"] for key in METRICS if key in line} for name, line in lines.items()}
-
-
-def table(judged: dict[str, list[dict[str, Any]]]) -> str:
-    """Return a row for each group under the rule that is best on the images of --choose, and for each control."""
-    rows = []
-    for name, group in judged.items():
-        rule = min(RULES, key=lambda one: mean(found[one]["choose"]["run"]["le"] for found in group))
-        rows.append([name, rule, str(len(group)), *spread([found[rule]["report"]["run"] for found in group])])
-    controls = next(iter(judged.values()))[0][RULES[0]]["report"]
+            how = ["--thinning", thinning, "--score", score, "--epochs", str(given.epochs)]
+            seeds = given.seeds.split(",")
+            group = [Judge(given, f"{thinning}-{score}-s{seed}", [*how, "--seed", seed]) for seed in seeds]
+            rows.append(row(f"casm, {thinning}, {score}", group))
+    peers = [Judge(given, name) for name in PEERS]
+    rows += [row(judge.name, [judge]) for judge in peers]
+    controls = peers[0].figures(RULES[0], "report")
     rows += [[name, "-", "-", *spread([found])] for name, found in controls.items() if name != "run"]
-    return markdown_table(["", "boxes by", "seeds", *(f"{key} %" for key in METRICS)], rows)
+    print(markdown_table(["", "boxes by", "seeds", *(f"{key} %" for key in METRICS)], rows))
+
+
+class Judge:
+    """Measures the masks of a training, or of the method of that name, once: the figures are kept in a file."""
+
+    def __init__(self, given: argparse.Namespace, name: str, training: Sequence[str] = ()):
+        self.name, self._given, self._folder, self._training = name, given, given.out / name, training
+
+    def figures(self, rule: str, part: str) -> dict[str, Figures]:
+        """Return the figures of the masks and of the controls on the shards of --choose or of --report."""
+        file: Path = self._given.figures / f"{self.name}.json"
+        known: dict[str, dict[str, dict[str, Figures]]] = json.loads(file.read_text()) if file.exists() else {}
+        if part not in known.setdefault(rule, {}):
+            known[rule][part] = self._measure(rule, getattr(self._given, part), part)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(known, indent=1) + "\n")
+        return known[rule][part]
+
+    def _measure(self, rule: str, shards: list[str], part: str) -> dict[str, Figures]:
+        method = ["--method", "casm", "--checkpoint", self._checkpoint] if self._training else ["--method", self.name]
+        run = self._folder / part / rule.replace(":", "-")
+        saltern("extract", *shards, "--out", run, *MODEL, *method, "--discretize", rule, "--device", "cpu")
+        said = json.loads(saltern("evaluate", run, "--metric", ",".join(METRICS), "--format", "json"))
+        lines = {"run": said["runs"][0]["metrics"], **said["controls"]}
+        return {name: {key: 100 * line[key]["value"] for key in METRICS if key in line} for name, line in lines.items()}
+
+    @cached_property
+    def _checkpoint(self) -> Path:
+        """The folder of the training, which is done first."""
+        resume = ["--resume"] if any(self._folder.glob("checkpoints/*")) else []
+        options = ["--config", RECIPE, "--out", self._folder, "--device", "cpu", *self._training, *resume]
+        saltern("train-casm", *self._given.shards, *options)
+        return self._folder
+
+
+def row(name: str, group: list[Judge]) -> list[str]:
+    """Return the line of a group under the rule that is best on the images of --choose."""
+    rule = min(RULES, key=lambda one: mean(judge.figures(one, "choose")["run"]["le"] for judge in group))
+    return [name, rule, str(len(group)), *spread([judge.figures(rule, "report")["run"] for judge in group])]
 
 
 def spread(group: list[Figures]) -> list[str]:
