@@ -6,7 +6,7 @@
 
 Trains by deploy/casm-tiny-imagenet.toml. The rule of the boxes is chosen on the images of --choose, by the mean LE of
 all seeds, and all figures are those of --report. A repeated command continues what it had begun. Trainings and methods
-that have a file in --figures are not repeated, so that several machines can share the work: benchmarks/casm-quality
+that have a file in --figures (of the same --choose and --report) are not repeated, so that several machines can share the work: benchmarks/casm-quality
 has the files of the table in docs/casm.md.
 """
 
@@ -47,7 +47,10 @@ def main() -> None:
         for score in given.score.split(","):
             how = ["--thinning", thinning, "--score", score, "--epochs", str(given.epochs)]
             seeds = given.seeds.split(",")
-            group = [Judge(given, f"{thinning}-{score}-s{seed}", [*how, "--seed", seed]) for seed in seeds]
+            group = [
+                Judge(given, f"{thinning}-{score}-{given.epochs}-epochs-s{seed}", [*how, "--seed", seed])
+                for seed in seeds
+            ]
             rows.append(row(f"casm, {thinning}, {score}", group))
     peers = [Judge(given, name) for name in PEERS]
     rows += [row(judge.name, [judge]) for judge in peers]
@@ -63,7 +66,7 @@ class Judge:
         self.name, self._given, self._folder, self._training = name, given, given.out / name, training
 
     def figures(self, rule: str, part: str) -> dict[str, Figures]:
-        """Return the figures of the masks and of the controls on the shards of --choose or of --report."""
+        """Return the figures of the masks, and a method's also of the controls, on the shards of --choose or --report."""
         file: Path = self._given.figures / f"{self.name}.json"
         known: dict[str, dict[str, dict[str, Figures]]] = json.loads(file.read_text()) if file.exists() else {}
         if part not in known.setdefault(rule, {}):
@@ -77,7 +80,7 @@ class Judge:
         run = self._folder / part / rule.replace(":", "-")
         saltern("extract", *shards, "--out", run, *MODEL, *method, "--discretize", rule, "--device", "cpu")
         said = json.loads(saltern("evaluate", run, "--metric", ",".join(METRICS), "--format", "json"))
-        lines = {"run": said["runs"][0]["metrics"], **said["controls"]}
+        lines = {"run": said["runs"][0]["metrics"], **({} if self._training else said["controls"])}
         return {name: {key: 100 * line[key]["value"] for key in METRICS if key in line} for name, line in lines.items()}
 
     @cached_property
