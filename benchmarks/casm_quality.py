@@ -6,8 +6,8 @@
 
 Trains by deploy/casm-tiny-imagenet.toml. The rule of the boxes is chosen on the images of --choose, by the mean LE of
 all seeds, and all figures are those of --report. A repeated command continues what it had begun. Trainings and methods
-that have a file in --figures (of the same --choose and --report) are not repeated, so that several machines can share the work: benchmarks/casm-quality
-has the files of the table in docs/casm.md.
+that have a file in --figures (of the same --choose and --report) are not repeated, so that several machines can share
+the work: benchmarks/casm-quality has the files of the table in docs/casm.md.
 """
 
 import argparse
@@ -66,7 +66,7 @@ class Judge:
         self.name, self._given, self._folder, self._training = name, given, given.out / name, training
 
     def figures(self, rule: str, part: str) -> dict[str, Figures]:
-        """Return the figures of the masks, and a method's also of the controls, on the shards of --choose or --report."""
+        """Return the figures of the masks, and of the controls if nothing is trained, on one part of the images."""
         file: Path = self._given.figures / f"{self.name}.json"
         known: dict[str, dict[str, dict[str, Figures]]] = json.loads(file.read_text()) if file.exists() else {}
         if part not in known.setdefault(rule, {}):
