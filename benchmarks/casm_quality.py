@@ -39,18 +39,18 @@ def main() -> None:
     parser.add_argument("--score", default="classification", help="names, with commas")
     parser.add_argument("--seeds", default="0", help="numbers, with commas")
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--out", type=Path, required=True, help="folder of the trainings")
     parser.add_argument("--figures", type=Path, required=True, help="folder of the figures, a file for each training")
     given = parser.parse_args()
+    length = ["--epochs", str(given.epochs), "--batch-size", str(given.batch_size)]
     rows = []
     for thinning in given.thinning.split(","):
         for score in given.score.split(","):
-            how = ["--thinning", thinning, "--score", score, "--epochs", str(given.epochs)]
+            how = ["--thinning", thinning, "--score", score, *length]
+            name = f"{thinning}-{score}-{given.epochs}-epochs-of-{given.batch_size}"
             seeds = given.seeds.split(",")
-            group = [
-                Judge(given, f"{thinning}-{score}-{given.epochs}-epochs-s{seed}", [*how, "--seed", seed])
-                for seed in seeds
-            ]
+            group = [Judge(given, f"{name}-s{seed}", [*how, "--seed", seed]) for seed in seeds]
             rows.append(row(f"casm, {thinning}, {score}", group))
     peers = [Judge(given, name) for name in PEERS]
     rows += [row(judge.name, [judge]) for judge in peers]
